@@ -1,0 +1,73 @@
+"""What a model family provides: its config reader, its modules, and its map between shard names and Hugging Face keys."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.names import EMBED, HEAD, layer_name, layer_number
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network's parts. `norm`, `projection` and `embedding` name the submodules of the head and of the embedding."""
+
+    name: str
+    config_from_hf: Callable[[dict[str, Any]], ModelConfig]
+    embed: Callable[[ModelConfig], nn.Module]
+    layer: Callable[[ModelConfig], nn.Module]
+    head: Callable[[ModelConfig], nn.Module]
+    norm: str
+    projection: str
+    embedding: str
+    body_prefix: str
+    layers_prefix: str
+    projection_aliases: tuple[str, ...]
+    ignored: re.Pattern[str]
+
+    @property
+    def tied_weight(self) -> str:
+        """The head's parameter that a model with tied embeddings takes from the embedding shard."""
+        return f"{self.projection}.weight"
+
+    @property
+    def embedding_weight(self) -> str:
+        """The embedding shard's one parameter."""
+        return f"{self.embedding}.weight"
+
+    def module(self, config: ModelConfig, shard: str) -> nn.Module:
+        """Build the module that a shard's parameters belong to."""
+        return {EMBED: self.embed, HEAD: self.head}.get(shard, self.layer)(config)
+
+    def parameter_shapes(self, config: ModelConfig, shard: str) -> dict[str, tuple[int, ...]]:
+        """Exactly the parameters that a shard stores, with their shapes."""
+        with torch.device("meta"):
+            parameters = self.module(config, shard).named_parameters()
+        tied = config.tie_embeddings and shard == HEAD
+        return {name: tuple(p.shape) for name, p in parameters if not (tied and name == self.tied_weight)}
+
+    def hf_key(self, shard: str, name: str) -> str:
+        """The Hugging Face key of a shard's parameter: ("layer_00003", "mlp.x") -> "gpt_neox.layers.3.mlp.x"."""
+        number = layer_number(shard)
+        if number is not None:
+            return f"{self.layers_prefix}{number}.{name}"
+        return name if name.startswith(f"{self.projection}.") else f"{self.body_prefix}{name}"
+
+    def from_hf_key(self, key: str) -> tuple[str, str] | None:
+        """The inverse of `hf_key`; None for a buffer that holds nothing learnt. Raises KeyError for a foreign key."""
+        if self.ignored.fullmatch(key):
+            return None
+        module, _, kind = key.rpartition(".")
+        if module in (self.projection, *self.projection_aliases):
+            return HEAD, f"{self.projection}.{kind}"
+        if layer := re.fullmatch(re.escape(self.layers_prefix) + r"(\d+)\.(.+)", key):
+            return layer_name(int(layer[1])), layer[2]
+        if module == f"{self.body_prefix}{self.embedding}":
+            return EMBED, f"{self.embedding}.{kind}"
+        if module == f"{self.body_prefix}{self.norm}":
+            return HEAD, f"{self.norm}.{kind}"
+        raise KeyError(key)

@@ -1,0 +1,74 @@
+"""Pieces that both families share: activations, rotary tables, rotation and causal attention."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openchatkit.errors import UserError
+
+_tanh_gelu = functools.partial(F.gelu, approximate="tanh")
+
+# Every `hidden_act` that published GPT-NeoX and GPT-J checkpoints name. `gelu_fast`, `gelu_new` and
+# `gelu_pytorch_tanh` are one formula: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+def known_activation(name: str) -> str:
+    """`name` if the kit has this activation, else a UserError that lists those it has."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return name
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of position x inverse frequency, in float32, grown to the longest sequence seen.
+
+    Inverse frequency j is base^(-2j / rotary_dim) (Su et al., RoFormer, arXiv 2104.09864, section 3.4).
+    """
+
+    def __init__(self, rotary_dim: int, base: float) -> None:
+        super().__init__()
+        self.rotary_dim, self.base = rotary_dim, base
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, each [length, rotary_dim / 2]."""
+        table = self._table
+        if table is None or table[0].shape[0] < length or table[0].device != device:
+            exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
+            angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), self.base**-exponent)
+            table = self._table = (angles.cos(), angles.sin())
+        return table[0][:length], table[1][:length]
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-NeoX's rotation of x [..., length, head_dim]: dimension j pairs with j + rotary_dim / 2."""
+    half = cos.shape[-1]
+    left, right = x[..., :half], x[..., half : 2 * half]
+    turned = (left * cos - right * sin, right * cos + left * sin)
+    return torch.cat([*(part.to(x.dtype) for part in turned), x[..., 2 * half :]], dim=-1)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """GPT-J's rotation of x [..., length, head_dim]: dimension 2j pairs with 2j + 1."""
+    rotary_dim = 2 * cos.shape[-1]
+    even, odd = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention over [batch, heads, length, head_dim]; returns [batch, length, heads * head_dim]."""
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return mixed.transpose(1, 2).flatten(-2)
