@@ -23,7 +23,7 @@ token ever straddles the border between what is trained on and what is not.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -140,9 +140,6 @@ def parse(text: str) -> list[Segment]:
     return segments
 
 
-def ends_with_reply(segments: Iterable[Segment]) -> bool:
+def ends_with_reply(segments: Sequence[Segment]) -> bool:
     """Whether the chat ends with a bot's turn, so that the end-of-text behind it is part of that turn."""
-    last = None
-    for last in segments:
-        pass
-    return last is not None and last.trained
+    return bool(segments) and segments[-1].trained

@@ -1,4 +1,4 @@
-"""What a model family provides: its config reader, its modules, and its map between shard names and Hugging Face keys."""
+"""What a model family provides: its config reader, its modules, its map between shard names and Hugging Face keys."""
 
 import re
 from collections.abc import Callable

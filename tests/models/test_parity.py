@@ -1,0 +1,152 @@
+"""Our networks against transformers': logits and gradients of small random models of every variant, in float32."""
+
+import pytest
+import torch
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from openchatkit.models.names import shard_names
+from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.stage import Stage
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+NEOX = {
+    "pythia": {},
+    "20b": {"hidden_act": "gelu_fast"},
+    "redpajama": {"use_parallel_residual": False, "rotary_pct": 1.0},
+    "tanh": {"hidden_act": "gelu_new"},
+    "relu": {"hidden_act": "relu"},
+    "no_bias": {"attention_bias": False},
+    "tied": {"tie_word_embeddings": True},
+    "base": {"rotary_emb_base": 500.0, "layer_norm_eps": 1e-3},
+}
+GPTJ = {"gptj": {}, "whole_head": {"rotary_dim": 12}, "inner": {"n_inner": 100}}
+
+
+def make(family_name, variant):
+    torch.manual_seed(0)
+    if family_name == "gpt_neox":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**TINY, **NEOX[variant]}))
+    else:
+        sizes = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
+        drop = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        model = GPTJForCausalLM(GPTJConfig(**{**sizes, **drop, **GPTJ[variant]}))
+    # Biases start at zero and norms at one: move them, so that a missing one is seen.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def stages_of(model, *, cuts=()):
+    """Our stages with the weights of a transformers model, cut before the given layers."""
+    config = config_from_hf(model.config.to_dict())
+    kind = family(config)
+    shards = {name: {} for name in shard_names(config.num_layers)}
+    for key, tensor in model.state_dict().items():
+        if place := kind.from_hf_key(key):
+            shards[place[0]][place[1]] = tensor.clone()
+    borders = [0, *cuts, config.num_layers]
+    stages = []
+    for first, last in zip(borders, borders[1:], strict=False):
+        stage = Stage(config, first, last, embed=first == 0, head=last == config.num_layers)
+        for shard in stage.shard_names:
+            stage.load(shard, shards[shard])
+        stages.append(stage)
+    return stages
+
+
+def variants():
+    return [("gpt_neox", name) for name in NEOX] + [("gptj", name) for name in GPTJ]
+
+
+@pytest.mark.parametrize(("family_name", "variant"), variants())
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)])
+def test_logits_and_gradients(family_name, variant, cuts):
+    model = make(family_name, variant)
+    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(1))
+    expected = model(tokens).logits
+    stages = stages_of(model, cuts=cuts)
+    x = tokens
+    for stage in stages:
+        x = stage(x)
+    logits = stages[-1].logits(x)
+    assert (logits - expected).abs().max() < 1e-4
+
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (expected * weight).sum().backward()
+    (logits * weight).sum().backward()
+    kind = family(stages[0].config)
+    grads = {}
+    for stage in stages:
+        for shard, module in stage.named_shards():
+            for name, parameter in module.named_parameters():
+                grads[shard, name] = parameter.grad
+    if stages[0].config.tie_embeddings:
+        grads["embed", kind.embedding_weight] += grads.pop(("head", kind.tied_weight))
+    compared = 0
+    for key, parameter in model.named_parameters():
+        ours = grads[kind.from_hf_key(key)]
+        assert torch.allclose(ours, parameter.grad, rtol=1e-4, atol=1e-4 * parameter.grad.abs().max().item()), key
+        compared += 1
+    assert compared == len(grads)
+
+
+@pytest.mark.parametrize(("family_name", "variant"), [("gpt_neox", "pythia"), ("gptj", "gptj")])
+def test_recomputing_changes_no_bit(family_name, variant):
+    model = make(family_name, variant)
+    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    found = []
+    for recompute in (False, True):
+        (stage,) = stages_of(model)
+        stage.recompute = recompute
+        stage.logits(stage(tokens)).square().mean().backward()
+        found.append([p.grad for p in stage.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("family_name", "variant"), variants())
+def test_keys_and_shapes_map_both_ways(family_name, variant):
+    model = make(family_name, variant)
+    config = config_from_hf(model.config.to_dict())
+    kind = family(config)
+    state = {k: v for k, v in model.state_dict().items() if kind.from_hf_key(k)}
+    listed = {}
+    for shard in shard_names(config.num_layers):
+        for name, shape in kind.parameter_shapes(config, shard).items():
+            key = kind.hf_key(shard, name)
+            assert kind.from_hf_key(key) == (shard, name)
+            listed[key.replace("embed_out", "lm_head")] = shape
+    if config.tie_embeddings:
+        state.pop("lm_head.weight")
+    assert listed == {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def test_buffers_are_ignored_and_foreign_keys_are_not():
+    neox, gptj = (family(config_from_hf(make(*v).config.to_dict())) for v in [("gpt_neox", "20b"), ("gptj", "gptj")])
+    for name in ("bias", "masked_bias", "rotary_emb.inv_freq"):
+        assert neox.from_hf_key(f"gpt_neox.layers.0.attention.{name}") is None
+    assert gptj.from_hf_key("transformer.h.1.attn.masked_bias") is None
+    assert neox.from_hf_key("lm_head.weight") == neox.from_hf_key("embed_out.weight") == ("head", "embed_out.weight")
+    for kind in (neox, gptj):
+        with pytest.raises(KeyError):
+            kind.from_hf_key("model.layers.0.self_attn.q_proj.weight")
+
+
+def test_init_weights_fills_everything():
+    config = config_from_hf(make("gpt_neox", "tied").config.to_dict())
+    with torch.device("meta"):
+        stage = Stage(config)
+    stage.to_empty(device="cpu")
+    stage.init_weights(torch.Generator().manual_seed(0))
+    assert torch.equal(stage.projection.weight, stage.shards["embed"].embed_in.weight)
+    assert abs(stage.projection.weight.std().item() - 0.02) < 2e-3
+    assert all(p.isfinite().all() for p in stage.parameters())
