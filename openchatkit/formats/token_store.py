@@ -1,0 +1,211 @@
+"""Tokens on disk: the memory-mapped `.bin/.idx` pair of Megatron and GPT-NeoX, byte for byte, and our mask beside it.
+
+`<prefix>.bin` holds the raw tokens of every document, one after another. `<prefix>.idx`, little-endian throughout:
+
+    magic "MMIDIDX\\0\\0" (9 bytes) | uint64 version 1 | uint8 dtype code | uint64 N | uint64 D
+    int32 sizes[N] in tokens | int64 pointers[N] in bytes into .bin | int64 doc_idx[D], 0 first, one border a document
+
+A document is one of the N sequences: GPT-NeoX's own training takes it so and never looks at `doc_idx`, which stores
+merged by older tools do not even hold in full. `<prefix>.mask.bin`, where there is one, has a byte for every token: 1
+where it is trained on. A cached store is a folder with such a set of files and `store.json`, its record.
+"""
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from openchatkit import paths
+from openchatkit.errors import UserError
+
+_MAGIC = b"MMIDIDX\0\0"
+_LEGACY_MAGIC = b"TNTIDX\0\0"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_UINT16_VOCABULARY = 65500  # vocabularies smaller than this are written as uint16, others as int32
+_PIECE = 1 << 20  # documents indexed at a time when a store is closed, so that memory stays flat
+
+_FOLDER_PREFIX = "tokens"
+_RECORD = "store.json"
+
+
+def bin_path(prefix: Path) -> Path:
+    """Where the tokens are."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """Where sizes and pointers are."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def mask_path(prefix: Path) -> Path:
+    """Where the loss mask is, if the store has one."""
+    return prefix.with_name(prefix.name + ".mask.bin")
+
+
+def folder_prefix(folder: Path) -> Path:
+    """The prefix of the store in a cached store's folder."""
+    return folder / _FOLDER_PREFIX
+
+
+@dataclass(frozen=True)
+class StoreRecord:
+    """What a cached store was made from and holds; `trained_tokens` is None where there is no mask."""
+
+    source: str
+    key: str
+    documents: int
+    tokens: int
+    trained_tokens: int | None
+
+
+def write_record(folder: Path, record: StoreRecord) -> None:
+    """Write `store.json`: the last file of a cached store."""
+    paths.write_text(folder / _RECORD, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def read_record(folder: Path) -> StoreRecord | None:
+    """The record of a cached store, or None where there is no such store; UserError where it cannot be read."""
+    path = folder / _RECORD
+    try:
+        return StoreRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete {folder} and run again, it is made anew") from error
+
+
+class TokenStoreWriter:
+    """Writes a store document by document; memory does not grow with their number.
+
+    The index has no valid header before `close`, so an unfinished store cannot be opened.
+    """
+
+    def __init__(self, prefix: Path, *, vocab_size: int, masked: bool) -> None:
+        self.documents = 0
+        self.tokens = 0
+        self.trained_tokens = 0
+        self._vocab_size = vocab_size
+        self._code = 8 if vocab_size < _UINT16_VOCABULARY else 4
+        self._dtype = np.dtype(_DTYPES[self._code])
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(bin_path(prefix), "wb")  # noqa: SIM115 (closed by `close`)
+        self._idx = open(idx_path(prefix), "w+b")  # noqa: SIM115
+        self._mask = open(mask_path(prefix), "wb") if masked else None  # noqa: SIM115
+        self._idx.write(bytes(_HEADER.size))
+
+    def add(self, tokens: np.ndarray, sizes: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Append documents: their tokens one after another, each one's size, and a 0 or 1 for every token."""
+        assert int(sizes.sum()) == len(tokens), (int(sizes.sum()), len(tokens))
+        assert len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < self._vocab_size), "token id out of range"
+        self._bin.write(tokens.astype(self._dtype))
+        self._idx.write(sizes.astype("<i4"))
+        if self._mask is not None:
+            assert mask is not None
+            assert mask.shape == tokens.shape, (mask.shape, tokens.shape)
+            self._mask.write(mask.astype("<u1"))
+            self.trained_tokens += int(mask.sum(dtype=np.int64))
+        self.documents += len(sizes)
+        self.tokens += len(tokens)
+
+    def close(self) -> None:
+        """Write pointers, document borders and, last, the header."""
+        offset = 0
+        for first in range(0, self.documents, _PIECE):
+            self._idx.seek(_HEADER.size + 4 * first)
+            count = min(_PIECE, self.documents - first)
+            ends = np.cumsum(np.frombuffer(self._idx.read(4 * count), "<i4"), dtype=np.int64)
+            starts = offset + np.concatenate([[0], ends[:-1]])
+            offset += int(ends[-1])
+            self._idx.seek(_HEADER.size + 4 * self.documents + 8 * first)
+            self._idx.write((starts * self._dtype.itemsize).astype("<i8"))
+        self._idx.seek(0, 2)
+        for first in range(0, self.documents + 1, _PIECE):
+            self._idx.write(np.arange(first, min(first + _PIECE, self.documents + 1), dtype="<i8"))
+        self._idx.seek(0)
+        self._idx.write(_HEADER.pack(_MAGIC, 1, self._code, self.documents, self.documents + 1))
+        self._release()
+
+    def __enter__(self) -> "TokenStoreWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        for file in (self._bin, self._idx, self._mask):
+            if file is not None:
+                file.close()
+
+
+class TokenStore:
+    """A store opened by memory map. Arrays are read-only:
+
+    tokens [T] in the store's own integer type; mask uint8 [T] or None; sizes int32 [N]; pointers int64 [N], in bytes.
+    Opening reads the header and the last document's place, not the documents. UserError when a file is missing, cut,
+    or of another format.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = Path(prefix)
+        index = _map_bytes(idx_path(self.prefix))
+        dtype, documents, borders = _read_header(idx_path(self.prefix), index)
+        expected = _HEADER.size + 12 * documents + 8 * borders
+        if len(index) != expected:
+            raise UserError(_cut(idx_path(self.prefix), len(index), expected))
+        self.documents = documents
+        self.sizes = np.frombuffer(index, "<i4", documents, _HEADER.size)
+        self.pointers = np.frombuffer(index, "<i8", documents, _HEADER.size + 4 * documents)
+        content = _map_bytes(bin_path(self.prefix))
+        end = int(self.pointers[-1]) + int(self.sizes[-1]) * dtype.itemsize if documents else 0
+        if len(content) != end:
+            raise UserError(_cut(bin_path(self.prefix), len(content), end))
+        self.tokens = np.frombuffer(content, dtype)
+        self.mask = _map_bytes(mask_path(self.prefix)) if mask_path(self.prefix).exists() else None
+        if self.mask is not None and len(self.mask) != len(self.tokens):
+            raise UserError(_cut(mask_path(self.prefix), len(self.mask), len(self.tokens)))
+
+    def starts(self, documents: np.ndarray) -> np.ndarray:
+        """Positions in `tokens` at which these documents begin: int64, one for each."""
+        return self.pointers[documents] // self.tokens.itemsize
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of one document."""
+        start = int(self.pointers[number]) // self.tokens.itemsize
+        return self.tokens[start : start + int(self.sizes[number])]
+
+
+def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
+    """The tokens' type, the number of sequences and of document borders."""
+    head = bytes(index[: _HEADER.size])
+    if head.startswith(_LEGACY_MAGIC):
+        raise UserError(f"{path} is in Megatron's old `cached` format: preprocess it again with --dataset-impl mmap")
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        raise UserError(f"{path} is no token index: expected it to begin with {_MAGIC!r}, found {head[:9]!r}")
+    _, version, code, documents, borders = _HEADER.unpack(head)
+    if version != 1:
+        raise UserError(f"{path} is a token index of version {version}: only version 1 can be read")
+    if code not in _DTYPES:
+        raise UserError(f"{path} has dtype code {code}: expected one for whole numbers, {sorted(_DTYPES)}")
+    return np.dtype(_DTYPES[code]), documents, borders
+
+
+def _map_bytes(path: Path) -> np.ndarray:
+    try:
+        # An empty file cannot be mapped; the plain array spares every later slice the cost of np.memmap's own class.
+        return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.empty(0, np.uint8)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: a token store is a .bin and an .idx file of one name") from error
+
+
+def _cut(path: Path, found: int, expected: int) -> str:
+    return f"{path} holds {found} bytes where {expected} belong: it is cut or altered, make the store anew"

@@ -1,0 +1,130 @@
+"""The `.bin/.idx` store against bytes packed by hand, and what is said of stores that are no good."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openchatkit.errors import UserError
+from openchatkit.formats import token_store
+from openchatkit.formats.token_store import StoreRecord, TokenStore, TokenStoreWriter
+
+DOCUMENTS = [[5, 6, 7], [65498], [0, 1, 2, 3]]
+
+
+def write(prefix: Path, *, vocab_size: int = 65499, masked: bool = False) -> TokenStoreWriter:
+    """A store of DOCUMENTS, added in two calls; the mask is 1 on even tokens."""
+    with TokenStoreWriter(prefix, vocab_size=vocab_size, masked=masked) as writer:
+        for documents in (DOCUMENTS[:2], DOCUMENTS[2:]):
+            tokens = np.concatenate(documents)
+            writer.add(tokens, np.array([len(d) for d in documents]), (tokens % 2 == 0) if masked else None)
+    return writer
+
+
+def packed(code: int, size: int) -> bytes:
+    """The index of DOCUMENTS as gpt-neox writes it, for tokens of `size` bytes."""
+    return (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, 3, 4)
+        + struct.pack("<3i", 3, 1, 4)
+        + struct.pack("<3q", 0, 3 * size, 4 * size)
+        + struct.pack("<4q", 0, 1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize(("vocab_size", "code", "letter", "size"), [(65499, 8, "H", 2), (65500, 4, "i", 4)])
+def test_bytes(tmp_path: Path, vocab_size: int, code: int, letter: str, size: int) -> None:
+    writer = write(tmp_path / "s", vocab_size=vocab_size)
+    assert (tmp_path / "s.idx").read_bytes() == packed(code, size)
+    assert (tmp_path / "s.bin").read_bytes() == struct.pack(f"<8{letter}", *np.concatenate(DOCUMENTS))
+    assert not (tmp_path / "s.mask.bin").exists()
+    assert (writer.documents, writer.tokens) == (3, 8)
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
+def test_reads_every_whole_number_type(tmp_path: Path, code: int) -> None:
+    letter = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}[code]
+    documents = [[5, 6, 7], [100], [0, 1, 2, 3]]
+    (tmp_path / "s.idx").write_bytes(packed(code, struct.calcsize(letter)))
+    (tmp_path / "s.bin").write_bytes(struct.pack(f"<8{letter}", *np.concatenate(documents)))
+    store = TokenStore(tmp_path / "s")
+    assert [store.document(n).tolist() for n in range(store.documents)] == documents
+    assert store.starts(np.array([2, 0])).tolist() == [4, 0]
+    assert store.mask is None
+
+
+def test_mask_beside_it(tmp_path: Path) -> None:
+    writer = write(tmp_path / "s", masked=True)
+    assert (tmp_path / "s.mask.bin").read_bytes() == bytes([0, 1, 0, 1, 1, 0, 1, 0])
+    store = TokenStore(tmp_path / "s")
+    assert store.mask.tolist() == [0, 1, 0, 1, 1, 0, 1, 0]
+    assert writer.trained_tokens == 4
+
+
+def test_index_of_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "whole")
+    monkeypatch.setattr(token_store, "_PIECE", 2)
+    write(tmp_path / "pieces")
+    assert (tmp_path / "pieces.idx").read_bytes() == (tmp_path / "whole.idx").read_bytes()
+
+
+def test_empty_documents_and_stores(tmp_path: Path) -> None:
+    with TokenStoreWriter(tmp_path / "none", vocab_size=10, masked=True):
+        pass
+    assert TokenStore(tmp_path / "none").documents == 0
+    with TokenStoreWriter(tmp_path / "gap", vocab_size=10, masked=False) as writer:
+        writer.add(np.array([1, 2]), np.array([0, 2, 0]))
+    assert [TokenStore(tmp_path / "gap").document(n).tolist() for n in range(3)] == [[], [1, 2], []]
+
+
+def test_unfinished_store_cannot_be_opened(tmp_path: Path) -> None:
+    def die(writer: TokenStoreWriter) -> None:
+        with writer:
+            writer.add(np.array([1]), np.array([1]))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        die(TokenStoreWriter(tmp_path / "s", vocab_size=10, masked=False))
+    with pytest.raises(UserError, match="no token index"):
+        TokenStore(tmp_path / "s")
+
+
+def test_token_outside_the_vocabulary(tmp_path: Path) -> None:
+    with TokenStoreWriter(tmp_path / "s", vocab_size=10, masked=False) as writer, pytest.raises(AssertionError):
+        writer.add(np.array([10]), np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        (".bin", lambda data: data[:-1], r"s\.bin holds 15 bytes where 16 belong"),
+        (".idx", lambda data: data[:-8], r"s\.idx holds \d+ bytes where \d+ belong"),
+        (".idx", lambda data: data[:20], "no token index"),
+        (".idx", lambda data: b"TNTIDX\0\0" + data, "--dataset-impl mmap"),
+        (".idx", lambda data: b"{}" + data, r"expected it to begin with b'MMIDIDX"),
+        (".idx", lambda data: data[:9] + b"\2" + data[10:], "version 2: only version 1"),
+        (".idx", lambda data: data[:17] + b"\6" + data[18:], "dtype code 6: expected"),
+        (".mask.bin", lambda data: data + b"\0", r"s\.mask\.bin holds 9 bytes where 8 belong"),
+        (".bin", None, r"s\.bin is missing"),
+        (".idx", None, r"s\.idx is missing"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, suffix: str, change: object, message: str) -> None:
+    write(tmp_path / "s", masked=True)
+    path = tmp_path / f"s{suffix}"
+    data = path.read_bytes()
+    path.unlink() if change is None else path.write_bytes(change(data))
+    with pytest.raises(UserError, match=message):
+        TokenStore(tmp_path / "s")
+
+
+def test_record(tmp_path: Path) -> None:
+    assert token_store.read_record(tmp_path) is None
+    record = StoreRecord(source="a.jsonl", key="k", documents=1, tokens=2, trained_tokens=None)
+    token_store.write_record(tmp_path, record)
+    assert token_store.read_record(tmp_path) == record
+    for text in ("{", "[]", '{"source": "a"}'):
+        (tmp_path / "store.json").write_text(text)
+        with pytest.raises(UserError, match=r"store\.json is damaged .* delete"):
+            token_store.read_record(tmp_path)
