@@ -1,0 +1,228 @@
+"""Start one process a rank on this machine, pass on what they say, and end them together.
+
+Owns the processes and nothing they do: any script that takes `--rank`, `--cuda-id` and `--world-size` will do. The
+first rank started here leads: its stderr is the launcher's own, so its progress line is drawn as usual. What the
+others write to stderr follows line by line behind `[rank i] `, except `error: ` lines. These wait until the end,
+because a mistake in a command is found by every rank, and the lead has then said it already.
+
+When a rank fails, the others notice within moments and fail as well; `_Launch.cause` picks the failure that came
+first in the order of causes. No rank outlives the launcher, even when the launcher is killed (see `processes.guard`).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from openchatkit import cli
+from openchatkit.distributed import processes
+from openchatkit.distributed.processes import Rank
+from openchatkit.errors import DEFECT, RESUMABLE, USER_ERROR, UserError
+
+OWN_FLAGS = ("--rank", "--cuda-id", "--world-size")
+POLL_SECONDS = 0.05
+SETTLE_SECONDS = 2.0
+KILL_SECONDS = 10.0
+KILL_SECONDS_USER_ERROR = 5.0
+INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 130)
+
+
+def launch(
+    script: Path, arguments: Sequence[str], *, world_size: int, first_rank: int = 0, ranks_here: int | None = None
+) -> int:
+    """Run `script` once for each of ranks `first_rank`, `first_rank` + 1, ... and wait for all.
+
+    Returns 0 when all ended with 0; otherwise the status of the rank that failed first if it is 1, 2 or 75, else 1.
+    SIGINT, SIGTERM and SIGHUP are passed on to all ranks, which may then save and end with 75; a second one kills.
+    Raises UserError for a script that is not there, flags that the launcher sets itself, or ranks beyond the world.
+    """
+    here = world_size - first_rank if ranks_here is None else ranks_here
+    if here < 1 or first_rank + here > world_size:
+        raise UserError(
+            f"ranks {first_rank} to {first_rank + here - 1} do not fit a world of {world_size}: "
+            "--first-rank plus --ranks-here must be at most --world-size"
+        )
+    if not script.is_file():
+        raise UserError(f"no script {script}: the launcher is given the training script, then that script's arguments")
+    for argument in arguments:
+        if argument.split("=")[0] in OWN_FLAGS:
+            raise UserError(
+                f"{argument} comes after {script.name}, but the launcher sets it for each rank: leave it out"
+            )
+    commands = []
+    for local in range(here):
+        identity = f"--rank {first_rank + local} --cuda-id {local} --world-size {world_size}"
+        commands.append([sys.executable, str(script), *arguments, *identity.split()])
+    with processes.guard() as guard, processes.requests() as requests:
+        return _Launch(guard, requests).run(commands, first_rank)
+
+
+class _Launch:
+    """The ranks of one launch, from the first one's start to the last one's end."""
+
+    def __init__(self, guard: IO[bytes], requests: list[int]) -> None:
+        self.guard = guard
+        self.requests = requests
+        self.ranks: list[Rank] = []
+        self.output = threading.Lock()
+
+    def run(self, commands: list[list[str]], first_rank: int) -> int:
+        environment = dict(os.environ)
+        if len(commands) > 1 and not environment.get("OMP_NUM_THREADS"):
+            # As torchrun does: ranks share the cores, and results equal to the bit need the same threads a rank.
+            environment["OMP_NUM_THREADS"] = "1"
+        try:
+            for number, command in enumerate(commands, first_rank):
+                self.start(number, command, environment, lead=number == first_rank)
+            self.wait()
+        finally:
+            failed = bool(self.failures())
+            for rank in self.ranks:
+                if failed or rank.status is None:
+                    rank.kill_group()
+                rank.process.wait()
+        return self.report()
+
+    def start(self, number: int, command: list[str], environment: dict[str, str], *, lead: bool) -> None:
+        # In sessions of their own: Ctrl-C on a terminal reaches the launcher alone, which passes it on once.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=None if lead else subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        rank = Rank(number, process)
+        self.ranks.append(rank)
+        processes.tell(self.guard, str(process.pid))
+        if not lead:
+            rank.reader = threading.Thread(target=self.pass_on, args=(rank,), daemon=True)
+            rank.reader.start()
+
+    def pass_on(self, rank: Rank) -> None:
+        """Copy a rank's stderr, in a thread of its own, holding back what the lead may say as well."""
+        for line in rank.process.stderr:
+            text = line.decode("utf-8", "replace").rstrip()
+            if text.startswith("error: "):
+                rank.held.append(text)
+            else:
+                self.say(f"[rank {rank.number}] {text}")
+
+    def say(self, line: str) -> None:
+        # On a terminal the lead's progress line may stand where this line goes.
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
+        with self.output:
+            sys.stderr.write(f"{clear}{line}\n")
+            sys.stderr.flush()
+
+    def wait(self) -> None:
+        """Until all have ended: pass requests on, and stop the ranks that a failed one has left behind."""
+        handled = 0
+        while True:
+            for rank in self.ranks:
+                rank.poll()
+            running = [rank for rank in self.ranks if rank.status is None]
+            if not running:
+                return
+            while handled < len(self.requests):
+                self.interrupt(running, self.requests[handled], again=handled > 0)
+                handled += 1
+            if self.failures():
+                self.stop(running)
+            time.sleep(POLL_SECONDS)
+
+    def interrupt(self, running: list[Rank], signum: int, *, again: bool) -> None:
+        for rank in running:
+            if again:
+                rank.stopped_by_us = True
+                rank.kill_group()
+            else:
+                # A closed terminal asks for the same as SIGTERM, which ranks know.
+                rank.send(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
+    def failures(self) -> list[Rank]:
+        """Ranks that failed by themselves; 75 is none when all were asked to save and end."""
+        fine = (0, RESUMABLE) if self.requests else (0,)
+        return [
+            rank
+            for rank in self.ranks
+            if rank.status is not None and rank.status not in fine and not rank.stopped_by_us
+        ]
+
+    def cause(self) -> Rank:
+        """The failure to name: the gravest kind, and the earliest of that kind."""
+        return min(self.failures(), key=lambda rank: (rank.severity(), rank.ended))
+
+    def stop(self, running: list[Rank]) -> None:
+        """SIGTERM to those left once the cause is certain, SIGKILL to those that do not heed it."""
+        cause = self.cause()
+        elapsed = time.monotonic() - min(rank.ended for rank in self.failures())
+        patience = KILL_SECONDS_USER_ERROR if cause.status == USER_ERROR else KILL_SECONDS
+        for rank in running:
+            if elapsed > patience:
+                rank.kill_group()
+            elif not rank.stopped_by_us and (cause.status < 0 or elapsed > SETTLE_SECONDS):
+                rank.stopped_by_us = True
+                rank.send(signal.SIGTERM)
+                rank.send(signal.SIGCONT)  # A suspended rank could not end.
+
+    def report(self) -> int:
+        """Say what is left to say, and return the launcher's exit status."""
+        for rank in self.ranks:
+            if rank.reader is not None:
+                rank.reader.join(timeout=1.0)
+        cause = self.cause() if self.failures() else None
+        self.release(cause)
+        if cause is None:
+            if any(rank.stopped_by_us for rank in self.ranks):
+                self.say("error: killed by a second signal before all ranks had ended")
+                return DEFECT
+            return RESUMABLE if any(rank.status for rank in self.ranks) else 0
+        if self.requests and cause.status in INTERRUPTED:
+            return RESUMABLE
+        if cause.status != USER_ERROR or self.ranks[0].status != USER_ERROR:
+            stopped = "; the other ranks were stopped" if any(rank.stopped_by_us for rank in self.ranks) else ""
+            resumable = cause.status in (RESUMABLE, -signal.SIGKILL)
+            advice = "; the same command resumes from the newest checkpoint" if resumable else ""
+            self.say(f"error: {cause.what_happened()}{stopped}{advice}")
+        return cause.status if cause.status in (DEFECT, USER_ERROR, RESUMABLE) else DEFECT
+
+    def release(self, cause: Rank | None) -> None:
+        """Print the lines held back, once each, but not what the lead has said as it ended in the same way."""
+        lead = self.ranks[0]
+        said: set[str] = set()
+        for rank in self.ranks:
+            same = rank.status == lead.status and (rank is not cause or lead.status == USER_ERROR)
+            if rank.stopped_by_us or (same and lead.status in (USER_ERROR, RESUMABLE)):
+                continue
+            for line in rank.held:
+                if line not in said:
+                    self.say(f"[rank {rank.number}] {line}")
+                said.add(line)
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """`training/launch.py`: the launcher as a command."""
+    parser = cli.Parser(
+        prog="training/launch.py",
+        description="Start one process a rank of a training script on this machine, and end them together.",
+    )
+    parser.add_argument("--world-size", type=cli.positive_int, required=True, help="ranks on all machines together")
+    parser.add_argument("--first-rank", type=cli.natural, default=0, help="the first rank on this machine")
+    parser.add_argument("--ranks-here", type=cli.positive_int, help="ranks on this machine (default: all that follow)")
+    parser.add_argument("script", type=Path, help="the script to run, as training/dist_clm_train.py")
+    parser.add_argument("arguments", nargs="...", help="its arguments; --rank, --cuda-id and --world-size are added")
+    given = parser.parse_args(argv)
+    return launch(
+        given.script,
+        given.arguments,
+        world_size=given.world_size,
+        first_rank=given.first_rank,
+        ranks_here=given.ranks_here,
+    )

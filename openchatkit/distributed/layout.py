@@ -1,0 +1,101 @@
+"""How the ranks of a job are laid out: stages of a pipeline times replicas of it, on one DeviceMesh."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from openchatkit.errors import UserError
+
+
+def check_world(world_size: int, stages: int, replicas: int) -> None:
+    """Raise UserError unless the world is made of exactly stages x replicas ranks."""
+    if world_size != stages * replicas:
+        raise UserError(
+            f"--world-size {world_size} is not --pipeline-group-size {stages} x --data-group-size {replicas} "
+            f"= {stages * replicas}; make them agree"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place: rank = replica x stages + stage. A group of one rank is None, and needs no communication.
+
+    `pipeline` joins the stages of this replica, `data` the replicas of this stage, `control` (gloo) every rank.
+    """
+
+    rank: int
+    stages: int
+    replicas: int
+    device: torch.device
+    pipeline: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the job."""
+        return self.stages * self.replicas
+
+    @property
+    def stage(self) -> int:
+        """Number of this rank's stage, from 0."""
+        return self.rank % self.stages
+
+    @property
+    def replica(self) -> int:
+        """Number of this rank's replica, from 0."""
+        return self.rank // self.stages
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's stage has the head."""
+        return self.stage == self.stages - 1
+
+    def describe(self) -> str:
+        """This rank in words, for messages."""
+        return f"rank {self.rank} (stage {self.stage} of {self.stages}, replica {self.replica} of {self.replicas})"
+
+    def sum_over_replicas(self, *tensors: torch.Tensor) -> None:
+        """Add each tensor over the replicas of this stage, in place."""
+        if self.data is not None:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.data)
+
+    def sum_over_stages(self, *tensors: torch.Tensor) -> None:
+        """Add each tensor over the stages of this replica, in place."""
+        if self.pipeline is not None:
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self.pipeline)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gave, in rank order, on every rank. Values are pickled between our own processes only."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def make_layout(*, rank: int, stages: int, replicas: int, device: torch.device, timeout: timedelta) -> Layout:
+    """Lay out the ranks of an initialised process group."""
+    if stages * replicas == 1:
+        return Layout(rank, stages, replicas, device)
+    mesh = init_device_mesh(device.type, (replicas, stages), mesh_dim_names=("data", "pipeline"))
+    return Layout(
+        rank,
+        stages,
+        replicas,
+        device,
+        pipeline=mesh.get_group("pipeline") if stages > 1 else None,
+        data=mesh.get_group("data") if replicas > 1 else None,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+    )

@@ -1,0 +1,110 @@
+"""What the launcher is made of: a rank's process, the guard that outlives the launcher, and signals as requests."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO
+
+from openchatkit.errors import RESUMABLE, USER_ERROR
+
+# A second signal this soon is an echo of the first: timeout(1) and batch systems signal whole process groups.
+ECHO_SECONDS = 1.0
+
+# Runs in a session of its own, so that nothing meant for the launcher reaches it. It learns the ranks' process groups
+# line by line; when the pipe closes without "done", the launcher has died and the ranks are killed.
+_GUARD = """
+groups=
+while read -r word; do
+    if [ "$word" = done ]; then exit 0; fi
+    groups="$groups -$word"
+done
+[ -z "$groups" ] || kill -s KILL -- $groups 2>/dev/null
+"""
+
+
+@dataclass
+class Rank:
+    """One process, and when and how it ended."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    reader: threading.Thread | None = None
+    held: list[str] = field(default_factory=list)
+    status: int | None = None
+    ended: float = 0.0
+    stopped_by_us: bool = False
+
+    def poll(self) -> None:
+        if self.status is None and (status := self.process.poll()) is not None:
+            self.status, self.ended = status, time.monotonic()
+
+    def send(self, signum: int) -> None:
+        if self.status is None:
+            self.process.send_signal(signum)
+
+    def kill_group(self) -> None:
+        """SIGKILL the rank and whatever it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def severity(self) -> int:
+        """Order of causes: a rank that lost a peer ends with 75 or 1, never by a signal or as a user's mistake."""
+        assert self.status, self
+        return {RESUMABLE: 3, USER_ERROR: 1}.get(self.status, 0 if self.status < 0 else 2)
+
+    def what_happened(self) -> str:
+        assert self.status, self
+        if self.status == -signal.SIGKILL:
+            return f"rank {self.number} was killed (likely out of memory)"
+        if self.status < 0:
+            return f"rank {self.number} was ended by {signal.Signals(-self.status).name}"
+        return f"rank {self.number} ended with status {self.status}"
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[IO[bytes]]:
+    """A helper process that kills the process groups written to it, one number a line, should the launcher die."""
+    helper = subprocess.Popen(["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield helper.stdin
+    finally:
+        tell(helper.stdin, "done")
+        with contextlib.suppress(BrokenPipeError):
+            helper.stdin.close()
+        helper.wait()
+
+
+def tell(guard: IO[bytes], word: str) -> None:
+    """Write a word to the guard: a process group, or `done`."""
+    # Should the guard itself have been killed, the ranks run on without one.
+    with contextlib.suppress(BrokenPipeError):
+        guard.write(f"{word}\n".encode())
+        guard.flush()
+
+
+@contextlib.contextmanager
+def requests() -> Iterator[list[int]]:
+    """Collect the signals that ask for an end instead of dying of them; one that is ignored (nohup) stays so."""
+    received: list[int] = []
+    last = -ECHO_SECONDS
+
+    def request(signum: int, _frame: object) -> None:
+        nonlocal last
+        if time.monotonic() - last > ECHO_SECONDS:
+            received.append(signum)
+            last = time.monotonic()
+
+    previous = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            previous[signum] = signal.signal(signum, request)
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
