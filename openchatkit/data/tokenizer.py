@@ -1,0 +1,60 @@
+"""A tokenizer as training uses it: text in, ids out, and nothing that a text spells is more than text.
+
+It is loaded as transformers loads it for the finished model, from a folder, without remote code. Truncation and padding
+that a `tokenizer.json` may ask for are off, nothing is put around a text, and special tokens are encoded as the
+characters they are written with: end-of-text is what the tokeniser appends, never what a user typed.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from openchatkit.errors import UserError
+
+
+class Tokenizer:
+    """`vocab_size` is one more than the largest id, `digest` a name for everything that decides a text's ids.
+
+    `end_of_text` and `padding` are ids; a tokenizer without a padding token pads with end-of-text.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        loaded = _load(Path(folder))
+        self._backend = loaded.backend_tokenizer
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if loaded.eos_token_id is None:
+            raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
+        self.end_of_text: int = loaded.eos_token_id
+        self.padding: int = self.end_of_text if loaded.pad_token_id is None else loaded.pad_token_id
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.digest = hashlib.sha256(f"{self.end_of_text} {self._backend.to_str()}".encode()).hexdigest()
+        if self.end_of_text in self.encode([loaded.eos_token])[0]:
+            raise UserError(
+                f"the tokenizer in {folder} takes {loaded.eos_token!r} in a text for its end-of-text token: "
+                "expected one that can encode it as characters, a byte-level BPE tokenizer for example"
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that these ids stand for, special tokens included."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _load(folder: Path) -> object:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: expected one that holds a tokenizer (tokenizer.json)")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder} holds no tokenizer: expected tokenizer.json there, found {found}")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error

@@ -1,0 +1,175 @@
+"""Ids and masks: what a text spells stays text, and exactly the replies are trained on."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openchatkit.data import tokenise as module
+from openchatkit.data.tokenise import Tokenised, tokenise, tokenise_all
+from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
+from openchatkit.formats import chat
+from openchatkit.formats.chat import Turn
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer)
+
+
+def trained_text(tokenizer: Tokenizer, part: Tokenised) -> list[str]:
+    """The text of each run of tokens that are trained on."""
+    borders = np.flatnonzero(np.diff(part.mask, prepend=False, append=False)).reshape(-1, 2)
+    return [tokenizer.decode(part.tokens[start:end].tolist()) for start, end in borders]
+
+
+def test_ids(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.end_of_text, tokenizer.padding) == (0, 1)
+    ids = tokenizer.encode(["What does it say?", ""])
+    assert tokenizer.decode(ids[0]) == "What does it say?"
+    assert ids[1] == []
+    assert max(ids[0]) < tokenizer.vocab_size
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
+    text = f"<human>: {END}<|padding|> ok{END}\n<bot>: {END}\n"
+    part = tokenise([text], tokenizer)
+    assert part.tokens.tolist().count(0) == 1
+    assert part.tokens[-1] == 0
+    assert 1 not in part.tokens
+    assert tokenizer.decode(part.tokens.tolist()) == text + END
+
+
+def test_what_tokenizer_json_asks_for_is_off(tiny_tokenizer: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Truncation, padding and tokens put around a text by a post-processor."""
+    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer.json").read_text())
+    config["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    config["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "<|padding|>",
+    }
+    config["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": END, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    texts = ["one", "a much longer text than the other"]
+    assert Tokenizer(tmp_path).encode(texts) == tokenizer.encode(texts)
+
+
+def test_tokenizers_that_will_not_do(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        Tokenizer(tmp_path / "nowhere")
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(UserError, match=r"expected tokenizer\.json there, found model\.bin"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(UserError, match="cannot be loaded: "):
+        Tokenizer(tmp_path)
+    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        Tokenizer(tmp_path)
+
+
+def test_remote_code_is_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be loaded: "):
+        Tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_padding_falls_back_to_end_of_text(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).padding == 0
+
+
+def test_digest_names_the_ids(tiny_tokenizer: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert Tokenizer(tiny_tokenizer).digest == tokenizer.digest
+    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer.json").read_text())
+    config["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).digest != tokenizer.digest
+
+
+def test_only_replies_are_trained_on(tokenizer: Tokenizer) -> None:
+    turns = [
+        Turn("human", "What does it say?", passages=("The first\npassage.", "Another <bot>: one.")),
+        Turn("bot", "It says\n\nthis on two lines."),
+        Turn("human", "And <bot>: then? <|endoftext|>"),
+        Turn("bot", "Nothing."),
+    ]
+    text = chat.render_text(turns, system="Current Date: 2026-11-20\nCurrent Time: 22:35:00 PM UTC")
+    part = tokenise([text], tokenizer)
+    assert tokenizer.decode(part.tokens.tolist()) == text + END
+    assert trained_text(tokenizer, part) == [" It says\n\nthis on two lines.\n<human>:", f" Nothing.\n{END}"]
+
+
+def test_chats_that_do_not_end_with_a_reply(tokenizer: Tokenizer) -> None:
+    open_end = chat.render_text([Turn("human", "a"), Turn("bot", "b"), Turn("human", "c")])
+    part = tokenise([open_end, "no roles at all", "<human>: x\n"], tokenizer)
+    assert trained_text(tokenizer, part) == [" b\n<human>:"]
+    assert part.tokens[np.cumsum(part.sizes) - 1].tolist() == [0, 0, 0]
+    assert not part.mask[part.tokens == 0].any()
+
+
+def test_random_chats(tokenizer: Tokenizer) -> None:
+    """Replies and the ends of their turns, nothing else, whatever the turns hold."""
+    generator = random.Random(0)
+    words = ["a", "<human>:", "<bot>:", "\n", "  ", END, "é", "你好", "the answer", "> x", "\u200b", "Passages:"]
+    chats, expected = [], []
+    for _ in range(300):
+        turns = []
+        for _ in range(generator.randint(1, 4)):
+            human, bot = (" ".join(generator.choices(words, k=generator.randint(0, 8))) for _ in range(2))
+            passages = tuple(generator.choices(words, k=generator.randint(0, 3)))
+            turns += [Turn("human", human, passages), Turn("bot", bot)]
+        if generator.random() < 0.2:
+            turns.pop()
+        replies = [f" {chat.neutralise(turn.text).strip()}\n" for turn in turns if turn.role == "bot"]
+        ends = ["<human>:"] * (len(replies) - (turns[-1].role == "bot")) + [END] * (turns[-1].role == "bot")
+        expected.append([reply + end for reply, end in zip(replies, ends, strict=True)])
+        chats.append(chat.render_text(turns))
+    for text, replies in zip(chats, expected, strict=True):
+        part = tokenise([text], tokenizer)
+        assert trained_text(tokenizer, part) == replies
+        assert tokenizer.decode(part.tokens.tolist()) == text + END
+
+
+def test_batches_keep_the_order(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 50)
+    texts = [f"<human>: {'q' * (n % 37)}\n<bot>: {n}\n" for n in range(100)]
+    parts = list(tokenise_all(iter(texts), tokenizer))
+    assert len(parts) > 10
+    whole = tokenise(texts, tokenizer)
+    for name in ("tokens", "sizes", "mask"):
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert len(whole.sizes) == 100
+
+
+def test_an_error_among_the_texts_comes_through(tokenizer: Tokenizer) -> None:
+    def texts() -> object:
+        yield "fine"
+        raise UserError("line 2")
+
+    with pytest.raises(UserError, match="line 2"):
+        list(tokenise_all(texts(), tokenizer))
