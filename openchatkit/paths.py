@@ -1,11 +1,13 @@
 """Where things are in a checkout, and how a file gets its final name: whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED = ROOT / "pretrained"
@@ -39,6 +41,17 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically, as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """Lock a file for this process until it is closed or the process ends, however it ends; None if another has it."""
+    file = open(path, "w")  # noqa: SIM115 - the open file is the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
 def sync(path: Path) -> None:

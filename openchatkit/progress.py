@@ -1,5 +1,7 @@
 """One live line for long work: drawn on a terminal, silent elsewhere."""
 
+import sys
+
 from tqdm import tqdm
 
 
@@ -7,3 +9,8 @@ def bar(total: int | None, description: str, *, unit: str = "it", initial: int =
     """A tqdm bar on stderr with rate and time left; nothing is drawn when stderr is no terminal."""
     options.setdefault("disable", None)
     return tqdm(total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True, **options)
+
+
+def write(text: str) -> None:
+    """Print a line on stderr above the live line, if there is one."""
+    tqdm.write(text, file=sys.stderr, end="")

@@ -8,17 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from openchatkit.errors import UserError
-
-
-def check_world(world_size: int, stages: int, replicas: int) -> None:
-    """Raise UserError unless the world is made of exactly stages x replicas ranks."""
-    if world_size != stages * replicas:
-        raise UserError(
-            f"--world-size {world_size} is not --pipeline-group-size {stages} x --data-group-size {replicas} "
-            f"= {stages * replicas}; make them agree"
-        )
-
 
 @dataclass(frozen=True)
 class Layout:

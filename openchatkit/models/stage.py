@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.layers import RotaryTable
-from openchatkit.models.names import EMBED, HEAD, layer_name
+from openchatkit.models.names import EMBED, HEAD, layer_name, shard_names
 from openchatkit.models.registry import family
 
 
@@ -34,8 +34,8 @@ class Stage(nn.Module):
         super().__init__()
         self.config, self.recompute = config, recompute
         last = config.num_layers if last is None else last
-        self.shard_names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
-        self.shards = nn.ModuleDict({name: family(config).module(config, name) for name in self.shard_names})
+        names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
+        self.shards = nn.ModuleDict({name: family(config).module(config, name) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,15 +78,19 @@ class Stage(nn.Module):
             parameter.requires_grad_(True)
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Fill a new model: weights normal(0, init_std), biases 0, norms 1, as transformers does."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0.0, self.config.init_std, generator=generator)
-            elif isinstance(module, nn.LayerNorm):
-                module.weight.fill_(1.0)
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
-        if self.config.tie_embeddings and EMBED in self.shards and HEAD in self.shards:
-            embedding = getattr(self.shards[EMBED], family(self.config).embedding)
-            self.projection.weight.copy_(embedding.weight)
+    def init_weights(self, seed: int) -> None:
+        """Fill a new model: weights normal(0, init_std), biases 0, norms 1, as transformers does.
+
+        A shard's values depend on `seed` and the shard alone, so however stages are cut, the model is the same.
+        """
+        order = shard_names(self.config.num_layers)
+        for shard, part in self.named_shards():
+            generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    values = torch.empty(module.weight.shape)
+                    module.weight.copy_(values.normal_(0.0, self.config.init_std, generator=generator))
+                elif isinstance(module, nn.LayerNorm):
+                    module.weight.fill_(1.0)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()

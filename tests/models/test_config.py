@@ -31,7 +31,9 @@ def test_both_spellings_mean_the_same():
 def test_both_spellings_at_once_must_agree():
     both = {**OLD, **new_spelling(partial_rotary_factor=0.25, rope_theta=10000)}
     assert config_from_hf(both) == config_from_hf(OLD)
-    with pytest.raises(UserError, match=r"contradicts itself: rotary_pct=0.25, rope_parameters.partial_rotary_factor=1"):
+    with pytest.raises(
+        UserError, match=r"contradicts itself: rotary_pct=0.25, rope_parameters.partial_rotary_factor=1"
+    ):
         config_from_hf({**OLD, **new_spelling(partial_rotary_factor=1.0)})
 
 

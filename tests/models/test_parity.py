@@ -58,7 +58,7 @@ def stages_of(model, *, cuts=()):
     stages = []
     for first, last in zip(borders, borders[1:], strict=False):
         stage = Stage(config, first, last, embed=first == 0, head=last == config.num_layers)
-        for shard in stage.shard_names:
+        for shard in stage.shards:
             stage.load(shard, shards[shard])
         stages.append(stage)
     return stages
@@ -141,12 +141,22 @@ def test_buffers_are_ignored_and_foreign_keys_are_not():
             kind.from_hf_key("model.layers.0.self_attn.q_proj.weight")
 
 
-def test_init_weights_fills_everything():
-    config = config_from_hf(make("gpt_neox", "tied").config.to_dict())
-    with torch.device("meta"):
-        stage = Stage(config)
-    stage.to_empty(device="cpu")
-    stage.init_weights(torch.Generator().manual_seed(0))
-    assert torch.equal(stage.projection.weight, stage.shards["embed"].embed_in.weight)
-    assert abs(stage.projection.weight.std().item() - 0.02) < 2e-3
-    assert all(p.isfinite().all() for p in stage.parameters())
+def test_init_weights_depends_on_the_shard_and_not_on_the_cut():
+    config = config_from_hf(make("gpt_neox", "pythia").config.to_dict())
+    found = []
+    for cuts in [(0, 3)], [(0, 1), (1, 3)]:
+        values = {}
+        for first, last in cuts:
+            with torch.device("meta"):
+                stage = Stage(config, first, last, embed=first == 0, head=last == 3)
+            stage.to_empty(device="cpu")
+            stage.init_weights(7)
+            values |= {
+                f"{shard}/{n}": p for shard, module in stage.named_shards() for n, p in module.named_parameters()
+            }
+        found.append(values)
+    whole, parts = found
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert abs(whole["head/embed_out.weight"].std().item() - 0.02) < 2e-3
+    assert not torch.equal(whole["layer_00000/mlp.dense_h_to_4h.weight"], whole["layer_00001/mlp.dense_h_to_4h.weight"])

@@ -1,0 +1,64 @@
+"""Addresses and network interfaces, checked before torch.distributed is asked to use them."""
+
+import ipaddress
+import os
+import socket
+from urllib.parse import urlsplit
+
+import netifaces
+
+from openchatkit.errors import UserError
+
+
+def choose_interface(name: str | None, host: str) -> None:
+    """Tell gloo and NCCL which network interface to use; raise UserError when there is none of that name.
+
+    Without a name, ranks that meet on this machine's loopback address use the loopback interface, which works where
+    the host name does not resolve; otherwise gloo and NCCL choose, or their own environment variables do.
+    """
+    known = netifaces.interfaces()
+    if name is None:
+        if not _is_loopback(host) or "GLOO_SOCKET_IFNAME" in os.environ:
+            return
+        name = next((loop for loop in ("lo", "lo0") if loop in known), None)
+        if name is None:
+            return
+    elif name not in known:
+        raise UserError(f"--net-interface {name}: this machine has no such interface; it has {', '.join(known)}")
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+
+
+def parse_url(url: str) -> tuple[str, int]:
+    """Host and port of tcp://HOST:PORT."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        parts = host = port = None
+    if parts is None or parts.scheme != "tcp" or not host or not port:
+        raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT, for example tcp://127.0.0.1:7033")
+    return host, port
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on this address alone; UserError when the port is taken or the address is not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"rank 0 cannot listen on {host}:{port} ({error.strerror or error}): another job may be using the port; "
+            "give another one with --dist-url"
+        ) from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,183 @@
+"""What of a run a checkpoint holds, how every rank writes its share of it, and how any layout reads it again."""
+
+import contextlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from openchatkit import paths
+from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint
+from openchatkit.formats.layer_shards import LayerShards, read_config
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.names import EMBED, HEAD
+from openchatkit.models.registry import family
+from openchatkit.models.stage import Stage
+from openchatkit.training.optimizer import own_parameters
+
+Source = LayerShards | Path
+
+
+def shards_read(stage: Stage) -> list[str]:
+    """The shards a stage is filled from: its own, and for the projection of a tied model the embedding."""
+    tied = stage.config.tie_embeddings and HEAD in stage.shards and EMBED not in stage.shards
+    return [*stage.shards, *([EMBED] if tied else [])]
+
+
+def load_weights(stage: Stage, source: Source, device: torch.device) -> None:
+    """Fill a stage with float32 parameters on `device`, from layer shards or from a verified checkpoint folder.
+
+    Only the shards that this stage needs are opened; those of a prepared model are compared with its manifest first.
+    """
+    kind = family(stage.config)
+    if isinstance(source, LayerShards):
+        source.verify(shards_read(stage))
+    for shard in stage.shards:
+        tensors = _read(source, shard)
+        if stage.config.tie_embeddings and shard == HEAD:
+            tensors[kind.tied_weight] = _read(source, EMBED)[kind.embedding_weight]
+        stage.load(shard, {name: _owned(tensor, device) for name, tensor in tensors.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stage: Stage, path: Path) -> None:
+    """Give the optimizer the state that a verified checkpoint holds for this stage's parameters."""
+    kind = family(stage.config)
+    stored = {shard: checkpoint.read_optimizer(path, shard) for shard in shards_read(stage)}
+    if stage.config.tie_embeddings and HEAD in stage.shards:
+        stored[HEAD][kind.tied_weight] = stored[EMBED][kind.embedding_weight]
+    state = optimizer.state_dict()
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for shard, module in stage.named_shards():
+        for name, parameter in module.named_parameters():
+            entry = stored[shard][name]
+            # What is read is a view of the file, and the optimizer updates its state in place.
+            state["state"][index[id(parameter)]] = {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()
+            }
+    optimizer.load_state_dict(state)
+
+
+def save(
+    root: Path,
+    step: int,
+    *,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    layout: Layout,
+    state: dict[str, Any],
+    raw_config: dict[str, Any],
+    tokenizer_from: Path,
+    keep: int,
+) -> None:
+    """Write checkpoint_<step> from all ranks and delete those that are older than the newest `keep`.
+
+    The replicas of a stage hold the same bits, so they share its shards among themselves.
+    """
+    temporary = layout.gather(checkpoint.begin(root, step) if layout.rank == 0 else None)[0]
+    records = []
+    for number, shard in enumerate(stage.shards):
+        if number % layout.replicas != layout.replica:
+            continue
+        parameters = {n: p for owner, n, p in own_parameters(stage) if owner == shard}
+        records.append(checkpoint.write_weights(temporary, shard, {n: _stored(p) for n, p in parameters.items()}))
+        entries = {n: {k: _stored(v) for k, v in optimizer.state[p].items()} for n, p in parameters.items()}
+        records.append(checkpoint.write_optimizer(temporary, shard, entries))
+    gathered = layout.gather(records)
+    if layout.rank == 0:
+        checkpoint.finish(
+            temporary,
+            root,
+            step,
+            state=state,
+            records=[record for part in gathered for record in part],
+            raw_config=raw_config,
+            tokenizer_from=tokenizer_from,
+        )
+        checkpoint.prune(root, keep)
+    layout.barrier()
+
+
+def newest(root: Path, layout: Layout) -> Path | None:
+    """The checkpoint to resume from; rank 0 decides for all."""
+    return layout.gather(checkpoint.latest(root) if layout.rank == 0 else None)[0]
+
+
+def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_a_step: int, data: str) -> None:
+    """UserError if going on from `state` would change the global batch; a warning if the data changed.
+
+    `batches_a_step` is accumulation x replicas.
+    """
+    recorded, given = state["global_batch"], batch_size * batches_a_step
+    if recorded != given:
+        fits = recorded % batches_a_step == 0
+        advice = f"give --batch-size {recorded // batches_a_step}" if fits else "no --batch-size makes that here"
+        raise UserError(
+            f"{path} was trained with {recorded} rows a step; --batch-size {batch_size} x --gradient-accumulate-step x "
+            f"--data-group-size makes {given}: {advice}, or start anew in another --checkpoint-path"
+        )
+    if state["data"] != data:
+        logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)
+
+
+def versions() -> dict[str, str]:
+    """What a run's bits depend on besides its settings."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+
+
+def check_shared_folder(root: Path, layout: Layout) -> None:
+    """UserError unless every rank sees the folder that rank 0 sees."""
+    name = None
+    if layout.rank == 0:
+        handle, name = tempfile.mkstemp(prefix=".seen_by_all_", dir=root)
+        os.close(handle)
+    name = layout.gather(name)[0]
+    seen = layout.gather(Path(name).exists())
+    if layout.rank == 0:
+        Path(name).unlink()
+    if not all(seen):
+        raise UserError(
+            f"--checkpoint-path {root}: rank {seen.index(False)} does not see the folder that rank 0 sees; "
+            "put it on storage that all machines share"
+        )
+
+
+@contextlib.contextmanager
+def only_run_in(root: Path, layout: Layout) -> Iterator[None]:
+    """Hold the checkpoint folder for this run; UserError if another run has it. Freed however the holder ends."""
+    lock = None
+    if layout.rank == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = paths.try_lock(root / ".lock")
+    if not layout.gather(lock is not None)[0]:
+        raise UserError(f"--checkpoint-path {root} is in use by another run: wait for it, or give another folder")
+    with lock or contextlib.nullcontext():
+        yield
+
+
+def check_same_model(path: Path, config: ModelConfig) -> None:
+    """UserError when a checkpoint is of another model than --model-name."""
+    if read_config(path)[1] != config:
+        raise UserError(
+            f"{path} is a checkpoint of another model than --model-name: give that model or another --checkpoint-path"
+        )
+
+
+def _read(source: Source, shard: str) -> dict[str, Tensor]:
+    return source.read(shard) if isinstance(source, LayerShards) else checkpoint.read_weights(source, shard)
+
+
+def _owned(tensor: Tensor, device: torch.device) -> Tensor:
+    # What is read is a view of the file: training must never write there.
+    return tensor.to(device=device, dtype=torch.float32, copy=True)
+
+
+def _stored(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

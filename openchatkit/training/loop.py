@@ -1,0 +1,227 @@
+"""`training/dist_clm_train.py`: one process a rank, from flags to a trained checkpoint."""
+
+import contextlib
+import math
+import re
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from openchatkit.cli import command
+from openchatkit.distributed import network
+from openchatkit.errors import RESUMABLE, Interrupted, UserError
+from openchatkit.training import config
+from openchatkit.training.config import Settings
+
+if TYPE_CHECKING:
+    from openchatkit.training.metrics import Reporter
+    from openchatkit.training.setup import Progress, Run
+    from openchatkit.training.step import Trainer
+
+# After this many steps in a row whose gradient is not finite, training is not coming back by itself.
+_HOPELESS = 20
+_LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train until --total-steps, resuming where the newest checkpoint stands. Returns the exit status."""
+    settings = config.parse(argv)
+    if settings.net_interface or settings.world_size > 1:
+        host = network.parse_url(settings.dist_url)[0] if settings.dist_url else ""
+        network.choose_interface(settings.net_interface, host)
+
+    # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
+    from openchatkit.training.metrics import configure_logging
+
+    configure_logging(rank=settings.rank, backend=settings.train_log_backend)
+    with _explained(settings):
+        return _train(settings)
+
+
+def _train(settings: Settings) -> int:
+    from loguru import logger
+
+    from openchatkit.distributed import rendezvous
+    from openchatkit.distributed.layout import make_layout
+    from openchatkit.training import checkpoints, setup
+
+    if settings.rank == 0:
+        for flag, why in config.ignored_flags(settings).items():
+            logger.warning("--{} has no effect: {}", flag, why)
+    device = setup.choose_device(settings)
+    run = setup.prepare_run(settings)
+    timeout = timedelta(seconds=settings.timeout)
+    place = {"rank": settings.rank, "device": device, "timeout": timeout}
+    try:
+        if settings.world_size > 1:
+            rendezvous.connect(settings.dist_url, world_size=settings.world_size, **place)
+        layout = make_layout(stages=settings.pipeline_group_size, replicas=settings.data_group_size, **place)
+        with checkpoints.only_run_in(settings.checkpoint_path, layout):
+            checkpoints.check_shared_folder(settings.checkpoint_path, layout)
+            trainer, progress = setup.build_trainer(settings, run, layout)
+            return Loop(settings, run, trainer, progress).run()
+    finally:
+        rendezvous.disconnect()
+
+
+class Loop:
+    """Steps, evaluations and checkpoints until the end, or until some rank is asked to stop."""
+
+    def __init__(self, settings: Settings, run: "Run", trainer: "Trainer", progress: "Progress") -> None:
+        self.settings, self.run_data, self.trainer, self.progress = settings, run, trainer, progress
+        self.total_steps = run.total_steps
+        self._stop = False
+        self._not_finite = 0
+
+    def run(self) -> int:
+        """Train; returns 0 when all steps are done, 75 when stopped before (a checkpoint is written either way)."""
+        from loguru import logger
+
+        from openchatkit.training.profiling import profiler
+
+        if self.progress.step >= self.total_steps:
+            if self.trainer.layout.rank == 0:
+                logger.info("all {} steps are done: {}", self.total_steps, self.settings.checkpoint_path)
+            return 0
+        with self._reporting() as reporter, self._stopping_on_signals(), profiler(self.settings) as profile:
+            while self.progress.step < self.total_steps:
+                stop = self._step(reporter)
+                if profile is not None:
+                    profile.step()
+                self._evaluate_if_due(reporter)
+                self._save_if_due(stop)
+                if stop and self.progress.step < self.total_steps:
+                    return self._stopped()
+        return 0
+
+    def _step(self, reporter: "Reporter | None") -> bool:
+        started = time.perf_counter()
+        result = self.trainer.step(self.progress.step, self.run_data.dataset, stop=self._stop)
+        seconds = time.perf_counter() - started
+        tokens = self.trainer.global_batch * self.settings.seq_length
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self._not_finite = 0 if result.applied else self._not_finite + 1
+        if reporter is not None:
+            row = {
+                "step": self.progress.step,
+                "loss": result.loss,
+                "lr": result.lr,
+                "grad_norm": result.grad_norm,
+                "tokens": self.progress.tokens,
+                "trained_tokens": result.trained_tokens,
+                "tokens_per_second": tokens / seconds,
+                "loss_scale": self.trainer.scaler.scale,
+            }
+            reporter.step(row, applied=result.applied)
+        if self._not_finite == _HOPELESS:
+            raise UserError(
+                f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}: lower "
+                "--lr, use --bf16 instead of --fp16, or look at the data; the last checkpoint is from before"
+            )
+        return result.stop
+
+    def _evaluate_if_due(self, reporter: "Reporter | None") -> None:
+        every, evaluation = self.settings.evaluation_steps, self.run_data.evaluation
+        if evaluation is None or (self.progress.step % every and self.progress.step < self.total_steps):
+            return
+        loss, tokens = self.trainer.evaluate(evaluation, self.settings.evaluation_num_batch)
+        if reporter is not None:
+            row = {"step": self.progress.step, "evaluation_loss": loss, "evaluation_tokens": tokens}
+            reporter.evaluation(row)
+
+    def _save_if_due(self, stop: bool) -> None:
+        from openchatkit.training import checkpoints
+        from openchatkit.training.setup import state_of
+
+        every = self.settings.checkpoint_steps
+        if not every and self.settings.num_checkpoints:
+            every = math.ceil(self.total_steps / self.settings.num_checkpoints)
+        due = every and self.progress.step % every == 0
+        if not (due or stop or self.progress.step == self.total_steps):
+            return
+        checkpoints.save(
+            self.settings.checkpoint_path,
+            self.progress.step,
+            stage=self.trainer.stage,
+            optimizer=self.trainer.optimizer,
+            layout=self.trainer.layout,
+            state=state_of(self.settings, self.run_data, self.trainer, self.progress),
+            raw_config=self.run_data.shards.raw_config,
+            tokenizer_from=self.settings.tokenizer_name,
+            keep=self.settings.keep_checkpoints,
+        )
+
+    def _stopped(self) -> int:
+        if self.trainer.layout.rank == 0:
+            raise Interrupted(
+                f"stopped after step {self.progress.step} of {self.total_steps}, which is saved in "
+                f"{self.settings.checkpoint_path}: the same command goes on from there"
+            )
+        return RESUMABLE
+
+    @contextlib.contextmanager
+    def _reporting(self) -> "Iterator[Reporter | None]":
+        from openchatkit.training.metrics import Reporter
+
+        if self.trainer.layout.rank != 0:
+            yield None
+            return
+        reporter = Reporter(
+            self.settings.checkpoint_path,
+            first_step=self.progress.step,
+            total_steps=self.total_steps,
+            backend=self.settings.train_log_backend,
+            project=self.settings.project_name,
+            job_id=self.settings.job_id,
+            config=config.recorded(self.settings),
+        )
+        try:
+            yield reporter
+        finally:
+            reporter.close()
+
+    @contextlib.contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """SIGTERM or Ctrl-C: finish the step, save, stop. All ranks stop at the same step; a second one kills."""
+
+        def ask(number: int, _: object) -> None:
+            if self._stop:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._stop = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _explained(settings: Settings) -> Iterator[None]:
+    """Say in one line what a lost peer or full memory means; any other exception is a defect, with its traceback."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+            raise UserError(
+                f"rank {settings.rank} ran out of GPU memory: use a smaller --micro-batch-size or --seq-length, "
+                "--optimizer 8bit-adam, --activation-checkpointing true, or more stages"
+            ) from error
+        if settings.world_size > 1 and _LOST_PEER.search(str(causes[-1])):
+            reason = str(causes[-1]).splitlines()[0][:160]
+            raise Interrupted(
+                f"rank {settings.rank} lost a peer ({reason}); when the cause is mended, the same command resumes from "
+                f"the newest checkpoint in {settings.checkpoint_path}"
+            ) from error
+        raise

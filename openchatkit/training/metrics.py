@@ -1,0 +1,101 @@
+"""Where a run's numbers go: metrics.jsonl always, one live line on a terminal, and the log backend that was chosen."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.formats import metrics
+
+LOG_FILE = "./logs/file_{time}.log"
+
+
+def configure_logging(*, rank: int, backend: str) -> None:
+    """Send the log to stderr with the rank in front; with `--train-log-backend loguru` rank 0 also writes LOG_FILE."""
+    logger.remove()
+    prefix = "{time:HH:mm:ss} | " + (f"rank {rank} | " if rank else "")
+    # Through tqdm, so that a message does not tear the live line.
+    logger.add(lambda text: progress.write(text), format=prefix + "{message}", level="INFO" if rank == 0 else "WARNING")
+    if backend == "loguru" and rank == 0:
+        logger.add(LOG_FILE, format="{time} | {level} | {message}", level="INFO")
+
+
+class Reporter:
+    """Reports steps and evaluations; made on rank 0 only.
+
+    `first_step` and `total_steps` bound the live line. `config` goes to wandb and holds no secrets.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        backend: str,
+        project: str,
+        job_id: str,
+        config: dict[str, Any],
+    ) -> None:
+        self.folder, self.backend = folder, backend
+        metrics.cut(folder, first_step)
+        self._bar = progress.bar(total_steps, "training", unit="step", initial=first_step)
+        self._run = _wandb_run(project, job_id, config) if backend == "wandb" else None
+        self._last_printed = 0.0
+
+    def step(self, row: dict[str, Any], *, applied: bool) -> None:
+        """Report one step: step, loss, lr, grad_norm, tokens, tokens_per_second, loss_scale, trained_tokens.
+
+        A norm or loss that is not finite is written as null, since JSON has no such number.
+        """
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        if not applied:
+            logger.warning("step {}: the gradient is not finite, no weight was changed", row["step"])
+        metrics.append(self.folder, row)
+        self._bar.update()
+        self._bar.set_postfix(loss=_number(row["loss"]), tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
+        self._send(row)
+        # On a terminal the live line says it already; in a file, a line every few seconds is enough to follow a run.
+        last = row["step"] == self._bar.total
+        if self.backend != "print" or (self._bar.disable and (last or time.monotonic() - self._last_printed > 10)):
+            self._last_printed = time.monotonic()
+            logger.info(
+                f"step {row['step']}/{self._bar.total} | loss {_number(row['loss'])} | lr {row['lr']:.3g} | "
+                f"grad norm {_number(row['grad_norm'])} | {row['tokens_per_second']:.0f} tokens/s"
+            )
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Report an evaluation: step, evaluation_loss, evaluation_tokens."""
+        metrics.append(self.folder, row)
+        self._send(row)
+        logger.info(f"step {row['step']} | evaluation loss {row['evaluation_loss']:.4f}")
+
+    def close(self) -> None:
+        """End the live line and the wandb run."""
+        self._bar.close()
+        if self._run is not None:
+            self._run.finish()
+
+    def _send(self, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _wandb_run(project: str, job_id: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--train-log-backend wandb needs wandb: pip install 'openchatkit[wandb]'") from error
+    try:
+        return wandb.init(project=project, group=job_id, config=config, resume="allow")
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from error

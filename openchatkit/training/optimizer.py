@@ -1,0 +1,110 @@
+"""The optimizer, its learning rate as a pure function of the step, and the one gradient norm of the whole model."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
+from openchatkit.models.names import EMBED, HEAD, shard_names
+from openchatkit.models.registry import family
+from openchatkit.models.stage import Stage
+
+OPTIMIZERS = ("adam", "adamw", "8bit-adam")
+
+
+def build_optimizer(
+    name: str, stage: Stage, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Adam (weight decay in the gradient), AdamW (decoupled) or AdamW with 8-bit state; only matrices decay."""
+    parameters = list(stage.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    options = {"lr": lr, "betas": betas, "eps": eps}
+    if name == "8bit-adam":
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise UserError("--optimizer 8bit-adam needs bitsandbytes: pip install 'openchatkit[gpu]'") from error
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    return kind(groups, fused=True, **options)
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """The rate of step `step`, counted from 0: a linear rise that ends at `peak`, then a linear fall to nearly 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
+
+
+def own_parameters(stage: Stage) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Shard, name and parameter of all that this stage stores; of tied embeddings, the projection is left out."""
+    for shard, module in stage.named_shards():
+        for name, parameter in module.named_parameters():
+            if not _is_tied_copy(stage, shard, name):
+                yield shard, name, parameter
+
+
+def squared_norms(stage: Stage) -> Tensor:
+    """The squared gradient norm of each shard of the model in float64 [num_layers + 2]; 0 for other stages' shards.
+
+    Adding the entries in order gives the same bits however the shards are spread over stages.
+    """
+    order = {name: i for i, name in enumerate(shard_names(stage.config.num_layers))}
+    device = next(stage.parameters()).device
+    norms = torch.zeros(len(order), dtype=torch.float64, device=device)
+    for shard, _, parameter in own_parameters(stage):
+        norms[order[shard]] += torch.linalg.vector_norm(parameter.grad).double().square()
+    return norms
+
+
+def add_tied_gradients(stage: Stage, layout: Layout) -> None:
+    """Give the embedding and the head's projection of a model with tied embeddings the sum of their gradients."""
+    if not stage.config.tie_embeddings:
+        return
+    ends = [_tied_ends(stage, shard) for shard in (EMBED, HEAD) if shard in stage.shards]
+    if layout.stages == 1:
+        total = ends[0].grad + ends[1].grad
+    else:
+        # Every stage takes part, those in the middle with zeros: only the ends hold a gradient, so the sum is exact.
+        config = stage.config
+        shape = (config.vocab_size, config.hidden_size)
+        total = ends[0].grad if ends else torch.zeros(shape, device=layout.device)
+        layout.sum_over_stages(total)
+    for parameter in ends:
+        parameter.grad.copy_(total)
+
+
+def sum_gradients_over_replicas(parameters: Iterable[nn.Parameter], layout: Layout, *, through_cpu: bool) -> None:
+    """Add every gradient over the replicas, in buckets that one all-reduce takes; `through_cpu` reduces by gloo."""
+    if layout.data is None:
+        return
+    for bucket in _buckets([p.grad for p in parameters], limit=1 << 25):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        reduced = flat.cpu() if through_cpu else flat
+        layout.sum_over_replicas(reduced)
+        for gradient, part in zip(bucket, reduced.to(flat.device).split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor], *, limit: int) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(g.numel() for g in bucket) + gradient.numel() > limit:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
+
+
+def _is_tied_copy(stage: Stage, shard: str, name: str) -> bool:
+    return stage.config.tie_embeddings and shard == HEAD and name == family(stage.config).tied_weight
+
+
+def _tied_ends(stage: Stage, shard: str) -> nn.Parameter:
+    return stage.projection.weight if shard == HEAD else next(stage.shards[EMBED].parameters())

@@ -1,0 +1,72 @@
+"""Which dtype the layers compute in, and the loss scale that keeps float16 gradients from vanishing.
+
+Parameters, gradients and optimizer state are float32 throughout; autocast casts what enters a matrix product.
+"""
+
+import contextlib
+from dataclasses import asdict, dataclass
+
+import torch
+
+
+def compute_dtype(*, fp16: bool, bf16: bool) -> torch.dtype:
+    """The dtype of matrix products and of the hidden states between layers."""
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Autocast for a whole step, so that a weight is cast once and not once a micro-batch; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@dataclass
+class LossScaler:
+    """A loss scale, fixed or dynamic as in Megatron-LM: it grows after `window` good steps in a row, and halves when
+    `hysteresis` steps have overflowed since it last changed.
+    """
+
+    scale: float
+    dynamic: bool
+    minimum: float = 1.0
+    window: int = 1000
+    hysteresis: int = 2
+    good_steps: int = 0
+    overflows_left: int = 2
+
+    @classmethod
+    def create(
+        cls, *, fp16: bool, fixed: float, initial: float, minimum: float, window: int, hysteresis: int
+    ) -> "LossScaler":
+        """The scaler the flags ask for: 1 without float16, `fixed` if it is not 0, else dynamic from `initial`."""
+        if not fp16:
+            return cls(1.0, dynamic=False)
+        dynamic = fixed == 0
+        return cls(initial if dynamic else fixed, dynamic, minimum, window, hysteresis, 0, hysteresis)
+
+    def update(self, *, overflow: bool) -> None:
+        """Account for one step. Every rank calls this with the same `overflow`, so all scales stay equal."""
+        if not self.dynamic:
+            return
+        if overflow:
+            self.good_steps = 0
+            self.overflows_left -= 1
+            if self.overflows_left <= 0:
+                self.scale = max(self.scale / 2, self.minimum)
+                self.overflows_left = self.hysteresis
+            return
+        self.good_steps += 1
+        if self.good_steps % self.window == 0:
+            self.scale *= 2
+            self.overflows_left = self.hysteresis
+
+    def state_dict(self) -> dict[str, float | int | bool]:
+        """What a checkpoint keeps."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
+        """Go on from a checkpoint; a scale that is fixed, or not needed, now stays as the flags say."""
+        if self.dynamic and state["dynamic"]:
+            self.scale = state["scale"]
+            self.good_steps, self.overflows_left = state["good_steps"], state["overflows_left"]

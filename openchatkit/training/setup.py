@@ -1,0 +1,207 @@
+"""From flags to a trainer that is ready for its next step: what can fail fails here, most of it before ranks meet."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+
+from openchatkit.data.dataset import Dataset, build_dataset
+from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint
+from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.models.stage import Stage
+from openchatkit.training import checkpoints
+from openchatkit.training.config import MODEL_TYPES, Settings, recorded
+from openchatkit.training.optimizer import build_optimizer
+from openchatkit.training.partition import check_model, stage_layers
+from openchatkit.training.precision import LossScaler, compute_dtype
+from openchatkit.training.step import Schedule, Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works on, before any rank has met another. `layers` are this run's stages' first and last layers."""
+
+    shards: LayerShards
+    layers: list[tuple[int, int]]
+    dataset: Dataset
+    evaluation: Dataset | None
+    total_steps: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands: steps taken, and tokens put through, both since its first start."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+def choose_device(settings: Settings) -> torch.device:
+    """The GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
+    if not settings.use_cuda or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if settings.cuda_id >= torch.cuda.device_count():
+        raise UserError(
+            f"--cuda-id {settings.cuda_id}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0; "
+            "start fewer ranks here, or give --use-cuda false"
+        )
+    device = torch.device("cuda", settings.cuda_id)
+    torch.cuda.set_device(device)
+    return device
+
+
+def prepare_run(settings: Settings) -> Run:
+    """Open the model and the data and check them against the flags; UserError for whatever does not fit."""
+    shards = LayerShards.open(settings.model_name)
+    check_model(
+        shards.config,
+        family=MODEL_TYPES.get(settings.model_type),
+        embedding_dim=settings.embedding_dim,
+        seq_length=settings.seq_length,
+        vocabulary=Tokenizer(settings.tokenizer_name).vocab_size,
+    )
+    layers = stage_layers(
+        shards.config.num_layers, stages=settings.pipeline_group_size, layers_per_stage=settings.num_layers
+    )
+    dataset = _dataset(settings, settings.task_name)
+    evaluation = _dataset(settings, settings.evaluation_data) if settings.evaluation_data else None
+    return Run(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
+
+
+def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer, Progress]:
+    """Build this rank's stage with the weights of the newest checkpoint, or of the model where there is none."""
+    first, last = run.layers[layout.stage]
+    with torch.device("meta"):
+        stage = Stage(
+            run.shards.config,
+            first,
+            last,
+            embed=layout.stage == 0,
+            head=layout.is_last_stage,
+            recompute=settings.activation_checkpointing,
+        )
+    resumed = _resume_from(settings, run, layout)
+    if resumed is not None:
+        # One pass over the bytes covers the weights and the optimizer's state.
+        checkpoint.verify(resumed, checkpoints.shards_read(stage))
+        checkpoints.load_weights(stage, resumed, layout.device)
+    elif settings.load_pretrained_model:
+        checkpoints.load_weights(stage, run.shards, layout.device)
+    else:
+        stage.to_empty(device=layout.device)
+        stage.init_weights(settings.seed)
+    trainer = _trainer(settings, run, layout, stage)
+    if resumed is None:
+        return trainer, Progress()
+    checkpoints.load_optimizer(trainer.optimizer, stage, resumed)
+    state = checkpoint.read_state(resumed)
+    trainer.scaler.load_state_dict(state["loss_scaler"])
+    if layout.rank == 0:
+        logger.info("resuming from {}", resumed)
+    return trainer, Progress(state["step"], state["tokens"])
+
+
+def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress) -> dict[str, Any]:
+    """What state.json says of a run at this point."""
+    layers_per_stage = run.layers[0][1] - run.layers[0][0]
+    return {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "samples": progress.step * trainer.global_batch,
+        "global_batch": trainer.global_batch,
+        "total_steps": run.total_steps,
+        "data": run.dataset.fingerprint,
+        "loss_scaler": trainer.scaler.state_dict(),
+        "layout": {
+            "stages": trainer.layout.stages,
+            "layers_per_stage": layers_per_stage,
+            "replicas": trainer.layout.replicas,
+        },
+        "settings": recorded(settings),
+        "versions": checkpoints.versions(),
+    }
+
+
+def _dataset(settings: Settings, task_names: str) -> Dataset:
+    return build_dataset(
+        task_names,
+        tokenizer_path=settings.tokenizer_name,
+        cache_dir=settings.data_cache,
+        seq_length=settings.seq_length,
+        packing=settings.packing,
+        loss_on=settings.loss_on,
+        seed=settings.seed,
+    )
+
+
+def _total_steps(settings: Settings, dataset: Dataset) -> int:
+    if settings.total_steps is not None:
+        return settings.total_steps
+    rows = settings.batch_size * settings.gradient_accumulate_step * settings.data_group_size
+    return math.ceil(settings.nepochs * dataset.epoch_samples / rows)
+
+
+def _resume_from(settings: Settings, run: Run, layout: Layout) -> Path | None:
+    root = settings.checkpoint_path
+    newest = checkpoints.newest(root, layout)
+    if newest is None:
+        return None
+    if not settings.load_checkpoint:
+        raise UserError(
+            f"{root} holds checkpoints up to {newest.name}, which --load-checkpoint false would overwrite: "
+            "give another --checkpoint-path or move them away"
+        )
+    checkpoints.check_same_model(newest, run.shards.config)
+    checkpoints.check_resume(
+        checkpoint.read_state(newest),
+        path=newest,
+        batch_size=settings.batch_size,
+        batches_a_step=settings.gradient_accumulate_step * layout.replicas,
+        data=run.dataset.fingerprint,
+    )
+    return newest
+
+
+def _trainer(settings: Settings, run: Run, layout: Layout, stage: Stage) -> Trainer:
+    optimizer = build_optimizer(
+        settings.optimizer,
+        stage,
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+    )
+    scaler = LossScaler.create(
+        fp16=settings.fp16,
+        fixed=settings.loss_scale,
+        initial=settings.initial_loss_scale,
+        minimum=settings.min_loss_scale,
+        window=settings.loss_scale_window,
+        hysteresis=settings.hysteresis,
+    )
+    schedule = Schedule(
+        batch_size=settings.batch_size,
+        accumulate=settings.gradient_accumulate_step,
+        peak_lr=settings.lr,
+        warmup_steps=settings.warmup_steps,
+        total_steps=run.total_steps,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    return Trainer(
+        stage,
+        layout,
+        optimizer,
+        scaler,
+        schedule,
+        dtype=compute_dtype(fp16=settings.fp16, bf16=settings.bf16),
+        pp_mode=settings.pp_mode,
+        micro_batch_size=settings.micro_batch_size,
+        seq_length=settings.seq_length,
+        reduce_through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
+    )
