@@ -214,7 +214,7 @@ time.sleep(60)
     assert "error: rank 1 ended with status 2; the other ranks were stopped" in err
 
 
-def test_a_suspended_rank_is_woken_to_end(run):
+def test_a_suspended_rank_is_woken_to_end(run, tmp_path):
     body = """
 if rank == 1:
     await_file("stopping")
@@ -227,10 +227,15 @@ time.sleep(60)
 """
     status, _, _ = run(body, ranks=2)
     assert status == 1
+    assert (tmp_path / "woken").exists()
 
 
 SAVES_AND_ENDS = """
-handle(lambda *_: (reached(f"saved{rank}"), sys.exit(75)))
+def save(*_):
+    time.sleep(0.5)
+    reached(f"saved{rank}")
+    sys.exit(75)
+handle(save)
 reached(f"ready{rank}")
 while True: time.sleep(1)
 """
@@ -241,6 +246,7 @@ def test_a_request_to_end_reaches_every_rank(start, tmp_path, signum):
     process = start(SAVES_AND_ENDS)
     wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(3)))
     process.send_signal(signum)
+    time.sleep(0.2)
     process.send_signal(signum)  # an echo, as timeout(1) makes, must not kill
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (75, "")

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Make .venv if it is not there, check the style, run the tests.
+#
+#   bash test.sh              all but the long proofs
+#   bash test.sh --long       the long proofs too
+#   bash test.sh -k chat      other arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. tools/environment.sh
+
+selection=(-m "not long")
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --long ]; then
+        selection=()
+    else
+        arguments+=("$argument")
+    fi
+done
+
+make_environment dev
+# Two workers, and ranks within them, share the machine: one thread each is the fastest.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+# "${a[@]+...}": an empty array counts as unset in bash 3.2.
+exec .venv/bin/python -m pytest -n 2 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
