@@ -1,0 +1,154 @@
+"""Hugging Face -> layer shards: the commands that prepare a public model for training.
+
+A model is copied in pieces of a few megabytes, so memory does not grow with it. A preparation that was killed goes on
+where it was: every shard gets its name only when it is whole, and a journal lists the shards that have one.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openchatkit import cli
+from openchatkit.errors import UserError
+
+if TYPE_CHECKING:
+    from openchatkit.formats.hf_model import HFModel
+    from openchatkit.formats.shard_writer import ShardWriter
+
+Plan = dict[str, dict[str, str]]
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def prepare_command(script: str, model_name: str) -> Callable[..., None]:
+    """The command of a `prepare.py`: `script` is its `__file__`, whose folder is where shards go by default."""
+    return _command(Path(script).name, model_name, save_dir=Path(script).resolve().parent, family=None)
+
+
+def convert_command(script: str, model_name: str, *, family: str) -> Callable[..., None]:
+    """The command of a `tools/convert_from_hf_*.py`, which takes models of one family."""
+    return _command(Path(script).name, model_name, save_dir=Path("pretrained_models"), family=family)
+
+
+def _command(prog: str, model_name: str, *, save_dir: Path, family: str | None) -> Callable[..., None]:
+    @cli.command
+    def main(argv: Sequence[str] | None = None) -> None:
+        parser = cli.Parser(prog=prog, description="Make layer shards of a Hugging Face model, for training.")
+        parser.add_argument("--model-name", default=model_name, help="name on the Hugging Face hub, or a folder")
+        parser.add_argument("--save-dir", type=Path, default=save_dir, help="where <org>_<model>/ is made")
+        parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (not given: as they are stored)")
+        parser.add_argument("--offload-dir", help="taken for old command lines' sake: the model is never in memory")
+        args = parser.parse_args(argv)
+        from loguru import logger
+
+        if args.offload_dir:
+            logger.info("--offload-dir is not needed: the model is copied in pieces and never held in memory")
+        folder = prepare(args.model_name, args.save_dir, dtype=args.dtype, family=family)
+        logger.info(f"the shards are in {folder}")
+
+    return main
+
+
+def prepare(model_name: str, save_dir: Path, *, dtype: str | None = None, family: str | None = None) -> Path:
+    """Write `<save_dir>/<org>_<model>/` from a hub name or a folder; returns that folder.
+
+    What an earlier run wrote of the same model and dtype is kept if its bytes are as they were written. UserError when
+    the model is none that the kit knows (or not of `family`), is incomplete, or asks for remote code.
+    """
+    from openchatkit.convert.target import locked
+    from openchatkit.formats import hf_model
+    from openchatkit.formats.layer_shards import folder_name
+    from openchatkit.formats.shard_writer import ShardWriter
+    from openchatkit.formats.tokenizer_files import check_tokenizer
+
+    model = hf_model.HFModel(hf_model.fetch(model_name))
+    if family not in (None, model.config.family):
+        tool = f"tools/convert_from_hf_{model.config.family.replace('_', '')}.py"
+        raise UserError(f"{model_name} is a {model.config.family} model, {family} was expected; use {tool}")
+    check_tokenizer(model.path, model.config.vocab_size)
+    plan = _plan(model)
+    folder = Path(save_dir) / folder_name(model_name)
+    with locked(folder):
+        writer = ShardWriter(folder, model.config, about={"source": _fingerprint(model), "dtype": dtype or "as stored"})
+        _copy(model, {shard: keys for shard, keys in plan.items() if shard not in writer.done}, writer, dtype)
+        if not writer.complete:
+            writer.finish(model.path)
+    return folder
+
+
+def _plan(model: "HFModel") -> Plan:
+    """What each shard takes from where: {shard: {name in the shard: Hugging Face key}}, in the order of the files."""
+    from openchatkit.formats.layer_shards import check_shard
+    from openchatkit.models.names import EMBED, HEAD, shard_names
+    from openchatkit.models.registry import family
+
+    kind = family(model.config)
+    plan: Plan = {shard: {} for shard in shard_names(model.config.num_layers)}
+    for key, spec in model.specs.items():
+        try:
+            place = kind.from_hf_key(key)
+        except KeyError:
+            place = ("", key)
+        if place is None:
+            continue
+        shard, name = place
+        if shard not in plan or name in plan[shard]:
+            raise UserError(
+                f"{model.path} holds {key}, for which a {kind.name} model of {len(plan) - 2} layers has no place; "
+                "is config.json this model's?"
+            )
+        if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
+            raise UserError(f"{model.path}: {key} is stored as {spec.dtype}; a model that is not quantised is expected")
+        plan[shard][name] = key
+    if model.config.tie_embeddings and kind.tied_weight in plan[HEAD]:
+        tied, embedding = plan[HEAD].pop(kind.tied_weight), plan[EMBED].get(kind.embedding_weight)
+        if embedding and _digest(model.chunks(tied)) != _digest(model.chunks(embedding)):
+            raise UserError(
+                f"{model.path}: config.json ties the embeddings, but {tied} differs from {embedding}; "
+                "set tie_word_embeddings to false there to keep both"
+            )
+    for shard, keys in plan.items():
+        check_shard(model.path, model.config, shard, {name: model.specs[key] for name, key in keys.items()})
+    return plan
+
+
+def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None) -> None:
+    """Write the shards of `plan`, one after another."""
+    import torch
+
+    from openchatkit.convert.streams import stream
+    from openchatkit.convert.target import check_room
+    from openchatkit.formats.tensor_file import TensorSpec
+    from openchatkit.progress import bar
+
+    dtypes = {key: getattr(torch, dtype) if dtype else spec.dtype for key, spec in model.specs.items()}
+    specs = {
+        shard: {name: TensorSpec(dtypes[key], model.specs[key].shape) for name, key in keys.items()}
+        for shard, keys in plan.items()
+    }
+    total = sum(spec.nbytes for shard in specs.values() for spec in shard.values())
+    check_room(writer.folder, total)
+    with bar(total, writer.folder.name, unit="B", unit_scale=True) as progress:
+
+        def chunks(key: str) -> Iterable[memoryview]:
+            return stream(model.chunks(key), model.specs[key].dtype, dtypes[key], what=key, progress=progress)
+
+        for shard, keys in plan.items():
+            writer.write(shard, specs[shard], lambda name, keys=keys: chunks(keys[name]))
+
+
+def _fingerprint(model: "HFModel") -> dict[str, Any]:
+    """What tells one source from another without reading its weights: config, sizes and times of the files."""
+    from openchatkit.formats.layer_shards import CONFIG
+    from openchatkit.paths import sha256
+
+    stats = {name: (model.path / name).stat() for name in model.files}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {"config": sha256(model.path / CONFIG), "files": files}
+
+
+def _digest(chunks: Iterable[memoryview]) -> bytes:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.digest()

@@ -1,0 +1,141 @@
+"""Training checkpoints -> Hugging Face models: the commands that make a fine-tuned model usable anywhere.
+
+Tensors are renamed and copied in pieces of a few megabytes; no model is built. The result appears under its name only
+when it is whole, and every file of a checkpoint is compared with its manifest before a byte of it is used.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openchatkit import cli
+from openchatkit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from openchatkit.convert.sources import Source
+
+
+@dataclass(frozen=True)
+class Original:
+    """What a checkpoint of the original kit is taken to be where no flag says otherwise."""
+
+    config_name: str
+    stages: int
+    layers_per_stage: int
+
+
+def convert_command(
+    script: str, *, family: str, config_name: str, stages: int, layers_per_stage: int
+) -> Callable[..., None]:
+    """The command of a `tools/convert_to_hf_*.py`; the last three are for checkpoints of the original kit."""
+    original = Original(config_name, stages, layers_per_stage)
+    ours = "not needed for this kit's checkpoints; for the original's"
+
+    @cli.command
+    def main(argv: Sequence[str] | None = None) -> None:
+        parser = cli.Parser(prog=Path(script).name, description="Make a Hugging Face model of a training checkpoint.")
+        parser.add_argument("--config-name", help=f"hub name or folder of the base model: {ours} {config_name}")
+        parser.add_argument("--ckpt-path", type=Path, required=True, help="a checkpoint, or a folder that holds some")
+        parser.add_argument("--save-path", type=Path, required=True, help="the folder to make")
+        parser.add_argument("--n-stages", type=cli.positive_int, help=f"stages it was trained on: {ours} {stages}")
+        parser.add_argument(
+            "--n-layer-per-stage", type=cli.positive_int, help=f"layers a stage: {ours} {layers_per_stage}"
+        )
+        dtype = parser.add_mutually_exclusive_group()
+        dtype.add_argument("--fp16", action="store_true", help="convert to float16 (not given: as stored)")
+        dtype.add_argument("--bf16", action="store_true", help="convert to bfloat16 (not given: as stored)")
+        args = parser.parse_args(argv)
+        from loguru import logger
+
+        folder = convert(
+            args.ckpt_path,
+            args.save_path,
+            original=original,
+            config_name=args.config_name,
+            stages=args.n_stages,
+            layers_per_stage=args.n_layer_per_stage,
+            dtype="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
+            family=family,
+        )
+        logger.info(f"the model is in {folder}")
+
+    return main
+
+
+def convert(
+    ckpt_path: Path,
+    save_path: Path,
+    *,
+    original: Original | None = None,
+    config_name: str | None = None,
+    stages: int | None = None,
+    layers_per_stage: int | None = None,
+    dtype: str | None = None,
+    family: str | None = None,
+) -> Path:
+    """Make a Hugging Face model of a checkpoint, in `dtype` or as stored; returns its folder.
+
+    UserError when the checkpoint is damaged or incomplete, does not fit what the other arguments say, or when
+    `save_path` holds something else than a converted model; nothing is left there then.
+    """
+    import torch
+
+    from openchatkit.convert.target import check_room, whole_folder
+    from openchatkit.formats import hf_writer
+
+    save_path = Path(save_path).expanduser().resolve()
+    if save_path.exists() and not hf_writer.may_replace(save_path):
+        raise UserError(f"--save-path {save_path} holds something else than a converted model; choose another folder")
+    source = _open(Path(ckpt_path), original, config_name, stages, layers_per_stage)
+    if family not in (None, source.config.family):
+        tool = f"tools/convert_to_hf_{source.config.family.replace('_', '')}.py"
+        raise UserError(f"{ckpt_path} is a {source.config.family} model, {family} was expected; use {tool}")
+    dtypes = {key: getattr(torch, dtype) if dtype else spec.dtype for key, spec in source.specs.items()}
+    with whole_folder(save_path) as folder:
+        check_room(folder, sum(spec.nbytes for spec in source.specs.values()))
+        _write_weights(folder, source, dtypes)
+        sizes: Counter[torch.dtype] = Counter()
+        for key, spec in source.specs.items():
+            sizes[dtypes[key]] += spec.nbytes
+        main_dtype = sizes.most_common(1)[0][0]
+        hf_writer.write_config(folder, source.raw_config, source.config, dtype=main_dtype, tokenizer=source.tokenizer)
+        hf_writer.write_tokenizer(folder, source.tokenizer)
+    return save_path
+
+
+def _open(
+    path: Path, original: Original | None, config_name: str | None, stages: int | None, layers_per_stage: int | None
+) -> "Source":
+    from openchatkit.convert.sources import CheckpointSource, Layout, StageSource
+    from openchatkit.formats import checkpoint
+
+    path = checkpoint.locate(path)
+    if not checkpoint.is_legacy(path):
+        return CheckpointSource(path, config_name=config_name, layout=Layout(stages, layers_per_stage))
+    defaults = original or Original(config_name or "", stages or 0, layers_per_stage or 0)
+    return StageSource(
+        path,
+        config_name=config_name or defaults.config_name,
+        stages=stages or defaults.stages,
+        layers_per_stage=layers_per_stage or defaults.layers_per_stage,
+    )
+
+
+def _write_weights(folder: Path, source: "Source", dtypes: dict[str, "torch.dtype"]) -> None:
+    from openchatkit.convert.streams import stream
+    from openchatkit.formats import hf_writer
+    from openchatkit.formats.tensor_file import TensorSpec
+    from openchatkit.progress import bar
+
+    specs = {key: TensorSpec(dtypes[key], spec.shape) for key, spec in source.specs.items()}
+    total = sum(spec.nbytes for spec in specs.values())
+    with bar(total, "converting", unit="B", unit_scale=True) as progress:
+
+        def chunks(key: str) -> Iterable[memoryview]:
+            return stream(source.chunks(key), source.specs[key].dtype, dtypes[key], what=key, progress=progress)
+
+        hf_writer.write_weights(folder, specs, chunks)

@@ -1,0 +1,86 @@
+"""A Hugging Face model's folder, read one tensor at a time: safetensors or pickled, whole or in shards."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from openchatkit.download import fetch_model
+from openchatkit.errors import UserError
+from openchatkit.formats.layer_shards import CONFIG, read_config
+from openchatkit.formats.manifest import DamagedError, advise
+from openchatkit.formats.pickled import PickledFile
+from openchatkit.formats.tensor_file import TensorFile, TensorSpec
+from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, read_json
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+GENERATION_CONFIG = "generation_config.json"
+
+# What to fetch of a model on the hub; pickled weights only where there are no others.
+SMALL_FILES = (CONFIG, *TOKENIZER_FILES)
+SAFE_FILES = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors")
+PICKLED_FILES = (PICKLED, PICKLED_INDEX, "pytorch_model-*-of-*.bin")
+_AGAIN = "fetch or copy the model again"
+
+
+class HFModel:
+    """A model's folder: `path`, `raw_config`, `config`, `files`, and `specs`, the dtype and shape of every tensor.
+
+    `specs` is in the order of the files, and reading in that order opens each file once: one is held open at a time,
+    because a pickled one from before torch 1.6 fills as much memory as it is long. UserError when it is no model, or
+    asks for remote code; DamagedError when a file is missing or broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"{self.path} is no model: {CONFIG} is missing; pass a hub name or a folder that holds it")
+        self.raw_config, self.config = read_config(self.path)
+        self._open: TensorFile | PickledFile | None = None
+        self.specs: dict[str, TensorSpec] = {}
+        self._file_of: dict[str, str] = {}
+        with advise(_AGAIN):
+            contents = _contents(self.path)
+            self.files = sorted(contents)
+            for name in self.files:
+                found = self._file(name).specs
+                for key in found if contents[name] is None else contents[name]:
+                    if key not in found:
+                        raise DamagedError(f"{self.path / name} lacks {key}, which the index promises")
+                    self.specs[key], self._file_of[key] = found[key], name
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, memory-mapped, on the CPU."""
+        return self._file(self._file_of[key]).read([key])[key]
+
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """One tensor's bytes in pieces; each is valid until the next is asked for."""
+        return self._file(self._file_of[key]).chunks(key)
+
+    def _file(self, name: str) -> TensorFile | PickledFile:
+        if self._open is None or self._open.path.name != name:
+            self._open = None
+            self._open = PickledFile(self.path / name) if name.endswith(".bin") else TensorFile(self.path / name)
+        return self._open
+
+
+def _contents(path: Path) -> dict[str, list[str] | None]:
+    """The files that hold the weights, each with the keys that an index gives it; safetensors win over pickled ones."""
+    for whole, index in ((WEIGHTS, WEIGHTS_INDEX), (PICKLED, PICKLED_INDEX)):
+        if (path / whole).is_file():
+            return {whole: None}
+        if (path / index).is_file():
+            weight_map = read_json(path / index).get("weight_map")
+            if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
+                raise DamagedError(f"{path / index} has no weight_map of plain file names")
+            return {file: [k for k, f in weight_map.items() if f == file] for file in set(weight_map.values())}
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
+    raise UserError(f"{path} holds no weights: expected {WEIGHTS}, {PICKLED} or the index of either, found {found}")
+
+
+def fetch(name: str, *, weights: bool = True) -> Path:
+    """The folder of a model on the hub or on disk; without `weights`, only its config and tokenizer are fetched."""
+    return fetch_model(name, SMALL_FILES, *((SAFE_FILES, PICKLED_FILES) if weights else ()))

@@ -1,0 +1,135 @@
+"""Layer shards: a prepared model as one file a layer, beside its config.json and its tokenizer.
+
+    embed.safetensors  layer_00000.safetensors ...  head.safetensors  config.json  tokenizer files  manifest.json
+
+The manifest is written last and makes the folder whole. While a preparation is under way, `prepare.json` has its place
+and lists the shards that are done. The original kit's pickled shards (no manifest) are read where no others are.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from openchatkit.errors import UserError
+from openchatkit.formats import legacy, manifest
+from openchatkit.formats.manifest import Manifest, advise
+from openchatkit.formats.pickled import PickledFile
+from openchatkit.formats.tensor_file import TensorFile, TensorSpec
+from openchatkit.formats.tokenizer_files import has_tokenizer, read_json
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.names import shard_names
+from openchatkit.models.registry import config_from_hf, family
+
+CONFIG = "config.json"
+JOURNAL = "prepare.json"
+_AGAIN = "run the same prepare command again, it writes only what is missing"
+
+
+def shard_file(shard: str) -> str:
+    """The file that holds a shard's weights, in prepared folders and in checkpoints."""
+    return f"{shard}.safetensors"
+
+
+def folder_name(model_name: str) -> str:
+    """The prepared folder's name: `<org>_<model>` for a hub name, the last component for any other path."""
+    hub = re.fullmatch(r"([\w-][\w.-]*)/([\w.-]+)", model_name)
+    return f"{hub[1]}_{hub[2]}" if hub else Path(model_name).resolve().name
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """A folder's config.json as it is, and as the models read it; UserError also when it asks for remote code."""
+    raw = read_json(folder / CONFIG)
+    if "auto_map" in raw:
+        raise UserError(
+            f"{folder / CONFIG} names code to download and run (auto_map), which the kit never does; "
+            "use a version of the model that transformers knows by itself"
+        )
+    return raw, config_from_hf(raw)
+
+
+def check_shard(where: Path, config: ModelConfig, shard: str, found: dict[str, TensorSpec]) -> None:
+    """UserError unless `found` holds exactly the shard's parameters in their shapes."""
+    expected = family(config).parameter_shapes(config, shard)
+    if missing := sorted(expected.keys() - found.keys()):
+        raise UserError(f"{where}: {shard} lacks {missing[0]}; expected {len(expected)} tensors, found {len(found)}")
+    if left := sorted(found.keys() - expected.keys()):
+        raise UserError(f"{where}: {shard} holds {left[0]}, which a {config.family} model of this config.json does not")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise UserError(f"{where}: {name} of {shard} is {list(found[name].shape)}, config.json says {list(shape)}")
+
+
+class LayerShards:
+    """A prepared model: `path`, `config`, `raw_config`, and `shards`, their names in the order of the data's flow."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.raw_config, self.config = read_config(self.path)
+        self.shards = shard_names(self.config.num_layers)
+        self._manifest: Manifest | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "LayerShards":
+        """Open a prepared folder; UserError unless config.json fits and every shard is there in its full size."""
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} is no prepared model: {_found(path)}; {_hint()}")
+        if (path / JOURNAL).is_file():
+            raise UserError(f"{path}: preparing this model was not finished; {_AGAIN}")
+        opened = cls(path)
+        if not opened._is_legacy():
+            with advise(_AGAIN):
+                opened._manifest = manifest.read(path)
+                manifest.check_sizes(path, opened._manifest)
+                manifest.check_sizes(path, opened._manifest, map(shard_file, opened.shards))
+        return opened
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer lies beside the shards."""
+        return has_tokenizer(self.path)
+
+    def verify(self, shards: Iterable[str] | None = None) -> None:
+        """Compare the bytes of `shards` (default: of every file) with the manifest; the original's shards have none."""
+        if self._manifest:
+            with advise(_AGAIN):
+                manifest.verify(self.path, shards and map(shard_file, shards), manifest=self._manifest)
+
+    def read(self, shard: str, *, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """A shard's tensors (or those in `names`), memory-mapped, on the CPU, in the dtype they are stored in."""
+        file: TensorFile | PickledFile
+        if self._manifest:
+            file = TensorFile(self.path / shard_file(shard))
+            found = list(file.specs)
+        else:
+            file = PickledFile(self.path / legacy.shard_file(shard))
+            found = legacy.learnt(self.config, shard, file.specs)
+        check_shard(file.path, self.config, shard, {name: file.specs[name] for name in found})
+        return file.read(found if names is None else names)
+
+    def _is_legacy(self) -> bool:
+        """Whether this folder is the original kit's; UserError when it is no prepared model or shards are missing."""
+        if (self.path / manifest.MANIFEST).is_file():
+            return False
+        names = [legacy.shard_file(shard) for shard in self.shards]
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if len(missing) == len(names):
+            raise UserError(f"{self.path} is no prepared model: {_found(self.path)}; {_hint(self.path)}")
+        if missing:
+            raise UserError(f"{self.path / missing[0]} is missing; {len(missing)} of {len(names)} shards are")
+        return True
+
+
+def _found(path: Path) -> str:
+    """What a folder holds instead of a prepared model."""
+    if not path.is_dir():
+        return "no such folder" if not path.exists() else "it is a file"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"found {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "the folder is empty"
+
+
+def _hint(model: Path | str = "MODEL") -> str:
+    return f"run `python pretrained/GPT-NeoX-20B/prepare.py --model-name {model}` and pass the folder it names"

@@ -1,0 +1,88 @@
+"""Writing a prepared model so that it can be killed at any time and goes on where it was."""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from openchatkit.formats import manifest
+from openchatkit.formats.layer_shards import CONFIG, JOURNAL, shard_file
+from openchatkit.formats.manifest import MANIFEST, DamagedError, FileRecord
+from openchatkit.formats.tensor_file import TensorSpec, storage_errors, write_stream
+from openchatkit.formats.tokenizer_files import copy_tokenizer
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.names import shard_names
+from openchatkit.paths import atomic_path
+
+_SHARD_FILE = re.compile(r"(embed|head|layer_\d{5})\.safetensors")
+
+
+class ShardWriter:
+    """Writes a folder's shards, in any order, then its manifest. The folder must exist and have no other writer.
+
+    `about` says what the shards are made of: what an earlier run wrote of the same is kept where its bytes are still
+    what they were. `done` names those shards; `complete` says that nothing is left to do.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, *, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = folder, dict(about)
+        self._shards = shard_names(config.num_layers)
+        with storage_errors(folder):
+            for left in folder.glob(".*.tmp"):
+                left.unlink()
+            self._records = self._earlier()
+            self.done = {shard for shard in self._shards if shard_file(shard) in self._records}
+            self.complete = not (folder / JOURNAL).exists() and self._is_complete()
+            if not self.complete:
+                self._write_journal()
+                (folder / MANIFEST).unlink(missing_ok=True)
+
+    def write(self, shard: str, specs: Mapping[str, TensorSpec], chunks: Callable[[str], Iterable[memoryview]]) -> None:
+        """Write one shard from `chunks(name)`; see `tensor_file.write_stream`."""
+        record = write_stream(self.folder / shard_file(shard), specs, chunks)
+        self._records[record.name] = record
+        self.done.add(shard)
+        self._write_journal()
+
+    def finish(self, source: Path) -> None:
+        """Take config.json and the tokenizer from `source`, and make the folder whole."""
+        assert self.done == set(self._shards), (self.done, self._shards)
+        with storage_errors(self.folder):
+            with atomic_path(self.folder / CONFIG) as temporary:
+                shutil.copyfile(source / CONFIG, temporary)
+            shards = list(map(shard_file, self._shards))
+            small = [CONFIG, *copy_tokenizer(source, self.folder)]
+            records = [self._records[name] for name in shards] + [manifest.record(self.folder / name) for name in small]
+            for entry in self.folder.iterdir():
+                if _SHARD_FILE.fullmatch(entry.name) and entry.name not in shards:
+                    entry.unlink()  # of a deeper model that was here before
+            manifest.write(self.folder, records, about=self.about)
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+
+    def _earlier(self) -> dict[str, FileRecord]:
+        """The records of files that an earlier run wrote of the same source, and that are still as it wrote them."""
+        for name in (JOURNAL, MANIFEST):
+            with contextlib.suppress(DamagedError):
+                earlier = manifest.read(self.folder, name=name)
+                return self._intact(earlier) if earlier.about == self.about else {}
+        return {}
+
+    def _intact(self, earlier: manifest.Manifest) -> dict[str, FileRecord]:
+        intact = {}
+        for name, record in earlier.files.items():
+            with contextlib.suppress(DamagedError):
+                manifest.verify(self.folder, [name], manifest=earlier)
+                intact[name] = record
+        return intact
+
+    def _is_complete(self) -> bool:
+        with contextlib.suppress(DamagedError):
+            return manifest.read(self.folder).files.keys() == self._records.keys() and len(self.done) == len(
+                self._shards
+            )
+        return False
+
+    def _write_journal(self) -> None:
+        manifest.write(self.folder, self._records.values(), about=self.about, name=JOURNAL)

@@ -1,0 +1,98 @@
+"""A tokenizer's files, as Hugging Face names them: copying them, and what they say without being loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from openchatkit.errors import UserError
+from openchatkit.formats.chat import CHAT_TEMPLATE
+from openchatkit.paths import atomic_path, write_text
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_COMPLETE = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary that AutoTokenizer can load."""
+    return any((folder / name).is_file() for name in _COMPLETE)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer's files, each atomically; returns their names. UserError when one asks for remote code."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "auto_map" in read_json(source / "tokenizer_config.json", default={}):
+        raise UserError(
+            f"{source / 'tokenizer_config.json'} names code to download and run (auto_map), which the kit never does; "
+            "remove that entry if a tokenizer.json stands beside it"
+        )
+    for name in names:
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    return names
+
+
+def add_chat_template(folder: Path) -> None:
+    """Make AutoTokenizer, of this and of earlier releases, render chats as the kit does."""
+    config = read_json(folder / "tokenizer_config.json", default={})
+    config["chat_template"] = CHAT_TEMPLATE
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+
+
+def special_token_id(folder: Path, kind: str) -> int | None:
+    """The id of a tokenizer's `kind` ("eos", "bos", "pad") token, or None where its files do not say."""
+    token: Any = None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = token or read_json(folder / name, default={}).get(f"{kind}_token")
+    return _ids(folder).get(token.get("content") if isinstance(token, dict) else token)
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """The number of rows that a tokenizer needs in the embedding (its highest id plus one); None where unknown."""
+    return max(_ids(folder).values(), default=-1) + 1 or None
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """UserError when a tokenizer has ids that a model of `vocab_size` embedding rows lacks."""
+    size = tokenizer_size(folder)
+    if size is not None and size > vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} needs {size} embedding rows, the model has {vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file; `default` where the file is missing, UserError where it is no object."""
+    if default is not None and not path.is_file():
+        return dict(default)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; fetch or copy the model again")
+    return value
+
+
+def _ids(folder: Path) -> dict[str | None, int]:
+    """Every token's id, from tokenizer.json or the older files."""
+    try:
+        whole = read_json(folder / "tokenizer.json", default={})
+        vocabulary = whole.get("model", {}).get("vocab") or read_json(folder / "vocab.json", default={})
+        if isinstance(vocabulary, list):  # a Unigram model: [[token, score], ...] in the order of the ids
+            vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        added = {entry["content"]: entry["id"] for entry in whole.get("added_tokens", [])}
+        return {**vocabulary, **read_json(folder / "added_tokens.json", default={}), **added}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} holds no tokenizer that can be read: {error!r}; copy its files again") from error
