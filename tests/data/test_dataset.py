@@ -1,0 +1,293 @@
+"""Samples against a plain re-reading of the stream they are cut from, and what a data set refuses."""
+
+import itertools
+import json
+import logging
+import random
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loguru import logger
+
+from openchatkit.data.dataset import IGNORE, Dataset, build_dataset
+from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
+from openchatkit.formats import chat
+from openchatkit.formats.chat import Turn
+
+END = "<|endoftext|>"
+
+
+def write_chats(path: Path, count: int, *, seed: int = 0) -> list[str]:
+    """Chats of various lengths, each with its own number in it."""
+    generator = random.Random(seed)
+    texts = []
+    for number in range(count):
+        turns = []
+        for turn in range(generator.randint(1, 3)):
+            turns.append(Turn("human", f"What is {number}?" + " on" * generator.randint(0, 9)))
+            turns.append(Turn("bot", f"The answer is {path.name} {number}." + f" {turn}" * generator.randint(0, 9)))
+        texts.append(chat.render_text(turns))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture
+def build(tiny_tokenizer: Path, tmp_path: Path) -> object:
+    def build(task_names: str, **options: object) -> Dataset:
+        options = {"seq_length": 50, "seed": 1, "cache_dir": tmp_path / "cache"} | options
+        return build_dataset(task_names, tokenizer_path=tiny_tokenizer, **options)
+
+    return build
+
+
+def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [token for part in tokenizer.encode([s.text for s in chat.parse(text)]) for token in part] + [0]
+
+
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_concatenated_windows_are_the_stream(build: object, tokenizer: Tokenizer, tmp_path: Path, loss_on: str) -> None:
+    texts = write_chats(tmp_path / "a.jsonl", 40)
+    data = build(str(tmp_path / "a.jsonl"), loss_on=loss_on)
+    documents = Counter(tuple(document_ids(tokenizer, text)) for text in texts)
+    total = sum(len(document) * count for document, count in documents.items())
+    assert (data.sources[0].documents, data.sources[0].tokens) == (40, total)
+    assert data.epoch_samples == -(-total // 50)
+    tokens, labels = data.batch(0, 3 * data.epoch_samples)
+    assert tokens.dtype == labels.dtype == torch.int64
+    assert tokens.shape == labels.shape == (3 * data.epoch_samples, 50)
+    # Rows follow one another at a stride of 50: all tokens in a row are the stream, whose every epoch is an order of
+    # the documents, each once.
+    stream = tokens.flatten().tolist()
+    orders = []
+    for epoch in range(3):
+        part = stream[epoch * total : (epoch + 1) * total]
+        ends = [0, *(np.flatnonzero(np.array(part) == 0) + 1).tolist()]
+        order = [tuple(part[start:end]) for start, end in itertools.pairwise(ends)]
+        assert Counter(order) == documents
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+    # Labels are the next token of the stream, over the borders of rows and epochs too.
+    following = torch.tensor(stream[1:])
+    kept = labels.flatten()[:-1]
+    trained = kept != IGNORE
+    assert torch.equal(kept[trained], following[trained])
+    if loss_on == "all":
+        assert trained.all()
+    else:
+        expected = [
+            segment.text + (END if last else "")
+            for document in orders[0]
+            for segments in [chat.parse(tokenizer.decode(list(document[:-1])))]
+            for segment, last in zip(segments, [False] * (len(segments) - 1) + [True], strict=True)
+            if segment.trained
+        ]
+        assert tokenizer.decode(kept[: total - 1][trained[: total - 1]].tolist()) == "".join(expected)
+
+
+def test_a_window_may_cross_many_short_documents(build: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(60)))
+    data = build(str(tmp_path / "a.jsonl"), seq_length=100)
+    tokens = data.batch(0, 10)[0].flatten().tolist()
+    size = data.sources[0].tokens
+    assert sorted(tokens[:size]) == sorted(tokens[size : 2 * size])
+
+
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_one_document_a_row(build: object, tokenizer: Tokenizer, tmp_path: Path, loss_on: str) -> None:
+    texts = write_chats(tmp_path / "a.jsonl", 40)
+    messages = []
+    handler = logger.add(messages.append, level=logging.WARNING, format="{message}")
+    data = build(str(tmp_path / "a.jsonl"), packing="none", loss_on=loss_on, seq_length=60)
+    data.batch(0, 80)
+    logger.remove(handler)
+    documents = {tuple(document_ids(tokenizer, text)): text for text in texts}
+    cut = sum(len(document) > 61 for document in documents)
+    assert 0 < cut < 40
+    (message,) = messages
+    assert f"a.jsonl: {cut} of 40 documents are longer than --seq-length 60 and lose their ends" in message
+    assert data.epoch_samples == 40
+    orders = []
+    for epoch in range(3):
+        order = []
+        for number in range(40):
+            tokens, labels = (row.tolist() for row in data.sample(epoch * 40 + number))
+            (document,) = (d for d in documents if list(d[:60]) == tokens[: len(d)])
+            order.append(document)
+            size = min(len(document), 60)
+            assert tokens[size:] == [tokenizer.padding] * (60 - size)
+            assert all(labels[t] in (IGNORE, document[t + 1]) for t in range(min(len(document) - 1, 60)))
+            assert labels[len(document) - 1 :] == [IGNORE] * (60 - len(document) + 1)
+            if loss_on == "all":
+                assert IGNORE not in labels[: len(document) - 1]
+            else:
+                replies = "".join(s.text for s in chat.parse(documents[document]) if s.trained) + END
+                trained = tokenizer.decode([label for label in labels if label != IGNORE])
+                assert replies.startswith(trained)
+                assert trained == replies or len(document) > 61
+        assert sorted(order) == sorted(documents)
+        orders.append(order)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_document_that_just_fits(build: object, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """seq_length + 1 tokens fit: the last is only predicted."""
+    text = "<human>: What?\n<bot>: That.\n"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    ids = document_ids(tokenizer, text)
+    messages = []
+    handler = logger.add(messages.append, level=logging.WARNING, format="{message}")
+    tokens, labels = build(str(tmp_path / "a.jsonl"), packing="none", seq_length=len(ids) - 1).sample(0)
+    logger.remove(handler)
+    assert (tokens.tolist(), labels.tolist(), messages) == (ids[:-1], ids[1:], [])
+
+
+@pytest.mark.parametrize("packing", ["concat", "none"])
+def test_any_order_of_access_gives_the_same_samples(build: object, tmp_path: Path, packing: str) -> None:
+    for name, count in (("a", 30), ("b", 17), ("c", 50)):
+        write_chats(tmp_path / f"{name}.jsonl", count)
+    names = ",".join(
+        f"{tmp_path}/{name}:{weight}" for name, weight in (("a.jsonl", 1), ("b.jsonl", 0.3), ("c.jsonl", 2))
+    )
+    data = build(names, packing=packing, loss_on="responses")
+    tokens, labels = data.batch(0, 600)
+    generator = random.Random(0)
+    other = build(names, packing=packing, loss_on="responses")
+    assert other.fingerprint == data.fingerprint
+    for _ in range(100):
+        start, count = generator.randrange(590), generator.randint(1, 10)
+        for part, whole in zip(other.batch(start, count), (tokens, labels), strict=True):
+            assert torch.equal(part, whole[start : start + count])
+    for n in generator.sample(range(600), 50):
+        assert torch.equal(other.sample(n)[0], tokens[n])
+        assert torch.equal(other.sample(n)[1], labels[n])
+    far = data.batch(10**9, 2)
+    assert torch.equal(other.batch(10**9, 2)[0], far[0])
+
+
+def test_sources_take_turns_and_keep_their_own_order(build: object, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, count in (("a", 30), ("b", 20)):
+        write_chats(tmp_path / f"{name}.jsonl", count)
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    mixed = build(f"{a}:1,{b}:3", packing="none", seq_length=100)
+    assert [(source.name, source.weight) for source in mixed.sources] == [(str(a), 1.0), (str(b), 3.0)]
+    assert mixed.epoch_samples == 50
+    rows: dict[int, list[str]] = {0: [], 1: []}
+    for n in range(400):
+        text = tokenizer.decode(mixed.sample(n)[0].tolist())
+        source = mixed.source_of(n)
+        assert ("a.jsonl" in text, "b.jsonl" in text) == (source == 0, source == 1)
+        rows[source].append(text)
+    assert abs(len(rows[0]) - 100) <= 2
+    alone = build(str(a), packing="none", seq_length=100)
+    assert rows[0] == [tokenizer.decode(alone.sample(n)[0].tolist()) for n in range(len(rows[0]))]
+    epochs = [rows[1][start : start + 20] for start in range(0, len(rows[1]) - 20, 20)]
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+
+
+@pytest.mark.parametrize("packing", ["concat", "none"])
+def test_files_of_a_glob_are_one_source(build: object, tokenizer: Tokenizer, tmp_path: Path, packing: str) -> None:
+    texts = [write_chats(tmp_path / f"part{n}.jsonl", 10 + n) for n in range(3)]
+    data = build(f"{tmp_path}/part*.jsonl", packing=packing, loss_on="responses", seq_length=40)
+    (source,) = data.sources
+    documents = [tuple(document_ids(tokenizer, text)) for part in texts for text in part]
+    assert (source.documents, source.tokens) == (33, sum(map(len, documents)))
+    if packing == "none":
+        starts = sorted(document[:20] for document in documents)
+        assert sorted(tuple(row[:20]) for row in data.batch(0, 33)[0].tolist()) == starts
+    else:
+        stream = data.batch(0, data.epoch_samples)[0].flatten().tolist()[: source.tokens]
+        assert Counter(stream) == Counter(token for document in documents for token in document)
+    joined = build(f"{tmp_path}/part*.jsonl", packing="concat", loss_on="responses", seq_length=source.tokens - 1)
+    trained = (joined.sample(0)[1] != IGNORE).sum().item()
+    assert trained == source.trained_tokens
+
+
+def test_what_decides_the_samples_decides_the_fingerprint(build: object, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_chats(tmp_path / f"{name}.jsonl", 30)
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    base = build(f"{a},{b}")
+    moved = a.rename(tmp_path / "moved.jsonl")
+    assert build(f"{moved},{b}").fingerprint == base.fingerprint
+    others = [
+        build(f"{moved}:2,{b}"),
+        build(f"{b},{moved}"),
+        build(f"{moved},{b}", seed=2),
+        build(f"{moved},{b}", seq_length=49),
+        build(f"{moved},{b}", packing="none"),
+        build(f"{moved},{b}", loss_on="responses"),
+        build(str(moved)),
+    ]
+    assert len({data.fingerprint for data in [base, *others]}) == 8
+    assert not torch.equal(others[2].batch(0, 8)[0], base.batch(0, 8)[0])
+
+
+def test_source_too_small(build: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "hi"}')
+    size = build(str(tmp_path / "a.jsonl"), packing="none").sources[0].tokens
+    with pytest.raises(
+        UserError, match=rf"a\.jsonl holds {size} tokens, too few for one sequence of {size}.*packing none"
+    ):
+        build(str(tmp_path / "a.jsonl"), seq_length=size)
+    assert build(str(tmp_path / "a.jsonl"), seq_length=size - 1).sample(7)[0].shape == (size - 1,)
+
+
+def test_nothing_to_train_on(build: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Q: hi A: <bot>: hello"}\n' * 3)
+    write_chats(tmp_path / "b.jsonl", 3)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"a\.jsonl: nothing would be trained on .* 3 documents .* starts with `<bot>:`"
+        ):
+            build(f"{tmp_path}/b.jsonl,{tmp_path}/a.jsonl", loss_on="responses")
+    build(str(tmp_path / "a.jsonl"), seq_length=20)
+
+
+def test_replies_behind_the_cut(build: object, tmp_path: Path) -> None:
+    text = chat.render_text([Turn("human", "on " * 60), Turn("bot", "yes")])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    with pytest.raises(UserError, match=r"a\.jsonl: all replies lie behind the first 20 tokens"):
+        build(str(tmp_path / "a.jsonl"), packing="none", loss_on="responses", seq_length=20)
+    build(str(tmp_path / "a.jsonl"), packing="none", loss_on="all", seq_length=20)
+    build(str(tmp_path / "a.jsonl"), packing="none", loss_on="responses", seq_length=200)
+
+
+def test_errors_of_the_parts_come_through(build: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 1}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: expected 'text' to be a string"):
+        build(str(tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match=r"--evaluation-data: no file"):
+        build(str(tmp_path / "b.jsonl"), flag="--evaluation-data")
+
+
+def test_memory_does_not_grow_with_epochs(build: object, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(20_000)))
+    data = build(str(tmp_path / "a.jsonl"), seq_length=64)
+    epoch = data.epoch_samples
+    data.batch(0, 2)
+    tracemalloc.start()
+    for number in range(1, 20):
+        data.batch(number * epoch, 2)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2 * 20_000 * (4 + 8) * 1.1, "two epochs' orders and ends"
+
+
+def test_the_order_is_for_ever(build: object, tmp_path: Path) -> None:
+    """A checkpoint stores a sample number: the samples behind it must not change with numpy or with us."""
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(10)))
+    source = build(str(tmp_path / "a.jsonl"), packing="none", seed=7).sources[0]
+    assert [source.order(epoch).tolist() for epoch in range(2)] == [
+        [4, 5, 9, 8, 1, 7, 6, 0, 2, 3],
+        [2, 5, 3, 4, 8, 6, 7, 1, 0, 9],
+    ]
