@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100
+from openchatkit.data.dataset import IGNORE
 
 # Tokens whose logits are alive at once, and how many of those rows the softmax takes at a time. On a CPU a block of
 # rows in float32 should stay in the cache; on a GPU, fewer and larger kernels win.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openchatkit.data.dataset import Dataset
+from openchatkit.data.dataset import IGNORE, Dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.models.stage import Stage
-from openchatkit.training.loss import IGNORE, projected_cross_entropy
+from openchatkit.training.loss import projected_cross_entropy
 from openchatkit.training.optimizer import (
     add_tied_gradients,
     learning_rate,

@@ -1,0 +1,64 @@
+"""Small prepared models and conversations to train on, made once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from openchatkit.convert.from_hf import prepare
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+MODELS = {
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=64, max_position_embeddings=64)),
+    "tied": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SIZES, intermediate_size=64, max_position_embeddings=64, tie_word_embeddings=True)
+    ),
+    "gptj": lambda: GPTJForCausalLM(
+        GPTJConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4, n_positions=64, rotary_dim=4)
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[str, Path]:
+    """Layer shards, with a tokenizer, of a small random model of each kind."""
+    folder = tmp_path_factory.mktemp("prepared")
+    found = {}
+    for name, make in MODELS.items():
+        torch.manual_seed(0)
+        source = folder / "hf" / name
+        make().save_pretrained(source)
+        shutil.copytree(tiny_tokenizer, source, dirs_exist_ok=True)
+        found[name] = prepare(str(source), folder)
+    return found
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of very different lengths, so that micro-batches and replicas have unequal numbers of tokens."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = [
+        f"<human>: What does {'it ' * (i % 5)}say?\n<bot>: The answer is {'7 ' * (i * i % 11)}{i}.\n" for i in range(64)
+    ]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def flags(prepared: dict[str, Path], chats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Flags of a short run: 8 rows a step, some of them nearly all padding."""
+    return {
+        "model_name": prepared["neox"],
+        "task_name": chats,
+        "data_cache": tmp_path_factory.mktemp("cache"),
+        "seq_length": 48,
+        "packing": "none",
+        "loss_on": "responses",
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "total_steps": 1,
+        "lr": 1e-3,
+    }

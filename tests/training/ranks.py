@@ -1,0 +1,88 @@
+"""Real ranks for tests: the training command in one process a rank, over gloo, started from a server that has imported
+torch already, so that a run of four ranks takes a second and not twenty."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "transformers", "openchatkit.training.setup"])
+
+
+@dataclass
+class Ended:
+    """How a run ended: each rank's exit status and what it wrote to stderr."""
+
+    statuses: list[int]
+    errors: list[str]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    folder: Path, flags: dict[str, object], *, world_size: int, environment: dict[str, str] | None = None
+) -> list:
+    """Start every rank of a run; stderr of rank r goes to folder/stderr_r."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = {"dist_url": f"tcp://127.0.0.1:{free_port()}", "use_cuda": "false", "timeout": 60, **flags}
+    processes = []
+    for rank in range(world_size):
+        argv = to_argv({**flags, "rank": rank, "world_size": world_size})
+        process = _context.Process(target=_rank, args=(argv, folder / f"stderr_{rank}", environment or {}))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(folder: Path, processes: list, *, seconds: float = 120) -> Ended:
+    """Wait for all ranks; those that outlast the limit are killed and have the status -9."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, limit - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+    errors = [(folder / f"stderr_{rank}").read_text() for rank in range(len(processes))]
+    return Ended([process.exitcode for process in processes], errors)
+
+
+def train(folder: Path, flags: dict[str, object], *, world_size: int = 1, **options: object) -> Ended:
+    """Run the training command on all ranks and wait for them."""
+    return finish(folder, start(folder, flags, world_size=world_size, **options))
+
+
+def to_argv(flags: dict[str, object]) -> list[str]:
+    """{"batch_size": 8, "bf16": True} -> ["--batch-size", "8", "--bf16"]; None leaves a flag out."""
+    argv = []
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv += [flag, str(value)]
+    return argv
+
+
+def _rank(argv: list[str], errors: Path, environment: dict[str, str]) -> None:
+    with open(errors, "w", buffering=1) as file, contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 2)
+        os.environ.update(environment)
+        import torch
+
+        from openchatkit.training.loop import main
+
+        torch.set_num_threads(1)
+        try:
+            main(argv)
+        except SystemExit as ended:
+            sys.exit(ended.code)

@@ -1,0 +1,221 @@
+"""Whatever the layout, schedule, micro-batches and accumulation: the same loss, gradients and, where promised, bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+from openchatkit.formats import checkpoint, metrics
+from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.models.names import shard_names
+from openchatkit.models.stage import Stage
+
+STAGES = {"pipeline_group_size": 2}
+REPLICAS = {"data_group_size": 2, "batch_size": 4}
+
+
+def run(folder: Path, flags: dict[str, object], **change: object) -> Path:
+    """Train and return the last checkpoint."""
+    flags = {**flags, **change, "checkpoint_path": folder / "ckpt"}
+    world_size = flags.get("pipeline_group_size", 1) * flags.get("data_group_size", 1)
+    ended = ranks.train(folder, flags, world_size=world_size)
+    assert ended.statuses == [0] * world_size, ended.errors
+    return checkpoint.latest(folder / "ckpt")
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All weights and optimizer tensors of a checkpoint."""
+    found = {}
+    for shard in shard_names(LayerShards(path).config.num_layers):
+        found |= {f"{shard}/{name}": t for name, t in checkpoint.read_weights(path, shard).items()}
+        for name, entry in checkpoint.read_optimizer(path, shard).items():
+            found |= {f"{shard}/{name}/{k}": v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def gradients(path: Path) -> dict[str, torch.Tensor]:
+    """The (clipped) gradients of a run of one step: Adam's first moment is a tenth of them."""
+    return {name: t.clone() * 10 for name, t in tensors(path).items() if name.endswith("exp_avg")}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, flags):
+    """A run of one step in one process."""
+    return run(tmp_path_factory.mktemp("one"), flags)
+
+
+@pytest.fixture(scope="module")
+def one_process_long(tmp_path_factory, flags):
+    """A run of six steps in one process."""
+    return run(tmp_path_factory.mktemp("one_long"), flags, total_steps=6)
+
+
+def test_gradients_are_those_of_a_plain_loss(one_process, flags, prepared):
+    """The first step's gradient against autograd over the mean of a batch's trained tokens, in float64."""
+    from openchatkit.data.dataset import build_dataset
+
+    shards = LayerShards.open(prepared["neox"])
+    stage = Stage(shards.config)
+    for shard in stage.shards:
+        stage.load(shard, shards.read(shard), dtype=torch.float64)
+    options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
+    dataset = build_dataset(
+        str(flags["task_name"]), tokenizer_path=prepared["neox"], cache_dir=flags["data_cache"], seed=1, **options
+    )
+    tokens, labels = dataset.batch(0, 8)
+    counts = (labels != -100).sum(1)
+    assert counts.min() * 2 < counts.max(), "the rows should have very different numbers of trained tokens"
+    logits = stage.logits(stage(tokens)).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in stage.parameters()]).norm()
+    row = metrics.read(one_process.parent)[0]
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    found = gradients(one_process)
+    for shard, module in stage.named_shards():
+        for name, parameter in module.named_parameters():
+            expected = parameter.grad * min(1.0, 1.0 / (norm + 1e-6))
+            difference = (found[f"{shard}/{name}/exp_avg"] - expected).abs().max()
+            assert difference <= 1e-5 * expected.abs().max(), (shard, name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        STAGES,
+        {**STAGES, "pp_mode": "1f1b"},
+        {"pipeline_group_size": 4, "pp_mode": "1f1b", "num_layers": 1},
+        {"pipeline_group_size": 2, "num_layers": 3},
+        REPLICAS,
+        {**STAGES, **REPLICAS, "pp_mode": "1f1b"},
+        {"micro_batch_size": 4},
+        {"micro_batch_size": 8},
+        {"batch_size": 4, "gradient_accumulate_step": 2},
+        {"batch_size": 2, "gradient_accumulate_step": 2, "data_group_size": 2},
+        {"activation_checkpointing": "false"},
+    ],
+    ids=str,
+)
+def test_gradients_do_not_depend_on_the_layout(tmp_path, flags, one_process, change):
+    path = run(tmp_path, flags, **change)
+    expected, found = gradients(one_process), gradients(path)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert (expected[name] - found[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+    one, other = metrics.read(one_process.parent)[0], metrics.read(path.parent)[0]
+    for key in ("loss", "grad_norm"):
+        assert other[key] == pytest.approx(one[key], rel=1e-5)
+    assert one["trained_tokens"] == other["trained_tokens"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        STAGES,
+        {**STAGES, "pp_mode": "1f1b"},
+        {"batch_size": 4, "gradient_accumulate_step": 2, **STAGES},
+        {"activation_checkpointing": "false"},
+    ],
+    ids=str,
+)
+def test_same_micro_batches_give_the_same_bits(tmp_path, flags, one_process_long, change):
+    assert_same_bits(one_process_long, run(tmp_path, flags, total_steps=6, **change))
+
+
+@pytest.mark.parametrize("model", ["tied", "gptj"])
+def test_other_models(tmp_path, flags, prepared, model):
+    """Tied embeddings are trained by the sum of both their gradients, whichever stages hold them."""
+    one = run(tmp_path / "one", flags, model_name=prepared[model], total_steps=3)
+    two = run(tmp_path / "two", flags, model_name=prepared[model], total_steps=3, pp_mode="1f1b", **STAGES)
+    three = run(tmp_path / "three", flags, model_name=prepared[model], total_steps=3, pipeline_group_size=3)
+    assert_same_bits(one, two)
+    assert_same_bits(one, three)
+
+
+def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
+    path = run(tmp_path, flags, model_name=prepared["tied"], max_grad_norm=0)
+    shards = LayerShards.open(prepared["tied"])
+    stage = Stage(shards.config)
+    for shard in stage.shards:
+        stored = shards.read(shard)
+        if shard == "head":
+            stored["embed_out.weight"] = shards.read("embed")["embed_in.weight"]
+        stage.load(shard, {name: t.clone() for name, t in stored.items()})
+    from openchatkit.data.dataset import build_dataset
+
+    options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
+    dataset = build_dataset(
+        str(flags["task_name"]), tokenizer_path=prepared["tied"], cache_dir=flags["data_cache"], seed=1, **options
+    )
+    tokens, labels = dataset.batch(0, 8)
+    torch.nn.functional.cross_entropy(stage.logits(stage(tokens)).flatten(0, 1), labels.flatten()).backward()
+    expected = stage.shards["embed"].embed_in.weight.grad + stage.projection.weight.grad
+    found = gradients(path)["embed/embed_in.weight/exp_avg"]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not any(name.startswith("head/embed_out") for name in tensors(path))
+
+
+@pytest.mark.parametrize("change", [{"bf16": True}, {"optimizer": "8bit-adam"}, {"optimizer": "adam"}], ids=str)
+def test_other_precisions_and_optimizers(tmp_path, flags, change):
+    one = run(tmp_path / "one", flags, total_steps=3, **change)
+    two = run(tmp_path / "two", flags, total_steps=3, pp_mode="1f1b", **STAGES, **change)
+    assert_same_bits(one, two)
+    assert metrics.read(one.parent)[-1]["loss"] < metrics.read(one.parent)[0]["loss"]
+
+
+def test_eight_bit_state_is_eight_bit(tmp_path, flags, prepared):
+    path = run(tmp_path, flags, optimizer="8bit-adam")
+    entry = checkpoint.read_optimizer(path, "embed")["embed_in.weight"]
+    assert entry["state1"].dtype == torch.uint8
+
+
+def test_overflow_is_everyones(tmp_path, flags):
+    """A loss scale that overflows float16 changes no weight of any stage, and falls until steps are taken."""
+    start = {"initial_loss_scale": 2.0**24, "hysteresis": 1, "fp16": True, **STAGES}
+    path = run(tmp_path, flags, total_steps=12, **start)
+    rows = metrics.read(path.parent)
+    skipped = [row for row in rows if row["grad_norm"] is None]
+    assert 0 < len(skipped) < len(rows)
+    assert rows[0]["grad_norm"] is None
+    assert rows[-1]["loss_scale"] == 2.0 ** (24 - len(skipped))
+    first = run(tmp_path / "first", flags, total_steps=1, **start)
+    prepared = LayerShards.open(flags["model_name"])
+    for shard in prepared.shards:
+        for name, tensor in checkpoint.read_weights(first, shard).items():
+            assert torch.equal(tensor, prepared.read(shard)[name].float()), (shard, name)
+
+
+def test_evaluation_and_metrics(tmp_path, flags, chats):
+    change = {"evaluation_data": chats, "evaluation_steps": 2, "evaluation_num_batch": 2, "total_steps": 3}
+    one = run(tmp_path / "one", flags, **change)
+    two = run(tmp_path / "two", flags, **change, pp_mode="1f1b", **STAGES)
+    three = run(
+        tmp_path / "three", flags, **{**change, "evaluation_num_batch": 1, "pipeline_group_size": 1}, **REPLICAS
+    )
+    rows = metrics.read(one.parent)
+    assert [row["step"] for row in rows if "evaluation_loss" in row] == [2, 3]
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "loss_scale"} <= rows[0].keys()
+    assert [row["tokens"] for row in rows if "tokens" in row] == [384, 768, 1152]
+    losses = [
+        [r["evaluation_loss"] for r in metrics.read(p.parent) if "evaluation_loss" in r] for p in (one, two, three)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[2]) == 2
+    state = json.loads((one / "state.json").read_text())
+    assert (state["step"], state["samples"], state["global_batch"]) == (3, 24, 8)
+
+
+def test_random_weights_are_those_of_the_seed(tmp_path, flags):
+    change = {"load_pretrained_model": "false", "seed": 5}
+    one = run(tmp_path / "one", flags, **change)
+    two = run(tmp_path / "two", flags, **change, **STAGES)
+    assert_same_bits(one, two)

@@ -1,0 +1,94 @@
+"""The chunked loss against a float64 reference, with rows to ignore, chunks that do not divide, biases and scales."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from openchatkit.training import loss as module
+from openchatkit.training.loss import projected_cross_entropy
+
+
+def case(tokens: int, *, bias: bool, ignored: float, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    projection = nn.Linear(24, 101, bias=bias)
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            parameter.normal_(generator=generator)
+    hidden = torch.randn(tokens, 24, generator=generator)
+    labels = torch.randint(0, 101, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < ignored] = -100
+    return projection, hidden, labels
+
+
+def reference(projection, hidden, labels, scale):
+    weight = projection.weight.detach().double().requires_grad_()
+    bias = None if projection.bias is None else projection.bias.detach().double().requires_grad_()
+    hidden = hidden.detach().double().requires_grad_()
+    total = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-100, reduction="sum") * scale
+    total.backward()
+    return total, hidden.grad, weight.grad, None if bias is None else bias.grad
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("chunk", "block"), [(1024, 128), (16, 5), (7, 7)])
+def test_value_and_gradients(monkeypatch, bias, ignored, chunk, block):
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setitem(module._BLOCK_TOKENS, "cpu", block)
+    projection, hidden, labels = case(50, bias=bias, ignored=ignored)
+    expected, *gradients = reference(projection, hidden, labels, 0.25)
+    hidden = hidden.view(5, 10, 24).requires_grad_()
+    found = projected_cross_entropy(hidden, projection, labels.view(5, 10), scale=0.25)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
+    if ignored == 1.0:
+        assert found.item() == 0
+        assert not hidden.grad.any()
+        assert projection.weight.grad is None
+        return
+    for ours, theirs in zip(
+        [hidden.grad.flatten(0, 1), projection.weight.grad, *([projection.bias.grad] if bias else [])],
+        [g for g in gradients if g is not None],
+        strict=True,
+    ):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_gradients_add_up_over_calls():
+    projection, hidden, labels = case(20, bias=True, ignored=0.2)
+    for piece in (slice(0, 8), slice(8, 20)):
+        projected_cross_entropy(hidden[piece], projection, labels[piece]).backward()
+    _, _, weight, bias = reference(projection, hidden, labels, 1.0)
+    assert (projection.weight.grad - weight).abs().max() <= 1e-5 * weight.abs().max()
+    assert (projection.bias.grad - bias).abs().max() <= 1e-5 * bias.abs().max()
+
+
+def test_without_gradients_nothing_is_touched():
+    projection, hidden, labels = case(20, bias=True, ignored=0.2)
+    with torch.no_grad():
+        found = projected_cross_entropy(hidden, projection, labels)
+    assert found.item() == pytest.approx(reference(projection, hidden, labels, 1.0)[0].item(), rel=1e-6)
+    assert projection.weight.grad is None
+
+
+def test_bfloat16_is_as_near_as_autocast():
+    """Against float64, no further off than the same loss written with autocast and whole logits."""
+    projection, hidden, labels = case(200, bias=False, ignored=0.3)
+    expected, _, weight, _ = reference(projection, hidden, labels, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = projected_cross_entropy(hidden, projection, labels)
+    gradient = projection.weight.grad
+    projection.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.cross_entropy(projection(hidden).float(), labels, ignore_index=-100, reduction="sum")
+    plain.backward()
+    assert (ours - expected).abs() <= 1.5 * (plain - expected).abs() + 1e-3 * expected
+    assert (gradient - weight).norm() <= 1.5 * (projection.weight.grad - weight).norm()
+
+
+def test_large_logits_do_not_overflow():
+    projection, hidden, labels = case(10, bias=False, ignored=0.0)
+    found = projected_cross_entropy(hidden * 1e4, projection, labels)
+    assert torch.isfinite(found)
+    assert torch.isfinite(projection.weight.grad).all()
