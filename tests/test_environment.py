@@ -1,0 +1,164 @@
+"""tools/environment.sh and test.sh with a stand-in for Python: what they ask of it, and every line they end with."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from openchatkit.paths import ROOT
+
+# Answers as an interpreter does where the scripts ask one; what pip and pytest are told goes to $LOG.
+STAND_IN = """#!/bin/sh
+case "$*" in
+    *version_info*) echo "$FAKE_VERSION" ;;
+    *ensurepip*) exit "${FAKE_NO_VENV:-0}" ;;
+    "-m venv "*) [ -z "$FAKE_VENV_BREAKS" ] || exit 1
+        mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/ruff" ;;
+    *"import pip"*) exit "${FAKE_NO_PIP:-0}" ;;
+    "-m pip "*) echo "$@" >>"$LOG"; exit "${FAKE_PIP_STATUS:-0}" ;;
+    "-m pytest "*) echo "$@" >>"$LOG"; exit 5 ;;
+    "- "*) exec "$REAL_PYTHON" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with a stand-in Python first on PATH; `run(*arguments, **environment)` runs its test.sh."""
+    root = tmp_path / "a checkout"
+    (root / "tools").mkdir(parents=True)
+    for name in ("test.sh", "pyproject.toml", "tools/environment.sh"):
+        shutil.copy(ROOT / name, root / name)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "python3").write_text(STAND_IN)
+    (programs / "python3").chmod(0o755)
+    log = tmp_path / "log"
+    # Only what the scripts use: on a bare machine there is little more, and no other Python must be found.
+    for name in ("bash", "cat", "cp", "dirname", "mkdir", "rm", "uname"):
+        (programs / name).symlink_to(shutil.which(name))
+    base = {"PATH": str(programs), "LOG": str(log), "REAL_PYTHON": sys.executable, "FAKE_VERSION": "3.12.1"}
+
+    def run(*arguments: str, **environment: str) -> SimpleNamespace:
+        log.write_text("")
+        result = subprocess.run(
+            [shutil.which("bash"), str(root / "test.sh"), *arguments],
+            capture_output=True,
+            text=True,
+            env={**base, **environment},
+            cwd="/",
+        )
+        return SimpleNamespace(status=result.returncode, err=result.stderr, calls=log.read_text().splitlines())
+
+    return SimpleNamespace(root=root, run=run)
+
+
+def test_torch_comes_first_and_alone_and_a_second_run_calls_no_pip(checkout):
+    first = checkout.run()
+    installs = [call.split("install ")[1] for call in first.calls if call.startswith("-m pip")]
+    flags = "--disable-pip-version-check --quiet"
+    assert installs == [f"{flags} torch==2.13.0", f"{flags} -e {checkout.root}[dev]"]
+    assert checkout.run().calls == ["-m pytest -n 2 -m not long"]
+
+
+def test_the_index_of_torch_is_for_torch_alone(checkout):
+    calls = checkout.run(OPENCHATKIT_TORCH_INDEX="https://example.org/cpu").calls
+    assert [("--index-url https://example.org/cpu" in call) for call in calls] == [True, False, False]
+
+
+def test_a_changed_pyproject_installs_again(checkout):
+    checkout.run()
+    with open(checkout.root / "pyproject.toml", "a") as file:
+        file.write("\n# changed\n")
+    assert len(checkout.run().calls) == 3
+
+
+def test_an_installation_that_failed_is_tried_again(checkout):
+    failed = checkout.run(FAKE_PIP_STATUS="1")
+    assert failed.status == 2
+    assert failed.err == "error: pip could not install torch==2.13.0: see its message above\n"
+    assert len(checkout.run().calls) == 3
+
+
+def test_arguments_go_to_pytest_and_its_status_comes_back(checkout):
+    result = checkout.run("--long", "-k", "two words")
+    assert result.calls[-1] == "-m pytest -n 2 -k two words"
+    assert result.status == 5
+
+
+@pytest.mark.parametrize("version", ["2.7.18", "3.9.18", "3.14.0", "4.0.0"])
+def test_a_python_that_does_not_fit(checkout, version):
+    result = checkout.run(FAKE_VERSION=version)
+    assert result.status == 2
+    assert result.err == (
+        f"error: python3 is Python {version}: Python 3.10 to 3.13 is needed; "
+        "install one and name it, as in PYTHON=python3.12 bash test.sh\n"
+    )
+
+
+def test_a_python_that_is_not_there(checkout):
+    result = checkout.run(PYTHON="/nowhere/python")
+    assert result.status == 2
+    assert result.err.startswith("error: /nowhere/python does not run: Python 3.10 to 3.13 is needed")
+
+
+def test_the_first_python_that_fits_is_taken(checkout):
+    programs = checkout.root.parent / "programs"
+    (programs / "python3.11").write_text(STAND_IN.replace("$FAKE_VERSION", "3.11.4"))
+    (programs / "python3.11").chmod(0o755)
+    assert checkout.run(FAKE_VERSION="3.9.6").status == 5
+    assert "3.11.4" in (checkout.root / ".venv" / "bin" / "python").read_text()
+
+
+def test_no_venv_module(checkout):
+    result = checkout.run(FAKE_NO_VENV="1")
+    assert result.status == 2
+    assert result.err == (
+        "error: python3 has no venv module: install it (Debian, Ubuntu: apt install python3-venv) and run this again\n"
+    )
+
+
+def test_an_environment_cut_short_is_removed(checkout):
+    result = checkout.run(FAKE_VENV_BREAKS="1")
+    assert result.status == 2
+    assert result.err == "error: python3 -m venv .venv failed: see the message above\n"
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_an_environment_that_is_not_ours_to_mend(checkout):
+    venv = checkout.root / ".venv"
+    venv.mkdir()
+    result = checkout.run()
+    assert (result.status, result.err) == (
+        2,
+        f"error: {venv} holds no Python that runs, not 3.10 to 3.13: remove it and run this again\n",
+    )
+    venv.rmdir()
+    result = checkout.run(FAKE_NO_PIP="1")
+    assert (result.status, result.err) == (2, f"error: {venv} has no pip: remove it and run this again\n")
+
+
+def test_recipes_without_any_python_say_what_to_make(checkout):
+    (checkout.root / "training").mkdir()
+    recipe = checkout.root / "training" / "finetune_Pythia-1.4B.sh"
+    shutil.copy(ROOT / "training" / recipe.name, recipe)
+    (checkout.root.parent / "programs" / "python3").unlink()
+    path = {"PATH": str(checkout.root.parent / "programs")}
+    result = subprocess.run([shutil.which("bash"), str(recipe)], capture_output=True, text=True, env=path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no Python found: make the environment first (bash quickstart.sh")
+
+
+def test_conda_installs_the_same(checkout):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *packages, pip = environment["dependencies"]
+    assert any(package in ("python=3.11", "python=3.12") for package in packages)
+    torch = (ROOT / "tools" / "environment.sh").read_text().split("kit_torch=")[1].split()[0]
+    assert pip["pip"] == [torch, "-e .[gpu,wandb]"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "bash test.sh" in Path(ROOT / ".ci" / "run").read_text()
