@@ -1,0 +1,159 @@
+"""The rules of the house, read from the sources: who imports whom, who names files, and what a script may be."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from openchatkit.paths import ROOT
+
+# A part may import itself and parts of a lower level; those of level 0 may import each other.
+LEVELS = {
+    **dict.fromkeys(("errors", "paths", "cli", "progress", "download"), 0),
+    "models": 1,
+    **dict.fromkeys(("distributed", "formats"), 2),
+    **dict.fromkeys(("data", "retrieval", "minimal20b"), 3),
+    **dict.fromkeys(("training", "inference", "convert", "evaluation"), 4),
+}
+COMMAND_FOLDERS = ("data", "pretrained", "training", "tools", "inference", "retrieval")
+
+# Pieces of the names of files that others read, where a whole literal without spaces (not a sentence) holds one.
+ON_DISK = re.compile(
+    r"pytorch_(embs|model|lm_head|$)|prank_|\.safetensors|\.idx$|(manifest|state|config|tokenizer|special_tokens_map)\.json"
+    r"|(^|[/.])checkpoint_$|^latest$"
+)
+
+MODULES = sorted((ROOT / "openchatkit").rglob("*.py"))
+# Deeper lie outputs, as data/*/files/ and the models under pretrained/*/.
+SCRIPTS = [
+    path for folder in COMMAND_FOLDERS for depth in ("*.py", "*/*.py") for path in sorted((ROOT / folder).glob(depth))
+]
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+READMES = sorted(
+    path for pattern in ("*.md", "*/*.md", "*/*/README.md") for path in ROOT.glob(pattern) if path.parts[-2][0] != "."
+)
+SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"])
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def part_of(path: Path) -> str:
+    """`openchatkit/formats/chat.py` belongs to `formats`, `openchatkit/cli.py` to `cli`."""
+    return path.relative_to(ROOT / "openchatkit").parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every import of a module, lazy ones included: (line, dotted name)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{'.' * node.level}{node.module or ''}.{alias.name}") for alias in node.names)
+
+
+def literals(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every string that is no docstring, pieces of f-strings included: (line, text)."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_imports_point_down():
+    wrong = []
+    for path in MODULES:
+        for line, name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            part, target = part_of(path), name.split(".")[1] if name.startswith("openchatkit.") else None
+            if name.startswith("."):
+                wrong.append(f"{relative(path)}:{line} is relative: {name}")
+            elif (
+                target and part != target and not (LEVELS[target] < LEVELS[part] or LEVELS[target] == LEVELS[part] == 0)
+            ):
+                wrong.append(f"{relative(path)}:{line} {part} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_models_and_formats_know_no_ranks_and_no_flags():
+    for path in MODULES:
+        if part_of(path) in ("models", "formats"):
+            names = [name for _, name in imports(ast.parse(path.read_text(encoding="utf-8")))]
+            assert not [name for name in names if name.startswith(("torch.distributed", "argparse"))], relative(path)
+
+
+def test_only_formats_names_files_that_others_read():
+    wrong = []
+    for path in [*MODULES, *SCRIPTS]:
+        if path in MODULES and part_of(path) == "formats":
+            continue
+        for line, text in literals(ast.parse(path.read_text(encoding="utf-8"))):
+            if not re.search(r"\s", text) and ON_DISK.search(text):
+                wrong.append(f"{relative(path)}:{line} {text!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=relative)
+def test_a_script_is_short_and_says_what_it_does(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 20
+    assert ast.get_docstring(ast.parse(text))
+    # A script's folder comes first on the import path, so its name must not hide another module.
+    assert path.stem not in sys.stdlib_module_names
+    assert path.stem not in importlib.metadata.packages_distributions()
+
+
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS, *BENCHMARKS], ids=relative)
+def test_no_source_edits_the_import_path_or_imports_stars(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not [name for _, name in imports(tree) if name.endswith(".*")]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path"]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *BENCHMARKS], ids=relative)
+def test_every_command_answers_help(path):
+    result = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: ")
+    assert result.stderr == ""
+
+
+def test_the_library_imports_with_core_dependencies_alone():
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
+    code = f"""
+import importlib, sys
+for name in ("accelerate", "bitsandbytes", "cupy", "faiss", "wandb", "sentence_transformers", "pytest"):
+    sys.modules[name] = None  # importing it raises ImportError
+for name in {names}:
+    importlib.import_module(name.removesuffix(".__init__"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", READMES, ids=relative)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("path", SHELL, ids=relative)
+def test_shell_is_bash_that_a_mac_has(path):
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    code = re.sub(r"(?m)^\s*#.*$", "", path.read_text(encoding="utf-8"))
+    # Newer than bash 3.2: associative arrays, wait -n, arrays from input, case conversion, and these redirections.
+    assert not re.search(r"declare -A|wait -n|mapfile|readarray|\$\{\w+(,,|\^\^)|&>>|\|&|\$\{\w+@", code)
+    # An empty array counts as unset there, so under `set -u` it needs the form ${a[@]+"${a[@]}"}, unless it never is.
+    for name in re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}"', code):
+        assert re.search(rf"(?m)^\s*{name}=\(\n?\s*[^)\s]", code), name
