@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit.errors import UserError
+from openchatkit.formats.tokenizer_files import has_tokenizer
 
 
 class Tokenizer:
@@ -50,7 +51,7 @@ def _load(folder: Path) -> object:
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: expected one that holds a tokenizer (tokenizer.json)")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder} holds no tokenizer: expected tokenizer.json there, found {found}")
     try:

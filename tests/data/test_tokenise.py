@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from openchatkit.data import tokenise as module
 from openchatkit.data.tokenise import Tokenised, tokenise, tokenise_all
@@ -82,6 +83,17 @@ def test_tokenizers_that_will_not_do(tiny_tokenizer: Path, tmp_path: Path) -> No
         Tokenizer(tmp_path)
     shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
     with pytest.raises(UserError, match="has no end-of-text token"):
+        Tokenizer(tmp_path)
+
+
+def test_end_of_text_that_cannot_be_spelt_out(tmp_path: Path) -> None:
+    """A vocabulary of words: the word <|endoftext|> is the token."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({END: 0, "a": 1}, unk_token=END))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"takes '<\|endoftext\|>' in a text for its end-of-text token"):
         Tokenizer(tmp_path)
 
 
