@@ -41,9 +41,9 @@ class Tokenizer:
         """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text that these ids stand for, special tokens included."""
-        return self._backend.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """The text that these ids stand for; `special` tokens are spelled out, or left out."""
+        return self._backend.decode(ids, skip_special_tokens=not special)
 
 
 def _load(folder: Path) -> object:
