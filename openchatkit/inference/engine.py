@@ -1,0 +1,126 @@
+"""The decode loop: prompt token ids in, reply token ids out, one at a time.
+
+Owns the key-value cache, the choice of the next token, and what ends a reply by token. Text, stop strings and turns
+are not known here. The model is any causal language model of transformers; its `generate()` is the test oracle.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from openchatkit.errors import UserError
+
+
+class OutOfMemory(UserError):
+    """The device has no room for this reply; the model itself is unharmed."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy, as is `sample=False`; `top_k` is at least 1."""
+
+    max_tokens: int = 128
+    sample: bool = True
+    temperature: float = 0.6
+    top_k: int = 40
+
+    @property
+    def greedy(self) -> bool:
+        return not self.sample or self.temperature == 0
+
+
+class Engine:
+    """A loaded model and how to make it go on. `device` is where its inputs belong."""
+
+    def __init__(self, model: PreTrainedModel, *, eos_ids: Collection[int], device: torch.device) -> None:
+        self._model = model
+        self._eos_ids = frozenset(eos_ids)
+        self._device = device
+        # The prompt's logits but the last are not needed, and at 50,000 words of vocabulary they are large.
+        narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if narrow else {}
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model was made to read at once, or None where it does not say."""
+        return getattr(self._model.config, "max_position_embeddings", None)
+
+    def generate(
+        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None = None
+    ) -> Iterator[int]:
+        """Yield at most `sampling.max_tokens` new token ids; end-of-text ends them and is not yielded.
+
+        `generator` is a CPU generator, so that a seed means the same draws on every device. Raises OutOfMemory, and
+        UserError when the model's output is not a number.
+        """
+        cache, unread = self._begin(prompt)
+        for _ in range(sampling.max_tokens):
+            with _memory_errors():
+                token = choose(self._read(unread, cache), sampling, generator)
+            if token in self._eos_ids:
+                return
+            yield token
+            unread = [token]
+
+    def _begin(self, prompt: Sequence[int]) -> tuple[DynamicCache, Sequence[int]]:
+        """A cache, and the part of the prompt that it does not hold: all of it, since each reply starts afresh."""
+        assert len(prompt) > 0, "an empty prompt"
+        return DynamicCache(config=self._model.config), prompt
+
+    @torch.inference_mode()
+    def _read(self, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+        """Append tokens to the cache; the logits behind the last, float32 [vocabulary]."""
+        input_ids = torch.tensor([tokens], device=self._device)  # [1, new]
+        output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._options)
+        return output.logits[0, -1].float()
+
+
+@torch.inference_mode()
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
+    """The next token id from float logits [vocabulary]: the largest, or a draw among the `top_k` largest."""
+    count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
+    if count == 1:
+        best, token = logits.max(dim=-1)
+        _check_finite(best.item())
+        return int(token)
+    values, tokens = torch.topk(logits, count)
+    values = values.cpu()
+    _check_finite(values[0].item())
+    # The largest is taken off first: a tiny temperature must not make infinities that cancel to no number.
+    weights = torch.softmax((values - values[0]) / sampling.temperature, dim=-1)
+    return int(tokens[torch.multinomial(weights, 1, generator=generator).item()])
+
+
+def _check_finite(largest: float) -> None:
+    # Not-a-number counts as the largest of all in torch, so looking at the largest is enough.
+    if not math.isfinite(largest):
+        raise UserError(
+            f"the model's output is {largest}, not a number: its values do not fit this precision, try --dtype "
+            "bfloat16 or float32, or its weights are damaged"
+        )
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            "out of memory: this turn was undone; /reset for a shorter conversation, or start with a smaller "
+            "--max-tokens, or with -g and -r"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device has no memory left; on the CPU, torch says so in the message alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

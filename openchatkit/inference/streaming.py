@@ -1,0 +1,186 @@
+"""From token ids to text that is safe to show, as early as it is final.
+
+Owns what may be shown when: characters whose bytes are all there, nothing of a stop string, no control sequences, no
+space around a reply. Every step costs the same however long the reply has become.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+
+_REPLACEMENT = "\ufffd"
+# An unfinished UTF-8 sequence is at most three bytes, hence at most three tokens and three replacement characters.
+_UNFINISHED = 3
+# Control characters but tab and newline; marks that reorder text on screen; lone surrogates, which cannot be written.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# What opens a sequence in ECMA-48: ESC, CSI, and the strings DCS, SOS, OSC, PM and APC in their one-character form.
+_OPENERS = {"\x1b": "escape", "\x9b": "csi", **dict.fromkeys("\x90\x98\x9d\x9e\x9f", "string")}
+
+
+class Detokeniser:
+    """Text of tokens that arrive one at a time: `push` returns what has become final.
+
+    Characters can be spread over tokens, and some tokenizers write a token differently at the start of a text, so a
+    short window of tokens is decoded at each step and what it had before is taken off.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._finished = 0  # tokens at the window's start whose text is out to the last character
+        self._out = 0  # characters of the window's text that are out
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes; none while a multi-byte character is unfinished."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        final = len(text)
+        while final > max(self._out, len(text) - _UNFINISHED) and text[final - 1] == _REPLACEMENT:
+            final -= 1
+        new = text[self._out : final]
+        self._out = final
+        if final == len(text):
+            self._shorten(self._finished, keep_back=0)
+            self._finished = len(self._window)
+        elif len(self._window) - self._finished > 2 * _UNFINISHED:
+            # Bytes that never become characters: what stays must hold the unfinished sequence and a token before it.
+            self._shorten(len(self._window) - _UNFINISHED - 1, keep_back=len(text) - final)
+            self._finished = 0
+        return new
+
+    def _shorten(self, start: int, *, keep_back: int) -> None:
+        if start:
+            del self._window[:start]
+            self._out = max(0, len(self._decode(self._window)) - keep_back)
+
+
+class TerminalFilter:
+    """Takes out what a terminal would obey rather than show: control characters, escape sequences, text reordering.
+
+    A sequence may be spread over any number of pushes. A string sequence (a window title, say) that is never ended
+    hides at most the rest of its line.
+    """
+
+    def __init__(self) -> None:
+        self._state = "text"
+
+    def push(self, text: str) -> str:
+        """What of `text` may be shown."""
+        if self._state == "text" and not _UNSAFE.search(text):
+            return text
+        return "".join(character for character in text if self._shows(character))
+
+    def _shows(self, character: str) -> bool:
+        # ESC and CSI take intermediate or parameter characters and then a final one; BEL or ST ends a string.
+        state, self._state = self._state, "text"
+        if state == "text":
+            self._state = _OPENERS.get(character, "text")
+            return not _UNSAFE.match(character)
+        if state == "string":
+            if character == "\x1b":
+                self._state = "escape"
+            elif character not in "\x07\x9c\n":
+                self._state = "string"
+            return character == "\n"
+        if state == "escape" and character in "[]PX^_":
+            self._state = "csi" if character == "[" else "string"
+            return False
+        if " " <= character <= ("/" if state == "escape" else "?"):
+            self._state = state
+            return False
+        if " " <= character <= "~":
+            return False  # the final byte
+        return self._shows(character)  # no sequence after all: this character is text, or opens one
+
+
+class StopMatcher:
+    """Finds the first stop string, however it is cut into pieces, and lets nothing of it through."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = tuple(stop_strings)
+        self._longest = max(map(len, self._stop_strings), default=0)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What cannot be part of a stop string any more; after one is found, what stood before it, then nothing."""
+        if self.stopped:
+            return ""
+        text = self._held + text
+        starts = [start for stop in self._stop_strings if (start := text.find(stop)) >= 0]
+        if starts:
+            self.stopped, self._held = True, ""
+            return text[: min(starts)]
+        held = min(len(text), self._longest - 1)
+        while held > 0 and not any(stop.startswith(text[-held:]) for stop in self._stop_strings):
+            held -= 1
+        cut = len(text) - max(held, 0)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What was held back because it could have become a stop string and did not."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Trimmer:
+    """Takes the white space off both ends of a text that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._started = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What is not leading, and not yet trailing, white space."""
+        if not self._started:
+            text = text.lstrip()
+            self._started = bool(text)
+        body = text.rstrip()
+        if not body:
+            self._held += text
+            return ""
+        shown, self._held = self._held + body, text[len(body) :]
+        return shown
+
+
+class ReplyStream:
+    """The steps above in their order, for one reply; `text` is what has been let through so far."""
+
+    def __init__(self, decode: Decode, *, stop_strings: Sequence[str] = (), trim: bool = True) -> None:
+        self._detokeniser = Detokeniser(decode)
+        self._filter = TerminalFilter()
+        self._matcher = StopMatcher(stop_strings)
+        self._trimmer = Trimmer() if trim else None
+        self._shown: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._matcher.stopped
+
+    @property
+    def text(self) -> str:
+        return "".join(self._shown)
+
+    def push(self, token: int) -> str:
+        """What this token adds to the shown text."""
+        return self._show(self._matcher.push(self._filter.push(self._detokeniser.push(token))))
+
+    def flush(self) -> str:
+        """The rest of the shown text. Bytes of a character that was never finished are dropped."""
+        return self._show(self._matcher.flush())
+
+    def _show(self, text: str) -> str:
+        if self._trimmer:
+            text = self._trimmer.push(text)
+        if text:
+            self._shown.append(text)
+        return text
+
+
+def clean(text: str) -> str:
+    """A whole text as `TerminalFilter` lets it through."""
+    return TerminalFilter().push(text)
