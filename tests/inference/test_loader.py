@@ -1,0 +1,241 @@
+"""Finding a model, saying what a folder is that is none, and placing a model on what there is."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
+from openchatkit.inference import loader
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def copy(random_models, tmp_path):
+    """A copy of the small GPT-NeoX's folder, to be damaged."""
+    return shutil.copytree(random_models["neox"], tmp_path / "model")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def refused(name, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loader.load(str(name))
+
+
+# -- what there is
+
+
+@pytest.mark.parametrize("name", ["neox", "gptj"])
+def test_a_model_is_loaded_with_its_tokenizer_and_its_end(random_models, no_gpu, name):
+    said = []
+    loaded = loader.load(str(random_models[name]), announce=said.append)
+    assert said == [f"loading {random_models[name]} on {loaded.device} in float32"]
+    assert (loaded.dtype, loaded.model.dtype, loaded.eos_ids) == (torch.float32, torch.float32, {0})
+    assert not loaded.model.training
+    assert loaded.tokenizer.encode(["a"])[0]
+
+
+def test_the_ends_of_a_reply_are_those_of_the_generation_config(copy):
+    config = copy / hf_model.GENERATION_CONFIG
+    for given, expected in ((7, {7}), ([7, 9], {7, 9}), (None, {0})):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": given}))
+        assert loader.load(str(copy)).eos_ids == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_precision_that_is_named_is_used(random_models, dtype):
+    assert loader.load(str(random_models["neox"]), dtype=dtype).model.dtype == getattr(torch, dtype)
+
+
+def test_the_precision_follows_device_and_size(monkeypatch):
+    def chosen(device, parameters=0):
+        return loader.choose_dtype("auto", torch.device(device), lambda: parameters)
+
+    assert chosen("cpu", 10**9) == torch.float32
+    assert chosen("cpu", 7 * 10**9) == torch.bfloat16
+    assert chosen("mps") == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert chosen("cuda") == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert chosen("cuda") == torch.bfloat16
+
+
+def test_the_size_of_a_model_is_known_before_it_is_loaded(random_models):
+    loaded = loader.load(str(random_models["gptj"]))
+    assert loader._parameters(AutoConfig.from_pretrained(random_models["gptj"])) == loaded.model.num_parameters()
+
+
+def test_a_model_that_does_not_fit_into_memory_is_read_from_disk_as_it_is_needed(random_models):
+    name = str(random_models["neox"])
+    whole, spread = loader.load(name), loader.load(name, cpu_gib=80_000 / loader.GIB)
+    assert "disk" in spread.model.hf_device_map.values()
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(whole.model(tokens).logits, spread.model(tokens).logits)
+
+
+def test_weights_fill_the_devices_that_are_named(two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    assert loader.placement(GPU, {0: 1.5, 1: 2}, 3)["max_memory"] == {0: 3 << 29, 1: 2 << 30, "cpu": 3 << 30}
+    assert loader.placement(GPU, None, 3)["max_memory"] == {0: 90, "cpu": 3 << 30}
+    assert loader.placement(CPU, None, 3)["max_memory"] == {"cpu": 3 << 30}
+    assert loader.placement(GPU, {0: 1}, None)["max_memory"]["cpu"] > 1 << 20
+    assert loader.placement(GPU, None, None) == {"device_map": {"": GPU}}
+    assert loader.placement(CPU, None, None) == {}
+
+
+def test_the_device_is_the_gpu_that_is_named_else_the_cpu(two_gpus, monkeypatch):
+    assert loader.choose_device(1, None) == torch.device("cuda", 1)
+    assert loader.choose_device(1, {0: 1, 1: 1}) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert loader.choose_device(1, None) == CPU
+
+
+# -- what there is not
+
+
+def test_gpus_that_are_not_there(two_gpus, monkeypatch):
+    for gpu_id, shares in ((2, None), (0, {0: 1, 2: 1})):
+        with pytest.raises(UserError, match="there is no GPU 2: torch finds 2, numbered from 0"):
+            loader.choose_device(gpu_id, shares)
+    with pytest.raises(UserError, match="-g must give --gpu-id 0 its share, it names 1"):
+        loader.choose_device(0, {1: 10})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="-g names GPUs, and torch finds none here: leave it out, -r limits"):
+        loader.choose_device(0, {0: 10})
+
+
+def test_shares_without_accelerate(monkeypatch):
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="-g and -r need accelerate, which is not installed: pip install accelerate"):
+        loader.placement(CPU, None, 3)
+    assert loader.placement(GPU, None, None) == {}
+
+
+def test_no_such_folder(tmp_path):
+    for name in (tmp_path / "none", "./none", "huggingface_models/none", "none"):
+        refused(name, f"--model {name}: no such folder; huggingface_models/ holds .*; make a model with")
+
+
+def test_a_hub_name_that_cannot_be_reached(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("nobody/nothing", "cannot fetch nobody/nothing: the hub cannot be reached")
+
+
+def test_a_file(random_models):
+    file = random_models["neox"] / hf_model.WEIGHTS
+    refused(file, f"--model {file} is a file: expected a model's folder or a hub name")
+
+
+def test_an_empty_folder_and_one_that_lacks_its_weights(tmp_path, copy):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(empty, f"--model {empty} is no Hugging Face model: config.json is missing, found nothing; pass a folder")
+    (copy / hf_model.WEIGHTS).unlink()
+    refused(copy, "is no Hugging Face model: model.safetensors is missing, found config.json, generation_config.json")
+
+
+@pytest.mark.parametrize("file", [layer_shards.shard_file("embed"), legacy.shard_file("embed")])
+def test_layer_shards(copy, file):
+    (copy / hf_model.WEIGHTS).rename(copy / file)
+    refused(copy, f"--model {copy} holds layer shards, which training starts from, not a Hugging Face model: pass the")
+
+
+@pytest.mark.parametrize(("family", "tool"), [("neox", "gptneox"), ("gptj", "gptj")])
+def test_a_training_checkpoint(random_models, tmp_path, family, tool):
+    folder = checkpoint_folders.checkpoint_path(tmp_path, 20)
+    folder.mkdir()
+    shutil.copy(random_models[family] / layer_shards.CONFIG, folder)
+    convert = f"run `python tools/convert_to_hf_{tool}.py --ckpt-path {folder} --save-path huggingface_models/NAME`"
+    refused(folder, f"--model {folder} is a training checkpoint, not a Hugging Face model: {convert}")
+    what = r"a folder of training checkpoints \(the newest is 20\)"
+    refused(tmp_path, f"--model {tmp_path} is {what}, not a Hugging Face model: {convert}")
+
+
+def test_a_checkpoint_of_the_original_kit(tmp_path):
+    (tmp_path / legacy.stage_file(0)).touch()
+    refused(tmp_path, "is a training checkpoint, not a Hugging Face model: run `python tools/convert_to_hf_gptneox.py")
+
+
+# -- what is there but broken
+
+
+def test_a_folder_without_a_tokenizer(copy):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    refused(copy, "holds no tokenizer")
+
+
+def test_a_tokenizer_of_another_model(copy):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    size = len(tokenizer["model"]["vocab"])
+    one = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [{**one, "id": size + n, "content": f"<|{n}|>"} for n in range(400 - size)]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(copy, r"has 400 tokens, the model 384: they do not belong together, copy the tokenizer that")
+
+
+def test_a_tensor_that_is_missing_is_not_filled_with_random_numbers(copy):
+    weights = load_file(copy / hf_model.WEIGHTS)
+    weights.pop(min(weights))
+    save_file(weights, copy / hf_model.WEIGHTS, metadata={"format": "pt"})
+    refused(copy, r"lacks 1 of the model's tensors, .*weight first: fetch or copy it again")
+
+
+def test_a_tensor_of_another_shape(copy):
+    weights = load_file(copy / hf_model.WEIGHTS)
+    key = min(weights)
+    save_file({**weights, key: torch.zeros(3, 3)}, copy / hf_model.WEIGHTS, metadata={"format": "pt"})
+    refused(copy, f"the model in {copy} cannot be loaded: ")
+
+
+def test_a_file_that_was_cut(copy):
+    with open(copy / hf_model.WEIGHTS, "r+b") as file:
+        file.truncate(1000)
+    refused(copy, f"the model in {copy} cannot be loaded: ")
+
+
+def test_a_shard_that_is_missing(copy):
+    weights = load_file(copy / hf_model.WEIGHTS)
+    (copy / hf_model.WEIGHTS).unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+    (copy / hf_model.WEIGHTS_INDEX).write_text(json.dumps(index))
+    refused(copy, f"the model in {copy} cannot be loaded: .*model-00001-of-00001.safetensors")
+
+
+def test_a_config_that_is_no_json(copy):
+    (copy / layer_shards.CONFIG).write_text("{")
+    refused(copy, "cannot be loaded: ")
+
+
+def test_a_model_that_brings_its_own_code_is_refused(copy):
+    config = json.loads((copy / layer_shards.CONFIG).read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (copy / layer_shards.CONFIG).write_text(json.dumps(config))
+    (copy / "code.py").write_text("raise SystemExit('the code ran')")
+    refused(copy, "cannot be loaded: ")
+
+
+def test_a_model_too_large_for_memory(copy, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loader.AutoModelForCausalLM, "from_pretrained", full)
+    refused(copy, r"does not fit into memory: spread it with -g ID:GiB \.\.\. and -r GiB, or try --dtype bfloat16")
