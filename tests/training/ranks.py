@@ -37,7 +37,7 @@ def start(
     flags = {"dist_url": f"tcp://127.0.0.1:{free_port()}", "use_cuda": "false", "timeout": 60, **flags}
     processes = []
     for rank in range(world_size):
-        argv = to_argv({**flags, "rank": rank, "world_size": world_size})
+        argv = to_argv({"world_size": world_size, **flags, "rank": rank})
         process = _context.Process(target=_rank, args=(argv, folder / f"stderr_{rank}", environment or {}))
         process.start()
         processes.append(process)

@@ -1,6 +1,8 @@
 """The recipes as a shell runs them: with a Python that only says what it was given, parsed by the trainer's parser."""
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -99,3 +101,18 @@ def test_the_environment_and_further_arguments_win(given):
     settings = config.parse(arguments)
     assert (settings.total_steps, settings.checkpoint_steps, settings.lr) == (7, 3, 3e-5)
     assert (settings.checkpoint_path, settings.task_name) == (Path("else where"), "mine.jsonl:1")
+
+
+def test_the_readme_has_every_flag_with_its_default():
+    def spelled(default: object) -> str:
+        if default is None or default is False:
+            return ""
+        if isinstance(default, Path):
+            default = default.relative_to(ROOT)
+        return f"`{'true' if default is True else default}`"
+
+    actions = [action for action in config.build_parser()._actions if action.help != argparse.SUPPRESS]
+    expected = [(action.option_strings[0], spelled(action.default)) for action in actions if action.dest != "help"]
+    text = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"(?m)^\| `(--\S+)` \| (.*?) ?\|", text) == expected
+    assert set(re.findall(r"`(finetune_\S+\.sh)`", text)) == set(RECIPES)
