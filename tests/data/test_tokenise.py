@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from openchatkit import paths
 from openchatkit.data import tokenise as module
+from openchatkit.data.records import Records
 from openchatkit.data.tokenise import Tokenised, tokenise, tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
@@ -185,3 +187,11 @@ def test_an_error_among_the_texts_comes_through(tokenizer: Tokenizer) -> None:
 
     with pytest.raises(UserError, match="line 2"):
         list(tokenise_all(texts(), tokenizer))
+
+
+def test_the_record_that_the_readme_shows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    readme = (paths.ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(readme.split("```json\n")[1].split("```")[0])
+    with Records(tmp_path / "a.jsonl") as records:
+        part = tokenise([text for _, text in records], tokenizer)
+    assert trained_text(tokenizer, part) == [" Paris.\n<human>:", f" Rome.\n{END}"]
