@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tune GPT-NeoX-20B into a chat model on 8 GPUs of 80 GB: 8 pipeline stages of 6 layers (the last has 2), 1 replica.
-# First: python pretrained/GPT-NeoX-20B/prepare.py, and the OIG files in data/OIG/files/.
+# First: python pretrained/GPT-NeoX-20B/prepare.py, python data/OIG/prepare.py
 #
 #   FINETUNE_TOTAL_STEPS, FINETUNE_CHECKPOINT_STEPS, FINETUNE_CHECKPOINT_PATH   as set below
 #   FINETUNE_DATA     FILE:WEIGHT,... instead of the list below

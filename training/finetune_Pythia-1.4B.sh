@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tune Pythia-1.4B into a chat model on one GPU of 24 GB, in bfloat16 with 8-bit optimizer state.
 # First: python tools/convert_from_hf_gptneox.py --model-name EleutherAI/pythia-1.4b-deduped \
-#            --save-dir pretrained/Pythia-1.4B-deduped, and the file named under DATASETS (or FINETUNE_DATA).
+#            --save-dir pretrained/Pythia-1.4B-deduped
+#        python data/OIG/prepare.py --files unified_chip2
 #
 #   FINETUNE_TOTAL_STEPS, FINETUNE_CHECKPOINT_STEPS, FINETUNE_CHECKPOINT_PATH   as set below
 #   FINETUNE_DATA     FILE:WEIGHT,... instead of the list below

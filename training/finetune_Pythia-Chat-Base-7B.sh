@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tune Pythia-6.9B into a chat model on 8 GPUs: 2 replicas of 4 pipeline stages of 8 layers.
-# First: python pretrained/Pythia-6.9B-deduped/prepare.py, and the OIG files in data/OIG/files/.
+# First: python pretrained/Pythia-6.9B-deduped/prepare.py, python data/OIG/prepare.py
 #
 #   FINETUNE_TOTAL_STEPS, FINETUNE_CHECKPOINT_STEPS, FINETUNE_CHECKPOINT_PATH   as set below
 #   FINETUNE_DATA     FILE:WEIGHT,... instead of the list below
