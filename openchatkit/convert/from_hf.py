@@ -116,7 +116,7 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
     """Write the shards of `plan`, one after another."""
     import torch
 
-    from openchatkit.convert.streams import stream
+    from openchatkit.convert.streams import each, stream
     from openchatkit.convert.target import check_room
     from openchatkit.formats.tensor_file import TensorSpec
     from openchatkit.progress import bar
@@ -133,8 +133,10 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
         def chunks(key: str) -> Iterable[memoryview]:
             return stream(model.chunks(key), model.specs[key].dtype, dtypes[key], what=key, progress=progress)
 
-        for shard, keys in plan.items():
-            writer.write(shard, specs[shard], lambda name, keys=keys: chunks(keys[name]))
+        def write(shard: str) -> None:
+            writer.write(shard, specs[shard], lambda name: chunks(plan[shard][name]))
+
+        each(write, plan, workers=1 if model.one_by_one else None)
 
 
 def _fingerprint(model: "HFModel") -> dict[str, Any]:

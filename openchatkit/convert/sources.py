@@ -1,6 +1,7 @@
 """Checkpoints as a stream of Hugging Face tensors: ours, and the original kit's pipeline stages."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,23 @@ class CheckpointSource(Source):
         super().__init__(raw_config, config, _tokenizer(path, config, config_name))
         self._path = path
         self._files = {shard: TensorFile(path / shard_file(shard)) for shard in shard_names(config.num_layers)}
-        self._verified: set[str] = set()
+        self._pool = ThreadPoolExecutor(2)
+        self._checks: dict[str, Future[None]] = {}
         for shard, file in self._files.items():
             self._add(file.path, shard, file.specs)
 
     def chunks(self, key: str) -> Iterator[memoryview]:
         shard, name = self._places[key]
-        if shard not in self._verified:
-            checkpoint.verify_weights(self._path, shard)
-            self._verified.add(shard)
+        self._check_ahead(shard)
+        self._checks[shard].result()
         return self._files[shard].chunks(name)
+
+    def _check_ahead(self, shard: str) -> None:
+        """Hash a shard and the next two while others are written; not more, or they leave the cache before their turn."""
+        shards = list(self._files)
+        for near in shards[shards.index(shard) :][:3]:
+            if near not in self._checks:
+                self._checks[near] = self._pool.submit(checkpoint.verify_weights, self._path, near)
 
 
 class StageSource(Source):

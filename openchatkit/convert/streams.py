@@ -1,12 +1,18 @@
-"""Tensors on their way from one file to another: recast, counted on the progress bar, refused where they do not fit."""
+"""Tensors on their way from one file to another: recast, counted on the progress bar, several files at a time."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import torch
 
 from openchatkit.errors import UserError
 from openchatkit.formats.tensor_file import cast
+
+Item = TypeVar("Item")
+_counting = threading.Lock()
 
 
 class Progress(Protocol):
@@ -22,7 +28,18 @@ def stream(
     try:
         for chunk in chunks if source == target else cast(chunks, source, target):
             yield chunk
-            progress.update(len(chunk))
+            with _counting:
+                progress.update(len(chunk))
     except OverflowError as error:
         name = str(target).removeprefix("torch.")
         raise UserError(f"{what} holds {error}, more than {name} can; convert to bfloat16 or keep the dtype") from error
+
+
+def each(function: Callable[[Item], object], items: Iterable[Item], *, workers: int | None = None) -> None:
+    """Call `function` on every item, several at a time: hashing and disks then overlap. The first error ends it."""
+    pool = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
+    try:
+        for _ in pool.map(function, items):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)

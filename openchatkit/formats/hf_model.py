@@ -29,9 +29,10 @@ _AGAIN = "fetch or copy the model again"
 class HFModel:
     """A model's folder: `path`, `raw_config`, `config`, `files`, and `specs`, the dtype and shape of every tensor.
 
-    `specs` is in the order of the files, and reading in that order opens each file once: one is held open at a time,
-    because a pickled one from before torch 1.6 fills as much memory as it is long. UserError when it is no model, or
-    asks for remote code; DamagedError when a file is missing or broken.
+    `specs` is in the order of the files. Files stay open and are memory-mapped, but for pickled ones from before torch
+    1.6, which fill as much memory as they are long: `one_by_one` says that there are such, only one of which is held,
+    and tensors should then be read by one thread in the order of `specs`. UserError when it is no model, or asks for
+    remote code; DamagedError when a file is missing or broken.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +40,8 @@ class HFModel:
         if not (self.path / CONFIG).is_file():
             raise UserError(f"{self.path} is no model: {CONFIG} is missing; pass a hub name or a folder that holds it")
         self.raw_config, self.config = read_config(self.path)
-        self._open: TensorFile | PickledFile | None = None
+        self.one_by_one = False
+        self._open: dict[str, TensorFile | PickledFile] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._file_of: dict[str, str] = {}
         with advise(_AGAIN):
@@ -61,10 +63,13 @@ class HFModel:
         return self._file(self._file_of[key]).chunks(key)
 
     def _file(self, name: str) -> TensorFile | PickledFile:
-        if self._open is None or self._open.path.name != name:
-            self._open = None
-            self._open = PickledFile(self.path / name) if name.endswith(".bin") else TensorFile(self.path / name)
-        return self._open
+        if name not in self._open:
+            if self.one_by_one:
+                self._open.clear()
+            path = self.path / name
+            self._open[name] = file = PickledFile(path) if path.suffix == ".bin" else TensorFile(path)
+            self.one_by_one |= not file.mapped
+        return self._open[name]
 
 
 def _contents(path: Path) -> dict[str, list[str] | None]:

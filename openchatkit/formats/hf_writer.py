@@ -35,12 +35,12 @@ def write_weights(
         groups[-1][key] = spec
         room -= spec.nbytes
     if len(groups) == 1:
-        write_stream(folder / WEIGHTS, groups[0], chunks)
+        write_stream(folder / WEIGHTS, groups[0], chunks, hashed=False)
         return
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_stream(folder / name, group, chunks)
+        write_stream(folder / name, group, chunks, hashed=False)
         weight_map.update(dict.fromkeys(group, name))
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs.values())}, "weight_map": weight_map}
     write_text(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")

@@ -24,8 +24,8 @@ class PickledFile:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self._mapped = file.read(4) == b"PK\x03\x04"
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
+                self.mapped = file.read(4) == b"PK\x03\x04"
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing") from None
         except pickle.UnpicklingError as error:
@@ -52,7 +52,7 @@ class PickledFile:
         for start in range(0, flat.numel(), step):
             piece = flat[start : start + step]
             yield tensor_bytes(piece)
-            if self._mapped and tensor.is_contiguous():
+            if self.mapped and tensor.is_contiguous():
                 _forget(piece)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ _SHARD_FILE = re.compile(r"(embed|head|layer_\d{5})\.safetensors")
 
 
 class ShardWriter:
-    """Writes a folder's shards, in any order, then its manifest. The folder must exist and have no other writer.
+    """Writes a folder's shards, in any order and from any thread, then its manifest.
+
+    The folder must exist and have no other writer.
 
     `about` says what the shards are made of: what an earlier run wrote of the same is kept where its bytes are still
     what they were. `done` names those shards; `complete` says that nothing is left to do.
@@ -29,6 +32,7 @@ class ShardWriter:
     def __init__(self, folder: Path, config: ModelConfig, *, about: Mapping[str, Any]) -> None:
         self.folder, self.about = folder, dict(about)
         self._shards = shard_names(config.num_layers)
+        self._bookkeeping = threading.Lock()
         with storage_errors(folder):
             for left in folder.glob(".*.tmp"):
                 left.unlink()
@@ -42,9 +46,10 @@ class ShardWriter:
     def write(self, shard: str, specs: Mapping[str, TensorSpec], chunks: Callable[[str], Iterable[memoryview]]) -> None:
         """Write one shard from `chunks(name)`; see `tensor_file.write_stream`."""
         record = write_stream(self.folder / shard_file(shard), specs, chunks)
-        self._records[record.name] = record
-        self.done.add(shard)
-        self._write_journal()
+        with self._bookkeeping:
+            self._records[record.name] = record
+            self.done.add(shard)
+            self._write_journal()
 
     def finish(self, source: Path) -> None:
         """Take config.json and the tokenizer from `source`, and make the folder whole."""

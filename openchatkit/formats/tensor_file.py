@@ -23,7 +23,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError, FileRecord
 from openchatkit.paths import atomic_path
 
-CHUNK = 8 << 20
+CHUNK = 1 << 20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,6 +63,8 @@ class TensorFile:
 
     DamagedError when the file is missing, cut or no safetensors file.
     """
+
+    mapped = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,10 +118,12 @@ def write_stream(
     chunks: Callable[[str], Iterable[memoryview]],
     *,
     metadata: Mapping[str, str] | None = None,
+    hashed: bool = True,
 ) -> FileRecord:
     """Write a safetensors file atomically from `chunks(name)`, called once a tensor in the order of the file.
 
-    Returns its record; the hash is taken of the bytes on their way out. UserError when the disk refuses them.
+    Returns its record; the hash is taken of the bytes on their way out, unless `hashed` is false: then it is empty.
+    UserError when the disk refuses them.
     """
     names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -131,13 +135,14 @@ def write_stream(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
+    digest, size = hashlib.sha256() if hashed else None, 0
     with storage_errors(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(text, names, specs, chunks):
-            digest.update(piece)
+            if digest:
+                digest.update(piece)
             file.write(piece)
             size += len(piece)
-    return FileRecord(path.name, size, digest.hexdigest())
+    return FileRecord(path.name, size, digest.hexdigest() if digest else "")
 
 
 def write_tensors(
@@ -175,6 +180,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EFBIG: "the file size limit is reached: see `ulimit -f`",
             errno.EROFS: "the disk is read-only: choose another folder",
             errno.EACCES: "permission denied: choose a folder you may write to",
+            errno.EEXIST: "part of the path is a file: choose another folder",
             errno.ENOTDIR: "part of the path is a file: choose another folder",
             errno.EIO: "the disk reports an error: check it",
         }
