@@ -75,10 +75,10 @@ class LayerShards:
     def open(cls, path: Path) -> "LayerShards":
         """Open a prepared folder; UserError unless config.json fits and every shard is there in its full size."""
         path = Path(path)
-        if not (path / CONFIG).is_file():
-            raise UserError(f"{path} is no prepared model: {_found(path)}; {_hint()}")
         if (path / JOURNAL).is_file():
             raise UserError(f"{path}: preparing this model was not finished; {_AGAIN}")
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path} is no prepared model: {_found(path)}; {_hint()}")
         opened = cls(path)
         if not opened._is_legacy():
             with advise(_AGAIN):
