@@ -55,11 +55,14 @@ def run_ours(options: argparse.Namespace) -> list[float]:
     from openchatkit.distributed.layout import Layout
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
+    from openchatkit.training.allocator import keep_freed_memory
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
     from openchatkit.training.step import Schedule, Trainer
 
     device = torch.device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with torch.device("meta"):
         stage = Stage(config_from_hf(hf_config(options.shape, options.seq_length)), recompute=options.recompute)
     stage.to_empty(device=device)
@@ -176,6 +179,7 @@ def flops_per_token(shape: str, seq_length: int) -> float:
 
 def widest(memory: int) -> str:
     """The largest shape whose parameters, gradients and Adam state (16 bytes each) take under 80 % of the memory."""
+
     def size(shape: str) -> int:
         layers, width, _ = SHAPES[shape]
         return 16 * (12 * layers * width**2 + 2 * VOCABULARY * width)

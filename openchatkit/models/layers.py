@@ -55,17 +55,19 @@ class RotaryTable(nn.Module):
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """GPT-NeoX's rotation of x [..., length, head_dim]: dimension j pairs with j + rotary_dim / 2."""
     half = cos.shape[-1]
-    left, right = x[..., :half], x[..., half : 2 * half]
+    # One split, not three slices: the backward of a slice fills a whole tensor with zeros.
+    left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (left * cos - right * sin, right * cos + left * sin)
-    return torch.cat([*(part.to(x.dtype) for part in turned), x[..., 2 * half :]], dim=-1)
+    return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """GPT-J's rotation of x [..., length, head_dim]: dimension 2j pairs with 2j + 1."""
     rotary_dim = 2 * cos.shape[-1]
-    even, odd = x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    turning, rest = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
+    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-    return torch.cat([turned.to(x.dtype), x[..., rotary_dim:]], dim=-1)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,69 +1,95 @@
 """Cross-entropy of the vocabulary projection, walked in chunks: the [tokens, vocab] logits never exist at once.
 
-For a token with hidden state h and label y, the loss is logsumexp(W h + b) - (W h + b)[y], and its gradient by the
-logits is softmax(W h + b) - onehot(y). Both come out of one pass over a chunk, so the projection is computed once.
+For a token with hidden state h and label y, let p = softmax(W h + b). The loss is -log p[y], and its gradient by the
+logits is p - onehot(y). Both come out of one pass over a chunk, so the projection is computed once, and p stays in the
+dtype of the products. What that dtype would round away is kept by way of r, the sum of p over all but y, which has
+full relative precision: near certainty -log p[y] = -log(1 - r), and the gradient's entry at y is -r.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openchatkit.data.dataset import IGNORE
 
-# Tokens whose logits are alive at once, and how many of those rows the softmax takes at a time. On a CPU a block of
-# rows in float32 should stay in the cache; on a GPU, fewer and larger kernels win.
+# Tokens whose logits are alive at once. Each chunk costs one addition of the projection's whole gradient, which is why
+# it is not smaller.
 _CHUNK_TOKENS = 1024
-_BLOCK_TOKENS = {"cpu": 128}
+
+# Below this probability -log p[y] is taken from the logits: p[y] may have lost digits, or be 0, in float16.
+_UNLIKELY = 1e-3
 
 
-def projected_cross_entropy(hidden: Tensor, projection: nn.Linear, labels: Tensor, *, scale: float = 1.0) -> Tensor:
-    """Sum of the cross-entropy over the tokens whose label is not IGNORE, times `scale`, in float32.
+class VocabularyLoss:
+    """The loss of a projection to the vocabulary; keeps its two buffers of a chunk's logits from call to call."""
 
-    hidden is [..., hidden_size], labels [...]. Where gradients are wanted, those of the projection's parameters are
-    added to their `.grad` here and now, in float32, and that of `hidden` is kept for backward. The result must
-    therefore be backpropagated exactly once, with a gradient of one: every factor belongs into `scale`.
-    The products run in the autocast dtype, if there is one.
-    """
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        dtype = projection.weight.dtype
-    trained = (labels != IGNORE).nonzero().squeeze(-1)
-    if trained.numel() < labels.numel():
-        hidden, labels = hidden.index_select(0, trained), labels.index_select(0, trained)
-    return _ProjectedCrossEntropy.apply(hidden, projection, labels, scale, dtype, torch.is_grad_enabled())
+    def __init__(self, projection: nn.Linear) -> None:
+        self.projection = projection
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, hidden: Tensor, labels: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Sum of the cross-entropy over the tokens whose label is not IGNORE, times `scale`, in float32.
+
+        hidden is [..., hidden_size], labels [...]. Where gradients are wanted, those of the projection's parameters
+        are added to their `.grad` here and now, in float32, and that of `hidden` is kept for backward. The result
+        must therefore be backpropagated exactly once, with a gradient of one: every factor belongs into `scale`.
+        The products run in the autocast dtype, if there is one.
+        """
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.projection.weight.dtype
+        trained = (labels != IGNORE).nonzero().squeeze(-1)
+        if trained.numel() < labels.numel():
+            hidden, labels = hidden.index_select(0, trained), labels.index_select(0, trained)
+        return _Walk.apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
+
+    def buffers(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two [tokens, vocab] tensors whose contents are anything."""
+        shape = (min(tokens, _CHUNK_TOKENS), self.projection.out_features)
+        known = self._buffers
+        if known is None or known[0].shape[0] < shape[0] or known[0].dtype != dtype:
+            device = self.projection.weight.device
+            known = self._buffers = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        return known[0][:tokens], known[1][:tokens]
 
 
-class _ProjectedCrossEntropy(torch.autograd.Function):
+class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden: Tensor,
-        projection: nn.Linear,
+        loss: VocabularyLoss,
         labels: Tensor,
         scale: float,
         dtype: torch.dtype,
         with_gradients: bool,
     ) -> Tensor:
+        projection = loss.projection
         # Autocast would cast the float32 pieces below, too.
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = projection.weight.to(dtype)
-            bias = None if projection.bias is None else projection.bias.to(dtype)
+            weight = projection.weight.detach().to(dtype)
+            bias = None if projection.bias is None else projection.bias.detach().to(dtype)
             inputs = hidden.to(dtype)
             gradient = torch.empty_like(inputs) if with_gradients else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             for start in range(0, inputs.shape[0], _CHUNK_TOKENS):
                 piece = slice(start, start + _CHUNK_TOKENS)
-                logits = F.linear(inputs[piece], weight, bias)
-                total += _loss_and_logit_gradient(logits, labels[piece], scale if with_gradients else None)
+                x, y = inputs[piece], labels[piece]
+                logits, probabilities = loss.buffers(x.shape[0], dtype)
+                torch.mm(x, weight.T, out=logits)
+                if bias is not None:
+                    logits += bias
+                torch.softmax(logits, dim=-1, out=probabilities)
+                losses, rest = _losses(logits, probabilities, y)
+                total += losses.sum()
                 if gradient is not None:
-                    torch.mm(logits, weight, out=gradient[piece])
-                    _add_to_grad(projection.weight, logits.T @ inputs[piece])
-                    if projection.bias is not None:
-                        _add_to_grad(projection.bias, logits.sum(0, dtype=torch.float32))
+                    probabilities[torch.arange(len(y), device=y.device), y] = -rest
+                    torch.mm(probabilities, weight, out=gradient[piece])
+                    _add_to_grad(projection.weight, probabilities.T @ x, scale)
+                    if bias is not None:
+                        _add_to_grad(projection.bias, probabilities.sum(0), scale)
         if gradient is not None:
-            ctx.save_for_backward(gradient.to(hidden.dtype))
+            ctx.save_for_backward(gradient.mul_(scale).to(hidden.dtype))
         return total * scale
 
     @staticmethod
@@ -72,23 +98,25 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def _loss_and_logit_gradient(logits: Tensor, labels: Tensor, scale: float | None) -> Tensor:
-    """The summed loss of a chunk; with a `scale`, `logits` is overwritten by the scaled gradient."""
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    rows = _BLOCK_TOKENS.get(logits.device.type, logits.shape[0])
-    for block, wanted in zip(logits.split(rows), labels.split(rows), strict=True):
-        log_probabilities = torch.log_softmax(block, dim=-1, dtype=torch.float32)
-        wanted = wanted.unsqueeze(-1)
-        total -= log_probabilities.gather(-1, wanted).sum()
-        if scale is not None:
-            gradient = log_probabilities.exp_()
-            gradient.scatter_add_(-1, wanted, gradient.new_full(wanted.shape, -1.0))
-            block.copy_(gradient.mul_(scale))
-    return total
+def _losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's loss in float32, and its r; the label's entry of `probabilities` becomes 0.
+
+    logits and probabilities are [tokens, vocab], labels and what is returned [tokens].
+    """
+    own = (torch.arange(len(labels), device=labels.device), labels)
+    likely = probabilities[own].float()
+    # logsumexp = the largest logit - log of the probability that it got
+    total = logits.amax(-1).float() - probabilities.amax(-1).float().log()
+    unlikely_loss = total - logits[own].float()
+    probabilities[own] = 0.0
+    rest = probabilities.sum(-1)
+    certain_loss = -torch.log1p(-rest.float().clamp(max=0.5))
+    losses = torch.where(likely > 0.5, certain_loss, torch.where(likely > _UNLIKELY, -likely.log(), unlikely_loss))
+    return losses, rest
 
 
-def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
+def _add_to_grad(parameter: nn.Parameter, gradient: Tensor, scale: float) -> None:
     if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
+        parameter.grad = gradient.to(parameter.dtype).mul_(scale)
     else:
-        parameter.grad += gradient
+        parameter.grad.add_(gradient, alpha=scale)

@@ -16,6 +16,7 @@ from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
+from openchatkit.training.allocator import keep_freed_memory
 from openchatkit.training.config import MODEL_TYPES, Settings, recorded
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.partition import check_model, stage_layers
@@ -45,6 +46,7 @@ class Progress:
 def choose_device(settings: Settings) -> torch.device:
     """The GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
     if not settings.use_cuda or not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     if settings.cuda_id >= torch.cuda.device_count():
         raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from openchatkit.data.dataset import IGNORE, Dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.models.stage import Stage
-from openchatkit.training.loss import projected_cross_entropy
+from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import (
     add_tied_gradients,
     learning_rate,
@@ -67,6 +67,7 @@ class Trainer:
         self.stage, self.layout, self.optimizer, self.scaler, self.schedule = stage, layout, optimizer, scaler, schedule
         self.dtype, self.reduce_through_cpu = dtype, reduce_through_cpu
         self._loss_factor = 1.0
+        self._vocabulary_loss = VocabularyLoss(stage.projection) if layout.is_last_stage else None
         self.pipeline = Pipeline(
             stage,
             layout,
@@ -134,7 +135,8 @@ class Trainer:
         return tokens.to(self.layout.device, non_blocking=True), labels.to(self.layout.device, non_blocking=True)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return projected_cross_entropy(hidden, self.stage.projection, labels, scale=self._loss_factor)
+        assert self._vocabulary_loss is not None, self.layout.describe()
+        return self._vocabulary_loss(hidden, labels, scale=self._loss_factor)
 
     def _reduce(self, loss: Tensor, stop: bool) -> tuple[float, float, bool]:
         """Make gradients, their squared norm, the loss and the wish to stop the same everywhere they should be."""
