@@ -23,8 +23,9 @@ from openchatkit.inference.engine import is_out_of_memory
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 GIB = 1 << 30
-# Up to here, in parameters, the CPU computes in float32: exact, and everywhere at least as fast as it is small.
+# Up to this many parameters the CPU computes in float32, which is exact; above, reading the weights is what takes time.
 SMALL = 10**9
+EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"
 
 
 @dataclass(frozen=True)
@@ -83,18 +84,20 @@ def quiet() -> None:
 def find_model(name: str) -> Path:
     """The folder of a model, downloaded if `name` is no folder but can be a hub name; UserError says what was found."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        check_folder(path)
-        return path
-    if path.exists():
-        raise UserError(
-            f"--model {name} is a file: expected a model's folder or a hub name such as EleutherAI/pythia-70m"
-        )
-    if len(path.parts) != 2 or name.startswith((".", "~", "/")) or path.parent.is_dir():
+    try:
+        if path.is_dir():
+            check_folder(path)
+            return path
+        if path.exists():
+            raise UserError(f"--model {name} is a file: expected a model's folder, or a hub name such as {EXAMPLE}")
+        local = len(path.parts) != 2 or name.startswith((".", "~", "/")) or path.parent.is_dir()
         made = ", ".join(sorted(entry.name for entry in HUGGINGFACE_MODELS.glob("*/"))[:8]) or "nothing yet"
+    except OSError as error:
+        raise UserError(f"--model {name} cannot be read: {error.strerror}") from error
+    if local:
         raise UserError(
             f"--model {name}: no such folder; {HUGGINGFACE_MODELS.name}/ holds {made}; make a model with "
-            "tools/convert_to_hf_gptneox.py, or pass a hub name such as EleutherAI/pythia-70m"
+            f"tools/convert_to_hf_gptneox.py, or pass a hub name such as {EXAMPLE}"
         )
     small = (*hf_model.SMALL_FILES, hf_model.GENERATION_CONFIG)
     return fetch_model(name, small, hf_model.SAFE_FILES, hf_model.PICKLED_FILES)
@@ -119,7 +122,7 @@ def check_folder(path: Path) -> None:
     lacking = weights[0] if (path / layer_shards.CONFIG).is_file() else layer_shards.CONFIG
     raise UserError(
         f"--model {path} is no Hugging Face model: {lacking} is missing, found {found}; pass a folder that "
-        "tools/convert_to_hf_gptneox.py wrote, or a hub name such as EleutherAI/pythia-70m"
+        f"tools/convert_to_hf_gptneox.py wrote, or a hub name such as {EXAMPLE}"
     )
 
 

@@ -141,7 +141,7 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch, tmp_path):
 
 def test_a_file(random_models):
     file = random_models["neox"] / hf_model.WEIGHTS
-    refused(file, f"--model {file} is a file: expected a model's folder or a hub name")
+    refused(file, f"--model {file} is a file: expected a model's folder, or a hub name")
 
 
 def test_an_empty_folder_and_one_that_lacks_its_weights(tmp_path, copy):
@@ -172,6 +172,15 @@ def test_a_training_checkpoint(random_models, tmp_path, family, tool):
 def test_a_checkpoint_of_the_original_kit(tmp_path):
     (tmp_path / legacy.stage_file(0)).touch()
     refused(tmp_path, "is a training checkpoint, not a Hugging Face model: run `python tools/convert_to_hf_gptneox.py")
+
+
+def test_a_folder_that_must_not_be_read(copy, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(loader, "check_folder", forbidden)
+    refused(copy, f"--model {copy} cannot be read: Permission denied")
+    refused("x" * 5000, "cannot be read: File name too long")
 
 
 # -- what is there but broken

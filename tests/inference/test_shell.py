@@ -8,6 +8,7 @@ import sys
 import pexpect
 import pytest
 
+from openchatkit.inference import bot
 from openchatkit.inference.shell import MAX_LINE
 from openchatkit.paths import ROOT
 
@@ -187,6 +188,23 @@ def test_help_names_every_flag_of_the_original(piped, trained_model):
     names = "gpu-id model max-tokens sample no-stream temperature top-k retrieval gpu-vram cpu-ram"
     assert [name for name in names.split() if f"--{name}" not in shown] == []
     assert "GPT-NeoXT-Chat-Base-20B" in "".join(shown.split())
+
+
+def test_the_readme_names_every_flag_and_command():
+    readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8")
+    flags = {flag for action in bot.parser()._actions for flag in action.option_strings} - {"-h", "--help"}
+    documented = re.findall(r"^\| (`-.*?) \|", readme, re.MULTILINE)
+    assert set(re.findall(r"`(-[\w-]+)`", " ".join(documented))) == flags
+    assert re.findall(r"^\| `/(\w+)", readme, re.MULTILINE) != []
+    assert sorted(re.findall(r"^\| `/(\w+)", readme, re.MULTILINE)) == sorted(COMMANDS.replace("/", "").split(", "))
+
+
+def test_the_readmes_pipe_runs(trained_model):
+    readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^printf .*?```", readme, re.MULTILINE | re.DOTALL)[0].rstrip("`")
+    command = command.replace("huggingface_models/NAME", str(trained_model)).replace("python ", f"{sys.executable} ")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120, check=True)
+    assert len(done.stdout.splitlines()) >= 2
 
 
 # -- a terminal
