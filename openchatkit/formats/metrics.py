@@ -32,8 +32,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def cut(folder: Path, last_step: int) -> None:
-    """Drop the rows of steps after `last_step`: a run that resumes there writes them again."""
-    rows = read(folder)
-    kept = [row for row in rows if row["step"] <= last_step]
-    if len(kept) < len(rows):
-        write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+    """Drop the rows of steps after `last_step`, and a line cut short: a run that resumes there writes them again."""
+    kept = [row for row in read(folder) if row["step"] <= last_step]
+    write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))

@@ -30,15 +30,20 @@ def free_port() -> int:
 
 
 def start(
-    folder: Path, flags: dict[str, object], *, world_size: int, environment: dict[str, str] | None = None
+    folder: Path,
+    flags: dict[str, object],
+    *,
+    world_size: int,
+    environment: dict[str, str] | None = None,
+    workplace: Path | None = None,
 ) -> list:
-    """Start every rank of a run; stderr of rank r goes to folder/stderr_r."""
+    """Start every rank of a run, in the folder `workplace`; stderr of rank r goes to folder/stderr_r."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = {"dist_url": f"tcp://127.0.0.1:{free_port()}", "use_cuda": "false", "timeout": 60, **flags}
     processes = []
     for rank in range(world_size):
         argv = to_argv({"world_size": world_size, **flags, "rank": rank})
-        process = _context.Process(target=_rank, args=(argv, folder / f"stderr_{rank}", environment or {}))
+        process = _context.Process(target=_rank, args=(argv, folder / f"stderr_{rank}", environment or {}, workplace))
         process.start()
         processes.append(process)
     return processes
@@ -73,10 +78,11 @@ def to_argv(flags: dict[str, object]) -> list[str]:
     return argv
 
 
-def _rank(argv: list[str], errors: Path, environment: dict[str, str]) -> None:
+def _rank(argv: list[str], errors: Path, environment: dict[str, str], workplace: Path | None) -> None:
     with open(errors, "w", buffering=1) as file, contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
         os.environ.update(environment)
+        os.chdir(workplace or os.curdir)
         import torch
 
         from openchatkit.training.loop import main

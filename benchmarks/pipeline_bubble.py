@@ -1,0 +1,148 @@
+"""Step time of a two-stage pipeline on two cores against its ideal, for both schedules.
+
+    python benchmarks/pipeline_bubble.py
+
+The ideal is the time one stage takes for the whole work on one core, halved, times 1 + (p - 1) / m: p stages that never
+wait but for the pipeline's filling and draining. The layers are cut so that both stages have the same work (the head is
+replaced by a small vocabulary), since the figure is about the schedule and not about the balance.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import torch
+
+
+def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):
+    from openchatkit.distributed.layout import make_layout
+    from openchatkit.models.registry import config_from_hf
+    from openchatkit.models.stage import Stage
+    from openchatkit.training.allocator import keep_freed_memory
+    from openchatkit.training.optimizer import build_optimizer
+    from openchatkit.training.precision import LossScaler
+    from openchatkit.training.step import Schedule, Trainer
+
+    keep_freed_memory()
+    raw = {
+        "model_type": "gpt_neox",
+        "vocab_size": 256,
+        "hidden_size": options.width,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": 8,
+        "intermediate_size": 4 * options.width,
+        "max_position_embeddings": options.seq_length,
+    }
+    device = torch.device("cpu")
+    layout = make_layout(rank=rank, stages=stages, replicas=1, device=device, timeout=timedelta(seconds=300))
+    half = options.layers // stages
+    first, last = rank * half, (rank + 1) * half
+    stage = Stage(config_from_hf(raw), first, last, embed=rank == 0, head=rank == stages - 1)
+    stage.init_weights(0)
+    optimizer = build_optimizer("adamw", stage, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    rows = options.micro_batches * options.micro_batch_size
+    return Trainer(
+        stage,
+        layout,
+        optimizer,
+        LossScaler(1.0, dynamic=False),
+        Schedule(rows, 1, 1e-4, 0, 1000, 1.0),
+        dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        pp_mode=schedule,
+        micro_batch_size=options.micro_batch_size,
+        seq_length=options.seq_length,
+        reduce_through_cpu=False,
+    )
+
+
+class RandomTokens:
+    def __init__(self, seq_length: int) -> None:
+        self.seq_length = seq_length
+
+    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(0, 256, (count, self.seq_length + 1), generator=torch.Generator().manual_seed(start))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def rank_main(options: argparse.Namespace) -> None:
+    from openchatkit.distributed import network, rendezvous
+
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {options.rank})
+    device, timeout = torch.device("cpu"), timedelta(seconds=300)
+    network.choose_interface(None, "127.0.0.1")
+    if options.stages > 1:
+        url = f"tcp://127.0.0.1:{options.port}"
+        rendezvous.connect(url, rank=options.rank, world_size=options.stages, device=device, timeout=timeout)
+    trainer = build(options.stages, options.rank, options, options.schedule)
+    data, times = RandomTokens(options.seq_length), []
+    for number in range(options.steps + 2):
+        started = time.perf_counter()
+        trainer.step(number, data)
+        times.append(time.perf_counter() - started)
+    rendezvous.disconnect()
+    print(json.dumps(times[2:]))
+
+
+def measure(stages: int, schedule: str, options: argparse.Namespace) -> list[float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--stages", str(stages), "--schedule", schedule, "--port", str(port)]
+    for name in ("layers", "width", "seq-length", "micro-batches", "micro-batch-size", "steps"):
+        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    command += ["--bf16"] if options.bf16 else []
+    ranks = [
+        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(stages)
+    ]
+    outputs = [rank.communicate()[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), outputs
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two that are not")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
+    parser.add_argument("--bf16", action="store_true")
+    for name in ("rank", "stages", "port"):
+        parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--schedule", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.rank is not None:
+        rank_main(options)
+        return
+    found = {name: [] for name in ("one stage, one core", "1f1b", "gpipe")}
+    for _ in range(options.rounds):
+        found["one stage, one core"] += measure(1, "gpipe", options)
+        for schedule in ("1f1b", "gpipe"):
+            found[schedule] += measure(2, schedule, options)
+    medians = {name: statistics.median(times) for name, times in found.items()}
+    ideal = medians["one stage, one core"] / 2 * (1 + 1 / options.micro_batches)
+    print(f"{options.layers} layers, width {options.width}, {options.micro_batches} micro-batches of ", end="")
+    print(f"{options.micro_batch_size} x {options.seq_length}, {'bfloat16' if options.bf16 else 'float32'}\n")
+    print("| what | step | over the ideal |")
+    print("|-|-|-|")
+    print(f"| one stage, one core | {medians['one stage, one core'] * 1e3:.0f} ms | |")
+    print(f"| ideal of two stages | {ideal * 1e3:.0f} ms | |")
+    for schedule in ("1f1b", "gpipe"):
+        print(f"| {schedule}, two stages | {medians[schedule] * 1e3:.0f} ms | {medians[schedule] / ideal - 1:+.1%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Where a run's numbers go: metrics.jsonl, the log backends, traces; and nothing secret."""
+
+import json
+
+import ranks
+
+from openchatkit.formats import metrics
+from openchatkit.training import config
+
+
+def test_print_is_the_default_and_a_file_gets_lines(tmp_path, flags):
+    ended = ranks.train(tmp_path, {**flags, "total_steps": 2, "checkpoint_path": tmp_path / "ckpt"})
+    assert ended.statuses == [0]
+    assert "step 2/2 | loss " in ended.errors[0]
+    assert "tokens/s" in ended.errors[0]
+    assert not (tmp_path / "logs").exists()
+
+
+def test_loguru_writes_a_file(tmp_path, flags):
+    change = {"train_log_backend": "loguru", "checkpoint_path": tmp_path / "ckpt", "total_steps": 3}
+    assert ranks.train(tmp_path, {**flags, **change}, workplace=tmp_path).statuses == [0]
+    (log,) = (tmp_path / "logs").glob("file_*.log")
+    text = log.read_text()
+    assert all(f"step {step}/3 | loss " in text for step in (1, 2, 3))
+
+
+def test_wandb_offline(tmp_path, flags, monkeypatch):
+    secret = "not-to-be-seen-0123456789"
+    environment = {"WANDB_MODE": "offline", "AWS_SECRET_ACCESS_KEY": secret, "WANDB_SILENT": "true"}
+    change = {"train_log_backend": "wandb", "project_name": "testing", "total_steps": 2, "pipeline_group_size": 2}
+    flags = {**flags, **change, "checkpoint_path": tmp_path / "ckpt"}
+    ended = ranks.train(tmp_path, flags, world_size=2, environment=environment, workplace=tmp_path)
+    assert ended.statuses == [0, 0], ended.errors
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1, "one run, whatever the number of ranks"
+    written = b"".join(path.read_bytes() for path in runs[0].rglob("*") if path.is_file())
+    assert b"grad_norm" in written
+    assert b"micro_batch_size" in written
+    assert secret.encode() not in written
+
+
+def test_traces(tmp_path, flags):
+    change = {"profiling": "tidy_profiling", "pipeline_group_size": 2, "total_steps": 6, "trace_postfix": "x"}
+    flags = {**flags, **change, "checkpoint_path": tmp_path / "ckpt", "job_id": "job"}
+    ended = ranks.train(tmp_path, flags, world_size=2, workplace=tmp_path)
+    assert ended.statuses == [0, 0], ended.errors
+    for rank in (0, 1):
+        trace = json.loads((tmp_path / "trace_json" / f"job_rank{rank}_x.json").read_text())
+        names = {event.get("name", "") for event in trace["traceEvents"]}
+        assert {"Forward 0", "Backward 3"} <= names
+
+
+def test_metrics_survive_a_cut_line(tmp_path):
+    for step in (1, 2, 3):
+        metrics.append(tmp_path, {"step": step})
+    with open(tmp_path / metrics.METRICS, "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+    metrics.cut(tmp_path, 2)
+    metrics.append(tmp_path, {"step": 3})
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+
+
+def test_recorded_settings_are_json():
+    settings = config.parse(["--model-name", "m", "--task-name", "d", "--total-steps", "1"])
+    assert json.loads(json.dumps(config.recorded(settings)))["model_name"] == "m"
