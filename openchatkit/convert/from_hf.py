@@ -4,7 +4,6 @@ A model is copied in pieces of a few megabytes, so memory does not grow with it.
 where it was: every shard gets its name only when it is whole, and a journal lists the shards that have one.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +77,7 @@ def prepare(model_name: str, save_dir: Path, *, dtype: str | None = None, family
 
 def _plan(model: "HFModel") -> Plan:
     """What each shard takes from where: {shard: {name in the shard: Hugging Face key}}, in the order of the files."""
+    from openchatkit.convert.streams import digest
     from openchatkit.formats.layer_shards import check_shard
     from openchatkit.models.names import EMBED, HEAD, shard_names
     from openchatkit.models.registry import family
@@ -102,7 +102,7 @@ def _plan(model: "HFModel") -> Plan:
         plan[shard][name] = key
     if model.config.tie_embeddings and kind.tied_weight in plan[HEAD]:
         tied, embedding = plan[HEAD].pop(kind.tied_weight), plan[EMBED].get(kind.embedding_weight)
-        if embedding and _digest(model.chunks(tied)) != _digest(model.chunks(embedding)):
+        if embedding and digest(model.chunks(tied)) != digest(model.chunks(embedding)):
             raise UserError(
                 f"{model.path}: config.json ties the embeddings, but {tied} differs from {embedding}; "
                 "set tie_word_embeddings to false there to keep both"
@@ -147,10 +147,3 @@ def _fingerprint(model: "HFModel") -> dict[str, Any]:
     stats = {name: (model.path / name).stat() for name in model.files}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return {"config": sha256(model.path / CONFIG), "files": files}
-
-
-def _digest(chunks: Iterable[memoryview]) -> bytes:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.digest()

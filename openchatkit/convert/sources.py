@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openchatkit.convert.streams import digest
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, hf_model
 from openchatkit.formats.layer_shards import check_shard, read_config, shard_file
@@ -13,7 +14,7 @@ from openchatkit.formats.legacy import StageCheckpoint
 from openchatkit.formats.tensor_file import TensorFile, TensorSpec
 from openchatkit.formats.tokenizer_files import check_tokenizer, has_tokenizer
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import shard_names
+from openchatkit.models.names import EMBED, HEAD, shard_names
 from openchatkit.models.registry import family
 
 
@@ -66,7 +67,7 @@ class CheckpointSource(Source):
         return self._files[shard].chunks(name)
 
     def _check_ahead(self, shard: str) -> None:
-        """Hash a shard and the next two while others are written; not more, or they leave the cache before their turn."""
+        """Hash a shard and the next two while others are written; more might leave the cache before their turn."""
         shards = list(self._files)
         for near in shards[shards.index(shard) :][:3]:
             if near not in self._checks:
@@ -81,6 +82,7 @@ class StageSource(Source):
         super().__init__(*read_config(base), base)
         _require_tokenizer(base, self.config)
         self._stages = StageCheckpoint(path, self.config, stages=stages, layers_per_stage=layers_per_stage)
+        self._check_tied(path)
         for shard in shard_names(self.config.num_layers):
             file, keys = self._stages.file(shard), self._stages.keys(shard)
             self._add(file.path, shard, {name: file.specs[key] for name, key in keys.items()})
@@ -88,6 +90,15 @@ class StageSource(Source):
     def chunks(self, key: str) -> Iterator[memoryview]:
         shard, name = self._places[key]
         return self._stages.file(shard).chunks(self._stages.keys(shard)[name])
+
+    def _check_tied(self, path: Path) -> None:
+        if keys := self._stages.untied():
+            embedding, projection = (self._stages.file(s).chunks(k) for s, k in zip((EMBED, HEAD), keys, strict=True))
+            if digest(embedding) != digest(projection):
+                raise UserError(
+                    f"{path}: the config ties the embeddings, but the first and the last stage hold different ones; "
+                    "pass a --config-name whose tie_word_embeddings is false"
+                )
 
 
 def _check_layout(path: Path, recorded: dict[str, Any], given: Layout) -> None:

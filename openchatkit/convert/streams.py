@@ -1,5 +1,6 @@
 """Tensors on their way from one file to another: recast, counted on the progress bar, several files at a time."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,14 @@ def stream(
     except OverflowError as error:
         name = str(target).removeprefix("torch.")
         raise UserError(f"{what} holds {error}, more than {name} can; convert to bfloat16 or keep the dtype") from error
+
+
+def digest(chunks: Iterable[memoryview]) -> bytes:
+    """The SHA-256 of a tensor's bytes."""
+    made = hashlib.sha256()
+    for chunk in chunks:
+        made.update(chunk)
+    return made.digest()
 
 
 def each(function: Callable[[Item], object], items: Iterable[Item], *, workers: int | None = None) -> None:

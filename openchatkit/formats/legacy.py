@@ -73,6 +73,18 @@ class StageCheckpoint:
         inside = [key.removeprefix(prefix) for key in self._files[stage].specs if key.startswith(prefix)]
         return {name: prefix + name for name in learnt(self.config, shard, inside)}
 
+    def untied(self) -> tuple[str, str] | None:
+        """The keys of the embedding and of the projection where the config ties them and the files hold both.
+
+        The original trained them apart, so they may differ.
+        """
+        kind = family(self.config)
+        stage, position = self._where[HEAD]
+        key = f"{position}.{kind.tied_weight}"
+        if not self.config.tie_embeddings or key not in self._files[stage].specs:
+            return None
+        return f"0.{kind.embedding_weight}", key
+
     def _place(self, shard: str, stages: int) -> tuple[int, int]:
         """Stage and position of a shard under the layout that the flags describe."""
         number = layer_number(shard)

@@ -465,3 +465,21 @@ def test_a_stage_that_is_cut(tmp_path, tiny_tokenizer):
         UserError, match=r"prank_2_checkpoint\.pt is no whole file of torch\.save; fetch or copy it again"
     ):
         convert(tmp_path / "old" / "10", tmp_path / "hf", config_name=base, stages=3, layers_per_stage=2)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_tied_embeddings_that_the_original_trained_apart(tmp_path, tiny_tokenizer, equal):
+    make(tmp_path, "neox_tied", tiny_tokenizer)
+    write_stages(tmp_path / "old" / "10", tmp_path / "prepared" / "base", stages=3, layers_per_stage=2)
+    path = tmp_path / "old" / "10" / legacy.stage_file(2)
+    embedding = torch.load(tmp_path / "old" / "10" / legacy.stage_file(0))["0.embed_in.weight"]
+    torch.save({**torch.load(path), "1.embed_out.weight": embedding + (0.0 if equal else 0.5)}, path)
+    options = {"config_name": str(tmp_path / "base"), "stages": 3, "layers_per_stage": 2}
+    if equal:
+        convert(tmp_path / "old" / "10", tmp_path / "hf", **options)
+        assert "embed_out.weight" not in tensors(tmp_path / "hf")
+    else:
+        with pytest.raises(
+            UserError, match="ties the embeddings, but the first and the last stage hold different ones"
+        ):
+            convert(tmp_path / "old" / "10", tmp_path / "hf", **options)
