@@ -9,9 +9,9 @@ from typing import Any
 from openchatkit.convert.streams import digest
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, hf_model
-from openchatkit.formats.layer_shards import check_shard, read_config, shard_file
+from openchatkit.formats.layer_shards import check_shard, read_config
 from openchatkit.formats.legacy import StageCheckpoint
-from openchatkit.formats.tensor_file import TensorFile, TensorSpec
+from openchatkit.formats.tensor_file import TensorSpec
 from openchatkit.formats.tokenizer_files import check_tokenizer, has_tokenizer
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.names import EMBED, HEAD, shard_names
@@ -54,7 +54,7 @@ class CheckpointSource(Source):
         raw_config, config = read_config(path)
         super().__init__(raw_config, config, _tokenizer(path, config, config_name))
         self._path = path
-        self._files = {shard: TensorFile(path / shard_file(shard)) for shard in shard_names(config.num_layers)}
+        self._files = {shard: checkpoint.open_weights(path, shard) for shard in shard_names(config.num_layers)}
         self._pool = ThreadPoolExecutor(2)
         self._checks: dict[str, Future[None]] = {}
         for shard, file in self._files.items():

@@ -11,6 +11,7 @@ done). Which folders there are, and which of them can be trusted, is in `checkpo
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,14 @@ from openchatkit.paths import write_text
 __all__ = [
     "begin",
     "checkpoint_path",
+    "discard",
     "finish",
     "is_legacy",
     "latest",
     "list_steps",
     "locate",
     "newest_verified",
+    "open_weights",
     "optimizer_file",
     "parse_step",
     "prune",
@@ -80,6 +83,11 @@ def begin(root: Path, step: int) -> Path:
         temporary = temporary_path(root, step)
         temporary.mkdir()
     return temporary
+
+
+def discard(temporary: Path) -> None:
+    """Remove a checkpoint that could not be finished, so that a full disk gets its room back."""
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_weights(temporary: Path, shard: str, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -159,11 +167,17 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / STATE)
 
 
-def read_weights(path: Path, shard: str) -> dict[str, Tensor]:
-    """A shard's parameters, memory-mapped, names and shapes checked; their bytes are `verify`'s to check."""
+def open_weights(path: Path, shard: str) -> TensorFile:
+    """The file of a shard's parameters, names and shapes checked; its bytes are `verify`'s to check."""
     with _advice(path):
         file = TensorFile(path / shard_file(shard))
     check_shard(path, read_config(path)[1], shard, file.specs)
+    return file
+
+
+def read_weights(path: Path, shard: str) -> dict[str, Tensor]:
+    """A shard's parameters, memory-mapped; see `open_weights`."""
+    file = open_weights(path, shard)
     return file.read(file.specs)
 
 

@@ -86,6 +86,6 @@ def _contents(path: Path) -> dict[str, list[str] | None]:
     raise UserError(f"{path} holds no weights: expected {WEIGHTS}, {PICKLED} or the index of either, found {found}")
 
 
-def fetch(name: str, *, weights: bool = True) -> Path:
+def fetch(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model on the hub or on disk; without `weights`, only its config and tokenizer are fetched."""
-    return fetch_model(name, SMALL_FILES, *((SAFE_FILES, PICKLED_FILES) if weights else ()))
+    return fetch_model(str(name), SMALL_FILES, *((SAFE_FILES, PICKLED_FILES) if weights else ()))

@@ -58,16 +58,14 @@ def write_config(
     written = {k: v for k, v in raw.items() if k not in ("_name_or_path", "transformers_version")}
     if "rotary_dim" not in raw:
         rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        fraction = raw.get("rotary_pct", rope.get("partial_rotary_factor", config.rotary_dim / config.head_dim))
-        base = raw.get("rotary_emb_base", rope.get("rope_theta", config.rotary_base))
+        fraction = _first(raw.get("rotary_pct"), rope.get("partial_rotary_factor"), config.rotary_dim / config.head_dim)
+        base = _first(raw.get("rotary_emb_base"), rope.get("rope_theta"), config.rotary_base)
         new = {"rope_type": "default", "rope_theta": float(base), "partial_rotary_factor": fraction}
         written |= {"rotary_pct": fraction, "rotary_emb_base": base, "rope_parameters": new}
     tokens = _special_tokens(raw, config, tokenizer)
     written |= {"architectures": _architectures(raw), "dtype": name, "torch_dtype": name, **tokens}
     write_text(folder / CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
-    tokens["pad_token_id"] = special_token_id(tokenizer, "pad")
-    if tokens["pad_token_id"] is None:
-        tokens["pad_token_id"] = tokens["eos_token_id"]
+    tokens["pad_token_id"] = _first(special_token_id(tokenizer, "pad"), tokens["eos_token_id"])
     write_text(folder / GENERATION_CONFIG, json.dumps(tokens, indent=2, sort_keys=True) + "\n")
 
 
@@ -85,11 +83,13 @@ def may_replace(folder: Path) -> bool:
 
 
 def _special_tokens(raw: Mapping[str, Any], config: ModelConfig, tokenizer: Path) -> dict[str, Any]:
-    eos = special_token_id(tokenizer, "eos")
-    if eos is None:
-        eos = 0 if config.family == "gpt_neox" else raw.get("eos_token_id")
-    bos = special_token_id(tokenizer, "bos")
-    return {"bos_token_id": eos if bos is None else bos, "eos_token_id": eos}
+    fallback = 0 if config.family == "gpt_neox" else raw.get("eos_token_id")
+    eos = _first(special_token_id(tokenizer, "eos"), fallback)
+    return {"bos_token_id": _first(special_token_id(tokenizer, "bos"), eos), "eos_token_id": eos}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _architectures(raw: Mapping[str, Any]) -> list[str]:

@@ -29,12 +29,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer's files, each atomically; returns their names. UserError when one asks for remote code."""
+    _refuse_code(source)
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if "auto_map" in read_json(source / "tokenizer_config.json", default={}):
-        raise UserError(
-            f"{source / 'tokenizer_config.json'} names code to download and run (auto_map), which the kit never does; "
-            "remove that entry if a tokenizer.json stands beside it"
-        )
     for name in names:
         with atomic_path(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
@@ -63,7 +59,8 @@ def tokenizer_size(folder: Path) -> int | None:
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """UserError when a tokenizer has ids that a model of `vocab_size` embedding rows lacks."""
+    """UserError when a tokenizer asks for remote code, or has ids that a model of `vocab_size` embedding rows lacks."""
+    _refuse_code(folder)
     size = tokenizer_size(folder)
     if size is not None and size > vocab_size:
         raise UserError(
@@ -83,6 +80,15 @@ def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str,
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; fetch or copy the model again")
     return value
+
+
+def _refuse_code(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    if "auto_map" in read_json(path, default={}):
+        raise UserError(
+            f"{path} names code to download and run (auto_map), which the kit never does; "
+            "remove that entry if a tokenizer.json stands beside it"
+        )
 
 
 def _ids(folder: Path) -> dict[str | None, int]:

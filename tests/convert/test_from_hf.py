@@ -280,6 +280,7 @@ def test_remote_code_is_refused(tmp_path, tiny_tokenizer, capsys, file):
     (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), "auto_map": {"A": "b.C"}}))
     line = failing(tmp_path, capsys, "--model-name", folder, "--save-dir", tmp_path / "out")
     assert f"{folder / file} names code to download and run (auto_map), which the kit never does" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_s_tool_names_the_other_s(tmp_path, capsys):

@@ -247,7 +247,8 @@ def test_one_altered_bit_leaves_nothing(made, tmp_path, capsys, file):
 
 def test_a_missing_shard(made, tmp_path):
     (tmp_path / "ckpts" / "checkpoint_3" / "head.safetensors").unlink()
-    with pytest.raises(UserError, match=r"head\.safetensors is missing"):
+    message = rf"head\.safetensors is missing; no other checkpoint in {tmp_path}/ckpts is whole$"
+    with pytest.raises(UserError, match=message):
         convert(tmp_path / "ckpts", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

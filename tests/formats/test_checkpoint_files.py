@@ -76,6 +76,13 @@ def test_begin_removes_what_killed_saves_left(root):
     assert names(root) == [".checkpoint_4.tmp"]
 
 
+def test_a_save_that_failed_can_be_discarded(root):
+    temporary = checkpoint.begin(root, 4)
+    checkpoint.write_weights(temporary, "embed", tiny_shards.weights(NEOX)["embed"])
+    checkpoint.discard(temporary)
+    assert names(root) == []
+
+
 def test_a_rank_that_writes_elsewhere_is_found(root):
     made = tiny_shards.weights(NEOX)
     temporary = checkpoint.begin(root, 1)
