@@ -91,7 +91,11 @@ def main() -> None:
             measure("convert", weights, convert, args.repeat),
             measure("convert --bf16", weights, [*convert, "--bf16"], args.repeat),
         ]
+        start = work / "start.py"
+        start.write_text("import torch")
+        starts = [run_measured([start])[0] for _ in range(args.repeat)]
     print_table(rows, layer=layer)
+    print(f"Of each command's time, starting python and importing torch: {statistics.median(starts):.2f} seconds.")
 
 
 def prepare(work: Path, source: str) -> list[str | Path]:
@@ -145,12 +149,18 @@ def measure(name: str, source: Path, command: list[str | Path], repeat: int) -> 
         os.sync()
         row.reference.append(copy_and_hash(files, output))
         os.sync()
-        with tempfile.NamedTemporaryFile() as report:
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", MEASURED, report.name, *map(str, command)], check=True)
-            row.seconds.append(time.perf_counter() - started)
-            row.peaks.append(int(Path(report.name).read_text()))
+        seconds, peak = run_measured(command)
+        row.seconds.append(seconds)
+        row.peaks.append(peak)
     return row
+
+
+def run_measured(command: list[str | Path]) -> tuple[float, int]:
+    """Seconds that a command took in a process of its own, and the most bytes it had resident."""
+    with tempfile.NamedTemporaryFile() as report:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", MEASURED, report.name, *map(str, command)], check=True)
+        return time.perf_counter() - started, int(Path(report.name).read_text())
 
 
 def copy_and_hash(files: list[Path], target: Path) -> float:

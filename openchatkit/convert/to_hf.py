@@ -5,7 +5,7 @@ when it is whole, and every file of a checkpoint is compared with its manifest b
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,8 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from openchatkit.convert.sources import Source
+    from openchatkit.formats.tensor_file import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def convert(
 
     from openchatkit.convert.target import check_room, whole_folder
     from openchatkit.formats import hf_writer
+    from openchatkit.formats.tensor_file import TensorSpec
 
     save_path = Path(save_path).expanduser().resolve()
     if save_path.exists() and not hf_writer.may_replace(save_path):
@@ -95,13 +95,14 @@ def convert(
         tool = f"tools/convert_to_hf_{source.config.family.replace('_', '')}.py"
         raise UserError(f"{ckpt_path} is a {source.config.family} model, {family} was expected; use {tool}")
     dtypes = {key: getattr(torch, dtype) if dtype else spec.dtype for key, spec in source.specs.items()}
+    specs = {key: TensorSpec(dtypes[key], spec.shape) for key, spec in source.specs.items()}
+    sizes: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.nbytes
+    main_dtype = sizes.most_common(1)[0][0]
     with whole_folder(save_path) as folder:
-        check_room(folder, sum(spec.nbytes for spec in source.specs.values()))
-        _write_weights(folder, source, dtypes)
-        sizes: Counter[torch.dtype] = Counter()
-        for key, spec in source.specs.items():
-            sizes[dtypes[key]] += spec.nbytes
-        main_dtype = sizes.most_common(1)[0][0]
+        check_room(folder, sizes.total())
+        _write_weights(folder, source, specs)
         hf_writer.write_config(folder, source.raw_config, source.config, dtype=main_dtype, tokenizer=source.tokenizer)
         hf_writer.write_tokenizer(folder, source.tokenizer)
     return save_path
@@ -125,17 +126,14 @@ def _open(
     )
 
 
-def _write_weights(folder: Path, source: "Source", dtypes: dict[str, "torch.dtype"]) -> None:
+def _write_weights(folder: Path, source: "Source", specs: "Mapping[str, TensorSpec]") -> None:
     from openchatkit.convert.streams import stream
     from openchatkit.formats import hf_writer
-    from openchatkit.formats.tensor_file import TensorSpec
     from openchatkit.progress import bar
 
-    specs = {key: TensorSpec(dtypes[key], spec.shape) for key, spec in source.specs.items()}
-    total = sum(spec.nbytes for spec in specs.values())
-    with bar(total, "converting", unit="B", unit_scale=True) as progress:
+    with bar(sum(spec.nbytes for spec in specs.values()), "converting", unit="B", unit_scale=True) as progress:
 
         def chunks(key: str) -> Iterable[memoryview]:
-            return stream(source.chunks(key), source.specs[key].dtype, dtypes[key], what=key, progress=progress)
+            return stream(source.chunks(key), source.specs[key].dtype, specs[key].dtype, what=key, progress=progress)
 
         hf_writer.write_weights(folder, specs, chunks)

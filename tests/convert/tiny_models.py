@@ -53,6 +53,9 @@ def save(folder, variant, *, tokenizer=None, form="safetensors", dtype=None):
             kept = {key.replace("lm_head.", "embed_out."): tensor for key, tensor in kept.items()}
             kept["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
             kept["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(2)
+        else:
+            kept["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+            kept["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e9)
         torch.save(kept, folder / "pytorch_model.bin")
     else:
         model.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "1GB")
