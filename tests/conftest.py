@@ -1,9 +1,18 @@
 """What tests of several parts share."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from loguru import logger
+
+
+@pytest.fixture(autouse=True)
+def log_to_the_present_stderr() -> None:
+    """loguru keeps the stderr that it met when it was imported; a test that captures its own would miss the log."""
+    logger.remove()
+    logger.add(lambda text: sys.stderr.write(text))
 
 
 @pytest.fixture(scope="session")
