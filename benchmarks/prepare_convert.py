@@ -1,8 +1,9 @@
 """Time and peak memory of preparing and converting a model: python benchmarks/prepare_convert.py
 
-Makes a GPT-NeoX model of random weights, runs the real commands on it in processes of their own, and before each the
-reference: a copy of the bytes that the command reads with fsync, and one SHA-256 pass over the copy. Goals: at most
-twice the reference's time, and at most two layers plus 300 MB of memory, interpreter and torch included.
+Makes a GPT-NeoX model of random weights (and of it a checkpoint in float32), runs the real commands in processes of
+their own, and before each the reference: a copy with fsync of the files that the command reads, and one SHA-256 pass
+over the copy. Goals: at most twice the reference's time, and at most two layers (as the model stores them) plus 300 MB
+of memory, interpreter and torch included.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def main() -> None:
         weights = work / "ckpt" / "checkpoint_1"
         rows += [
             measure("convert", weights, convert, args.repeat),
-            measure("convert --bf16", weights, [*convert, "--bf16"], args.repeat),
+            measure("convert --fp16", weights, [*convert, "--fp16"], args.repeat),
         ]
         start = work / "start.py"
         start.write_text("import torch")
@@ -130,10 +131,13 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_checkpoint(shards: Path, root: Path) -> None:
-    """A checkpoint with the prepared weights, as training would write it but without optimizer state."""
+    """A checkpoint with the prepared weights in float32, as training writes it, but without optimizer state."""
     prepared = LayerShards.open(shards)
     temporary = checkpoint.begin(root, 1)
-    records = [checkpoint.write_weights(temporary, shard, prepared.read(shard)) for shard in prepared.shards]
+    records = []
+    for shard in prepared.shards:
+        weights = {name: tensor.float() for name, tensor in prepared.read(shard).items()}
+        records.append(checkpoint.write_weights(temporary, shard, weights))
     checkpoint.finish(
         temporary, root, 1, state={}, records=records, raw_config=prepared.raw_config, tokenizer_from=shards
     )
