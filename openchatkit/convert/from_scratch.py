@@ -1,0 +1,149 @@
+"""A small GPT-NeoX made from nothing: the command `pretrained/Quickstart/prepare.py`.
+
+A byte-level BPE tokenizer is trained on a jsonl file of chats and the weights are drawn at random, as a Hugging Face
+folder; from there on it is prepared like any model of the hub.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openchatkit import cli, paths
+from openchatkit.data.python_chats import FOLDER, TRAIN
+from openchatkit.errors import UserError
+
+NAME = "Quickstart"
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+_BYTES = 256
+_TOKENIZER_RECORDS = 8000  # more of them do not change a vocabulary this small
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the network and of its tokenizer, and how its weights are drawn."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 512
+    max_positions: int = 1024
+    rotary_fraction: float = 1.0
+    # Where the width is small, weights drawn as large models' are would be lost beside the norms' unit scale.
+    init_std: float = 0.08
+    tie_embeddings: bool = False
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the model and say where it is."""
+    shape = Shape()
+    parser = cli.Parser(
+        prog=f"pretrained/{NAME}/prepare.py",
+        description="Train a tokenizer, draw a small GPT-NeoX at random, and make layer shards of it, for training.",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=FOLDER / TRAIN, help="jsonl of chats that the tokenizer is trained on"
+    )
+    parser.add_argument("--save-dir", type=Path, default=paths.PRETRAINED / NAME, help=f"where {NAME}/ is made")
+    parser.add_argument("--vocab-size", type=cli.positive_int, default=shape.vocab_size, help="tokens")
+    parser.add_argument("--hidden-size", type=cli.positive_int, default=shape.hidden_size, help="width")
+    parser.add_argument("--layers", type=cli.positive_int, default=shape.num_layers)
+    parser.add_argument("--heads", type=cli.positive_int, default=shape.num_heads, help="attention heads of a layer")
+    parser.add_argument("--seed", type=cli.natural, default=1, help="decides the weights")
+    args = parser.parse_args(argv)
+    from loguru import logger
+
+    shape = Shape(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_layers=args.layers,
+        num_heads=args.heads,
+        intermediate_size=4 * args.hidden_size,
+    )
+    folder, parameters = prepare(args.data, args.save_dir, shape=shape, seed=args.seed)
+    logger.info(f"a model of {parameters / 1e6:.2f} million parameters; the shards are in {folder}")
+
+
+def prepare(data: Path, save_dir: Path, *, shape: Shape, seed: int) -> tuple[Path, int]:
+    """Make `<save_dir>/Quickstart/` with layer shards and the tokenizer; returns it and the number of parameters.
+
+    UserError when `data` is not there or holds too little text for the vocabulary, or sizes do not fit each other.
+    """
+    from openchatkit.convert import from_hf
+
+    if not data.exists():
+        raise UserError(f"no file {data}: run python data/python-docs/prepare.py first, or name a jsonl with --data")
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / NAME
+        parameters = write_model(source, _texts(data), shape=shape, seed=seed)
+        return from_hf.prepare(str(source), save_dir), parameters
+
+
+def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) -> int:
+    """Write a Hugging Face folder of random weights and a tokenizer trained on `texts`; returns its parameters."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    if shape.hidden_size % (2 * shape.num_heads):
+        raise UserError(
+            f"--hidden-size {shape.hidden_size} is not a multiple of twice --heads {shape.num_heads}: change one"
+        )
+    tokenizer = _train_tokenizer(texts, shape.vocab_size)
+    config = GPTNeoXConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=shape.max_positions,
+        rotary_pct=shape.rotary_fraction,
+        initializer_range=shape.init_std,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+        eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPTNeoXForCausalLM(config)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PADDING}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return model.num_parameters()
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> "object":
+    """Byte-level BPE with end-of-text as 0 and padding as 1; every one of `vocab_size` ids is used."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    smallest = _BYTES + 2
+    if vocab_size < smallest:
+        raise UserError(f"--vocab-size {vocab_size}: expected at least {smallest}, all bytes and two special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: the data has text for {found} tokens only; pass that or more data")
+    return tokenizer
+
+
+def _texts(data: Path) -> Iterator[str]:
+    """The first records of a file."""
+    from openchatkit.data.records import Records
+
+    with Records(data) as records:
+        for count, (_, text) in enumerate(records, 1):
+            yield text
+            if count == _TOKENIZER_RECORDS:
+                return
