@@ -89,9 +89,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
         _check_finite(best.item())
         return int(token)
     values, tokens = torch.topk(logits, count)
-    values = values.cpu()
+    values = values.cpu().double()
     _check_finite(values[0].item())
-    # The largest is taken off first: a tiny temperature must not make infinities that cancel to no number.
+    # The largest is taken off first, in float64: a tiny temperature must make no infinities and no zero to divide by.
     weights = torch.softmax((values - values[0]) / sampling.temperature, dim=-1)
     return int(tokens[torch.multinomial(weights, 1, generator=generator).item()])
 

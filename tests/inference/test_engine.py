@@ -90,7 +90,7 @@ def test_draws_follow_the_probabilities_of_the_largest_few():
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(sample=False), Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-30, top_k=5)],
+    [Sampling(sample=False), Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-300, top_k=5)],
 )
 def test_without_chance_the_most_probable_token_is_taken(sampling):
     logits = torch.tensor([0.0, 2.0, 1.0, 1.9999])

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
 from openchatkit.inference import loader
+from openchatkit.paths import ROOT
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -129,7 +130,8 @@ def test_shares_without_accelerate(monkeypatch):
     assert loader.placement(GPU, None, None) == {}
 
 
-def test_no_such_folder(tmp_path):
+def test_no_such_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for name in (tmp_path / "none", "./none", "huggingface_models/none", "none"):
         refused(name, f"--model {name}: no such folder; huggingface_models/ holds .*; make a model with")
 

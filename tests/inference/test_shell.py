@@ -44,6 +44,11 @@ def test_a_line_that_says_eof_does_not_end_it(piped, trained_model):
     assert done.status == 0
 
 
+def test_a_passage_is_for_the_next_question_alone(piped, trained_model):
+    done = piped("/passage red\nsay it\n/raw_prompt and now?\n", trained_model, "--no-sample", "--no-date")
+    assert done.stdout.decode() == ("日本 red\n<human>: say it\n<bot>: 日本 red\n<human>: and now?\n<bot>:\n")
+
+
 def test_a_reset_forgets_the_passage_that_waits(piped, trained_model):
     done = piped("/passage red\n/reset\nsay it\n", trained_model, "--no-sample", "--no-date")
     assert done.lines == ["日本 nothing"]
