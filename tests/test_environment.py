@@ -1,4 +1,4 @@
-"""tools/environment.sh and test.sh with a stand-in for Python: what they ask of it, and every line they end with."""
+"""test.sh and quickstart.sh with a stand-in for Python: what they ask of it, and every line they end with."""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ import yaml
 
 from openchatkit.paths import ROOT
 
-# Answers as an interpreter does where the scripts ask one; what pip and pytest are told goes to $LOG.
+# Answers as an interpreter does where the scripts ask one; what pip, pytest and the kit's own scripts are told goes to
+# $LOG. A script leaves what it is known by, unless it is the one that $FAKE_FAILS names.
 STAND_IN = """#!/bin/sh
 case "$*" in
     *version_info*) echo "$FAKE_VERSION" ;;
@@ -23,16 +24,28 @@ case "$*" in
     "-m pip "*) echo "$@" >>"$LOG"; exit "${FAKE_PIP_STATUS:-0}" ;;
     "-m pytest "*) echo "$@" >>"$LOG"; exit 5 ;;
     "- "*) exec "$REAL_PYTHON" "$@" ;;
+    *.py*)
+        echo "$@" >>"$LOG"
+        case "$1" in
+            "${FAKE_FAILS:-none}") exit 75 ;;
+            data/*) leaves=data/python-docs/files/passages.jsonl ;;
+            pretrained/*) leaves=pretrained/Quickstart/Quickstart/manifest.json ;;
+            tools/convert*) leaves=huggingface_models/Quickstart/config.json ;;
+            *) exit 0 ;;
+        esac
+        mkdir -p "${leaves%/*}" && echo >"$leaves" ;;
 esac
 """
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout with a stand-in Python first on PATH; `run(*arguments, **environment)` runs its test.sh."""
+    """A checkout with a stand-in for Python on PATH; `run(*arguments, script=, **environment)` runs test.sh in it."""
     root = tmp_path / "a checkout"
-    (root / "tools").mkdir(parents=True)
-    for name in ("test.sh", "pyproject.toml", "tools/environment.sh"):
+    for folder in ("tools", "training"):
+        (root / folder).mkdir(parents=True)
+    needed = ("test.sh", "quickstart.sh", "pyproject.toml", "tools/environment.sh", "training/finetune_Quickstart.sh")
+    for name in needed:
         shutil.copy(ROOT / name, root / name)
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -44,16 +57,17 @@ def checkout(tmp_path):
         (programs / name).symlink_to(shutil.which(name))
     base = {"PATH": str(programs), "LOG": str(log), "REAL_PYTHON": sys.executable, "FAKE_VERSION": "3.12.1"}
 
-    def run(*arguments: str, **environment: str) -> SimpleNamespace:
+    def run(*arguments: str, script: str = "test.sh", **environment: str) -> SimpleNamespace:
         log.write_text("")
         result = subprocess.run(
-            [shutil.which("bash"), str(root / "test.sh"), *arguments],
+            [shutil.which("bash"), str(root / script), *arguments],
             capture_output=True,
             text=True,
             env={**base, **environment},
             cwd="/",
         )
-        return SimpleNamespace(status=result.returncode, err=result.stderr, calls=log.read_text().splitlines())
+        calls = log.read_text().splitlines()
+        return SimpleNamespace(status=result.returncode, out=result.stdout, err=result.stderr, calls=calls)
 
     return SimpleNamespace(root=root, run=run)
 
@@ -144,7 +158,6 @@ def test_an_environment_that_is_not_ours_to_mend(checkout):
 
 
 def test_recipes_without_any_python_say_what_to_make(checkout):
-    (checkout.root / "training").mkdir()
     recipe = checkout.root / "training" / "finetune_Pythia-1.4B.sh"
     shutil.copy(ROOT / "training" / recipe.name, recipe)
     (checkout.root.parent / "programs" / "python3").unlink()
@@ -152,6 +165,46 @@ def test_recipes_without_any_python_say_what_to_make(checkout):
     result = subprocess.run([shutil.which("bash"), str(recipe)], capture_output=True, text=True, env=path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: no Python found: make the environment first (bash quickstart.sh")
+
+
+QUICKSTART = [
+    "data/python-docs/prepare.py",
+    "pretrained/Quickstart/prepare.py",
+    "training/launch.py",
+    "tools/convert_to_hf_gptneox.py",
+    "tools/quickstart_score.py",
+]
+
+
+def scripts(calls: list[str], root: Path) -> list[str]:
+    return [call.replace(f"{root}/", "").split()[0] for call in calls if not call.startswith("-m pip")]
+
+
+def test_the_quickstart_goes_the_whole_way_once(checkout):
+    first = checkout.run(script="quickstart.sh", FINETUNE_CHECKPOINT_PATH="elsewhere", FINETUNE_DATA="other.jsonl")
+    assert (first.status, first.err) == (0, "")
+    assert scripts(first.calls, checkout.root) == QUICKSTART
+    assert not [call for call in first.calls if "elsewhere" in call or "other.jsonl" in call]
+    assert not [call for call in first.calls if "[dev]" in call]
+    assert "inference/bot.py --model huggingface_models/Quickstart" in first.out
+    second = checkout.run(script="quickstart.sh")
+    assert scripts(second.calls, checkout.root) == QUICKSTART[-1:]
+    assert second.out.count(": done before") == 4
+
+
+def test_the_quickstart_stops_where_a_step_fails_and_goes_on_from_there(checkout):
+    training = str(checkout.root / "training" / "launch.py")
+    failed = checkout.run(script="quickstart.sh", FAKE_FAILS=training)
+    assert failed.status == 75
+    assert failed.err == (
+        "error: step 3 of quickstart.sh ended with status 75, see above; run it again to go on from there\n"
+    )
+    assert scripts(checkout.run(script="quickstart.sh").calls, checkout.root) == QUICKSTART[2:]
+
+
+def test_the_tests_environment_will_do_for_the_quickstart(checkout):
+    checkout.run()
+    assert not [call for call in checkout.run(script="quickstart.sh").calls if call.startswith("-m pip")]
 
 
 def test_conda_installs_the_same(checkout):

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# From nothing to a chat, in about ten minutes on two cores: data, model, training over two stages, conversion, answers.
+#
+#   bash quickstart.sh      a second run does only what is missing
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. tools/environment.sh
+
+data=data/python-docs/files
+base=pretrained/Quickstart
+model=huggingface_models/Quickstart
+steps=5
+number=0
+
+# step WHAT OUTPUT COMMAND...: say what is done and do it, unless the file that it leaves last is there ("": always).
+step() {
+    local what=$1 output=$2 status=0
+    shift 2
+    number=$((number + 1))
+    if [ -e "$output" ]; then
+        echo "[$(elapsed)] $number/$steps $what: done before"
+        return
+    fi
+    echo "[$(elapsed)] $number/$steps $what"
+    "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        echo "error: step $number of quickstart.sh ended with status $status, see above; run it again to go on from there" >&2
+        exit "$status"
+    fi
+}
+
+elapsed() {
+    printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60))
+}
+
+make_environment
+python=$kit_venv/bin/python
+# The steps below find each other's outputs where this script expects them.
+unset FINETUNE_CHECKPOINT_PATH FINETUNE_DATA
+
+step "Writing questions and answers from the docstrings of your Python" "$data/passages.jsonl" \
+    "$python" data/python-docs/prepare.py
+step "Making a small GPT-NeoX model and its tokenizer" "$base/Quickstart/manifest.json" \
+    "$python" pretrained/Quickstart/prepare.py
+step "Training it over a pipeline of two stages" "$model/config.json" \
+    bash training/finetune_Quickstart.sh
+step "Converting it to Hugging Face format" "$model/config.json" \
+    "$python" tools/convert_to_hf_gptneox.py --ckpt-path model_ckpts/Quickstart --save-path "$model"
+step "Asking it questions it was not trained on, each with a passage" "" \
+    "$python" tools/quickstart_score.py --model "$model" --questions 30
+
+cat <<END
+
+[$(elapsed)] Done. To go on chatting:
+
+    .venv/bin/python inference/bot.py --model $model
+
+(/passage TEXT gives the next question a passage; /help lists the rest.)
+
+To fine-tune on chats of your own, a jsonl file of {"text": "<human>: ...\n<bot>: ...\n"}:
+
+    FINETUNE_DATA=chats.jsonl FINETUNE_CHECKPOINT_PATH=model_ckpts/mine bash training/finetune_Quickstart.sh
+
+README.md says how to do the same with a larger model.
+END
