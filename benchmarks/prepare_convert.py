@@ -163,8 +163,16 @@ def run_measured(command: list[str | Path]) -> tuple[float, int]:
     """Seconds that a command took in a process of its own, and the most bytes it had resident."""
     with tempfile.NamedTemporaryFile() as report:
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", MEASURED, report.name, *map(str, command)], check=True)
-        return time.perf_counter() - started, int(Path(report.name).read_text())
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURED, report.name, *map(str, command)],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - started
+        if run.returncode:
+            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{run.stderr}")
+        return seconds, int(Path(report.name).read_text())
 
 
 def copy_and_hash(files: list[Path], target: Path) -> float:
