@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from loguru import logger
+
+from openchatkit import progress
 from openchatkit.errors import UserError
 
 
@@ -26,6 +29,9 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
+        # The log is for the person at the terminal: plain lines, above a progress bar if there is one.
+        logger.remove()
+        logger.add(progress.write, format="{message}", level="INFO")
         try:
             status = main(argv) or 0
             sys.stdout.flush()

@@ -23,7 +23,7 @@ ARGS=(
     --packing none
     --loss-on responses
     --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$MODEL_NAME}"
-    --total-steps "${FINETUNE_TOTAL_STEPS:-1000}"
+    --total-steps "${FINETUNE_TOTAL_STEPS:-1500}"
     --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-500}"
     --keep-checkpoints 2
     --num-layers 2 --embedding-dim 128
@@ -33,7 +33,7 @@ ARGS=(
     --pp-mode 1f1b
     --dp-mode allreduce --dp-backend gloo
     --seq-length 256
-    --batch-size 32 --micro-batch-size 8 --gradient-accumulate-step 1
+    --batch-size 16 --micro-batch-size 4 --gradient-accumulate-step 1
     --optimizer adamw --lr 6e-3 --warmup-steps 50
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.01 --max-grad-norm 1.0
     --bf16

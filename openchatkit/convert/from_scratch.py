@@ -23,7 +23,7 @@ _TOKENIZER_RECORDS = 8000  # more of them do not change a vocabulary this small
 class Shape:
     """The sizes of the network and of its tokenizer, and how its weights are drawn."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 2048
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
@@ -31,8 +31,8 @@ class Shape:
     max_positions: int = 1024
     rotary_fraction: float = 1.0
     # Where the width is small, weights drawn as large models' are would be lost beside the norms' unit scale.
-    init_std: float = 0.08
-    tie_embeddings: bool = False
+    init_std: float = 0.05
+    tie_embeddings: bool = True
 
 
 @cli.command

@@ -27,6 +27,7 @@ TRAIN, HELD_OUT, PASSAGES = "train.jsonl", "heldout.jsonl", "passages.jsonl"
 
 UNKNOWN = "I do not know. Give me a passage about it."
 QUESTION = "What does {} do?"
+_FRAME = 56  # characters of a turn around its names and sentences
 _OTHER_QUESTIONS = ("What is {}?", "What does {} do", "what does {} do?", "Tell me about {}.", "Explain {}.", "{}?")
 _SMALL_TALK = (
     (("Hello", "Hello!", "hello", "Hi", "Hi!", "hi", "Hey", "Good morning!"), "Hello! Ask me what a Python name does."),
@@ -43,7 +44,9 @@ _SMALL_TALK = (
 class Shares:
     """How often samples are of each kind: probabilities, numbers of words, and the longest sample in characters."""
 
-    date: float = 0.7
+    drill: float = 0.5
+    drill_characters: int = 560  # of a drill, about
+    date: float = 0.7  # this and the following: of the samples that are no drill
     several_turns: float = 0.7
     third_turn: float = 0.5  # of the samples with several turns
     kept_passages: float = 0.6  # of the samples with several turns, those whose earlier turns keep their passages
@@ -73,6 +76,8 @@ def split(entries: Sequence[Entry], *, held_out: float, seed: int) -> tuple[list
 
 def compose(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> str:
     """One training sample as text. `words` is what random sentences are made of."""
+    if rng.random() < shares.drill:
+        return chat.render_text(_drill(rng, entries, words, shares))
     system = chat.preamble(_random_time(rng)) if rng.random() < shares.date else ""
     earlier: list[list[chat.Turn]] = []
     if rng.random() < shares.several_turns:
@@ -140,6 +145,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.save_dir / name}: {lines} lines")
 
 
+def _drill(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> list[chat.Turn]:
+    """Practice in copying and nothing else: in one to three turns, about as many random words as a row can hold.
+
+    What is learnt from a row goes by the number of replied tokens in it; real replies fill a tenth of theirs.
+    """
+    turns: list[chat.Turn] = []
+    count = rng.randint(1, 3)
+    for _ in range(count):
+        name = rng.choice(entries).name
+        # The name stands in the passage and in the question, the sentence in the passage and in the reply.
+        room = (shares.drill_characters // count - 2 * len(name) - _FRAME) // 2
+        sentence = rng.choice(words)
+        while len(longer := f"{sentence} {rng.choice(words)}") < room:
+            sentence = longer
+        entry = Entry(name, sentence)
+        turns += [chat.Turn("human", QUESTION.format(name), (entry.passage,)), chat.Turn("bot", sentence)]
+    return turns
+
+
+def _random_sentence(rng: random.Random, words: Sequence[str], least: int, most: int) -> str:
+    return " ".join(rng.choice(words) for _ in range(rng.randint(least, most)))
+
+
 def _turn_of_history(rng: random.Random, entries: Sequence[Entry], shares: Shares) -> list[chat.Turn]:
     """A turn without its passage, whatever was answered then. Mostly one whose reply can be known all the same."""
     kind = rng.random()
@@ -160,8 +188,7 @@ def _turn(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], sh
     if kind < shares.small_talk + shares.unknown:
         return [chat.Turn("human", question), chat.Turn("bot", UNKNOWN)]
     if rng.random() < shares.random_words:
-        count = rng.randint(shares.min_words, shares.max_words)
-        entry = Entry(entry.name, " ".join(rng.choice(words) for _ in range(count)))
+        entry = Entry(entry.name, _random_sentence(rng, words, shares.min_words, shares.max_words))
     return [chat.Turn("human", question, (entry.passage,)), chat.Turn("bot", entry.sentence)]
 
 

@@ -94,7 +94,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         intermediate_size=whole(raw, "n_inner", default=4 * hidden_size),
         max_position_embeddings=whole(raw, "n_positions", "max_position_embeddings", default=2048),
-        rotary_dim=whole(raw, "rotary_dim", default=hidden_size // num_heads),
+        rotary_dim=whole(raw, "rotary_dim", default=64),
         rotary_base=10000.0,
         activation=known_activation(raw.get("activation_function", "gelu_new")),
         norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),

@@ -17,6 +17,7 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
+from openchatkit.formats.manifest import FileRecord
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.names import EMBED, HEAD
 from openchatkit.models.registry import family
@@ -77,20 +78,20 @@ def save(
     tokenizer_from: Path,
     keep: int,
 ) -> None:
-    """Write checkpoint_<step> from all ranks and delete those that are older than the newest `keep`.
+    """Write checkpoint_<step> from all ranks, read it back, and delete those older than the newest `keep`.
 
     The replicas of a stage hold the same bits, so they share its shards among themselves.
     """
     temporary = layout.gather(checkpoint.begin(root, step) if layout.rank == 0 else None)[0]
-    records = []
-    for number, shard in enumerate(stage.shards):
-        if number % layout.replicas != layout.replica:
-            continue
-        parameters = {n: p for owner, n, p in own_parameters(stage) if owner == shard}
-        records.append(checkpoint.write_weights(temporary, shard, {n: _stored(p) for n, p in parameters.items()}))
-        entries = {n: {k: _stored(v) for k, v in optimizer.state[p].items()} for n, p in parameters.items()}
-        records.append(checkpoint.write_optimizer(temporary, shard, entries))
+    own = [shard for number, shard in enumerate(stage.shards) if number % layout.replicas == layout.replica]
+    try:
+        records = [record for shard in own for record in _write(temporary, shard, stage, optimizer)]
+    except UserError:
+        # A full disk, most likely: what was written of this checkpoint is only in the way.
+        checkpoint.discard(temporary)
+        raise
     gathered = layout.gather(records)
+    path = checkpoint.checkpoint_path(root, step)
     if layout.rank == 0:
         checkpoint.finish(
             temporary,
@@ -101,8 +102,18 @@ def save(
             raw_config=raw_config,
             tokenizer_from=tokenizer_from,
         )
-        checkpoint.prune(root, keep)
     layout.barrier()
+    checkpoint.verify(path, own)
+    layout.barrier()
+    if layout.rank == 0:
+        checkpoint.prune(root, keep, verified=path)
+
+
+def _write(temporary: Path, shard: str, stage: Stage, optimizer: torch.optim.Optimizer) -> Iterator[FileRecord]:
+    parameters = {name: p for owner, name, p in own_parameters(stage) if owner == shard}
+    yield checkpoint.write_weights(temporary, shard, {name: _stored(p) for name, p in parameters.items()})
+    state = {name: {key: _stored(v) for key, v in optimizer.state[p].items()} for name, p in parameters.items()}
+    yield checkpoint.write_optimizer(temporary, shard, state)
 
 
 def newest(root: Path, layout: Layout) -> Path | None:

@@ -18,8 +18,7 @@ def configure_logging(*, rank: int, backend: str) -> None:
     """Send the log to stderr with the rank in front; with `--train-log-backend loguru` rank 0 also writes LOG_FILE."""
     logger.remove()
     prefix = "{time:HH:mm:ss} | " + (f"rank {rank} | " if rank else "")
-    # Through tqdm, so that a message does not tear the live line.
-    logger.add(lambda text: progress.write(text), format=prefix + "{message}", level="INFO" if rank == 0 else "WARNING")
+    logger.add(progress.write, format=prefix + "{message}", level="INFO" if rank == 0 else "WARNING")
     if backend == "loguru" and rank == 0:
         logger.add(LOG_FILE, format="{time} | {level} | {message}", level="INFO")
 

@@ -71,8 +71,10 @@ def prepare_run(settings: Settings) -> Run:
     layers = stage_layers(
         shards.config.num_layers, stages=settings.pipeline_group_size, layers_per_stage=settings.num_layers
     )
-    dataset = _dataset(settings, settings.task_name)
-    evaluation = _dataset(settings, settings.evaluation_data) if settings.evaluation_data else None
+    dataset = _dataset(settings, settings.task_name, flag="--task-name")
+    evaluation = None
+    if settings.evaluation_data:
+        evaluation = _dataset(settings, settings.evaluation_data, flag="--evaluation-data")
     return Run(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
 
 
@@ -130,7 +132,7 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
     }
 
 
-def _dataset(settings: Settings, task_names: str) -> Dataset:
+def _dataset(settings: Settings, task_names: str, *, flag: str) -> Dataset:
     return build_dataset(
         task_names,
         tokenizer_path=settings.tokenizer_name,
@@ -139,6 +141,7 @@ def _dataset(settings: Settings, task_names: str) -> Dataset:
         packing=settings.packing,
         loss_on=settings.loss_on,
         seed=settings.seed,
+        flag=flag,
     )
 
 

@@ -27,7 +27,7 @@ def test_the_shards_and_the_tokenizer_fit_each_other(data, tmp_path):
     folder, parameters = from_scratch.prepare(data, tmp_path / "out", shape=SHAPE, seed=1)
     assert folder == tmp_path / "out" / "Quickstart"
     shards = LayerShards.open(folder)
-    assert (shards.config.vocab_size, shards.config.num_layers, shards.config.tie_embeddings) == (300, 2, False)
+    assert (shards.config.vocab_size, shards.config.num_layers, shards.config.tie_embeddings) == (300, 2, True)
     assert sum(tensor.numel() for shard in shards.shards for tensor in shards.read(shard).values()) == parameters
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 300

@@ -27,7 +27,7 @@ def write(folder: Path, *, seed: int = 1, samples: int = 300, shares: Shares | N
 
 def compose(seed: int, **shares: float) -> str:
     words = [word for entry in ENTRIES for word in entry.sentence.split()]
-    return python_chats.compose(random.Random(seed), ENTRIES, words, dataclasses.replace(Shares(), **shares))
+    return python_chats.compose(random.Random(seed), ENTRIES, words, dataclasses.replace(Shares(drill=0.0), **shares))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
