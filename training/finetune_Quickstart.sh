@@ -23,7 +23,7 @@ ARGS=(
     --packing none
     --loss-on responses
     --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$MODEL_NAME}"
-    --total-steps "${FINETUNE_TOTAL_STEPS:-1500}"
+    --total-steps "${FINETUNE_TOTAL_STEPS:-1800}"
     --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-500}"
     --keep-checkpoints 2
     --num-layers 2 --embedding-dim 128

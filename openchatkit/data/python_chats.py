@@ -45,8 +45,9 @@ class Shares:
     """How often samples are of each kind: probabilities, numbers of words, and the longest sample in characters."""
 
     drill: float = 0.5
-    drill_characters: int = 560  # of a drill, about
-    date: float = 0.7  # this and the following: of the samples that are no drill
+    drill_characters: int = 510  # of a drill, about, its date aside
+    date: float = 0.7
+    # What follows is of the samples that are no drill.
     several_turns: float = 0.7
     third_turn: float = 0.5  # of the samples with several turns
     kept_passages: float = 0.6  # of the samples with several turns, those whose earlier turns keep their passages
@@ -76,9 +77,10 @@ def split(entries: Sequence[Entry], *, held_out: float, seed: int) -> tuple[list
 
 def compose(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> str:
     """One training sample as text. `words` is what random sentences are made of."""
-    if rng.random() < shares.drill:
-        return chat.render_text(_drill(rng, entries, words, shares))
+    drill = rng.random() < shares.drill
     system = chat.preamble(_random_time(rng)) if rng.random() < shares.date else ""
+    if drill:
+        return chat.render_text(_drill(rng, entries, words, shares), system=system)
     earlier: list[list[chat.Turn]] = []
     if rng.random() < shares.several_turns:
         kept = rng.random() < shares.kept_passages
