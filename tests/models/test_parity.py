@@ -1,5 +1,7 @@
 """Our networks against transformers': logits and gradients of small random models of every variant, in float32."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
@@ -56,7 +58,7 @@ def stages_of(model, *, cuts=()):
             shards[place[0]][place[1]] = tensor.clone()
     borders = [0, *cuts, config.num_layers]
     stages = []
-    for first, last in zip(borders, borders[1:], strict=False):
+    for first, last in itertools.pairwise(borders):
         stage = Stage(config, first, last, embed=first == 0, head=last == config.num_layers)
         for shard in stage.shards:
             stage.load(shard, shards[shard])
