@@ -35,7 +35,7 @@ ARGS=(
     --seq-length 256
     --batch-size 16 --micro-batch-size 4 --gradient-accumulate-step 1
     --optimizer adamw --lr 6e-3 --warmup-steps 50
-    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.01 --max-grad-norm 1.0
+    --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --max-grad-norm 1.0
     --bf16
     --activation-checkpointing false
     --seed 1
