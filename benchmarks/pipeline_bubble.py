@@ -108,13 +108,13 @@ def measure(stages: int, schedule: str, options: argparse.Namespace) -> list[flo
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps, after two that are not")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps, after two that are not")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each contestant")
     parser.add_argument("--bf16", action="store_true")
     for name in ("rank", "stages", "port"):
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
