@@ -42,8 +42,9 @@ step "Writing questions and answers from the docstrings of your Python" "$data/p
     "$python" data/python-docs/prepare.py
 step "Making a small GPT-NeoX model and its tokenizer" "$base/Quickstart/manifest.json" \
     "$python" pretrained/Quickstart/prepare.py
+# A port of its own: somebody else on this machine may be training by the recipe too.
 step "Training it over a pipeline of two stages" "$model/config.json" \
-    bash training/finetune_Quickstart.sh
+    bash training/finetune_Quickstart.sh --dist-url "tcp://127.0.0.1:$((20000 + RANDOM % 10000))"
 step "Converting it to Hugging Face format" "$model/config.json" \
     "$python" tools/convert_to_hf_gptneox.py --ckpt-path model_ckpts/Quickstart --save-path "$model"
 step "Asking it questions it was not trained on, each with a passage" "" \
