@@ -23,8 +23,8 @@ ARGS=(
     --packing none
     --loss-on responses
     --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$MODEL_NAME}"
-    --total-steps "${FINETUNE_TOTAL_STEPS:-1800}"
-    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-500}"
+    --total-steps "${FINETUNE_TOTAL_STEPS:-3600}"
+    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-1000}"
     --keep-checkpoints 2
     --num-layers 2 --embedding-dim 128
     --use-cuda false
@@ -33,8 +33,8 @@ ARGS=(
     --pp-mode 1f1b
     --dp-mode allreduce --dp-backend gloo
     --seq-length 256
-    --batch-size 16 --micro-batch-size 4 --gradient-accumulate-step 1
-    --optimizer adamw --lr 6e-3 --warmup-steps 50
+    --batch-size 8 --micro-batch-size 2 --gradient-accumulate-step 1
+    --optimizer adamw --lr 5e-3 --warmup-steps 100
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --max-grad-norm 1.0
     --bf16
     --activation-checkpointing false
