@@ -184,6 +184,9 @@ class _Launch:
                 return DEFECT
             return RESUMABLE if any(rank.status for rank in self.ranks) else 0
         if self.requests and cause.status in INTERRUPTED:
+            self.say(
+                "error: stopped before a checkpoint could be written; the same command resumes from the newest one"
+            )
             return RESUMABLE
         if cause.status != USER_ERROR or self.ranks[0].status != USER_ERROR:
             stopped = "; the other ranks were stopped" if any(rank.stopped_by_us for rank in self.ranks) else ""

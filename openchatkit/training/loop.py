@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from openchatkit.cli import command
 from openchatkit.distributed import network
+from openchatkit.distributed.processes import ECHO_SECONDS
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training import config
 from openchatkit.training.config import Settings
@@ -74,6 +75,7 @@ class Loop:
         self.settings, self.run_data, self.trainer, self.progress = settings, run, trainer, progress
         self.total_steps = run.total_steps
         self._stop = False
+        self._asked_to_stop = math.inf  # when, in seconds of time.monotonic()
         self._not_finite = 0
 
     def run(self) -> int:
@@ -189,9 +191,11 @@ class Loop:
         """SIGTERM or Ctrl-C: finish the step, save, stop. All ranks stop at the same step; a second one kills."""
 
         def ask(number: int, _: object) -> None:
-            if self._stop:
+            # Whoever signals all processes of a job reaches a rank twice: directly, and through the launcher.
+            if time.monotonic() - self._asked_to_stop > ECHO_SECONDS:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
+            self._asked_to_stop = min(self._asked_to_stop, time.monotonic())
             self._stop = True
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

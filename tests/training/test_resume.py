@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -12,6 +13,7 @@ import torch
 from test_layouts import assert_same_bits, run, tensors
 
 from openchatkit.formats import checkpoint, metrics
+from openchatkit.training.loop import Loop
 
 STAGES = {"pipeline_group_size": 2, "pp_mode": "1f1b"}
 LONG = {"total_steps": 60, "checkpoint_steps": 7}
@@ -61,6 +63,15 @@ def test_asked_to_stop_all_ranks_save_the_same_step(tmp_path, flags, unstopped, 
     assert 16 <= step < 60
     assert f"stopped after step {step} of 60" in ended.errors[0]
     assert_same_bits(unstopped, run(tmp_path, flags, **LONG, **STAGES))
+
+
+def test_a_request_that_comes_twice_at_once_is_one():
+    """Whoever signals every process of a job reaches each rank a second time through the launcher."""
+    loop = Loop(None, SimpleNamespace(total_steps=1), None, None)
+    with loop._stopping_on_signals():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # without the rule, this ends the test's own process
+    assert loop._stop
 
 
 @pytest.mark.parametrize(
