@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from openchatkit.data.dataset import build_dataset
+from openchatkit.data.options import DataOptions
 from openchatkit.data.tokenise import tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.chat import Turn, render_text
@@ -100,16 +101,11 @@ def main() -> None:
             for loss_on in ("all", "responses"):
                 data = build_dataset(
                     str(source),
-                    tokenizer_path=folder,
-                    cache_dir=folder / "cache",
-                    seq_length=seq_length,
-                    packing=packing,
-                    loss_on=loss_on,
-                    seed=1,
+                    DataOptions(folder, seq_length, packing=packing, loss_on=loss_on, cache_dir=folder / "cache"),
                 )
                 rows = 1_000_000 // seq_length
                 starts = iter(range(0, sys.maxsize, rows))
-                (rate,) = in_turns(repeats, lambda d=data, r=rows, s=starts: d.batch(next(s), r)[0].numel())
+                (rate,) = in_turns(repeats, lambda d=data, r=rows, s=starts: d.batch(next(s), r).tokens.numel())
                 print(f"| batch, {packing:6} {loss_on:9} {seq_length:4} | {rate / 1e6:.1f} million tokens/s |")
 
 

@@ -7,23 +7,18 @@ rank can therefore take its own slice of a step, in any order, and a checkpoint 
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from openchatkit import paths
+from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.cache import cached_store
 from openchatkit.data.mixture import Interleaving, Part, parse
+from openchatkit.data.options import DataOptions
 from openchatkit.data.source import Concatenated, OnePerRow, Source
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats.chat import BOT
-
-IGNORE = -100
-PACKINGS = ("concat", "none")
-LOSS_ON = ("all", "responses")
 
 # Part of every fingerprint: raise it when the same arguments would give other samples.
 _VERSION = 1
@@ -53,53 +48,37 @@ class Dataset:
         self._packed = tuple(packed)
         self._interleaving = Interleaving([source.weight for source in sources], seed=seed)
 
-    def source_of(self, n: int) -> int:
-        """Which of `sources` sample n comes from."""
-        return self._interleaving.locate(n)[0]
-
-    def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of sample n, int64 [seq_length] each: one row of `batch`."""
-        tokens, labels = self.batch(n, 1)
-        return tokens[0], labels[0]
-
-    def batch(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Samples start to start + count - 1: tokens and labels, int64 [count, seq_length] each.
-
-        labels[i, t] is the token to predict behind tokens[i, t], or IGNORE where none is trained on.
-        """
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first to first + count - 1."""
         tokens = np.empty((count, self.seq_length + 1), np.int64)
         mask = np.empty((count, self.seq_length + 1), bool)
+        sources = np.empty(count, np.int64)
         for row in range(count):
-            source, sample = self._interleaving.locate(start + row)
+            source, sample = self._interleaving.locate(first + row)
+            sources[row] = source
             self._packed[source].fill(sample, tokens[row], mask[row])
         labels = np.where(mask[:, 1:], tokens[:, 1:], IGNORE)
-        return torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])), torch.from_numpy(labels)
+        inputs = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
+        return Batch(first, inputs, torch.from_numpy(labels), None, torch.from_numpy(sources))
 
 
 def build_dataset(
     task_names: str,
+    options: DataOptions,
     *,
-    tokenizer_path: Path,
-    cache_dir: Path = paths.TOKEN_CACHE,
-    seq_length: int,
-    packing: str = "concat",
-    loss_on: str = "all",
-    seed: int,
     flag: str = "--task-name",
 ) -> Dataset:
     """The data set of `path[:weight],path[:weight]`, tokenised now or found in the cache.
 
-    Every rank may call this at the same time. packing: "concat" cuts all documents, one after another, into windows;
-    "none" gives each document a row. loss_on: "all" tokens, or "responses" alone. `flag` is named in errors.
+    Every rank may call this at the same time. `flag` is named in errors.
     UserError: see `mixture.parse`, `records`, `cache`; also a source too small, or without a token to train on.
     """
-    assert packing in PACKINGS, packing
-    assert loss_on in LOSS_ON, loss_on
+    seed, seq_length, packing = options.seed, options.seq_length, options.packing
     parts = parse(task_names, flag=flag)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = Tokenizer(options.tokenizer)
     sources, packed, keys = [], [], []
     for number, part in enumerate(parts):
-        source, source_keys = _source(part, number, tokenizer, loss_on=loss_on, cache_dir=cache_dir, seed=seed)
+        source, source_keys = _source(part, number, tokenizer, options)
         sources.append(source)
         keys.append([part.weight, *source_keys])
         if packing == "concat":
@@ -111,15 +90,15 @@ def build_dataset(
     return Dataset(sources, packed, seq_length=seq_length, seed=seed, fingerprint=fingerprint)
 
 
-def _source(
-    part: Part, number: int, tokenizer: Tokenizer, *, loss_on: str, cache_dir: Path, seed: int
-) -> tuple[Source, list[str]]:
+def _source(part: Part, number: int, tokenizer: Tokenizer, options: DataOptions) -> tuple[Source, list[str]]:
     """One part's documents, and the keys of their stores."""
-    masked = loss_on == "responses"
-    opened = [cached_store(file, tokenizer=tokenizer, masked=masked, cache_dir=cache_dir) for file in part.files]
+    masked = options.loss_on == "responses"
+    opened = [
+        cached_store(file, tokenizer=tokenizer, masked=masked, cache_dir=options.cache_dir) for file in part.files
+    ]
     trained = sum(record.trained_tokens if masked else record.tokens for _, record in opened)
     source = Source(
-        part.name, part.weight, [store for store, _ in opened], trained_tokens=trained, number=number, seed=seed
+        part.name, part.weight, [store for store, _ in opened], trained_tokens=trained, number=number, seed=options.seed
     )
     if not trained:
         raise UserError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from openchatkit import paths
 from openchatkit.cli import Parser, natural, non_negative_float, positive_int, truth
+from openchatkit.data import options
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
 
@@ -139,16 +140,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model-type", choices=MODEL_TYPES, help="family; checked against config.json")
     group.add_argument("--num-layers", type=natural, default=0, help="layers a stage, the last may have fewer; 0: even")
     group.add_argument("--embedding-dim", type=positive_int, help="hidden size; checked against config.json")
-    group.add_argument("--seq-length", type=positive_int, default=2048, help="tokens a row")
     group.add_argument("--load-pretrained-model", type=truth, default=True, help="false: start from random weights")
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--task-name", required=True, help="FILE[:WEIGHT],...: jsonl, .jsonl.gz or .jsonl.zst")
-    group.add_argument("--packing", choices=("concat", "none"), default="concat", help="none: one record a row, padded")
-    group.add_argument("--loss-on", choices=("all", "responses"), default="all", help="which tokens are trained on")
-    group.add_argument("--data-cache", type=Path, default=paths.TOKEN_CACHE, help="folder of tokenised data")
-    group.add_argument("--seed", type=natural, default=1, help="decides the order of the data")
+    group.add_argument("--task-name", required=True, help="SOURCE[:WEIGHT],...: see data/README.md")
+    options.add_flags(group)
 
 
 def _add_layout(group: argparse._ArgumentGroup) -> None:

@@ -9,7 +9,7 @@ full relative precision: near certainty -log p[y] = -log(1 - r), and the gradien
 import torch
 from torch import Tensor, nn
 
-from openchatkit.data.dataset import IGNORE
+from openchatkit.data.batch import IGNORE
 
 # Tokens whose logits are alive at once. Each chunk costs one addition of the projection's whole gradient, which is why
 # it is not smaller.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout
@@ -71,10 +72,11 @@ def prepare_run(settings: Settings) -> Run:
     layers = stage_layers(
         shards.config.num_layers, stages=settings.pipeline_group_size, layers_per_stage=settings.num_layers
     )
-    dataset = _dataset(settings, settings.task_name, flag="--task-name")
+    data_options = options.from_settings(vars(settings))
+    dataset = build_dataset(settings.task_name, data_options)
     evaluation = None
     if settings.evaluation_data:
-        evaluation = _dataset(settings, settings.evaluation_data, flag="--evaluation-data")
+        evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
     return Run(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
 
 
@@ -130,19 +132,6 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
         "settings": recorded(settings),
         "versions": checkpoints.versions(),
     }
-
-
-def _dataset(settings: Settings, task_names: str, *, flag: str) -> Dataset:
-    return build_dataset(
-        task_names,
-        tokenizer_path=settings.tokenizer_name,
-        cache_dir=settings.data_cache,
-        seq_length=settings.seq_length,
-        packing=settings.packing,
-        loss_on=settings.loss_on,
-        seed=settings.seed,
-        flag=flag,
-    )
 
 
 def _total_steps(settings: Settings, dataset: Dataset) -> int:

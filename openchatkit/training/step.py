@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openchatkit.data.dataset import IGNORE, Dataset
+from openchatkit.data.batch import IGNORE, Batch
+from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.models.stage import Stage
 from openchatkit.training.loss import VocabularyLoss
@@ -87,15 +88,15 @@ class Trainer:
     def step(self, number: int, dataset: Dataset, *, stop: bool = False) -> StepResult:
         """Take step `number`, counted from 0. `stop` on any rank becomes `stop` of the result on all."""
         batches = [self._batch(dataset, number * self.global_batch, part) for part in range(self.schedule.accumulate)]
-        trained = torch.stack([(labels != IGNORE).sum() for _, labels in batches]).sum()
+        trained = torch.stack([(batch.labels != IGNORE).sum() for batch in batches]).sum()
         self.layout.sum_over_replicas(trained)
         trained_tokens = int(trained)
         self._loss_factor = self.scaler.scale / max(trained_tokens, 1)
 
         loss = torch.zeros((), dtype=torch.float32, device=self.layout.device)
         with autocast(self.layout.device, self.dtype):
-            for tokens, labels in batches:
-                loss += self.pipeline.forward_backward(tokens, labels)
+            for batch in batches:
+                loss += self.pipeline.forward_backward(batch.tokens, batch.labels)
         squared_norm, loss_sum, stop = self._reduce(loss, stop)
         grad_norm = math.sqrt(squared_norm) / self.scaler.scale
         applied = math.isfinite(grad_norm)
@@ -119,20 +120,19 @@ class Trainer:
         rows = self.schedule.batch_size * self.layout.replicas
         with autocast(self.layout.device, self.dtype):
             for number in range(batches):
-                tokens, labels = self._batch(dataset, number * rows, 0)
-                total[0] += self.pipeline.evaluate(tokens, labels)
-                total[1] += (labels != IGNORE).sum() if self.layout.is_last_stage else 0
+                batch = self._batch(dataset, number * rows, 0)
+                total[0] += self.pipeline.evaluate(batch.tokens, batch.labels)
+                total[1] += (batch.labels != IGNORE).sum() if self.layout.is_last_stage else 0
         self.layout.sum_over_replicas(total)
         self.layout.sum_over_stages(total)
         loss, tokens = total.tolist()
         return loss / max(tokens, 1.0), int(tokens)
 
-    def _batch(self, dataset: Dataset, first_row: int, part: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
         """This replica's rows of a step's part: replicas take turns batch by batch, so rows follow each other."""
         size = self.schedule.batch_size
         start = first_row + (part * self.layout.replicas + self.layout.replica) * size
-        tokens, labels = dataset.batch(start, size)
-        return tokens.to(self.layout.device, non_blocking=True), labels.to(self.layout.device, non_blocking=True)
+        return dataset.batch(start, size).to(self.layout.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         assert self._vocabulary_loss is not None, self.layout.describe()

@@ -13,7 +13,9 @@ import pytest
 import torch
 from loguru import logger
 
-from openchatkit.data.dataset import IGNORE, Dataset, build_dataset
+from openchatkit.data.batch import IGNORE
+from openchatkit.data.dataset import Dataset, build_dataset
+from openchatkit.data.options import DataOptions
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
@@ -45,9 +47,15 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
 def build(tiny_tokenizer: Path, tmp_path: Path) -> object:
     def build(task_names: str, **options: object) -> Dataset:
         options = {"seq_length": 50, "seed": 1, "cache_dir": tmp_path / "cache"} | options
-        return build_dataset(task_names, tokenizer_path=tiny_tokenizer, **options)
+        flag = options.pop("flag", "--task-name")
+        return build_dataset(task_names, DataOptions(tiny_tokenizer, **options), flag=flag)
 
     return build
+
+
+def sample(data: Dataset, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = data.batch(n, 1)
+    return batch.tokens[0], batch.labels[0]
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -62,7 +70,8 @@ def test_concatenated_windows_are_the_stream(build: object, tokenizer: Tokenizer
     total = sum(len(document) * count for document, count in documents.items())
     assert (data.sources[0].documents, data.sources[0].tokens) == (40, total)
     assert data.epoch_samples == -(-total // 50)
-    tokens, labels = data.batch(0, 3 * data.epoch_samples)
+    batch = data.batch(0, 3 * data.epoch_samples)
+    tokens, labels = batch.tokens, batch.labels
     assert tokens.dtype == labels.dtype == torch.int64
     assert tokens.shape == labels.shape == (3 * data.epoch_samples, 50)
     # Rows follow one another at a stride of 50: all tokens in a row are the stream, whose every epoch is an order of
@@ -97,7 +106,7 @@ def test_concatenated_windows_are_the_stream(build: object, tokenizer: Tokenizer
 def test_a_window_may_cross_many_short_documents(build: object, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(60)))
     data = build(str(tmp_path / "a.jsonl"), seq_length=100)
-    tokens = data.batch(0, 10)[0].flatten().tolist()
+    tokens = data.batch(0, 10).tokens.flatten().tolist()
     size = data.sources[0].tokens
     assert sorted(tokens[:size]) == sorted(tokens[size : 2 * size])
 
@@ -120,7 +129,7 @@ def test_one_document_a_row(build: object, tokenizer: Tokenizer, tmp_path: Path,
     for epoch in range(3):
         order = []
         for number in range(40):
-            tokens, labels = (row.tolist() for row in data.sample(epoch * 40 + number))
+            tokens, labels = (row.tolist() for row in sample(data, epoch * 40 + number))
             (document,) = (d for d in documents if list(d[:60]) == tokens[: len(d)])
             order.append(document)
             size = min(len(document), 60)
@@ -146,7 +155,7 @@ def test_a_document_that_just_fits(build: object, tokenizer: Tokenizer, tmp_path
     ids = document_ids(tokenizer, text)
     messages = []
     handler = logger.add(messages.append, level=logging.WARNING, format="{message}")
-    tokens, labels = build(str(tmp_path / "a.jsonl"), packing="none", seq_length=len(ids) - 1).sample(0)
+    tokens, labels = sample(build(str(tmp_path / "a.jsonl"), packing="none", seq_length=len(ids) - 1), 0)
     logger.remove(handler)
     assert (tokens.tolist(), labels.tolist(), messages) == (ids[:-1], ids[1:], [])
 
@@ -159,19 +168,21 @@ def test_any_order_of_access_gives_the_same_samples(build: object, tmp_path: Pat
         f"{tmp_path}/{name}:{weight}" for name, weight in (("a.jsonl", 1), ("b.jsonl", 0.3), ("c.jsonl", 2))
     )
     data = build(names, packing=packing, loss_on="responses")
-    tokens, labels = data.batch(0, 600)
+    batch = data.batch(0, 600)
+    tokens, labels = batch.tokens, batch.labels
     generator = random.Random(0)
     other = build(names, packing=packing, loss_on="responses")
     assert other.fingerprint == data.fingerprint
     for _ in range(100):
         start, count = generator.randrange(590), generator.randint(1, 10)
-        for part, whole in zip(other.batch(start, count), (tokens, labels), strict=True):
-            assert torch.equal(part, whole[start : start + count])
+        part = other.batch(start, count)
+        assert torch.equal(part.tokens, tokens[start : start + count])
+        assert torch.equal(part.labels, labels[start : start + count])
     for n in generator.sample(range(600), 50):
-        assert torch.equal(other.sample(n)[0], tokens[n])
-        assert torch.equal(other.sample(n)[1], labels[n])
+        assert torch.equal(sample(other, n)[0], tokens[n])
+        assert torch.equal(sample(other, n)[1], labels[n])
     far = data.batch(10**9, 2)
-    assert torch.equal(other.batch(10**9, 2)[0], far[0])
+    assert torch.equal(other.batch(10**9, 2).tokens, far.tokens)
 
 
 def test_sources_take_turns_and_keep_their_own_order(build: object, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -183,13 +194,13 @@ def test_sources_take_turns_and_keep_their_own_order(build: object, tokenizer: T
     assert mixed.epoch_samples == 50
     rows: dict[int, list[str]] = {0: [], 1: []}
     for n in range(400):
-        text = tokenizer.decode(mixed.sample(n)[0].tolist())
-        source = mixed.source_of(n)
+        text = tokenizer.decode(sample(mixed, n)[0].tolist())
+        source = int(mixed.batch(n, 1).sources)
         assert ("a.jsonl" in text, "b.jsonl" in text) == (source == 0, source == 1)
         rows[source].append(text)
     assert abs(len(rows[0]) - 100) <= 2
     alone = build(str(a), packing="none", seq_length=100)
-    assert rows[0] == [tokenizer.decode(alone.sample(n)[0].tolist()) for n in range(len(rows[0]))]
+    assert rows[0] == [tokenizer.decode(sample(alone, n)[0].tolist()) for n in range(len(rows[0]))]
     epochs = [rows[1][start : start + 20] for start in range(0, len(rows[1]) - 20, 20)]
     assert all(len(set(epoch)) == 20 for epoch in epochs)
 
@@ -203,12 +214,12 @@ def test_files_of_a_glob_are_one_source(build: object, tokenizer: Tokenizer, tmp
     assert (source.documents, source.tokens) == (33, sum(map(len, documents)))
     if packing == "none":
         starts = sorted(document[:20] for document in documents)
-        assert sorted(tuple(row[:20]) for row in data.batch(0, 33)[0].tolist()) == starts
+        assert sorted(tuple(row[:20]) for row in data.batch(0, 33).tokens.tolist()) == starts
     else:
-        stream = data.batch(0, data.epoch_samples)[0].flatten().tolist()[: source.tokens]
+        stream = data.batch(0, data.epoch_samples).tokens.flatten().tolist()[: source.tokens]
         assert Counter(stream) == Counter(token for document in documents for token in document)
     joined = build(f"{tmp_path}/part*.jsonl", packing="concat", loss_on="responses", seq_length=source.tokens - 1)
-    trained = (joined.sample(0)[1] != IGNORE).sum().item()
+    trained = (sample(joined, 0)[1] != IGNORE).sum().item()
     assert trained == source.trained_tokens
 
 
@@ -229,7 +240,7 @@ def test_what_decides_the_samples_decides_the_fingerprint(build: object, tmp_pat
         build(str(moved)),
     ]
     assert len({data.fingerprint for data in [base, *others]}) == 8
-    assert not torch.equal(others[2].batch(0, 8)[0], base.batch(0, 8)[0])
+    assert not torch.equal(others[2].batch(0, 8).tokens, base.batch(0, 8).tokens)
 
 
 def test_source_too_small(build: object, tmp_path: Path) -> None:
@@ -239,7 +250,7 @@ def test_source_too_small(build: object, tmp_path: Path) -> None:
         UserError, match=rf"a\.jsonl holds {size} tokens, too few for one sequence of {size}.*packing none"
     ):
         build(str(tmp_path / "a.jsonl"), seq_length=size)
-    assert build(str(tmp_path / "a.jsonl"), seq_length=size - 1).sample(7)[0].shape == (size - 1,)
+    assert sample(build(str(tmp_path / "a.jsonl"), seq_length=size - 1), 7)[0].shape == (size - 1,)
 
 
 def test_nothing_to_train_on(build: object, tmp_path: Path) -> None:

@@ -61,16 +61,16 @@ def one_process_long(tmp_path_factory, flags):
 def test_gradients_are_those_of_a_plain_loss(one_process, flags, prepared):
     """The first step's gradient against autograd over the mean of a batch's trained tokens, in float64."""
     from openchatkit.data.dataset import build_dataset
+    from openchatkit.data.options import DataOptions
 
     shards = LayerShards.open(prepared["neox"])
     stage = Stage(shards.config)
     for shard in stage.shards:
         stage.load(shard, shards.read(shard), dtype=torch.float64)
     options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
-    dataset = build_dataset(
-        str(flags["task_name"]), tokenizer_path=prepared["neox"], cache_dir=flags["data_cache"], seed=1, **options
-    )
-    tokens, labels = dataset.batch(0, 8)
+    options = DataOptions(prepared["neox"], cache_dir=flags["data_cache"], **options)
+    batch = build_dataset(str(flags["task_name"]), options).batch(0, 8)
+    tokens, labels = batch.tokens, batch.labels
     counts = (labels != -100).sum(1)
     assert counts.min() * 2 < counts.max(), "the rows should have very different numbers of trained tokens"
     logits = stage.logits(stage(tokens)).flatten(0, 1)
@@ -151,12 +151,12 @@ def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
             stored["embed_out.weight"] = shards.read("embed")["embed_in.weight"]
         stage.load(shard, {name: t.clone() for name, t in stored.items()})
     from openchatkit.data.dataset import build_dataset
+    from openchatkit.data.options import DataOptions
 
     options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
-    dataset = build_dataset(
-        str(flags["task_name"]), tokenizer_path=prepared["tied"], cache_dir=flags["data_cache"], seed=1, **options
-    )
-    tokens, labels = dataset.batch(0, 8)
+    options = DataOptions(prepared["tied"], cache_dir=flags["data_cache"], **options)
+    batch = build_dataset(str(flags["task_name"]), options).batch(0, 8)
+    tokens, labels = batch.tokens, batch.labels
     torch.nn.functional.cross_entropy(stage.logits(stage(tokens)).flatten(0, 1), labels.flatten()).backward()
     expected = stage.shards["embed"].embed_in.weight.grad + stage.projection.weight.grad
     found = gradients(path)["embed/embed_in.weight/exp_avg"]
