@@ -1,6 +1,6 @@
 """Token stores that are made once: where they are kept, under which key, and by which of several processes.
 
-The key is the SHA-256 of a source's bytes, the tokenizer's digest, whether there is a mask, and the version of the
+The key is the SHA-256 of a source's bytes, the tokenizer's digest, the separator, and the version of the
 tokenising code. A moved or touched file therefore finds its store again and an edited one never does. Reading 100 GB
 for their hash takes minutes, so a hash is remembered under the file's path, size and time of change.
 
@@ -41,7 +41,7 @@ _LARGE = 5 << 30  # bytes whose reading is worth a line in the log
 
 
 def cached_store(
-    source: Path, *, tokenizer: Tokenizer, masked: bool, cache_dir: Path
+    source: Path, *, tokenizer: Tokenizer, separator: str, bad_rows: str, cache_dir: Path
 ) -> tuple[TokenStore, StoreRecord]:
     """The store of one file of records, built if it is not there yet.
 
@@ -50,12 +50,12 @@ def cached_store(
     cache_dir = Path(cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        key = _key(content_hash(source, cache_dir), tokenizer, masked=masked)
+        key = _key(content_hash(source, cache_dir), tokenizer, separator)
         folder = cache_dir / f"{source.name.split('.')[0][:60]}-{key[:16]}"
         if read_record(folder) is None:
             with _locked(folder, f"{source} is tokenised by another process: waiting for it"):
                 if read_record(folder) is None:
-                    _build(source, folder, key=key, tokenizer=tokenizer, masked=masked)
+                    _build(source, folder, key=key, tokenizer=tokenizer)
     except OSError as error:
         raise _explained(error, cache_dir) from error
     record = read_record(folder)
@@ -89,12 +89,12 @@ def _remembered(memory: Path, known: dict[str, object]) -> str | None:
         return None
 
 
-def _key(content: str, tokenizer: Tokenizer, *, masked: bool) -> str:
-    decides = {"version": VERSION, "content": content, "tokenizer": tokenizer.digest, "masked": masked}
+def _key(content: str, tokenizer: Tokenizer, separator: str) -> str:
+    decides = {"version": VERSION, "content": content, "tokenizer": tokenizer.digest, "separator": separator}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def _build(source: Path, folder: Path, *, key: str, tokenizer: Tokenizer, masked: bool) -> None:
+def _build(source: Path, folder: Path, *, key: str, tokenizer: Tokenizer) -> None:
     """Tokenise `source` into `folder`, which appears only when it is complete. The caller holds the lock."""
     before = source.stat()
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -104,16 +104,15 @@ def _build(source: Path, folder: Path, *, key: str, tokenizer: Tokenizer, masked
     try:
         with (
             Records(source) as records,
-            TokenStoreWriter(prefix, vocab_size=tokenizer.vocab_size, masked=masked) as writer,
+            TokenStoreWriter(prefix, vocab_size=tokenizer.vocab_size, masked=True) as writer,
             progress.bar(source.stat().st_size, f"tokenising {source.name}", unit="B", unit_scale=True) as bar,
         ):
             for part in tokenise_all((text for _, text in records), tokenizer):
-                writer.add(part.tokens, part.sizes, part.mask if masked else None)
+                writer.add(part.tokens, part.sizes, part.mask)
                 bar.update(records.position - bar.n)
         if (source.stat().st_size, source.stat().st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise UserError(f"{source} was changed while it was tokenised: run again when it is complete")
-        trained = writer.trained_tokens if masked else None
-        write_record(temporary, StoreRecord(str(source), key, writer.documents, writer.tokens, trained))
+        write_record(temporary, StoreRecord(str(source), key, writer.documents, writer.tokens, writer.trained_tokens))
         for path in temporary.iterdir():
             paths.sync(path)
         os.rename(temporary, folder)

@@ -85,7 +85,7 @@ def build_dataset(
             packed.append(Concatenated(source, seq_length))
         else:
             packed.append(OnePerRow(source, seq_length, padding=tokenizer.padding))
-    decides = [_VERSION, seed, seq_length, packing, keys]
+    decides = [_VERSION, seed, seq_length, packing, options.loss_on, keys]
     fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     return Dataset(sources, packed, seq_length=seq_length, seed=seed, fingerprint=fingerprint)
 
@@ -94,8 +94,17 @@ def _source(part: Part, number: int, tokenizer: Tokenizer, options: DataOptions)
     """One part's documents, and the keys of their stores."""
     masked = options.loss_on == "responses"
     opened = [
-        cached_store(file, tokenizer=tokenizer, masked=masked, cache_dir=options.cache_dir) for file in part.files
+        cached_store(
+            file,
+            tokenizer=tokenizer,
+            separator=options.document_separator,
+            bad_rows=options.bad_rows,
+            cache_dir=options.cache_dir,
+        )
+        for file in part.files
     ]
+    for store, _ in opened:
+        store.mask = store.mask if masked else None
     trained = sum(record.trained_tokens if masked else record.tokens for _, record in opened)
     source = Source(
         part.name, part.weight, [store for store, _ in opened], trained_tokens=trained, number=number, seed=options.seed

@@ -49,8 +49,10 @@ def tokenizer(tmp_path: Path) -> Bytes:
     return Bytes(tmp_path / "marks")
 
 
-def build(source: Path, tokenizer: Bytes, *, masked: bool = False) -> tuple[TokenStore, StoreRecord]:
-    return cached_store(source, tokenizer=tokenizer, masked=masked, cache_dir=source.parent / "cache")
+def build(source: Path, tokenizer: Bytes, *, separator: str = "end-of-text") -> tuple[TokenStore, StoreRecord]:
+    return cached_store(
+        source, tokenizer=tokenizer, separator=separator, bad_rows="error", cache_dir=source.parent / "cache"
+    )
 
 
 def folders(source: Path) -> list[str]:
@@ -65,15 +67,12 @@ def age(path: Path) -> None:
 
 
 def test_contents(source: Path, tokenizer: Bytes) -> None:
-    store, record = build(source, tokenizer, masked=True)
+    store, record = build(source, tokenizer)
     assert bytes(store.document(0)[:-1].tolist()) == b"<human>: a\n<bot>: b\n"
     assert [store.document(n)[-1] for n in range(2)] == [256, 256]
     assert store.mask.sum() == len(" b\n") + 1
     assert (record.documents, record.tokens, record.trained_tokens) == (2, len(store.tokens), 4)
     assert record.source == str(source)
-    unmasked, record = build(source, tokenizer)
-    assert (unmasked.mask, record.trained_tokens) == (None, None)
-    assert unmasked.tokens.tolist() == store.tokens.tolist()
 
 
 def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
@@ -84,7 +83,7 @@ def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
     os.utime(moved)
     build(moved, tokenizer)
     assert tokenizer.calls() == 1
-    build(moved, tokenizer, masked=True)
+    build(moved, tokenizer, separator="newline")
     build(moved, Bytes(tokenizer.marks, digest="another"))
     assert tokenizer.calls() == 3
     moved.write_text('{"text": "edited"}\n')
