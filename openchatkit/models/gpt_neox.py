@@ -34,10 +34,11 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         heads = self.query_key_value(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query, key, value = heads.chunk(3, dim=-1)
-        return self.dense(causal_attention(rotate_halves(query, cos, sin), rotate_halves(key, cos, sin), value))
+        query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
+        return self.dense(causal_attention(query, key, value, mask))
 
 
 class MLP(nn.Module):
@@ -54,7 +55,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """[batch, length, hidden_size] -> the same; `cos` and `sin` come from a RotaryTable."""
+    """[batch, length, hidden_size] -> the same; `cos`, `sin` and `mask` say where each token is and what it sees."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,8 +65,8 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), cos, sin, mask)
         if self.parallel_residual:
             return x + attended + self.mlp(self.post_attention_layernorm(x))
         x = x + attended

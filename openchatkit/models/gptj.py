@@ -35,12 +35,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(causal_attention(rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin), value))
+        query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        return self.out_proj(causal_attention(query, key, value, mask))
 
 
 class MLP(nn.Module):
@@ -65,9 +66,9 @@ class Layer(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         normed = self.ln_1(x)
-        return x + self.attn(normed, cos, sin) + self.mlp(normed)
+        return x + self.attn(normed, cos, sin, mask) + self.mlp(normed)
 
 
 class Head(nn.Module):

@@ -1,4 +1,4 @@
-"""Pieces that both families share: activations, rotary tables, rotation and causal attention."""
+"""Pieces that both families share: activations, rotary tables, rotation, and attention with what it may see."""
 
 import functools
 from collections.abc import Callable
@@ -53,7 +53,10 @@ class RotaryTable(nn.Module):
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GPT-NeoX's rotation of x [..., length, head_dim]: dimension j pairs with j + rotary_dim / 2."""
+    """GPT-NeoX's rotation of x [batch, heads, length, head_dim]: dimension j pairs with j + rotary_dim / 2.
+
+    cos and sin are [length, rotary_dim / 2], or with positions that differ from row to row [batch, 1, length, ...].
+    """
     half = cos.shape[-1]
     # One split, not three slices: the backward of a slice fills a whole tensor with zeros.
     left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -62,7 +65,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GPT-J's rotation of x [..., length, head_dim]: dimension 2j pairs with 2j + 1."""
+    """GPT-J's rotation of x [batch, heads, length, head_dim]: dimension 2j pairs with 2j + 1; see `rotate_halves`."""
     rotary_dim = 2 * cos.shape[-1]
     turning, rest = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
@@ -70,7 +73,21 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention over [batch, heads, length, head_dim]; returns [batch, length, heads * head_dim]."""
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+def confining_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the attention's scores so that token t sees the tokens from starts[t] to t and no others.
+
+    starts is int64 [batch, length]; returns [batch, 1, length, length] of zeros and minus infinities. Not booleans: of
+    those, every layer's attention would make itself such a mask, and keep it for backward.
+    """
+    place = torch.arange(starts.shape[1], device=starts.device)
+    seen = (place >= starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over [batch, heads, length, head_dim]; returns [batch, length, heads * head_dim].
+
+    A token sees itself and all before it, or what a `confining_mask` lets it see.
+    """
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
     return mixed.transpose(1, 2).flatten(-2)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.layers import RotaryTable
+from openchatkit.models.layers import RotaryTable, confining_mask
 from openchatkit.models.names import EMBED, HEAD, layer_name, shard_names
 from openchatkit.models.registry import family
 
@@ -17,6 +17,8 @@ class Stage(nn.Module):
 
     forward takes token ids [batch, length] where the stage has the embedding, else hidden states
     [batch, length, hidden_size], and returns hidden states, normed where it has the head; `logits` projects those.
+    `starts`, int64 [batch, length], confines attention to documents that share a row: token t sees those from
+    starts[t] to t, and its position is t - starts[t]; without it a row is one document.
     With tied embeddings the head's projection is a parameter of its own that starts equal to the embedding: who trains
     the model adds the two gradients and applies the sum to both.
     """
@@ -38,21 +40,31 @@ class Stage(nn.Module):
         self.shards = nn.ModuleDict({name: family(config).module(config, name) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
         cos, sin = self.rotary(x.shape[1], x.device)
+        mask = None
+        if starts is not None:
+            positions = torch.arange(x.shape[1], device=x.device) - starts
+            cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+            mask = confining_mask(starts, self._compute_dtype(x.device))
         for name, module in self.shards.items():
             if name == EMBED:
                 x = module(x)
                 # Hidden states travel in the dtype that the layers compute in, within a stage and between stages.
-                if torch.is_autocast_enabled(x.device.type):
-                    x = x.to(torch.get_autocast_dtype(x.device.type))
+                x = x.to(self._compute_dtype(x.device))
             elif name == HEAD:
                 x = module(x)
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(module, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(module, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = module(x, cos, sin)
+                x = module(x, cos, sin, mask)
         return x
+
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What products are computed in: autocast's dtype where it is on, else that of the parameters."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return next(self.parameters()).dtype
 
     @property
     def projection(self) -> nn.Linear:

@@ -66,26 +66,16 @@ def stages_of(model, *, cuts=()):
     return stages
 
 
-def variants():
-    return [("gpt_neox", name) for name in NEOX] + [("gptj", name) for name in GPTJ]
-
-
-@pytest.mark.parametrize(("family_name", "variant"), variants())
-@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)])
-def test_logits_and_gradients(family_name, variant, cuts):
-    model = make(family_name, variant)
-    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(1))
-    expected = model(tokens).logits
-    stages = stages_of(model, cuts=cuts)
+def through(stages, tokens, starts=None):
+    """Logits of a model cut into stages."""
     x = tokens
     for stage in stages:
-        x = stage(x)
-    logits = stages[-1].logits(x)
-    assert (logits - expected).abs().max() < 1e-4
+        x = stage(x, starts)
+    return stages[-1].logits(x)
 
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
-    (expected * weight).sum().backward()
-    (logits * weight).sum().backward()
+
+def assert_same_gradients(model, stages):
+    """The gradients of our stages' parameters are those of the transformers model's."""
     kind = family(stages[0].config)
     grads = {}
     for stage in stages:
@@ -102,15 +92,79 @@ def test_logits_and_gradients(family_name, variant, cuts):
     assert compared == len(grads)
 
 
+def variants():
+    return [("gpt_neox", name) for name in NEOX] + [("gptj", name) for name in GPTJ]
+
+
+@pytest.mark.parametrize(("family_name", "variant"), variants())
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2)])
+def test_logits_and_gradients(family_name, variant, cuts):
+    model = make(family_name, variant)
+    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(1))
+    expected = model(tokens).logits
+    stages = stages_of(model, cuts=cuts)
+    logits = through(stages, tokens)
+    assert (logits - expected).abs().max() < 1e-4
+
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (expected * weight).sum().backward()
+    (logits * weight).sum().backward()
+    assert_same_gradients(model, stages)
+
+
+# Documents by length in each row; what is left of it is padding, each token a document of its own.
+PACKED = ((13, 1, 11), (33,), (6, 20))
+
+
+def starts_of(rows, length):
+    """The place at which each token's document begins, int64 [len(rows), length]."""
+    starts = torch.arange(length).repeat(len(rows), 1)
+    for row, sizes in enumerate(rows):
+        for first, last in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+            starts[row, first:last] = first
+    return starts
+
+
+@pytest.mark.parametrize(
+    ("family_name", "variant"), [("gpt_neox", "pythia"), ("gpt_neox", "redpajama"), ("gptj", "gptj")]
+)
+@pytest.mark.parametrize("cuts", [(), (1, 2)])
+def test_documents_that_share_a_row_do_not_see_each_other(family_name, variant, cuts):
+    """Per document the logits, and over all of them the gradients, of transformers on each document alone."""
+    model = make(family_name, variant)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 96, (len(PACKED), 33), generator=generator)
+    weight = torch.randn((*tokens.shape, 96), generator=generator)
+    stages = stages_of(model, cuts=cuts)
+    logits = through(stages, tokens, starts_of(PACKED, 33))
+    trained = 0.0
+    for row, sizes in enumerate(PACKED):
+        for first, last in itertools.pairwise(itertools.accumulate(sizes, initial=0)):
+            expected = model(tokens[row : row + 1, first:last]).logits[0]
+            assert (logits[row, first:last] - expected).abs().max() < 1e-4, (row, first)
+            (expected * weight[row, first:last]).sum().backward()
+            trained = trained + (logits[row, first:last] * weight[row, first:last]).sum()
+    trained.backward()
+    assert_same_gradients(model, stages)
+
+
+def test_one_document_a_row_is_plain_causal_attention():
+    (stage,) = stages_of(make("gpt_neox", "pythia"))
+    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(stage(tokens, torch.zeros_like(tokens)), stage(tokens), rtol=0, atol=1e-5)
+    assert not torch.allclose(stage(tokens, starts_of([(9, 11), (20,)], 20))[0], stage(tokens)[0], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("starts", [None, starts_of([(9, 11), (17,)], 20)], ids=["whole", "packed"])
 @pytest.mark.parametrize(("family_name", "variant"), [("gpt_neox", "pythia"), ("gptj", "gptj")])
-def test_recomputing_changes_no_bit(family_name, variant):
+def test_recomputing_changes_no_bit(family_name, variant, starts):
     model = make(family_name, variant)
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
     found = []
     for recompute in (False, True):
         (stage,) = stages_of(model)
         stage.recompute = recompute
-        stage.logits(stage(tokens)).square().mean().backward()
+        stage.logits(stage(tokens, starts)).square().mean().backward()
         found.append([p.grad for p in stage.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
