@@ -107,7 +107,8 @@ hr { border: 0; border-top: 1px dashed var(--note); margin: .4rem 0 }
 
 <h2>Samples</h2>
 <div class="legend"><span><b>trained on</b></span><span class="soft">only read</span>
-<span><em>special token</em></span></div>
+<span><em>special token</em></span>
+<span><span class="pad">┄┄</span> a document that sees nothing of those above</span></div>
 <p></p>
 {%- for sample in samples %}
 <section><h3>{{ sample_title(sample) | visible }}</h3>

@@ -148,7 +148,7 @@ def number(value: float) -> str:
 
 
 def _show_sources(out: Console, mixture: Mixture) -> None:
-    table = _table("Sources")
+    table = _table("\nSources")
     for name in ("rows", "set aside", "documents", "tokens", "trained"):
         table.add_column(name, justify="right")
     sources = mixture.sources

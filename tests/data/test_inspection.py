@@ -1,6 +1,7 @@
 """What `tools/inspect_data.py` shows: tokens as they are trained on, figures that add up, nothing that data drive."""
 
 import html
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from openchatkit.data import figures, page, sampled, terminal
 from openchatkit.data.batch import IGNORE, Batch
@@ -207,15 +209,30 @@ def test_a_pipe_gets_plain_text_in_which_every_line_says_what_it_is(
     )
     assert status == 0
     assert "\x1b" not in printed
-    title, *lines = printed.splitlines()[-6:]
+    title, *lines = printed.splitlines()[-7:]
     assert re.fullmatch(rf"sample 0 of {path}: \d+ of 128 tokens trained on", title)
-    assert lines[:4] == [
+    assert lines[:5] == [
         f".  <human>: Hi ␛[2J[bold]red[/bold] :smile: {END}?↵",
         ".  <bot>:",
         "+   Yes.↵",
         "+  No.↵",
+        f"+# {END}",
     ]
-    assert lines[4] == f"+# {END}" or "tokens of padding" in lines[4]
+    assert re.fullmatch(r"   \.\.\. \d+ tokens of padding", lines[5])
+
+
+def test_a_terminal_gets_colour_and_a_mark_on_every_folded_line() -> None:
+    out = Console(file=io.StringIO(), force_terminal=True, width=30, color_system="standard", markup=False)
+    text = "one two three four five six seven eight nine ten eleven twelve\n"
+    terminal.show_samples(out, [Sample(7, "a", 3, 9, 9, 0, (Span(text, 9, trained=True), Span(None, 40)))])
+    printed = out.file.getvalue()
+    assert "\x1b[1;32m" in printed
+    plain = re.sub(r"\x1b\[[\d;]*m", "", printed)
+    *lines, gap = plain.split("sample 7, number 3 of a: 9 of 9 tokens trained on\n")[1].splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("+  ") and len(line) <= 30 for line in lines)
+    assert "".join(line[3:] for line in lines) == text.replace("\n", "↵")
+    assert gap == "   ... 40 tokens left out (--full shows them)"
 
 
 def test_the_tables_fit_a_narrow_window(

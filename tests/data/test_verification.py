@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from openchatkit.data import verification
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.inspection import main
 from openchatkit.data.options import from_settings
@@ -27,6 +28,7 @@ MODEL = {
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "intermediate_size": 4,
+    "rotary_pct": 1.0,
 }
 
 
@@ -126,6 +128,15 @@ def test_what_was_trained_on_once_is_proved(
     )
     assert proof.trained_tokens == (dataset.batch(0, 40).labels >= 0).sum()
     assert verify(root / "checkpoint_10") == proof
+
+
+def test_steps_larger_than_memory_are_digested_in_pieces(
+    root: Path, write: Callable[..., None], entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(entries[:STEPS])
+    proof = verify(root)
+    monkeypatch.setattr(verification, "_PIECE", 3 * LENGTH)
+    assert verify(root) == proof
 
 
 def test_rows_behind_the_checkpoint_prove_nothing_and_disturb_nothing(
@@ -229,7 +240,7 @@ def test_every_row_is_a_document_or_set_aside(
     write(entries[:STEPS])
     (listed,) = (tmp_path / "cache").glob("*/quarantine.jsonl")
     listed.write_text("")
-    assert "expected 41 rows, 1 of them set aside, found 40 documents and 0 rows set aside" in refused(root)
+    assert "expected 41 rows, 1 set aside, found 40 documents and 0 rows set aside" in refused(root)
 
 
 def test_a_checkpoint_from_before_the_ledger(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
