@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from openchatkit.errors import UserError
-from openchatkit.paths import atomic_path
+from openchatkit.paths import write_text
 
 LEDGER = "ledger.jsonl"
 EMPTY = hashlib.sha256(b"").hexdigest()
@@ -33,41 +33,45 @@ class Entry:
     started: str
 
 
-def append(folder: Path, entry: Entry) -> None:
-    """Add a row; it is on its way to the disk when this returns, and on it after `sync`."""
-    with open(folder / LEDGER, "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(entry)) + "\n")
+class Writer:
+    """Adds rows to the ledger of a run that goes on behind `last_step`; see `cut`. `chain` is that of all rows."""
 
+    def __init__(self, folder: Path, last_step: int) -> None:
+        self.chain = cut(folder, last_step)
+        # Each row is on its way to the disk as soon as it is written: a killed process loses none.
+        self._file = open(folder / LEDGER, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
-def sync(folder: Path) -> None:
-    """Force the rows to disk: called before the checkpoint that vouches for them is published."""
-    with open(folder / LEDGER, "a", encoding="utf-8") as file:
-        os.fsync(file.fileno())
+    def append(self, entry: Entry) -> None:
+        """Add a row; it is sure to be on the disk after `sync`."""
+        self._file.write(_line(entry))
+        self.chain = chain([entry], self.chain)
+
+    def sync(self) -> None:
+        """Force the rows to disk: called before the checkpoint that vouches for them is published."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read(folder: Path) -> list[Entry]:
     """All rows, none when there is no file; a last line that a kill has cut is left out, any other broken one is a
     UserError."""
-    path = folder / LEDGER
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    entries = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(Entry(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if number < len(lines):
-                raise UserError(f"{path}:{number} is damaged: the ledger proves nothing any more") from error
-    return entries
+    entries = _entries(folder)
+    for number, entry in enumerate(entries[:-1], 1):
+        if entry is None:
+            raise UserError(f"{folder / LEDGER}:{number} is damaged: the ledger proves nothing any more")
+    return [entry for entry in entries if entry is not None]
 
 
 def cut(folder: Path, last_step: int) -> str:
-    """Drop the rows of steps after `last_step`, and a line cut short; returns the chain of those that stay."""
-    kept = [entry for entry in read(folder) if entry.step <= last_step]
-    with atomic_path(folder / LEDGER) as temporary:
-        temporary.write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in kept), encoding="utf-8")
+    """Drop the rows of steps after `last_step`, and broken ones; returns the chain of those that stay.
+
+    A crash of the machine may break rows that were not synced; they are after the last checkpoint. That a broken row
+    was an older one shows in the chain.
+    """
+    kept = [entry for entry in _entries(folder) if entry is not None and entry.step <= last_step]
+    write_text(folder / LEDGER, "".join(map(_line, kept)))
     return chain(kept)
 
 
@@ -76,3 +80,23 @@ def chain(entries: Iterable[Entry], start: str = EMPTY) -> str:
     for entry in entries:
         start = hashlib.sha256(f"{start}{json.dumps(asdict(entry))}".encode()).hexdigest()
     return start
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(asdict(entry)) + "\n"
+
+
+def _entries(folder: Path) -> list[Entry | None]:
+    """A row or None for each line: None where it holds no row."""
+    try:
+        lines = (folder / LEDGER).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [_entry(line) for line in lines]
+
+
+def _entry(line: str) -> Entry | None:
+    try:
+        return Entry(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

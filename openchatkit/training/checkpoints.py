@@ -4,7 +4,7 @@ import contextlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from loguru import logger
 from torch import Tensor
 
 from openchatkit import paths
+from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
@@ -136,6 +137,17 @@ def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_
         )
     if state["data"] != data:
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)
+
+
+def check_same_data(datasets: Sequence[Dataset | None], layout: Layout) -> None:
+    """UserError unless every rank found the same data."""
+    found = layout.gather([None if dataset is None else dataset.fingerprint for dataset in datasets])
+    for rank, fingerprints in enumerate(found):
+        if fingerprints != found[0]:
+            raise UserError(
+                f"rank {rank} found other data than rank 0: give both the same flags, and the machines the same files "
+                "under --task-name, --evaluation-data and --tokenizer-name"
+            )
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ from openchatkit.training import config
 from openchatkit.training.config import Settings
 
 if TYPE_CHECKING:
+    from openchatkit.training.accounts import Accounts
     from openchatkit.training.metrics import Reporter
     from openchatkit.training.setup import Progress, Run
     from openchatkit.training.step import Trainer
@@ -74,6 +75,8 @@ class Loop:
     def __init__(self, settings: Settings, run: "Run", trainer: "Trainer", progress: "Progress") -> None:
         self.settings, self.run_data, self.trainer, self.progress = settings, run, trainer, progress
         self.total_steps = run.total_steps
+        self._reporter: Reporter | None = None  # on rank 0 only, as the next
+        self._accounts: Accounts | None = None
         self._stop = False
         self._asked_to_stop = math.inf  # when, in seconds of time.monotonic()
         self._not_finite = 0
@@ -88,18 +91,20 @@ class Loop:
             if self.trainer.layout.rank == 0:
                 logger.info("all {} steps are done: {}", self.total_steps, self.settings.checkpoint_path)
             return 0
-        with self._reporting() as reporter, self._stopping_on_signals(), profiler(self.settings) as profile:
+        with self._recording(), self._stopping_on_signals(), profiler(self.settings) as profile:
             while self.progress.step < self.total_steps:
-                stop = self._step(reporter)
+                stop = self._step()
                 if profile is not None:
                     profile.step()
-                self._evaluate_if_due(reporter)
+                self._evaluate_if_due()
                 self._save_if_due(stop)
                 if stop and self.progress.step < self.total_steps:
                     return self._stopped()
         return 0
 
-    def _step(self, reporter: "Reporter | None") -> bool:
+    def _step(self) -> bool:
+        from openchatkit.training.step import by_name
+
         started = time.perf_counter()
         result = self.trainer.step(self.progress.step, self.run_data.dataset, stop=self._stop)
         seconds = time.perf_counter() - started
@@ -107,7 +112,9 @@ class Loop:
         self.progress.step += 1
         self.progress.tokens += tokens
         self._not_finite = 0 if result.applied else self._not_finite + 1
-        if reporter is not None:
+        if self._accounts is not None:
+            self._accounts.add(self.progress.step, self.trainer.global_batch, result)
+        if self._reporter is not None:
             row = {
                 "step": self.progress.step,
                 "loss": result.loss,
@@ -117,8 +124,9 @@ class Loop:
                 "trained_tokens": result.trained_tokens,
                 "tokens_per_second": tokens / seconds,
                 "loss_scale": self.trainer.scaler.scale,
+                "sources": by_name(self.run_data.dataset, result.sources),
             }
-            reporter.step(row, applied=result.applied)
+            self._reporter.step(row, applied=result.applied)
         if self._not_finite == _HOPELESS:
             raise UserError(
                 f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}: lower "
@@ -126,14 +134,21 @@ class Loop:
             )
         return result.stop
 
-    def _evaluate_if_due(self, reporter: "Reporter | None") -> None:
+    def _evaluate_if_due(self) -> None:
+        from openchatkit.training.step import by_name
+
         every, evaluation = self.settings.evaluation_steps, self.run_data.evaluation
         if evaluation is None or (self.progress.step % every and self.progress.step < self.total_steps):
             return
-        loss, tokens = self.trainer.evaluate(evaluation, self.settings.evaluation_num_batch)
-        if reporter is not None:
-            row = {"step": self.progress.step, "evaluation_loss": loss, "evaluation_tokens": tokens}
-            reporter.evaluation(row)
+        result = self.trainer.evaluate(evaluation, self.settings.evaluation_num_batch)
+        if self._reporter is not None:
+            row = {
+                "step": self.progress.step,
+                "evaluation_loss": result.loss,
+                "evaluation_tokens": result.trained_tokens,
+                "evaluation_sources": by_name(evaluation, result.sources),
+            }
+            self._reporter.evaluation(row)
 
     def _save_if_due(self, stop: bool) -> None:
         from openchatkit.training import checkpoints
@@ -145,6 +160,8 @@ class Loop:
         due = every and self.progress.step % every == 0
         if not (due or stop or self.progress.step == self.total_steps):
             return
+        if self._accounts is not None:
+            self.progress.ledger = self._accounts.sync()
         checkpoints.save(
             self.settings.checkpoint_path,
             self.progress.step,
@@ -166,14 +183,18 @@ class Loop:
         return RESUMABLE
 
     @contextlib.contextmanager
-    def _reporting(self) -> "Iterator[Reporter | None]":
+    def _recording(self) -> Iterator[None]:
+        """Keep the run's ledger and report its numbers, on rank 0."""
+        from openchatkit.training.accounts import Accounts
         from openchatkit.training.metrics import Reporter
 
         if self.trainer.layout.rank != 0:
-            yield None
+            yield
             return
-        reporter = Reporter(
-            self.settings.checkpoint_path,
+        folder, trainer = self.settings.checkpoint_path, self.trainer
+        self._accounts = Accounts(folder, self.progress, trainer.layout, trainer.schedule)
+        self._reporter = Reporter(
+            folder,
             first_step=self.progress.step,
             total_steps=self.total_steps,
             backend=self.settings.train_log_backend,
@@ -182,9 +203,10 @@ class Loop:
             config=config.recorded(self.settings),
         )
         try:
-            yield reporter
+            yield
         finally:
-            reporter.close()
+            self._reporter.close()
+            self._accounts.close()
 
     @contextlib.contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

@@ -26,13 +26,22 @@ class VocabularyLoss:
         self.projection = projection
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, hidden: Tensor, labels: Tensor, *, scale: float = 1.0) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        scale: float = 1.0,
+        sources: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> Tensor:
         """Sum of the cross-entropy over the tokens whose label is not IGNORE, times `scale`, in float32.
 
         hidden is [..., hidden_size], labels [...]. Where gradients are wanted, those of the projection's parameters
         are added to their `.grad` here and now, in float32, and that of `hidden` is kept for backward. The result
         must therefore be backpropagated exactly once, with a gradient of one: every factor belongs into `scale`.
-        The products run in the autocast dtype, if there is one.
+        The products run in the autocast dtype, if there is one. With `sources`, int64 and shaped as labels, each
+        token's loss is also added, as it is without `scale`, to its source's entry of `sums`, in float64.
         """
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
         device_type = hidden.device.type
@@ -41,7 +50,10 @@ class VocabularyLoss:
         trained = (labels != IGNORE).nonzero().squeeze(-1)
         if trained.numel() < labels.numel():
             hidden, labels = hidden.index_select(0, trained), labels.index_select(0, trained)
-        return _Walk.apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
+        total, losses = _Walk.apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
+        if sources is not None:
+            sums.index_add_(0, sources.flatten().index_select(0, trained), losses.double())
+        return total
 
     def buffers(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Two [tokens, vocab] tensors whose contents are anything."""
@@ -63,7 +75,7 @@ class _Walk(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
         with_gradients: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         projection = loss.projection
         # Autocast would cast the float32 pieces below, too.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -72,6 +84,7 @@ class _Walk(torch.autograd.Function):
             inputs = hidden.to(dtype)
             gradient = torch.empty_like(inputs) if with_gradients else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            each = torch.empty(inputs.shape[0], dtype=torch.float32, device=hidden.device)
             for start in range(0, inputs.shape[0], _CHUNK_TOKENS):
                 piece = slice(start, start + _CHUNK_TOKENS)
                 x, y = inputs[piece], labels[piece]
@@ -82,6 +95,7 @@ class _Walk(torch.autograd.Function):
                 torch.softmax(logits, dim=-1, out=probabilities)
                 losses, rest = _losses(logits, probabilities, y)
                 total += losses.sum()
+                each[piece] = losses
                 if gradient is not None:
                     probabilities[torch.arange(len(y), device=y.device), y] = -rest
                     torch.mm(probabilities, weight, out=gradient[piece])
@@ -90,10 +104,11 @@ class _Walk(torch.autograd.Function):
                         _add_to_grad(projection.bias, probabilities.sum(0), scale)
         if gradient is not None:
             ctx.save_for_backward(gradient.mul_(scale).to(hidden.dtype))
-        return total * scale
+        ctx.mark_non_differentiable(each)
+        return total * scale, each
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient, None, None, None, None, None
 

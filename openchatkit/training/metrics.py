@@ -10,6 +10,7 @@ from loguru import logger
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import metrics
+from openchatkit.formats.tensor_file import storage_errors
 
 LOG_FILE = "./logs/file_{time}.log"
 
@@ -47,14 +48,14 @@ class Reporter:
         self._last_printed = 0.0
 
     def step(self, row: dict[str, Any], *, applied: bool) -> None:
-        """Report one step: step, loss, lr, grad_norm, tokens, tokens_per_second, loss_scale, trained_tokens.
+        """Report one step: step, loss, lr, grad_norm, tokens, tokens_per_second, loss_scale, trained_tokens, sources.
 
         A norm or loss that is not finite is written as null, since JSON has no such number.
         """
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        row = _finite(row)
         if not applied:
             logger.warning("step {}: the gradient is not finite, no weight was changed", row["step"])
-        metrics.append(self.folder, row)
+        self._append(row)
         self._bar.update()
         self._bar.set_postfix(loss=_number(row["loss"]), tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
         self._send(row)
@@ -68,10 +69,11 @@ class Reporter:
             )
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Report an evaluation: step, evaluation_loss, evaluation_tokens."""
-        metrics.append(self.folder, row)
+        """Report an evaluation: step, evaluation_loss, evaluation_tokens, evaluation_sources."""
+        row = _finite(row)
+        self._append(row)
         self._send(row)
-        logger.info(f"step {row['step']} | evaluation loss {row['evaluation_loss']:.4f}")
+        logger.info(f"step {row['step']} | evaluation loss {_number(row['evaluation_loss'])}")
 
     def close(self) -> None:
         """End the live line and the wandb run."""
@@ -79,9 +81,29 @@ class Reporter:
         if self._run is not None:
             self._run.finish()
 
+    def _append(self, row: dict[str, Any]) -> None:
+        with storage_errors(self.folder):
+            metrics.append(self.folder, row)
+
     def _send(self, row: dict[str, Any]) -> None:
         if self._run is not None:
-            self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+            self._run.log(_flat(row), step=row["step"])
+
+
+def _finite(value: Any) -> Any:
+    """A row as JSON can hold it: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a chart wants it: `loss/<source>` in place of what is nested."""
+    flat = {key: value for key, value in row.items() if key != "step" and not isinstance(value, dict)}
+    for key, loss in (("sources", "loss"), ("evaluation_sources", "evaluation_loss")):
+        named = {f"{loss}/{name}": source["loss"] for name, source in row.get(key, {}).items()}
+        flat |= {name: value for name, value in named.items() if value is not None}
+    return flat
 
 
 def _number(value: float | None) -> str:

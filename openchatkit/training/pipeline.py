@@ -23,8 +23,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Pipeline:
     """Forward and backward of a batch that is cut into micro-batches of a fixed shape.
 
-    `loss(hidden, labels)` runs on the last stage, once a micro-batch, and returns a scalar to backpropagate as it is.
-    A single stage runs a plain loop over the micro-batches, with the same bits.
+    `loss(hidden, target)` runs on the last stage, once a micro-batch, and returns a scalar to backpropagate as it is;
+    the target is one tensor with a row for each row of tokens. `starts` (see `Stage`), where there is one, is given to
+    every stage by its own rank and does not travel. A single stage runs a plain loop over the micro-batches, with the
+    same bits.
     """
 
     def __init__(
@@ -57,35 +59,39 @@ class Pipeline:
             )
             self._schedule = SCHEDULES[schedule](runner, micro_batches, loss_fn=loss, scale_grads=False)
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def forward_backward(self, tokens: Tensor, target: Tensor, starts: Tensor | None = None) -> Tensor:
         """Add the gradients of a batch, int64 [micro_batches * micro_batch_size, seq_length], to the parameters'.
 
         Returns the sum of the micro-batches' losses on the last stage, 0 on the others.
         """
         if self._schedule is None:
             losses = []
-            for x, y in self._cut(tokens, labels):
-                losses.append(self.loss(self.stage(x), y))
+            for x, y, documents in self._cut(tokens, target, starts):
+                losses.append(self.loss(self.stage(x, documents), y))
                 losses[-1].backward()
             return self._total(losses)
-        return self._run(self._schedule.step, tokens, labels)
+        return self._run(self._schedule.step, tokens, target, starts)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, tokens: Tensor, target: Tensor, starts: Tensor | None = None) -> Tensor:
         """The sum of the micro-batches' losses on the last stage, 0 on the others; gradients stay as they are."""
         if self._schedule is None:
-            return self._total([self.loss(self.stage(x), y) for x, y in self._cut(tokens, labels)])
-        return self._run(self._schedule.eval, tokens, labels)
+            cut = self._cut(tokens, target, starts)
+            return self._total([self.loss(self.stage(x, documents), y) for x, y, documents in cut])
+        return self._run(self._schedule.eval, tokens, target, starts)
 
-    def _run(self, step: Callable[..., None], tokens: Tensor, labels: Tensor) -> Tensor:
+    def _run(self, step: Callable[..., None], tokens: Tensor, target: Tensor, starts: Tensor | None) -> Tensor:
         losses: list[Tensor] = []
         first = (tokens,) if self.layout.stage == 0 else ()
-        last = {"target": labels, "losses": losses} if self.layout.is_last_stage else {}
-        step(*first, return_outputs=False, **last)
+        last = {"target": target, "losses": losses} if self.layout.is_last_stage else {}
+        every = {} if starts is None else {"starts": starts}
+        step(*first, return_outputs=False, **last, **every)
         return self._total(losses)
 
-    def _cut(self, tokens: Tensor, labels: Tensor) -> zip:
-        return zip(tokens.chunk(self.micro_batches), labels.chunk(self.micro_batches), strict=True)
+    def _cut(self, tokens: Tensor, target: Tensor, starts: Tensor | None) -> zip:
+        """Micro-batches of tokens, target and starts."""
+        documents = [None] * self.micro_batches if starts is None else starts.chunk(self.micro_batches)
+        return zip(tokens.chunk(self.micro_batches), target.chunk(self.micro_batches), documents, strict=True)
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.layout.device)

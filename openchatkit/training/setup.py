@@ -13,7 +13,7 @@ from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint
+from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
@@ -38,10 +38,15 @@ class Run:
 
 @dataclass
 class Progress:
-    """Where a run stands: steps taken, and tokens put through, both since its first start."""
+    """Where a run stands: steps taken, and tokens put through, both since its first start.
+
+    `ledger` is the chain of the ledger's rows up to the last checkpoint, which only rank 0 keeps up to date; None for
+    a checkpoint from before there was one.
+    """
 
     step: int = 0
     tokens: int = 0
+    ledger: str | None = ledger.EMPTY
 
 
 def choose_device(settings: Settings) -> torch.device:
@@ -82,6 +87,7 @@ def prepare_run(settings: Settings) -> Run:
 
 def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer, Progress]:
     """Build this rank's stage with the weights of the newest checkpoint, or of the model where there is none."""
+    checkpoints.check_same_data([run.dataset, run.evaluation], layout)
     first, last = run.layers[layout.stage]
     with torch.device("meta"):
         stage = Stage(
@@ -110,7 +116,7 @@ def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer
     trainer.scaler.load_state_dict(state["loss_scaler"])
     if layout.rank == 0:
         logger.info("resuming from {}", resumed)
-    return trainer, Progress(state["step"], state["tokens"])
+    return trainer, Progress(state["step"], state["tokens"], state.get("ledger"))
 
 
 def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress) -> dict[str, Any]:
@@ -123,6 +129,7 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
         "global_batch": trainer.global_batch,
         "total_steps": run.total_steps,
         "data": run.dataset.fingerprint,
+        "ledger": progress.ledger,
         "loss_scaler": trainer.scaler.state_dict(),
         "layout": {
             "stages": trainer.layout.stages,

@@ -1,6 +1,11 @@
-"""One optimizer step, taken by all ranks together: gradients summed over micro-batches and replicas, one norm."""
+"""One optimizer step, taken by all ranks together: gradients summed over micro-batches and replicas, one norm.
+
+What goes with it, by source and for the ledger, travels in the same two reductions: what was fed, counted in whole
+numbers, before the step's work, and what came of it, in float64, after.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +14,7 @@ from torch import Tensor
 from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
 from openchatkit.models.stage import Stage
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import (
@@ -22,10 +28,33 @@ from openchatkit.training.precision import LossScaler, autocast
 
 
 @dataclass(frozen=True)
+class SourceLoss:
+    """The sum of a source's loss over those of its tokens that were trained on, and their number."""
+
+    total: float
+    trained_tokens: int
+
+    @property
+    def mean(self) -> float | None:
+        """Loss a token; None without a token."""
+        return self.total / self.trained_tokens if self.trained_tokens else None
+
+
+def by_name(dataset: Dataset, losses: Sequence[SourceLoss]) -> dict[str, dict[str, float | None]]:
+    """{source's name: {"loss", "trained_tokens"}}, sources of one name taken together."""
+    found: dict[str, SourceLoss] = {}
+    for source, loss in zip(dataset.sources, losses, strict=True):
+        before = found.get(source.name, SourceLoss(0.0, 0))
+        found[source.name] = SourceLoss(before.total + loss.total, before.trained_tokens + loss.trained_tokens)
+    return {name: {"loss": loss.mean, "trained_tokens": loss.trained_tokens} for name, loss in found.items()}
+
+
+@dataclass(frozen=True)
 class StepResult:
     """Numbers of one step, equal on every rank. `loss` is the mean over the step's `trained_tokens`.
 
-    `applied` is false when the gradient was not finite: then no parameter of any rank has changed.
+    `applied` is false when the gradient was not finite: then no parameter of any rank has changed. `digest` is that of
+    all the rows the step was fed, over all replicas (see `Batch.digest`); `sources` has an entry for each source.
     """
 
     loss: float
@@ -34,6 +63,17 @@ class StepResult:
     trained_tokens: int
     applied: bool
     stop: bool
+    digest: int
+    sources: tuple[SourceLoss, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss over the trained tokens of an evaluation, their number, and the same by source."""
+
+    loss: float
+    trained_tokens: int
+    sources: tuple[SourceLoss, ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +108,7 @@ class Trainer:
         self.stage, self.layout, self.optimizer, self.scaler, self.schedule = stage, layout, optimizer, scaler, schedule
         self.dtype, self.reduce_through_cpu = dtype, reduce_through_cpu
         self._loss_factor = 1.0
+        self._source_losses = torch.zeros(0)
         self._vocabulary_loss = VocabularyLoss(stage.projection) if layout.is_last_stage else None
         self.pipeline = Pipeline(
             stage,
@@ -88,16 +129,15 @@ class Trainer:
     def step(self, number: int, dataset: Dataset, *, stop: bool = False) -> StepResult:
         """Take step `number`, counted from 0. `stop` on any rank becomes `stop` of the result on all."""
         batches = [self._batch(dataset, number * self.global_batch, part) for part in range(self.schedule.accumulate)]
-        trained = torch.stack([(batch.labels != IGNORE).sum() for batch in batches]).sum()
-        self.layout.sum_over_replicas(trained)
-        trained_tokens = int(trained)
-        self._loss_factor = self.scaler.scale / max(trained_tokens, 1)
+        digest, trained = self._count(batches, len(dataset.sources))
+        self._loss_factor = self.scaler.scale / max(sum(trained), 1)
 
-        loss = torch.zeros((), dtype=torch.float32, device=self.layout.device)
+        loss = self._start_losses(dataset)
         with autocast(self.layout.device, self.dtype):
             for batch in batches:
-                loss += self.pipeline.forward_backward(batch.tokens, batch.labels)
-        squared_norm, loss_sum, stop = self._reduce(loss, stop)
+                batch = batch.to(self.layout.device)
+                loss += self.pipeline.forward_backward(batch.tokens, _target(batch), batch.starts)
+        squared_norm, loss_sum, stop, source_losses = self._reduce(loss, stop, digest)
         grad_norm = math.sqrt(squared_norm) / self.scaler.scale
         applied = math.isfinite(grad_norm)
         lr = learning_rate(
@@ -108,38 +148,64 @@ class Trainer:
         )
         if applied:
             self._update(grad_norm, lr)
-        result = StepResult(loss_sum / self.scaler.scale, grad_norm, lr, trained_tokens, applied, stop)
+        sources = tuple(map(SourceLoss, source_losses, trained))
+        result = StepResult(loss_sum / self.scaler.scale, grad_norm, lr, sum(trained), applied, stop, digest, sources)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update(overflow=not applied)
         return result
 
-    def evaluate(self, dataset: Dataset, batches: int) -> tuple[float, int]:
-        """Mean loss over the first `batches` batches of each replica's share of `dataset`, and its tokens."""
+    def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
+        """The loss over the first `batches` batches of each replica's share of `dataset`."""
         self._loss_factor = 1.0
-        total = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        loss = self._start_losses(dataset).double()
+        trained = torch.zeros(len(dataset.sources), dtype=torch.float64)
         rows = self.schedule.batch_size * self.layout.replicas
         with autocast(self.layout.device, self.dtype):
             for number in range(batches):
                 batch = self._batch(dataset, number * rows, 0)
-                total[0] += self.pipeline.evaluate(batch.tokens, batch.labels)
-                total[1] += (batch.labels != IGNORE).sum() if self.layout.is_last_stage else 0
+                # Every stage knows the labels: were each to count them, their sum over stages would be too many.
+                trained += _trained_tokens([batch], len(trained)) if self.layout.is_last_stage else 0
+                batch = batch.to(self.layout.device)
+                loss += self.pipeline.evaluate(batch.tokens, _target(batch), batch.starts)
+        total = torch.cat([loss.view(1), trained.to(loss.device), self._source_losses])
         self.layout.sum_over_replicas(total)
         self.layout.sum_over_stages(total)
-        loss, tokens = total.tolist()
-        return loss / max(tokens, 1.0), int(tokens)
+        loss_sum, *found = total.tolist()
+        counts = [int(count) for count in found[: len(trained)]]
+        sources = tuple(map(SourceLoss, found[len(trained) :], counts))
+        return Evaluation(loss_sum / max(sum(counts), 1), sum(counts), sources)
 
     def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
         """This replica's rows of a step's part: replicas take turns batch by batch, so rows follow each other."""
         size = self.schedule.batch_size
         start = first_row + (part * self.layout.replicas + self.layout.replica) * size
-        return dataset.batch(start, size).to(self.layout.device)
+        return dataset.batch(start, size)
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _count(self, batches: Sequence[Batch], sources: int) -> tuple[int, list[int]]:
+        """The digest of all rows of a step, over all replicas, and the trained tokens of each source."""
+        rows = sum(batch.rows for batch in batches)
+        # Digests are added modulo 2^64, as sums of int64 wrap.
+        digest = sum(batch.digest() for batch in batches)
+        counts = torch.tensor([rows, (digest + (1 << 63)) % (1 << 64) - (1 << 63)], dtype=torch.int64)
+        counts = torch.cat([counts, _trained_tokens(batches, sources)]).to(self.layout.device)
+        self.layout.sum_over_replicas(counts)
+        rows, digest, *trained = counts.tolist()
+        assert rows == self.global_batch, f"the replicas were fed {rows} rows, a step has {self.global_batch}"
+        return digest % (1 << 64), trained
+
+    def _start_losses(self, dataset: Dataset) -> Tensor:
+        """Begin to sum each source's loss anew; returns the zero that the loss of all is summed to."""
+        device = self.layout.device
+        self._source_losses = torch.zeros(len(dataset.sources), dtype=torch.float64, device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
+
+    def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         assert self._vocabulary_loss is not None, self.layout.describe()
-        return self._vocabulary_loss(hidden, labels, scale=self._loss_factor)
+        labels, sources = target[:, :-1], target[:, -1:].expand(-1, target.shape[1] - 1)
+        return self._vocabulary_loss(hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses)
 
-    def _reduce(self, loss: Tensor, stop: bool) -> tuple[float, float, bool]:
-        """Make gradients, their squared norm, the loss and the wish to stop the same everywhere they should be."""
+    def _reduce(self, loss: Tensor, stop: bool, digest: int) -> tuple[float, float, bool, list[float]]:
+        """Make gradients, their squared norm, the losses and the wish to stop the same everywhere they should be."""
         parameters = list(self.stage.parameters())
         for parameter in parameters:
             if parameter.grad is None:
@@ -147,13 +213,22 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         sum_gradients_over_replicas(parameters, self.layout, through_cpu=self.reduce_through_cpu)
         add_tied_gradients(self.stage, self.layout)
-        shared = torch.stack([loss.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss.device)])
+        asked = torch.tensor([stop], dtype=torch.float64, device=loss.device)
+        shared = torch.cat([loss.double().view(1), asked, self._source_losses])
         self.layout.sum_over_replicas(shared)
         # Only the last stage has a loss, only its owner a shard's norm: adding zeros is exact.
-        shared = torch.cat([squared_norms(self.stage), shared])
+        norms = squared_norms(self.stage)
+        seal = digest % (1 << 32)  # of which a float64 holds the sum over any number of stages
+        shared = torch.cat([norms, torch.tensor([seal], dtype=torch.float64, device=loss.device), shared])
         self.layout.sum_over_stages(shared)
-        *norms, loss_sum, stops = shared.tolist()
-        return sum(norms), loss_sum, stops > 0
+        found = shared.tolist()
+        seals, loss_sum, stops, *source_losses = found[len(norms) :]
+        if seals != seal * self.layout.stages:
+            raise UserError(
+                f"{self.layout.describe()} was fed other samples than another stage: the files that --task-name stands "
+                "for differ between machines; make them the same"
+            )
+        return sum(found[: len(norms)]), loss_sum, stops > 0, source_losses
 
     def _update(self, grad_norm: float, lr: float) -> None:
         limit = self.schedule.max_grad_norm
@@ -164,3 +239,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+
+
+def _target(batch: Batch) -> Tensor:
+    """Labels, with the row's source as a last column: torch's pipelining takes one tensor of targets, cut by rows."""
+    return torch.cat([batch.labels, batch.sources.unsqueeze(1)], dim=1)
+
+
+def _trained_tokens(batches: Sequence[Batch], sources: int) -> Tensor:
+    """The number of each source's labels that are trained on, int64 [sources]."""
+    counts = torch.zeros(sources, dtype=torch.int64)
+    for batch in batches:
+        counts.index_add_(0, batch.sources, (batch.labels != IGNORE).sum(1))
+    return counts

@@ -36,13 +36,17 @@ def start(
     world_size: int,
     environment: dict[str, str] | None = None,
     workplace: Path | None = None,
+    own: dict[int, dict[str, object]] | None = None,
 ) -> list:
-    """Start every rank of a run, in the folder `workplace`; stderr of rank r goes to folder/stderr_r."""
+    """Start every rank of a run, in the folder `workplace`; stderr of rank r goes to folder/stderr_r.
+
+    `own` flags are given to one rank only, in place of those of all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     flags = {"dist_url": f"tcp://127.0.0.1:{free_port()}", "use_cuda": "false", "timeout": 60, **flags}
     processes = []
     for rank in range(world_size):
-        argv = to_argv({"world_size": world_size, **flags, "rank": rank})
+        argv = to_argv({"world_size": world_size, **flags, **(own or {}).get(rank, {}), "rank": rank})
         process = _context.Process(target=_rank, args=(argv, folder / f"stderr_{rank}", environment or {}, workplace))
         process.start()
         processes.append(process)

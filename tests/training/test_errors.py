@@ -129,7 +129,8 @@ def test_port_taken(tmp_path, flags):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        message = refused(tmp_path, flags, dist_url=url, pipeline_group_size=2, world_size=2, timeout=3)
+        # Rank 0 alone: torch's client waits without end for whoever listens there to speak.
+        message = refused(tmp_path, {**flags, "world_size": 2}, dist_url=url, pipeline_group_size=2, timeout=3)
     assert "cannot listen on 127.0.0.1" in message
     assert "--dist-url" in message
 
@@ -179,6 +180,27 @@ def test_resume_of_another_model(tmp_path, flags, prepared):
     ended = ranks.train(tmp_path, {**flags, "load_checkpoint": "false"})
     assert ended.statuses == [2]
     assert "which --load-checkpoint false would overwrite" in ended.errors[0]
+
+
+def test_ranks_with_different_data(tmp_path, flags):
+    """As on two machines whose files differ; here it is the seed."""
+    flags = {**flags, "checkpoint_path": tmp_path / "ckpt", "pipeline_group_size": 2}
+    ended = ranks.train(tmp_path, flags, world_size=2, own={1: {"seed": 7}})
+    assert ended.statuses == [2, 2], ended.errors
+    assert all("error: rank 1 found other data than rank 0" in error for error in ended.errors)
+
+
+def test_data_that_cannot_be_used_ends_every_rank(tmp_path, flags):
+    """Each finds it out for itself, one after the other, before they would meet."""
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": 7}\n')
+    ended = ranks.train(
+        tmp_path,
+        {**flags, "task_name": path, "pipeline_group_size": 2, "checkpoint_path": tmp_path / "c"},
+        world_size=2,
+    )
+    assert ended.statuses == [2, 2], ended.errors
+    assert all("bad.jsonl:1: " in error and "Traceback" not in error for error in ended.errors)
 
 
 def test_two_runs_in_one_folder(tmp_path, flags):

@@ -7,7 +7,7 @@ import pytest
 import ranks
 import torch
 
-from openchatkit.formats import checkpoint, metrics
+from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.names import shard_names
 from openchatkit.models.stage import Stage
@@ -187,6 +187,8 @@ def test_overflow_is_everyones(tmp_path, flags):
     assert 0 < len(skipped) < len(rows)
     assert rows[0]["grad_norm"] is None
     assert rows[-1]["loss_scale"] == 2.0 ** (24 - len(skipped))
+    # A step that changes nothing has used its samples all the same.
+    assert [entry.first for entry in ledger.read(path.parent)] == list(range(0, 96, 8))
     first = run(tmp_path / "first", flags, total_steps=1, **start)
     prepared = LayerShards.open(flags["model_name"])
     for shard in prepared.shards:

@@ -63,6 +63,33 @@ def test_gradients_add_up_over_calls():
     assert (projection.bias.grad - bias).abs().max() <= 1e-5 * bias.abs().max()
 
 
+@pytest.mark.parametrize("chunk", [1024, 7])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_losses_by_source(monkeypatch, chunk, gradients):
+    """Sums over each source's tokens, as a plain computation in float64 has them, and the same bits in all the rest."""
+    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk)
+    projection, hidden, labels = case(60, bias=True, ignored=0.4)
+    hidden, labels = hidden.view(6, 10, 24), labels.view(6, 10)
+    sources = torch.tensor([2, 0, 2, 2, 3, 0]).unsqueeze(1).expand_as(labels)
+    sums = torch.zeros(5, dtype=torch.float64)
+    found = []
+    for with_sources in (False, True):
+        projection.weight.grad = projection.bias.grad = None
+        x = hidden.clone().requires_grad_()
+        more = {"sources": sources, "sums": sums} if with_sources else {}
+        with torch.set_grad_enabled(gradients):
+            total = VocabularyLoss(projection)(x, labels, scale=0.25, **more)
+        if gradients:
+            total.backward()
+        found.append([total.detach(), x.grad, projection.weight.grad, projection.bias.grad])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+    logits = F.linear(hidden.double(), projection.weight.double(), projection.bias.double()).detach()
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view(6, 10)
+    expected = [each[sources == source].sum().item() for source in range(5)]
+    assert sums.tolist() == pytest.approx(expected, rel=1e-6)
+    assert expected[1] == expected[4] == 0
+
+
 def test_without_gradients_nothing_is_touched():
     projection, hidden, labels = case(20, bias=True, ignored=0.2)
     with torch.no_grad():

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import ranks
 
 from openchatkit.formats import metrics
 from openchatkit.training import config
+from openchatkit.training.metrics import Reporter
 
 
 def test_print_is_the_default_and_a_file_gets_lines(tmp_path, flags):
@@ -35,6 +37,7 @@ def test_wandb_offline(tmp_path, flags, monkeypatch):
     assert len(runs) == 1, "one run, whatever the number of ranks"
     written = b"".join(path.read_bytes() for path in runs[0].rglob("*") if path.is_file())
     assert b"grad_norm" in written
+    assert b"loss/" in written
     assert b"micro_batch_size" in written
     assert secret.encode() not in written
 
@@ -59,6 +62,25 @@ def test_metrics_survive_a_cut_line(tmp_path):
     metrics.cut(tmp_path, 2)
     metrics.append(tmp_path, {"step": 3})
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+
+
+def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
+    place = {"first_step": 0, "total_steps": 2, "backend": "print", "project": "", "job_id": "", "config": {}}
+    reporter = Reporter(tmp_path, **place)
+    sources = {"a": {"loss": float("nan"), "trained_tokens": 3}, "b": {"loss": None, "trained_tokens": 0}}
+    row = {"step": 1, "loss": float("inf"), "lr": 0.1, "grad_norm": float("nan"), "tokens_per_second": 1.0}
+    reporter.step({**row, "sources": sources}, applied=False)
+    reporter.evaluation({"step": 1, "evaluation_loss": float("nan"), "evaluation_sources": sources})
+    reporter.close()
+    step, evaluation = (json.loads(line, parse_constant=pytest.fail) for line in lines(tmp_path))
+    assert (step["loss"], step["grad_norm"], step["lr"]) == (None, None, 0.1)
+    nulls = {"a": {"loss": None, "trained_tokens": 3}, "b": {"loss": None, "trained_tokens": 0}}
+    assert step["sources"] == evaluation["evaluation_sources"] == nulls
+    assert evaluation["evaluation_loss"] is None
+
+
+def lines(folder):
+    return (folder / metrics.METRICS).read_text().splitlines()
 
 
 def test_recorded_settings_are_json():

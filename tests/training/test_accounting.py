@@ -1,0 +1,172 @@
+"""What a run tells of its data: loss and tokens by source, and the ledger of what each step was fed."""
+
+import itertools
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ranks
+import torch
+from test_layouts import REPLICAS, STAGES, run
+from test_resume import LONG, interrupted
+
+from openchatkit.data import options
+from openchatkit.data.dataset import Dataset, build_dataset
+from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint, ledger, metrics
+from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.models.stage import Stage
+from openchatkit.training.accounts import Accounts
+from openchatkit.training.setup import Progress
+from openchatkit.training.step import Schedule, SourceLoss, Trainer, by_name
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, flags, chats) -> dict[str, object]:
+    """Flags of a run on three sources, of which the third comes too seldom to be in every step."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in ("short", "seldom"):
+        rows = [f"<human>: Say {name} {i}.\n<bot>: {name} {i}\n" for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return {**flags, "task_name": f"{chats}:2,{folder / 'short.jsonl'}:1,{folder / 'seldom.jsonl'}:0.1"}
+
+
+def dataset_of(path: Path) -> Dataset:
+    """The data set that a checkpoint says its run was on."""
+    settings = checkpoint.read_state(path)["settings"]
+    return build_dataset(settings["task_name"], options.from_settings(settings))
+
+
+def assert_proved(path: Path, samples: int) -> list[ledger.Entry]:
+    """Each sample is in just one row, the rows hold what the data set says, and the checkpoint vouches for them."""
+    entries, dataset = ledger.read(path.parent), dataset_of(path)
+    assert [entry.step for entry in entries] == list(range(1, len(entries) + 1))
+    assert entries[0].first == 0
+    assert all(one.first + one.count == other.first for one, other in itertools.pairwise(entries))
+    assert entries[-1].first + entries[-1].count == samples
+    for entry in entries:
+        assert entry.digest == f"{dataset.batch(entry.first, entry.count).digest():016x}", entry
+    assert checkpoint.read_state(path)["ledger"] == ledger.chain(entries)
+    return entries
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {**STAGES, "pp_mode": "1f1b"},
+        REPLICAS,
+        {**STAGES, "batch_size": 2, "micro_batch_size": 1, "gradient_accumulate_step": 2, "data_group_size": 2},
+    ],
+    ids=str,
+)
+def test_losses_by_source_are_those_of_a_plain_loss(tmp_path, mixed, change):
+    path = run(tmp_path, mixed, total_steps=2, evaluation_data=mixed["task_name"], evaluation_steps=2, **change)
+    shards, dataset = LayerShards.open(mixed["model_name"]), dataset_of(path)
+    stage = Stage(shards.config)
+    for shard in stage.shards:
+        stage.load(shard, shards.read(shard), dtype=torch.float64)
+    batch = dataset.batch(0, 8)
+    logits = stage.logits(stage(batch.tokens, batch.starts)).transpose(1, 2)
+    losses = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="none")
+    steps = [row for row in metrics.read(path.parent) if "loss" in row]
+    assert steps[0]["sources"].keys() == {source.name for source in dataset.sources}
+    for number, source in enumerate(dataset.sources):
+        own = batch.sources == number
+        trained = (batch.labels[own] != -100).sum().item()
+        found = steps[0]["sources"][source.name]
+        assert found["trained_tokens"] == trained
+        if trained:
+            assert found["loss"] == pytest.approx(losses[own].sum().item() / trained, rel=1e-6)
+        else:
+            assert found["loss"] is None
+    assert len(dataset.sources) == 3
+    assert None in [found["loss"] for row in steps for found in row["sources"].values()]
+    evaluation = metrics.read(path.parent)[-1]
+    for row, prefix in [*((row, "") for row in steps), (evaluation, "evaluation_")]:
+        found = row[f"{prefix}sources"].values()
+        total = sum((source["loss"] or 0) * source["trained_tokens"] for source in found)
+        tokens = row["evaluation_tokens" if prefix else "trained_tokens"]
+        assert sum(source["trained_tokens"] for source in found) == tokens
+        assert total / tokens == pytest.approx(row[f"{prefix}loss"], rel=1e-6)
+    assert_proved(path, 16)
+
+
+def test_sources_of_one_name_are_taken_together():
+    dataset = SimpleNamespace(sources=[SimpleNamespace(name=name) for name in "aba"])
+    losses = [SourceLoss(3.0, 2), SourceLoss(0.0, 0), SourceLoss(1.0, 2)]
+    assert by_name(dataset, losses) == {
+        "a": {"loss": 1.0, "trained_tokens": 4},
+        "b": {"loss": None, "trained_tokens": 0},
+    }
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_ledger_proves_a_run_that_was_killed_and_resumed_on_another_layout(tmp_path, flags, victim):
+    interrupted(tmp_path, flags, signal.SIGKILL, [victim])
+    step = int(checkpoint.latest(tmp_path / "ckpt").name.removeprefix("checkpoint_"))
+    assert_proved_up_to(tmp_path / "ckpt", step)
+    # As if the kill had hit the writing of a row.
+    with open(tmp_path / "ckpt" / ledger.LEDGER, "a") as file:
+        file.write('{"step": 17, "first": 1')
+    folder, flags = tmp_path / "again", {**flags, **LONG, "checkpoint_path": tmp_path / "ckpt", **REPLICAS}
+    ended = ranks.train(folder, flags, world_size=2)
+    assert ended.statuses == [0, 0], ended.errors
+    assert "is not the ledger" not in ended.errors[0]
+    entries = assert_proved(checkpoint.latest(tmp_path / "ckpt"), 60 * 8)
+    layouts = ["2 stages x 1 replica, batch 8 x 1"] * step + ["1 stage x 2 replicas, batch 4 x 1"] * (60 - step)
+    assert [entry.layout for entry in entries] == layouts
+
+
+def assert_proved_up_to(folder: Path, step: int) -> None:
+    """A killed run's ledger goes at least to its last checkpoint, which vouches for it."""
+    entries = [entry for entry in ledger.read(folder) if entry.step <= step]
+    assert len(entries) == step
+    assert checkpoint.read_state(checkpoint.checkpoint_path(folder, step))["ledger"] == ledger.chain(entries)
+
+
+def test_a_lost_ledger_is_told_and_begun_anew(tmp_path, flags):
+    path = run(tmp_path, flags, total_steps=4, checkpoint_steps=2)
+    (path.parent / ledger.LEDGER).unlink()
+    (path.parent / "latest").write_text("2\n")
+    again = {**flags, "total_steps": 4, "checkpoint_steps": 2, "checkpoint_path": path.parent}
+    ended = ranks.train(tmp_path / "again", again)
+    assert ended.statuses == [0], ended.errors
+    assert "is not the ledger of the checkpoint at step 2: tools/inspect_data.py --verify will not" in ended.errors[0]
+    entries = ledger.read(path.parent)
+    assert [entry.step for entry in entries] == [3, 4]
+    assert checkpoint.read_state(path)["ledger"] == ledger.chain(entries)
+
+
+@pytest.mark.parametrize(("chain", "warned"), [(None, False), (ledger.EMPTY, True)])
+def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, capsys, chain, warned):
+    layout, schedule = Layout(0, 1, 1, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
+    result = SimpleNamespace(digest=(1 << 64) - 1)
+    for progress in (Progress(), Progress(3, 100, chain)):
+        accounts = Accounts(tmp_path, progress, layout, schedule)
+        for step in range(progress.step + 1, progress.step + 4):
+            accounts.add(step, 8, result)
+        found = accounts.sync()
+        accounts.close()
+    assert ("is not the ledger" in capsys.readouterr().err) == warned
+    entries = ledger.read(tmp_path)
+    assert [(entry.first, entry.count, entry.digest) for entry in entries] == [(8 * i, 8, "f" * 16) for i in range(6)]
+    assert found == ledger.chain(entries)
+
+
+def test_stages_that_are_fed_different_samples_do_not_take_the_step(flags, prepared):
+    """As on two machines whose token stores differ where no fingerprint looks."""
+    shards = LayerShards.open(prepared["neox"])
+    stage = Stage(shards.config)
+    for shard in stage.shards:
+        stage.load(shard, shards.read(shard))
+    layout = Layout(0, 1, 1, torch.device("cpu"))
+    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
+    trainer = Trainer(stage, layout, None, None, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place)
+    # Of two stages, with nobody to add the other's digest: it counts as 0.
+    trainer.layout = Layout(0, 2, 1, torch.device("cpu"))
+    with pytest.raises(UserError, match="was fed other samples than another stage"):
+        trainer._reduce(torch.zeros(()), False, 12345)
