@@ -34,6 +34,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from openchatkit.data import figures, page, sampled, terminal
     from openchatkit.data.dataset import build_dataset
     from openchatkit.data.tokenizer import Tokenizer
+    from openchatkit.formats.tensor_file import storage_errors
 
     data_options = options.from_settings(vars(args))
     tokenizer = Tokenizer(data_options.tokenizer)
@@ -51,7 +52,9 @@ def _inspect(args: argparse.Namespace) -> None:
     ends = None if args.full else _ENDS
     terminal.show_samples(out, [sampled.read_sample(dataset, n, tokenizer, ends=ends) for n in numbers])
     if args.html:
-        page.write(args.html, mixture, quarantines, [sampled.read_sample(dataset, n, tokenizer) for n in numbers])
+        whole = [sampled.read_sample(dataset, n, tokenizer) for n in numbers]
+        with storage_errors(args.html):
+            page.write(args.html, mixture, quarantines, whole)
         terminal.note(out, f"\n{args.html} shows the same as a page")
 
 
@@ -84,6 +87,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in ("task_name", "tokenizer_name"):
             if not getattr(args, name):
                 raise UserError(f"{_flag(name)} is missing: give the one that training is given")
+        if args.html and args.html.is_dir():
+            raise UserError(f"--html {args.html} is a folder: give the file to write, {args.html / 'page.html'} say")
     return args
 
 

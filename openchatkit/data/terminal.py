@@ -23,11 +23,18 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _READ, _TRAINED, _SPECIAL, _NOTE = "dim", "bold green", "magenta", "cyan"
 
 
+class _Console(Console):
+    """rich's console, which leaves it to the command what to do when the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Where to draw: nothing in what is drawn is taken for markup, and what stdout cannot write is spelled out."""
     sys.stdout.reconfigure(errors="backslashreplace")
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(width=wide, markup=False, highlight=False, emoji=False)
+    return _Console(width=wide, markup=False, highlight=False, emoji=False)
 
 
 def show_mixture(out: Console, mixture: Mixture) -> None:
@@ -99,6 +106,8 @@ def show_proof(out: Console, proof: Proof) -> None:
         steps = f"{run.first_step:,} to {run.last_step:,}"
         table.add_row(visible(run.started), visible(run.layout), steps, f"{run.samples:,}")
     out.print(table)
+    if proof.changed:
+        note(out, "the data have changed since, though in nothing that was trained on up to there")
     if proof.later:
         note(out, f"rows of later steps, for which {proof.checkpoint.name} does not vouch: {proof.later:,}")
     runs = "1 run" if len(proof.runs) == 1 else f"{len(proof.runs)} runs"

@@ -38,7 +38,8 @@ class Run:
 class Proof:
     """What was proved: steps 1 to `steps` were taken on samples 0 to `samples` - 1, each on its own, by these runs.
 
-    `trained_tokens` of their labels counted in the loss; `later` rows of the ledger are behind the checkpoint.
+    `trained_tokens` of their labels counted in the loss. `later` rows of the ledger are behind the checkpoint;
+    `changed`: the data are no longer those of the last run, though these samples are.
     """
 
     checkpoint: Path
@@ -47,6 +48,7 @@ class Proof:
     trained_tokens: int
     runs: tuple[Run, ...]
     later: int
+    changed: bool
 
 
 def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None = None) -> Proof:
@@ -74,7 +76,15 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
             f"{state['ledger'][:16]}..., as {newest.name} recorded, found {ledger.chain(up_to)[:16]}...: "
             "a row was altered, or is another run's"
         )
-    return Proof(newest, steps, steps * rows_a_step, trained, tuple(runs(up_to)), len(entries) - len(up_to))
+    return Proof(
+        checkpoint=newest,
+        steps=steps,
+        samples=steps * rows_a_step,
+        trained_tokens=trained,
+        runs=tuple(runs(up_to)),
+        later=len(entries) - len(up_to),
+        changed=dataset.fingerprint != state["data"],
+    )
 
 
 def check_steps(entries: Sequence[Entry], steps: int, rows_a_step: int) -> None:

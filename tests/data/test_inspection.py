@@ -238,6 +238,11 @@ def test_a_terminal_gets_colour_and_a_mark_on_every_folded_line() -> None:
     assert " ".join(lines[3:]).split() == ["...", "40", "tokens", "left", "out", "(--full", "shows", "them)"]
 
 
+def test_a_reader_who_leaves_is_no_error_of_ours() -> None:
+    with pytest.raises(BrokenPipeError):
+        terminal.console().on_broken_pipe()
+
+
 def test_the_tables_fit_a_narrow_window(
     run: Callable[..., tuple], tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +327,7 @@ def test_a_page_of_one_source_names_it_once_a_bar() -> None:
     [
         ([], "--task-name is missing: give the one that training is given"),
         (["--task-name", "a.jsonl"], "--tokenizer-name is missing"),
+        (["--task-name", "a", "--tokenizer-name", "b", "--html", "/"], "--html / is a folder: give the file to write"),
         (["--verify"], "--verify needs --checkpoint-path"),
         (["--checkpoint-path", "x"], "--checkpoint-path goes with --verify alone"),
         (["--verify", "--checkpoint-path", "x", "--task-name", "a"], "--task-name does not go with --verify"),

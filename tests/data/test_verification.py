@@ -127,6 +127,7 @@ def test_what_was_trained_on_once_is_proved(
         Run("9:30", "1 stage x 2 replicas", 5, 10, 24),
     )
     assert proof.trained_tokens == (dataset.batch(0, 40).labels >= 0).sum()
+    assert not proof.changed
     assert verify(root / "checkpoint_10") == proof
 
 
@@ -209,6 +210,13 @@ def test_data_that_changed_since(
     message = refused(root)
     assert message.startswith("not verified: step 1: expected samples with digest")
     assert message.endswith("the data or the tokenizer have changed since they were trained on")
+
+
+def test_data_that_changed_in_what_is_not_yet_trained_on(
+    root: Path, write: Callable[..., None], entries: list[Entry]
+) -> None:
+    write(entries[:STEPS], data="0" * 64)
+    assert verify(root).changed
 
 
 def test_data_that_changed_between_two_runs(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
