@@ -4,6 +4,7 @@ A byte-level BPE tokenizer is trained on a jsonl file of chats and the weights a
 folder; from there on it is prepared like any model of the hub.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ from pathlib import Path
 
 from openchatkit import cli, paths
 from openchatkit.data.python_chats import FOLDER, TRAIN
+from openchatkit.data.tokenizer_training import END_OF_TEXT, PADDING, train
 from openchatkit.errors import UserError
 
 NAME = "Quickstart"
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-_BYTES = 256
 _TOKENIZER_RECORDS = 8000  # more of them do not change a vocabulary this small
 
 
@@ -91,7 +91,7 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
         raise UserError(
             f"--hidden-size {shape.hidden_size} is not a multiple of twice --heads {shape.num_heads}: change one"
         )
-    tokenizer = _train_tokenizer(texts, shape.vocab_size)
+    tokenizer = train(texts, shape.vocab_size)
     config = GPTNeoXConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -115,35 +115,8 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
     return model.num_parameters()
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> "object":
-    """Byte-level BPE with end-of-text as 0 and padding as 1; every one of `vocab_size` ids is used."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    smallest = _BYTES + 2
-    if vocab_size < smallest:
-        raise UserError(f"--vocab-size {vocab_size}: expected at least {smallest}, all bytes and two special tokens")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    found = tokenizer.get_vocab_size()
-    if found < vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: the data has text for {found} tokens only; pass that or more data")
-    return tokenizer
-
-
 def _texts(data: Path) -> Iterator[str]:
     """The first records of a file."""
-    from openchatkit.data.records import Records
+    from openchatkit.data.document import texts
 
-    with Records(data) as records:
-        for count, (_, text) in enumerate(records, 1):
-            yield text
-            if count == _TOKENIZER_RECORDS:
-                return
+    return itertools.islice(texts(data), _TOKENIZER_RECORDS)

@@ -87,7 +87,7 @@ def _missing(name: str) -> str:
         return f"{name} is a folder: pass its files, for example {path / '*.jsonl'}"
     folder = path.parent
     if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(records.SUFFIXES))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(records.RECORD_SUFFIXES))
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         found = f"{folder} holds {', '.join(names[:5]) or 'no jsonl file'}{more}"
     else:

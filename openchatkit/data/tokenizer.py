@@ -5,12 +5,18 @@ that a `tokenizer.json` may ask for are off, nothing is put around a text, and s
 characters they are written with: end-of-text is what the tokeniser appends, never what a user typed.
 """
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
 
 from openchatkit.errors import UserError
 from openchatkit.formats.tokenizer_files import has_tokenizer
+
+# Texts -> the ids of each by itself.
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Tokenizer:
@@ -21,10 +27,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         loaded = _load(Path(folder))
-        self._backend = loaded.backend_tokenizer
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _plain(loaded.backend_tokenizer)
         if loaded.eos_token_id is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
         self.end_of_text: int = loaded.eos_token_id
@@ -37,13 +40,35 @@ class Tokenizer:
                 "expected one that can encode it as characters, a byte-level BPE tokenizer for example"
             )
 
+    @property
+    def serialised(self) -> str:
+        """What `encoder` needs, in another process, to give the same ids."""
+        return self._backend.to_str()
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return _encode(self._backend, texts)
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text that these ids stand for; `special` tokens are spelled out, or left out."""
         return self._backend.decode(ids, skip_special_tokens=not special)
+
+
+def encoder(serialised: str) -> Encode:
+    """`Tokenizer.encode` of a serialised tokenizer; needs neither torch nor transformers."""
+    return functools.partial(_encode, _plain(Backend.from_str(serialised)))
+
+
+def _plain(backend: Backend) -> Backend:
+    """Nothing cut off, nothing put around a text, and special tokens taken for the characters they are written with."""
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _encode(backend: Backend, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _load(folder: Path) -> object:

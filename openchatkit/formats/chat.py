@@ -56,11 +56,15 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said; `passages` are retrieved texts that belong to this turn of the human's alone."""
+    """What one side said; `passages` are retrieved texts that belong to this turn of the human's alone.
+
+    A bot's turn that is not `trained` is context: its tokens do not count in the loss on responses.
+    """
 
     role: str
     text: str
     passages: tuple[str, ...] = ()
+    trained: bool = True
 
     def __post_init__(self) -> None:
         assert self.role in ("human", "bot"), self.role
@@ -97,21 +101,23 @@ def human_text(turn: Turn) -> str:
     return f"{_PASSAGES}\n{quoted}\n{text}"
 
 
-def render(turns: Sequence[Turn], *, system: str = "") -> list[Segment]:
+def render(turns: Sequence[Turn], *, system: str = "", prompt: bool = True) -> list[Segment]:
     """Cut a chat into segments.
 
-    `system` (a date preamble, say) opens it, followed by an empty line. When the last turn is the human's, the chat
-    is left open for a reply: it ends with `<bot>:`.
+    `system` (a date preamble, say) opens it, followed by an empty line. When the last turn is the human's, `prompt`
+    leaves the chat open for a reply: it ends with `<bot>:`.
     """
-    text = f"{system.strip()}\n\n" if system.strip() else ""
+    text = f"{neutralise(system).strip()}\n\n" if system.strip() else ""
     for turn in turns:
         if turn.role == "human":
             text += f"{HUMAN} {human_text(turn)}\n"
         else:
             text += f"{BOT} {neutralise(turn.text).strip()}\n"
-    if turns and turns[-1].role == "human":
+    if prompt and turns and turns[-1].role == "human":
         text += BOT
-    return parse(text)
+    # No turn's text can hold a tag, so the trained segments are the bot's turns, one each and in order.
+    replies = iter([turn for turn in turns if turn.role == "bot"])
+    return [Segment(segment.text, segment.trained and next(replies).trained) for segment in parse(text)]
 
 
 def render_text(turns: Sequence[Turn], *, system: str = "") -> str:
@@ -123,23 +129,21 @@ def parse(text: str) -> list[Segment]:
     """Cut any text in this form into segments; text without a line that starts with `<bot>:` is one, not trained on.
 
     Trained segments run from behind `<bot>:` up to and including the end of the turn: the newline, and the next
-    `<human>:` where there is one. End-of-text after the last turn is the tokeniser's to add (see `ends_with_reply`).
+    `<human>:` or `<bot>:` where there is one. End-of-text after the last turn is the tokeniser's to add (see
+    `ends_with_reply`).
     """
     segments: list[Segment] = []
     pending, trained = "", False
     for piece in _BORDER.split(text):
         pending += piece
-        if piece == BOT:
-            segments.append(Segment(pending, False))
-            pending, trained = "", True
-        elif piece == HUMAN and trained:
-            segments.append(Segment(pending, True))
-            pending, trained = "", False
+        if piece == BOT or (piece == HUMAN and trained):
+            segments.append(Segment(pending, trained))
+            pending, trained = "", piece == BOT
     if pending:
         segments.append(Segment(pending, trained))
     return segments
 
 
 def ends_with_reply(segments: Sequence[Segment]) -> bool:
-    """Whether the chat ends with a bot's turn, so that the end-of-text behind it is part of that turn."""
+    """Whether the chat ends with a bot's turn that is trained on; the end-of-text behind it is part of that turn."""
     return bool(segments) and segments[-1].trained

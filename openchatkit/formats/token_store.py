@@ -7,14 +7,18 @@
 
 A document is one of the N sequences: GPT-NeoX's own training takes it so and never looks at `doc_idx`, which stores
 merged by older tools do not even hold in full. `<prefix>.mask.bin`, where there is one, has a byte for every token: 1
-where it is trained on. A cached store is a folder with such a set of files and `store.json`, its record.
+where it is trained on. A cached store is a folder with such a set of files and `store.json`, its record; rows that were
+set aside are in `quarantine.jsonl`. While it is built, `progress.json` says how far the files are known to be on disk.
 """
 
+import contextlib
 import json
+import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,6 +34,8 @@ _PIECE = 1 << 20  # documents indexed at a time when a store is closed, so that 
 
 _FOLDER_PREFIX = "tokens"
 _RECORD = "store.json"
+_PROGRESS = "progress.json"
+_QUARANTINE = "quarantine.jsonl"
 
 
 def bin_path(prefix: Path) -> Path:
@@ -52,19 +58,49 @@ def folder_prefix(folder: Path) -> Path:
     return folder / _FOLDER_PREFIX
 
 
+def quarantine_path(folder: Path) -> Path:
+    """The rows of a cached store's source that were set aside, {"file", "line", "reason"} each; absent when none."""
+    return folder / _QUARANTINE
+
+
 @dataclass(frozen=True)
 class StoreRecord:
-    """What a cached store was made from and holds; `trained_tokens` is None where there is no mask."""
+    """What a cached store was made from and holds. `trained_tokens` is 0, and there is no mask, where no row has roles.
+
+    Every row of the source is a document or in quarantine.
+    """
 
     source: str
     key: str
+    rows: int
     documents: int
+    quarantined: int
     tokens: int
-    trained_tokens: int | None
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class StoreProgress:
+    """How far a store's files are on disk, whatever else has been appended to them since.
+
+    `row`, `row_end`: the place in the source behind the last row taken in; `position`: bytes of it that were read;
+    `quarantine_size`: bytes of `quarantine.jsonl`.
+    """
+
+    rows: int = 0
+    row: int = 0
+    row_end: int = 0
+    position: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    quarantined: int = 0
+    quarantine_size: int = 0
 
 
 def write_record(folder: Path, record: StoreRecord) -> None:
     """Write `store.json`: the last file of a cached store."""
+    assert record.rows == record.documents + record.quarantined, record
     paths.write_text(folder / _RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
@@ -79,24 +115,63 @@ def read_record(folder: Path) -> StoreRecord | None:
         raise UserError(f"{path} is damaged ({error}): delete {folder} and run again, it is made anew") from error
 
 
+def write_progress(folder: Path, progress: StoreProgress) -> None:
+    """Write `progress.json`: the files have been synced up to there."""
+    paths.write_text(folder / _PROGRESS, json.dumps(asdict(progress)) + "\n")
+
+
+def read_progress(folder: Path) -> StoreProgress | None:
+    """How far an unfinished store has come, or None where that is not known."""
+    try:
+        return StoreProgress(**json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def remove_progress(folder: Path) -> None:
+    """The store is whole."""
+    (folder / _PROGRESS).unlink(missing_ok=True)
+
+
 class TokenStoreWriter:
     """Writes a store document by document; memory does not grow with their number.
 
-    The index has no valid header before `close`, so an unfinished store cannot be opened.
+    The index has no valid header before `close`, so an unfinished store cannot be opened. `resume` goes on with files
+    that hold at least that much; what they hold behind it is dropped. ValueError: they hold less.
     """
 
-    def __init__(self, prefix: Path, *, vocab_size: int, masked: bool) -> None:
-        self.documents = 0
-        self.tokens = 0
-        self.trained_tokens = 0
+    def __init__(self, prefix: Path, *, vocab_size: int, masked: bool, resume: StoreProgress | None = None) -> None:
+        start = resume or StoreProgress()
+        self.documents = start.documents
+        self.tokens = start.tokens
+        self.trained_tokens = start.trained_tokens
+        self._prefix = prefix
         self._vocab_size = vocab_size
         self._code = 8 if vocab_size < _UINT16_VOCABULARY else 4
         self._dtype = np.dtype(_DTYPES[self._code])
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(bin_path(prefix), "wb")  # noqa: SIM115 (closed by `close`)
-        self._idx = open(idx_path(prefix), "w+b")  # noqa: SIM115
-        self._mask = open(mask_path(prefix), "wb") if masked else None  # noqa: SIM115
+        self._files: list[BinaryIO] = []
+        try:
+            self._bin = self._open(bin_path(prefix), self.tokens * self._dtype.itemsize)
+            self._idx = self._open(idx_path(prefix), _HEADER.size + 4 * self.documents if resume else 0)
+            # A mask without a token trained on is all zeros, and may have been removed already.
+            self._mask = self._open(mask_path(prefix), self.tokens, grow=not self.trained_tokens) if masked else None
+        except BaseException:
+            self._release()
+            raise
+        self._idx.seek(0)
         self._idx.write(bytes(_HEADER.size))
+        self._idx.seek(0, 2)
+
+    def _open(self, path: Path, size: int, *, grow: bool = False) -> BinaryIO:
+        """A file of which `size` bytes are kept, at its end."""
+        file = open(path, "r+b" if size and path.exists() else "w+b")  # noqa: SIM115 (closed by `close`)
+        self._files.append(file)
+        if file.seek(0, 2) < size and not grow:
+            raise ValueError(f"{path} holds less than {size} bytes")
+        file.truncate(size)
+        file.seek(size)
+        return file
 
     def add(self, tokens: np.ndarray, sizes: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append documents: their tokens one after another, each one's size, and a 0 or 1 for every token."""
@@ -112,8 +187,14 @@ class TokenStoreWriter:
         self.documents += len(sizes)
         self.tokens += len(tokens)
 
+    def sync(self) -> None:
+        """Force to disk what was added."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
     def close(self) -> None:
-        """Write pointers, document borders and, last, the header."""
+        """Write pointers, document borders and, last, the header; a mask that trains on nothing is removed."""
         offset = 0
         for first in range(0, self.documents, _PIECE):
             self._idx.seek(_HEADER.size + 4 * first)
@@ -129,6 +210,8 @@ class TokenStoreWriter:
         self._idx.seek(0)
         self._idx.write(_HEADER.pack(_MAGIC, 1, self._code, self.documents, self.documents + 1))
         self._release()
+        if self._mask is not None and not self.trained_tokens:
+            mask_path(self._prefix).unlink()
 
     def __enter__(self) -> "TokenStoreWriter":
         return self
@@ -139,12 +222,13 @@ class TokenStoreWriter:
         if kind is None:
             self.close()
         else:
-            self._release()
+            with contextlib.suppress(OSError):  # of a full disk, say, which is what the error in flight tells
+                self._release()
 
     def _release(self) -> None:
-        for file in (self._bin, self._idx, self._mask):
-            if file is not None:
-                file.close()
+        with contextlib.ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)
 
 
 class TokenStore:

@@ -1,6 +1,7 @@
 """Stores are made once, whole or not at all, whatever else happens at the same time."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from openchatkit.data import build as module
 from openchatkit.data import cache
-from openchatkit.data.cache import cached_store, content_hash
+from openchatkit.data.cache import cached_store, content_hash, store_identity
 from openchatkit.errors import UserError
 from openchatkit.formats.token_store import StoreRecord, TokenStore
 
@@ -71,7 +73,14 @@ def test_contents(source: Path, tokenizer: Bytes) -> None:
     assert bytes(store.document(0)[:-1].tolist()) == b"<human>: a\n<bot>: b\n"
     assert [store.document(n)[-1] for n in range(2)] == [256, 256]
     assert store.mask.sum() == len(" b\n") + 1
-    assert (record.documents, record.tokens, record.trained_tokens) == (2, len(store.tokens), 4)
+    assert (record.rows, record.documents, record.quarantined) == (2, 2, 0)
+    assert (record.tokens, record.trained_tokens) == (len(store.tokens), 4)
+    assert sorted(path.name for path in store.prefix.parent.iterdir()) == [
+        "store.json",
+        "tokens.bin",
+        "tokens.idx",
+        "tokens.mask.bin",
+    ]
     assert record.source == str(source)
 
 
@@ -85,16 +94,16 @@ def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
     assert tokenizer.calls() == 1
     build(moved, tokenizer, separator="newline")
     build(moved, Bytes(tokenizer.marks, digest="another"))
-    assert tokenizer.calls() == 3
+    assert tokenizer.calls() == 4, "one more for the newline itself"
     moved.write_text('{"text": "edited"}\n')
     assert build(moved, tokenizer)[1].documents == 1
-    assert tokenizer.calls() == 4
+    assert tokenizer.calls() == 5
     assert len(folders(source)) == 4
 
 
 def test_hash_is_remembered_until_the_file_changes(source: Path, tmp_path: Path, monkeypatch: object) -> None:
     read = []
-    monkeypatch.setattr(cache.paths, "sha256", lambda path: read.append(path) or f"{len(read):064}")
+    monkeypatch.setattr(cache, "_digest", lambda path, size: read.append(path) or f"{len(read):064}")
     content_hash(source, tmp_path)
     content_hash(source, tmp_path)
     assert len(read) == 2, "a file changed a moment ago may change again unseen"
@@ -109,6 +118,53 @@ def test_hash_is_remembered_until_the_file_changes(source: Path, tmp_path: Path,
     age(source)
     content_hash(source, tmp_path)
     assert len(read) == 5
+
+
+def test_a_saved_dataset(tmp_path: Path, tokenizer: Bytes) -> None:
+    """Found again wherever it is, by the bytes of its files, not by what others keep beside them."""
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(folder)
+    assert build(folder, tokenizer)[1].documents == 2
+    (folder / "cache-1.arrow").touch()
+    build(folder.rename(tmp_path / "moved"), tokenizer)
+    assert tokenizer.calls() == 1
+    datasets.Dataset.from_dict({"text": ["three"]}).save_to_disk(folder)
+    assert build(folder, tokenizer)[1].documents == 1
+
+
+def test_a_large_file_is_hashed_as_a_small_one(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert content_hash(source, tmp_path) == expected
+    monkeypatch.setattr(cache, "_PIECE", 7)
+    monkeypatch.setattr(cache, "_LARGE", 1)
+    assert content_hash(source, tmp_path) == expected
+
+
+def test_identity_of_a_store_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_PIECE", 4)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.idx").write_bytes(b"index")
+        (tmp_path / f"{name}.bin").write_bytes(b"0123456789")
+    identity = store_identity(tmp_path / "a")
+    assert store_identity(tmp_path / "b") == identity
+    changes = [(".bin", b"01234567890"), (".bin", b"0123456780"), (".bin", b"1123456789"), (".idx", b"iNdex")]
+    found = {identity}
+    for suffix, content in [*changes, (".mask.bin", b"1" * 10), (".mask.bin", b"0" * 10)]:
+        for path in tmp_path.glob("b*"):
+            path.unlink()
+        (tmp_path / "b.idx").write_bytes(b"index")
+        (tmp_path / "b.bin").write_bytes(b"0123456789")
+        (tmp_path / f"b{suffix}").write_bytes(content)
+        found.add(store_identity(tmp_path / "b"))
+    assert len(found) == 7
+
+
+def test_a_missing_source_is_not_the_caches_fault(source: Path, tokenizer: Bytes) -> None:
+    source.unlink()
+    with pytest.raises(UserError, match=r"chats\.jsonl cannot be read: No such file"):
+        build(source, tokenizer)
 
 
 def build_in_child(source: Path, tokenizer: Bytes, results: object) -> None:
@@ -168,7 +224,7 @@ def test_source_changed_meanwhile(source: Path, tokenizer: Bytes, monkeypatch: p
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"the disk is full: tokens are kept in .*cache, make room"),
+        (errno.ENOSPC, r"the disk is full: tokens are kept in .*cache, make room there and run again, it goes on"),
         (errno.EIO, r"tokens cannot be kept in .*cache: .*output error"),
     ],
 )
@@ -178,7 +234,7 @@ def test_disk_trouble(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(cache.TokenStoreWriter, "add", fail)
+    monkeypatch.setattr(module.TokenStoreWriter, "add", fail)
     with pytest.raises(UserError, match=message):
         build(source, tokenizer)
     assert folders(source) == []

@@ -1,16 +1,22 @@
-"""Records of every kind of file, and the line that is named when one is broken."""
+"""Rows of every kind of file, from the start or from the middle, and how damage is told."""
 
 import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from openchatkit.data.records import Records
+from openchatkit.data.row import ROW_LIMIT, START, Mark
 from openchatkit.errors import UserError
 
 TEXTS = ["<human>: Hé\n<bot>: 你好\u2028there\n", "two", "three\r\nlines\n"]
@@ -24,11 +30,17 @@ def zstd(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)
 
 
-def read(path: Path, data: bytes | None = None) -> list[tuple[int, str]]:
+def read(path: Path, data: bytes | None = None, start: Mark = START) -> list[tuple[int, str]]:
+    """Numbers, and texts or errors."""
     if data is not None:
         path.write_bytes(data)
     with Records(path) as records:
-        return list(records)
+        return [(row.number, row.error or json.loads(row.data)["text"]) for row in records.rows(start)]
+
+
+def parquet(path: Path, columns: dict[str, list[object]], **options: object) -> Path:
+    pq.write_table(pa.table(columns), path, **options)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -60,37 +72,9 @@ def test_zstandard_frames_without_a_content_size(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.jsonl.zst", buffer.getvalue())) == 150_000
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"{", r"a\.jsonl:2: not JSON \(Expecting property name .* at character 2\)"),
-        (b'{"text": "a\0b"}', r"a\.jsonl:2: not JSON \(Invalid control character"),
-        (b"\0\0\0\0", r"a\.jsonl:2: not JSON"),
-        (b"null", r'a\.jsonl:2: expected an object such as \{"text": "\.\.\."\}, found null'),
-        (b'["text"]', r"a\.jsonl:2: .* found a list"),
-        (b'"text"', r"a\.jsonl:2: .* found a string"),
-        (b"12", r"a\.jsonl:2: .* found a number"),
-        (b"1" * 5000, r"a\.jsonl:2: (no record: Exceeds the limit|.* found a number)"),
-        (b"[" * 200_000, r"a\.jsonl:2: no record"),
-        (b"{}", r"a\.jsonl:2: the record has no 'text' \(its keys: none\)"),
-        (b'{"messages": [], "id": 1}', r"a\.jsonl:2: the record has no 'text' \(its keys: 'messages', 'id'\)"),
-        (b'{"text": null}', r"a\.jsonl:2: expected 'text' to be a string, found null"),
-        (b'{"text": true}', r"a\.jsonl:2: expected 'text' to be a string, found a truth value"),
-        (b'{"text": {}}', r"a\.jsonl:2: expected 'text' to be a string, found an object"),
-        (b'{"text": " \\n"}', r"a\.jsonl:2: 'text' is empty"),
-        (b'{"text": "a\\u0000b"}', r"a\.jsonl:2: 'text' holds a NUL"),
-        (b'{"text": "\\ud83d"}', r"a\.jsonl:2: 'text' holds half a surrogate pair"),
-        (b'{"text": "caf\xe9"}', r"a\.jsonl:2: byte 14 of the line is not UTF-8"),
-    ],
-)
-def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / "a.jsonl", lines(["fine"]) + line + b"\n" + lines())
-
-
 @pytest.mark.parametrize("data", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_empty_file(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(UserError, match=r"a\.jsonl holds no records: expected lines such as"):
+    with pytest.raises(UserError, match=r"a\.jsonl holds no records: expected rows such as"):
         read(tmp_path / "a.jsonl", data)
 
 
@@ -123,6 +107,8 @@ def test_names_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").mkdir()
     with pytest.raises(UserError, match=r"b\.jsonl cannot be read: Is a directory"):
         Records(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match=r"c\.parquet cannot be read: No such file"):
+        Records(tmp_path / "c.parquet")
 
 
 def test_position_reaches_the_end_and_memory_stays_flat(tmp_path: Path) -> None:
@@ -131,8 +117,102 @@ def test_position_reaches_the_end_and_memory_stays_flat(tmp_path: Path) -> None:
     path.write_bytes(zstd(lines([generator.randbytes(500).hex() for _ in range(5_000)])))
     tracemalloc.start()
     with Records(path) as records:
-        for _ in records:
+        for _ in records.rows():
             pass
-        assert records.position == path.stat().st_size
+        assert records.position == records.size == path.stat().st_size
     assert tracemalloc.get_traced_memory()[1] < 2 << 20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved"])
+def test_reading_goes_on_behind_any_row(tmp_path: Path, name: str) -> None:
+    texts = [f"text {n}" for n in range(7)]
+    path = tmp_path / name
+    data = b"\xef\xbb\xbf\n" + lines(texts).replace(b"\n", b"\n\n")
+    if name == "saved":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(path)
+    elif name == "a.parquet":
+        parquet(path, {"text": texts, "other": texts}, row_group_size=3)
+    else:
+        path.write_bytes({"gz": gzip.compress, "zst": zstd}.get(name.split(".")[-1], bytes)(data))
+    with Records(path) as records:
+        rows = list(records.rows())
+        assert records.position == records.size
+    assert [json.loads(row.data)["text"] for row in rows] == texts
+    for count, row in enumerate(rows, 1):
+        assert [text for _, text in read(path, start=row.mark)] == texts[count:]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("ending", [b"\n", b""])
+def test_a_line_too_long_is_counted_and_skipped(tmp_path: Path, name: str, ending: bytes) -> None:
+    compress = {"gz": gzip.compress, "zst": zstd}.get(name.split(".")[-1], bytes)
+    long = b" " * (ROW_LIMIT + 1)
+    found = read(tmp_path / name, compress(lines(TEXTS[:1]) + long + b"\n" + lines(TEXTS[1:2]) + long + ending))
+    error = "longer than 16 MiB"
+    assert found == [(1, TEXTS[0]), (2, error), (3, TEXTS[1]), (4, error)]
+    fits = b'{"text":"' + b"a" * (ROW_LIMIT - 12) + b'"}\n'
+    assert len(fits) == ROW_LIMIT
+    assert read(tmp_path / name, compress(fits))[0][1][:2] == "aa"
+
+
+def test_memory_of_a_line_of_100_mb(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(100 << 20)
+        file.seek(0, 2)
+        file.write(b'\n{"text": "fine"}\n')
+    code = f"""
+import resource
+from openchatkit.data.records import Records
+with Records({str(path)!r}) as records:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print([(row.number, row.error) for row in records.rows()])
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60 << 10, "KB"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[(1, 'longer than 16 MiB'), (2, '')]\n", result.stderr
+
+
+def test_parquet_with_messages(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": "é"}, {"role": "assistant", "content": "b"}], None]
+    path = parquet(tmp_path / "a.parquet", {"messages": chats, "id": [1, 2]})
+    with Records(path) as records:
+        assert [json.loads(row.data) for row in records.rows()] == [{"messages": chat} for chat in chats]
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    text = pa.array([b"one", b"caf\xe9", b"three"], pa.binary()).cast(pa.string(), safe=False)
+    path = parquet(tmp_path / "a.parquet", {"text": text})
+    assert read(path) == [(1, "one"), (2, "its text is not UTF-8"), (3, "three")]
+
+
+def test_parquet_that_will_not_do(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", {"texts": ["a"], "id": [1]})
+    with pytest.raises(UserError, match=r"has neither a column 'text' nor 'messages' \(its columns: texts, id\)"):
+        Records(path)
+    with pytest.raises(UserError, match=r"a\.parquet holds no records"):
+        read(parquet(path, {"text": pa.array([], pa.string())}))
+    with pytest.raises(UserError, match=r"a\.parquet holds no records: the file is empty"):
+        read(path, b"")
+    data = parquet(path, {"text": [str(n) * 50 for n in range(2000)]}, write_page_checksum=True).read_bytes()
+    with pytest.raises(UserError, match=r"a\.parquet is no parquet file, or cut short"):
+        read(path, data[:-100])
+    with pytest.raises(UserError, match=r"a\.parquet: cut short or damaged behind row 0"):
+        read(path, data[:400] + b"damage" + data[406:])
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_dict({"text": TEXTS, "id": [1, 2, 3]})
+    datasets.DatasetDict({"train": split, "test": split.select([0])}).save_to_disk(tmp_path / "both")
+    assert [text for _, text in read(tmp_path / "both")] == TEXTS
+    datasets.DatasetDict({"test": split}).save_to_disk(tmp_path / "one")
+    with pytest.raises(UserError, match="has no split 'train': pass one of its folders, test"):
+        Records(tmp_path / "one")
+    assert [text for _, text in read(tmp_path / "one" / "test")] == TEXTS
+    next((tmp_path / "one" / "test").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match="test cannot be loaded by datasets: "):
+        Records(tmp_path / "one" / "test")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match="plain is no file of records"):
+        Records(tmp_path / "plain")

@@ -1,5 +1,6 @@
 """The `.bin/.idx` store against bytes packed by hand, and what is said of stores that are no good."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from openchatkit.errors import UserError
 from openchatkit.formats import token_store
-from openchatkit.formats.token_store import StoreRecord, TokenStore, TokenStoreWriter
+from openchatkit.formats.token_store import StoreProgress, StoreRecord, TokenStore, TokenStoreWriter
 
 DOCUMENTS = [[5, 6, 7], [65498], [0, 1, 2, 3]]
 
@@ -119,12 +120,81 @@ def test_damage_is_named(tmp_path: Path, suffix: str, change: object, message: s
         TokenStore(tmp_path / "s")
 
 
+def test_a_mask_that_trains_on_nothing_is_removed(tmp_path: Path) -> None:
+    with TokenStoreWriter(tmp_path / "s", vocab_size=10, masked=True) as writer:
+        writer.add(np.array([1, 2]), np.array([2]), np.array([False, False]))
+    assert not (tmp_path / "s.mask.bin").exists()
+    assert TokenStore(tmp_path / "s").mask is None
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_resumed_files_are_the_same(tmp_path: Path, done: int, closed: bool) -> None:
+    """Whatever was appended behind the place that was saved, pointers and header included."""
+    write(tmp_path / "whole", masked=True)
+    prefix = tmp_path / "s"
+    if closed:
+        write(prefix, masked=True)
+    else:
+        writer = TokenStoreWriter(prefix, vocab_size=65499, masked=True)
+        more = np.concatenate([*DOCUMENTS, [7, 8]])
+        writer.add(more, np.array([3, 1, 4, 2]), more % 2 == 0)
+        writer.sync()
+    tokens = [sum(map(len, DOCUMENTS[:n])) for n in range(4)]
+    trained = [0, 1, 2, 4][done]
+    resume = StoreProgress(documents=done, tokens=tokens[done], trained_tokens=trained)
+    with TokenStoreWriter(prefix, vocab_size=65499, masked=True, resume=resume) as writer:
+        for document in map(np.array, DOCUMENTS[done:]):
+            writer.add(document, np.array([len(document)]), document % 2 == 0)
+    for suffix in (".bin", ".idx", ".mask.bin"):
+        assert (tmp_path / f"s{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes(), suffix
+    assert (writer.documents, writer.tokens, writer.trained_tokens) == (3, 8, 4)
+
+
+def test_a_removed_mask_is_made_again(tmp_path: Path) -> None:
+    """It is removed before the store gets its name, and the build may be killed in between."""
+    with TokenStoreWriter(tmp_path / "s", vocab_size=10, masked=True) as writer:
+        writer.add(np.array([1, 2]), np.array([2]), np.array([False, False]))
+    resume = StoreProgress(documents=1, tokens=2)
+    with TokenStoreWriter(tmp_path / "s", vocab_size=10, masked=True, resume=resume) as writer:
+        writer.add(np.array([3]), np.array([1]), np.array([True]))
+    assert TokenStore(tmp_path / "s").mask.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".mask.bin"])
+def test_files_too_short_to_go_on_with(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "s", masked=True)
+    os.truncate(tmp_path / f"s{suffix}", 1)
+    with pytest.raises(ValueError, match=rf"s{suffix} holds less than"):
+        TokenStoreWriter(
+            tmp_path / "s",
+            vocab_size=65499,
+            masked=True,
+            resume=StoreProgress(documents=3, tokens=8, trained_tokens=4),
+        )
+
+
 def test_record(tmp_path: Path) -> None:
     assert token_store.read_record(tmp_path) is None
-    record = StoreRecord(source="a.jsonl", key="k", documents=1, tokens=2, trained_tokens=None)
+    record = StoreRecord(source="a.jsonl", key="k", rows=3, documents=1, quarantined=2, tokens=2, trained_tokens=0)
     token_store.write_record(tmp_path, record)
     assert token_store.read_record(tmp_path) == record
     for text in ("{", "[]", '{"source": "a"}'):
         (tmp_path / "store.json").write_text(text)
         with pytest.raises(UserError, match=r"store\.json is damaged .* delete"):
             token_store.read_record(tmp_path)
+
+
+def test_a_record_that_loses_rows_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        token_store.write_record(tmp_path, StoreRecord("a.jsonl", "k", 4, 1, 2, 2, 0))
+
+
+def test_progress(tmp_path: Path) -> None:
+    assert token_store.read_progress(tmp_path) is None
+    token_store.write_progress(tmp_path, StoreProgress(rows=3, row=5))
+    assert token_store.read_progress(tmp_path) == StoreProgress(rows=3, row=5)
+    (tmp_path / "progress.json").write_text("{")
+    assert token_store.read_progress(tmp_path) is None
+    token_store.remove_progress(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,117 @@
+"""One record -> the segments of its document, or why there is none.
+
+Two forms: {"text": "<human>: ...\n<bot>: ..."}, and {"messages": [{"role": ..., "content": ...}]} with the roles system
+(before all others), user and assistant. A message of the assistant with "weight": 0 is context, not trained on. Other
+keys are ignored. Nothing that a message spells can open a turn.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from openchatkit.data.records import Records
+from openchatkit.errors import UserError
+from openchatkit.formats import chat
+
+_ROLES = {"user": "human", "assistant": "bot"}
+
+
+class BadRowError(ValueError):
+    """A row that is no record; the message is the reason, without file and line."""
+
+
+def decode(data: bytes) -> list[chat.Segment]:
+    """The segments of one record, given as JSON; BadRowError where it cannot be used."""
+    record = _object(data)
+    text, messages = record.get("text"), record.get("messages")
+    if text is not None and messages is not None:
+        raise BadRowError("the record has both 'text' and 'messages': which of them is meant?")
+    if messages is not None:
+        return _chat(messages)
+    if "text" in record:
+        return chat.parse(_string(text, "'text'"))
+    if "messages" in record:
+        raise BadRowError("expected 'messages' to be a list, found null")
+    found = ", ".join(repr(key) for key in list(record)[:5]) or "none"
+    raise BadRowError(f"the record has no 'text' and no 'messages' (its keys: {found})")
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The documents of a file as text, in order; UserError at the first row that cannot be used."""
+    with Records(path) as records:
+        for row in records.rows():
+            try:
+                if row.error:
+                    raise BadRowError(row.error)
+                segments = decode(row.data)
+            except BadRowError as error:
+                raise UserError(f"{path}:{row.number}: {error}: mend or remove it") from error
+            yield "".join(segment.text for segment in segments)
+
+
+def _object(data: bytes) -> dict[str, object]:
+    try:
+        record = json.loads(data.rstrip().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRowError(f"byte {error.start + 1} of the line is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadRowError(f"not JSON ({error.msg} at character {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"no record: {error}") from error
+    if not isinstance(record, dict):
+        raise BadRowError(f'expected an object such as {{"text": "..."}}, found {_kind(record)}')
+    return record
+
+
+def _chat(messages: object) -> list[chat.Segment]:
+    if not isinstance(messages, list):
+        raise BadRowError(f"expected 'messages' to be a list, found {_kind(messages)}")
+    system: list[str] = []
+    turns: list[chat.Turn] = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise BadRowError(f"expected message {number} to be an object, found {_kind(message)}")
+        role, content = message.get("role"), message.get("content")
+        if role == "system":
+            if turns:
+                raise BadRowError(f"message {number} is the system's: expected it before all others")
+            # An empty one is how many data sets say that there is none.
+            empty = isinstance(content, str) and not content.strip()
+            system += [] if empty else [_string(content, f"the content of message {number}")]
+        elif isinstance(role, str) and role in _ROLES:
+            text = _string(content, f"the content of message {number}")
+            turns.append(chat.Turn(_ROLES[role], text, trained=_trained(message.get("weight"), number)))
+        else:
+            shown = repr(role)[:50] if isinstance(role, str) else _kind(role)
+            raise BadRowError(f"message {number} has the role {shown}: expected system, user or assistant")
+    if not turns:
+        raise BadRowError("'messages' holds no message of a user or an assistant")
+    return chat.render(turns, system="\n\n".join(system), prompt=False)
+
+
+def _trained(weight: object, number: int) -> bool:
+    if weight is None:
+        return True
+    if not isinstance(weight, int | float) or weight not in (0, 1):
+        raise BadRowError(f"message {number} has the weight {str(weight)[:20]}: expected 0 or 1")
+    return weight == 1
+
+
+def _string(value: object, what: str) -> str:
+    """A string that a document may be made of."""
+    if not isinstance(value, str):
+        raise BadRowError(f"expected {what} to be a string, found {_kind(value)}")
+    if not value.strip():
+        raise BadRowError(f"{what} is empty")
+    if "\0" in value:
+        raise BadRowError(f"{what} holds a NUL character, a mark of damaged data")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{what} holds half a surrogate pair") from error
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

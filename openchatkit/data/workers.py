@@ -1,0 +1,124 @@
+"""Worker processes: a function applied to batches on all cores, results in order, and no process left behind.
+
+The processes are spawned, so they share no memory and no lock with this one, and they do not run the main script again:
+it may lack a guard, or be no file at all. Ctrl-C reaches this process only; when it dies, however it dies, they end.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import TypeVar
+
+from openchatkit.errors import Interrupted
+
+Kept = TypeVar("Kept")
+Sent = TypeVar("Sent")
+Result = TypeVar("Result")
+
+_WINDOW = 3  # batches a worker that are read ahead
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def in_order(
+    batches: Iterable[tuple[Kept, Sent]],
+    *,
+    processes: int,
+    make: Callable[..., Callable[[Sent], Result]],
+    arguments: tuple[object, ...] = (),
+) -> Iterator[tuple[Kept, Result]]:
+    """What is kept here of each batch, with the result of what was sent, in order; a few batches a worker at a time.
+
+    `make(*arguments)`, called once in each worker, gives the function that is applied; it is a function of a module.
+    Interrupted: a worker was killed.
+    """
+    pending: deque[tuple[Kept, Future[Result]]] = deque()
+    pool = ProcessPoolExecutor(processes, _Context(), _prepare, (make, arguments))
+    try:
+        for kept, sent in batches:
+            pending.append((kept, pool.submit(_apply, sent)))
+            if len(pending) > _WINDOW * processes:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise Interrupted(
+            "a worker process was killed, most likely for lack of memory: free some, or allow fewer cores (taskset), "
+            "and run the same command again, it goes on where it stopped"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def can_start() -> bool:
+    """Whether this process may have children; a daemonic one may not."""
+    return not multiprocessing.current_process().daemon
+
+
+# In a worker, what is applied to each batch: the one way a pool has to keep anything from batch to batch.
+_function: Callable[[object], object] | None = None
+
+
+def _prepare(make: Callable[..., Callable[[object], object]], arguments: tuple[object, ...]) -> None:
+    global _function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _function = make(*arguments)
+
+
+def _apply(sent: object) -> object:
+    assert _function is not None
+    return _function(sent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+class _Process(SpawnProcess):
+    def start(self) -> None:
+        with _without_main(), _without_interrupts():
+            super().start()
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """What is started meanwhile finds no main script to run again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started meanwhile never gets Ctrl-C, from its first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
