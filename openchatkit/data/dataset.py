@@ -11,55 +11,57 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from openchatkit.data.batch import IGNORE, Batch
+from openchatkit.data.batch import Batch
 from openchatkit.data.cache import cached_store
 from openchatkit.data.mixture import Interleaving, Part, parse
 from openchatkit.data.options import DataOptions
-from openchatkit.data.source import Concatenated, OnePerRow, Source
+from openchatkit.data.packing import Packed, pack
+from openchatkit.data.source import Content, Source
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.errors import UserError
-from openchatkit.formats.chat import BOT
 
 # Part of every fingerprint: raise it when the same arguments would give other samples.
-_VERSION = 1
+_VERSION = 2
 
 
 class Dataset:
     """Samples without end.
 
-    `sources` tells each one's name, weight, documents, tokens and trained_tokens. `epoch_samples` is the sum, over the
-    sources, of the samples in which each of its documents is seen once. `fingerprint` is the same for two data sets
-    only if all their samples are.
+    `sources` tells each one's name, weight, rows, quarantined, documents, tokens and trained_tokens; `packed`, in the
+    same order, its samples an epoch and what of them is padding; `interleaving` which sample is whose. `epoch_samples`
+    is the sum, over the sources, of the samples in which each of its documents is seen once. `fingerprint` is the same
+    for two data sets only if all their samples are.
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        packed: Sequence[Concatenated | OnePerRow],
-        *,
-        seq_length: int,
-        seed: int,
-        fingerprint: str,
+        self, sources: Sequence[Source], packed: Sequence[Packed], options: DataOptions, *, fingerprint: str
     ) -> None:
         self.sources = tuple(sources)
-        self.seq_length = seq_length
+        self.packed = tuple(packed)
+        self.seq_length = options.seq_length
         self.epoch_samples = sum(part.samples for part in packed)
         self.fingerprint = fingerprint
-        self._packed = tuple(packed)
-        self._interleaving = Interleaving([source.weight for source in sources], seed=seed)
+        weights = [source.weight for source in sources]
+        if options.mixture_unit == "tokens":
+            # Turns are of samples. A source whose samples hold fewer tokens than full rows gets so many more turns.
+            weights = [
+                weight * (options.seq_length / part.tokens_per_sample)
+                for weight, part in zip(weights, packed, strict=True)
+            ]
+        self.interleaving = Interleaving(weights, seed=options.seed)
+        self._confined = options.packing == "documents"
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first to first + count - 1."""
-        tokens = np.empty((count, self.seq_length + 1), np.int64)
-        mask = np.empty((count, self.seq_length + 1), bool)
+        tokens = np.empty((count, self.seq_length), np.int64)
+        labels = np.empty_like(tokens)
+        starts = np.empty_like(tokens) if self._confined else None
         sources = np.empty(count, np.int64)
         for row in range(count):
-            source, sample = self._interleaving.locate(first + row)
+            source, sample = self.interleaving.locate(first + row)
             sources[row] = source
-            self._packed[source].fill(sample, tokens[row], mask[row])
-        labels = np.where(mask[:, 1:], tokens[:, 1:], IGNORE)
-        inputs = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
-        return Batch(first, inputs, torch.from_numpy(labels), None, torch.from_numpy(sources))
+            self.packed[source].fill(sample, tokens[row], labels[row], None if starts is None else starts[row])
+        confined = None if starts is None else torch.from_numpy(starts)
+        return Batch(first, torch.from_numpy(tokens), torch.from_numpy(labels), confined, torch.from_numpy(sources))
 
 
 def build_dataset(
@@ -71,48 +73,60 @@ def build_dataset(
     """The data set of `path[:weight],path[:weight]`, tokenised now or found in the cache.
 
     Every rank may call this at the same time. `flag` is named in errors.
-    UserError: see `mixture.parse`, `records`, `cache`; also a source too small, or without a token to train on.
+    UserError: see `mixture.parse`, `records`, `cache`, `source`, `packing`.
     """
-    seed, seq_length, packing = options.seed, options.seq_length, options.packing
     parts = parse(task_names, flag=flag)
     tokenizer = Tokenizer(options.tokenizer)
-    sources, packed, keys = [], [], []
-    for number, part in enumerate(parts):
-        source, source_keys = _source(part, number, tokenizer, options)
+    sources, packed = [], []
+    for number, (part, name) in enumerate(zip(parts, _unique([part.name for part in parts]), strict=True)):
+        source = Source(
+            name,
+            part.weight,
+            _contents(part, tokenizer, options),
+            loss_on=options.loss_on,
+            number=number,
+            seed=options.seed,
+            cache_dir=options.cache_dir,
+        )
         sources.append(source)
-        keys.append([part.weight, *source_keys])
-        if packing == "concat":
-            packed.append(Concatenated(source, seq_length))
-        else:
-            packed.append(OnePerRow(source, seq_length, padding=tokenizer.padding))
-    decides = [_VERSION, seed, seq_length, packing, options.loss_on, keys]
-    fingerprint = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    return Dataset(sources, packed, seq_length=seq_length, seed=seed, fingerprint=fingerprint)
+        packed.append(pack(source, options.seq_length, packing=options.packing, padding=tokenizer.padding))
+    return Dataset(sources, packed, options, fingerprint=_fingerprint(sources, tokenizer, options))
 
 
-def _source(part: Part, number: int, tokenizer: Tokenizer, options: DataOptions) -> tuple[Source, list[str]]:
-    """One part's documents, and the keys of their stores."""
-    masked = options.loss_on == "responses"
-    opened = [
-        cached_store(
+def _contents(part: Part, tokenizer: Tokenizer, options: DataOptions) -> list[Content]:
+    """The stores of one part and what is known of them."""
+    contents = []
+    for file in part.files:
+        store, record = cached_store(
             file,
             tokenizer=tokenizer,
             separator=options.document_separator,
             bad_rows=options.bad_rows,
             cache_dir=options.cache_dir,
         )
-        for file in part.files
-    ]
-    for store, _ in opened:
-        store.mask = store.mask if masked else None
-    trained = sum(record.trained_tokens if masked else record.tokens for _, record in opened)
-    source = Source(
-        part.name, part.weight, [store for store, _ in opened], trained_tokens=trained, number=number, seed=options.seed
-    )
-    if not trained:
-        raise UserError(
-            f"{part.name}: nothing would be trained on with --loss-on responses, since in none of its "
-            f"{source.documents} documents a line starts with `{BOT}` and a reply: write replies so, or pass "
-            "--loss-on all"
-        )
-    return source, [record.key for _, record in opened]
+        contents.append(Content(store, record.key, record.rows, record.quarantined, record.trained_tokens))
+    return contents
+
+
+def _fingerprint(sources: Sequence[Source], tokenizer: Tokenizer, options: DataOptions) -> str:
+    decides = {
+        "version": _VERSION,
+        "seed": options.seed,
+        "seq_length": options.seq_length,
+        "packing": options.packing,
+        "loss_on": options.loss_on,
+        "mixture_unit": options.mixture_unit,
+        "document_separator": options.document_separator,
+        "padding": tokenizer.padding,
+        "sources": [[source.weight, *source.identity] for source in sources],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, with #2, #3, ... behind those that have been there before."""
+    unique: list[str] = []
+    for name in names:
+        copies = (name if number == 1 else f"{name}#{number}" for number in range(1, len(names) + 1))
+        unique.append(next(copy for copy in copies if copy not in unique))
+    return unique

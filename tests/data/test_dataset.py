@@ -160,7 +160,42 @@ def test_a_document_that_just_fits(build: object, tokenizer: Tokenizer, tmp_path
     assert (tokens.tolist(), labels.tolist(), messages) == (ids[:-1], ids[1:], [])
 
 
-@pytest.mark.parametrize("packing", ["concat", "none"])
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_whole_documents_share_rows(build: object, tokenizer: Tokenizer, tmp_path: Path, loss_on: str) -> None:
+    texts = write_chats(tmp_path / "a.jsonl", 60)
+    documents = {tuple(document_ids(tokenizer, text)): text for text in texts}
+    longest = max(map(len, documents))
+    data = build(str(tmp_path / "a.jsonl"), packing="documents", loss_on=loss_on, seq_length=longest + 40)
+    (packed,) = data.packed
+    assert data.epoch_samples == packed.samples
+    batch = data.batch(0, 2 * packed.samples)
+    assert batch.starts.dtype == torch.int64
+    assert batch.starts.shape == batch.tokens.shape
+    found = []
+    for tokens, labels, starts in zip(batch.tokens.tolist(), batch.labels.tolist(), batch.starts.tolist(), strict=True):
+        bounds = [t for t in range(len(tokens)) if starts[t] == t]
+        for begin, end in itertools.pairwise([*bounds, len(tokens)]):
+            if tokens[begin] == tokenizer.padding:
+                assert (end - begin, labels[begin]) == (1, IGNORE)
+                continue
+            document = (*tokens[begin:end], tokenizer.end_of_text)
+            assert document in documents
+            trained = tokenizer.decode([label for label in labels[begin:end] if label != IGNORE])
+            if loss_on == "all":
+                assert tuple(labels[begin:end]) == document[1:]
+            else:
+                assert trained == "".join(
+                    segment.text + (END if last else "")
+                    for segments in [chat.parse(documents[document])]
+                    for segment, last in zip(segments, [False] * (len(segments) - 1) + [True], strict=True)
+                    if segment.trained
+                )
+            found.append(document)
+    assert Counter(found) == Counter({document: 2 for document in documents})
+    assert packed.waste == pytest.approx((batch.tokens == tokenizer.padding).double().mean().item())
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents", "none"])
 def test_any_order_of_access_gives_the_same_samples(build: object, tmp_path: Path, packing: str) -> None:
     for name, count in (("a", 30), ("b", 17), ("c", 50)):
         write_chats(tmp_path / f"{name}.jsonl", count)
@@ -178,6 +213,9 @@ def test_any_order_of_access_gives_the_same_samples(build: object, tmp_path: Pat
         part = other.batch(start, count)
         assert torch.equal(part.tokens, tokens[start : start + count])
         assert torch.equal(part.labels, labels[start : start + count])
+        assert (part.starts is None) == (packing != "documents")
+        assert part.starts is None or torch.equal(part.starts, batch.starts[start : start + count])
+        assert torch.equal(part.sources, batch.sources[start : start + count])
     for n in generator.sample(range(600), 50):
         assert torch.equal(sample(other, n)[0], tokens[n])
         assert torch.equal(sample(other, n)[1], labels[n])
@@ -236,11 +274,48 @@ def test_what_decides_the_samples_decides_the_fingerprint(build: object, tmp_pat
         build(f"{moved},{b}", seed=2),
         build(f"{moved},{b}", seq_length=49),
         build(f"{moved},{b}", packing="none"),
+        build(f"{moved},{b}", packing="documents"),
         build(f"{moved},{b}", loss_on="responses"),
+        build(f"{moved},{b}", mixture_unit="tokens"),
+        build(f"{moved},{b}", document_separator="newline"),
         build(str(moved)),
     ]
-    assert len({data.fingerprint for data in [base, *others]}) == 8
+    assert len({data.fingerprint for data in [base, *others]}) == 11
+    elsewhere = build(f"{moved},{b}", cache_dir=tmp_path / "other", bad_rows="quarantine")
+    assert elsewhere.fingerprint == base.fingerprint
     assert not torch.equal(others[2].batch(0, 8).tokens, base.batch(0, 8).tokens)
+
+
+def test_weights_are_shares_of_sequences_or_of_tokens(build: object, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(1000, 1050)))
+    write_chats(tmp_path / "long.jsonl", 50)
+    names = f"{tmp_path}/short.jsonl:1,{tmp_path}/long.jsonl:3"
+    shares = {}
+    for unit in ("sequences", "tokens"):
+        data = build(names, packing="none", mixture_unit=unit, seq_length=64)
+        batch = data.batch(0, 4000)
+        held = (batch.tokens != tokenizer.padding).sum(dim=1)
+        first = batch.sources == 0
+        shares[unit] = (first.double().mean().item(), (held[first].sum() / held.sum()).item())
+        for source, packed in enumerate(data.packed):
+            assert packed.tokens_per_sample == pytest.approx(
+                held[batch.sources == source].double().mean().item(), rel=0.05
+            )
+    assert shares["sequences"][0] == pytest.approx(0.25, abs=0.001)
+    assert shares["sequences"][1] < 0.1
+    assert shares["tokens"][1] == pytest.approx(0.25, abs=0.01)
+    assert shares["tokens"][0] > 0.5
+    quotas = {tuple(build(names, mixture_unit=unit).interleaving.quotas) for unit in ("sequences", "tokens")}
+    assert len(quotas) == 1, "full rows hold equally many tokens"
+
+
+def test_a_source_named_twice(build: object, tmp_path: Path) -> None:
+    write_chats(tmp_path / "a.jsonl", 30)
+    a = tmp_path / "a.jsonl"
+    data = build(f"{a}:1,{a}:2,{a}")
+    assert [source.name for source in data.sources] == [str(a), f"{a}#2", f"{a}#3"]
+    orders = {tuple(source.order(0).tolist()) for source in data.sources}
+    assert len(orders) == 3
 
 
 def test_source_too_small(build: object, tmp_path: Path) -> None:
@@ -291,7 +366,7 @@ def test_memory_does_not_grow_with_epochs(build: object, tmp_path: Path) -> None
         data.batch(number * epoch, 2)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert held < 2 * 20_000 * (4 + 8) * 1.1, "two epochs' orders and ends"
+    assert held < 2 * 20_000 * (4 + 1 / 8) * 1.2, "two epochs' orders, and a sum for every 64th document"
 
 
 def test_the_order_is_for_ever(build: object, tmp_path: Path) -> None:
