@@ -1,112 +1,142 @@
-"""Tokens a second of tokenising and of the loader: python benchmarks/data_loader.py
+"""The loader's tokens a second, and its memory over the number of documents: python benchmarks/data_loader.py
 
-Chats are made of the docstrings of this Python's standard library (parsed, never imported), and a byte-level BPE
-tokenizer of 16,384 tokens is trained on them. Tokenising is compared with `tokenizers.encode_batch` alone on the same
-texts and cores; the loader runs on one core. Each figure is the median of `--repeats` runs, taken in turns.
+Stores are synthetic: random tokens, sizes drawn from a log-normal distribution (median 150 tokens for the rates) or a
+geometric one (mean 20 tokens for the memory). Rates are of one core, the median of `--repeats` runs taken in turns.
+Memory is anonymous memory (RssAnon, so without the page cache that maps are served from), sampled every 5 ms in a
+process of its own that reads 2,000 batches of 4 scattered over three epochs, in rising order, as a run does.
 """
 
 import argparse
-import ast
-import itertools
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from loguru import logger
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from openchatkit.data.dataset import build_dataset
-from openchatkit.data.options import DataOptions
-from openchatkit.data.tokenise import tokenise_all
-from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.formats.chat import Turn, render_text
-from openchatkit.formats.tokenizer_files import TOKENIZER_FILES
+from openchatkit.data.dataset import Dataset
+from openchatkit.data.options import LOSS_ON, PACKINGS, DataOptions
+from openchatkit.data.packing import pack
+from openchatkit.data.source import Content, Source
+from openchatkit.formats.token_store import TokenStore, TokenStoreWriter
 
-END, PADDING = "<|endoftext|>", "<|padding|>"
-
-
-def chats() -> Iterator[str]:
-    """Two turns a docstring: its first paragraph, then the rest."""
-    for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
-        try:
-            nodes = list(ast.walk(ast.parse(path.read_bytes())))
-        except (SyntaxError, ValueError):
-            continue
-        for node in nodes:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and (text := ast.get_docstring(node)):
-                text = text.replace("\0", "")  # a few spell out the character that no record may hold
-                first, _, rest = text.partition("\n\n")
-                turns = [Turn("human", f"What is {node.name}?"), Turn("bot", first)]
-                yield render_text([*turns, Turn("human", "And more?"), Turn("bot", rest)] if rest else turns)
+VOCABULARY = 50_000
+SEQ_LENGTH = 2048
+EPOCHS, BATCHES, BATCH_SIZE = 3, 2000, 4
+NEEDED = 10_000  # tokens a second that a core may train on
 
 
-def train_tokenizer(folder: Path, texts: list[str]) -> None:
-    """Write a byte-level BPE tokenizer of 16,384 tokens."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=16384, special_tokens=[END, PADDING], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.save(str(folder / TOKENIZER_FILES[0]))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": PADDING}
-    (folder / TOKENIZER_FILES[1]).write_text(json.dumps(config), encoding="utf-8")
+def write_store(prefix: Path, documents: int, *, mean: int | None, masked: bool) -> None:
+    """Random documents: of `mean` tokens on average, or as chats are. Every other run of 8 tokens is trained on."""
+    generator = np.random.RandomState(0)
+    with TokenStoreWriter(prefix, vocab_size=VOCABULARY, masked=masked) as writer:
+        for first in range(0, documents, 1 << 18):
+            count = min(1 << 18, documents - first)
+            sizes = generator.geometric(1 / mean, count) if mean else generator.lognormal(5, 1, count).astype(np.int64)
+            total = int(sizes.sum())
+            mask = (np.arange(total) >> 3 & 1).astype(np.uint8) if masked else None
+            writer.add(generator.randint(0, VOCABULARY, total), sizes, mask)
 
 
-def in_turns(repeats: int, *runs: Callable[[], int]) -> list[float]:
-    """Median tokens a second of each run; a run returns how many tokens it went through."""
-    rates: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for rate, run in zip(rates, runs, strict=True):
+def open_dataset(prefix: Path, packing: str, loss_on: str) -> Dataset:
+    """A data set of one store, as training opens it."""
+    store = TokenStore(prefix)
+    content = Content(store, prefix.name, store.documents, trained_tokens=len(store.tokens) // 2)
+    source = Source(prefix.name, 1.0, [content], loss_on=loss_on, number=0, seed=1, cache_dir=prefix.parent)
+    options = DataOptions(prefix.parent, SEQ_LENGTH, packing=packing, loss_on=loss_on)
+    return Dataset([source], [pack(source, SEQ_LENGTH, packing=packing, padding=0)], options, fingerprint="")
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process's memory that no file backs."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) << 10
+
+
+def measure(prefix: Path, packing: str) -> dict[str, float]:
+    """Seconds to open the store, the data set and the first batch, and the peak of memory over the epochs."""
+    peak, done = anonymous_memory(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, anonymous_memory())
+
+    begin = time.perf_counter()
+    TokenStore(prefix)
+    times = [time.perf_counter() - begin]
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    begin = time.perf_counter()
+    data = open_dataset(prefix, packing, "all")
+    times.append(time.perf_counter() - begin)
+    begin = time.perf_counter()
+    data.batch(0, BATCH_SIZE)
+    times.append(time.perf_counter() - begin)
+    samples = EPOCHS * data.epoch_samples
+    for batch in range(BATCHES):
+        data.batch(batch * (samples - BATCH_SIZE) // BATCHES, BATCH_SIZE)
+    done.set()
+    thread.join()
+    return dict(zip(("store", "dataset", "batch"), times, strict=True)) | {"peak": peak}
+
+
+def print_rates(folder: Path, repeats: int) -> None:
+    """Tokens a second of each packing, with and without masks."""
+    prefix = folder / "rates"
+    write_store(prefix, 100_000, mean=None, masked=True)
+    datasets = {
+        (packing, loss_on): open_dataset(prefix, packing, loss_on) for packing in PACKINGS for loss_on in LOSS_ON
+    }
+    rates: dict[tuple[str, str], list[float]] = {key: [] for key in datasets}
+    for repeat in range(repeats + 1):  # the first only builds the orders
+        for key, data in datasets.items():
             begin = time.perf_counter()
-            tokens = run()
-            rate.append(tokens / (time.perf_counter() - begin))
-    return [statistics.median(rate) for rate in rates]
+            tokens = data.batch(512 * repeat, 512).tokens.numel()
+            rates[key].append(tokens / (time.perf_counter() - begin))
+    print(f"| batch, rows of {SEQ_LENGTH} | million tokens/s | times {NEEDED:,} tokens/s | padding |")
+    print("| --- | --- | --- | --- |")
+    for (packing, loss_on), found in rates.items():
+        rate, (packed,) = statistics.median(found[1:]), datasets[packing, loss_on].packed
+        print(f"| {packing}, {loss_on} | {rate / 1e6:.1f} | {rate / NEEDED:,.0f} | {packed.waste:.2%} |")
+
+
+def print_memory(folder: Path, counts: list[int]) -> None:
+    """Times to open and peaks of memory, a process for each."""
+    print("| documents | packing | open store, s | open data set, s | first batch, s | peak anonymous memory, MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for count in counts:
+        prefix = folder / f"memory-{count}"
+        write_store(prefix, count, mean=20, masked=False)
+        for packing in PACKINGS:
+            command = [sys.executable, __file__, "--measure", str(prefix), packing]
+            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            times = " | ".join(f"{result[name]:.3f}" for name in ("store", "dataset", "batch"))
+            print(f"| {count:,} | {packing} | {times} | {result['peak'] / 1e6:.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--documents", type=int, nargs="+", default=[10_000, 10_000_000])
+    parser.add_argument("--measure", nargs=2, metavar=("PREFIX", "PACKING"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
-    texts = list(itertools.islice(chats(), 15_000))
+    if args.measure:
+        print(json.dumps(measure(Path(args.measure[0]), args.measure[1])))
+        return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        train_tokenizer(folder, texts)
-        tokenizer = Tokenizer(folder)
-        backend = Backend.from_file(str(folder / TOKENIZER_FILES[0]))
-        source = folder / "chats.jsonl"
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-
-        def alone() -> int:
-            return sum(map(len, backend.encode_batch(texts, add_special_tokens=False)))
-
-        def ours() -> int:
-            return sum(len(part.tokens) for part in tokenise_all(texts, tokenizer))
-
-        rates = in_turns(repeats, alone, ours)
-        print(f"{len(texts):,} chats, {ours():,} tokens, {len(os.sched_getaffinity(0))} cores")
-        print(f"| tokenizers.encode_batch alone | {rates[0] / 1e6:.2f} million tokens/s |")
-        print(f"| tokenise_all, with masks      | {rates[1] / 1e6:.2f} million tokens/s, {rates[1] / rates[0]:.2f} x |")
-        for packing, seq_length in (("concat", 2048), ("none", 256)):
-            for loss_on in ("all", "responses"):
-                data = build_dataset(
-                    str(source),
-                    DataOptions(folder, seq_length, packing=packing, loss_on=loss_on, cache_dir=folder / "cache"),
-                )
-                rows = 1_000_000 // seq_length
-                starts = iter(range(0, sys.maxsize, rows))
-                (rate,) = in_turns(repeats, lambda d=data, r=rows, s=starts: d.batch(next(s), r).tokens.numel())
-                print(f"| batch, {packing:6} {loss_on:9} {seq_length:4} | {rate / 1e6:.1f} million tokens/s |")
+        print_rates(Path(name), args.repeats)
+        print()
+        print_memory(Path(name), args.documents)
 
 
 if __name__ == "__main__":
