@@ -57,7 +57,7 @@ def assert_proved(path: Path, samples: int) -> list[ledger.Entry]:
     "change",
     [
         {},
-        {**STAGES, "pp_mode": "1f1b"},
+        {**STAGES, "pp_mode": "1f1b", "packing": "documents"},
         REPLICAS,
         {**STAGES, "batch_size": 2, "micro_batch_size": 1, "gradient_accumulate_step": 2, "data_group_size": 2},
     ],

@@ -7,6 +7,7 @@ import pytest
 import ranks
 import torch
 
+from openchatkit.data.batch import Batch
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.names import shard_names
@@ -58,23 +59,46 @@ def one_process_long(tmp_path_factory, flags):
     return run(tmp_path_factory.mktemp("one_long"), flags, total_steps=6)
 
 
-def test_gradients_are_those_of_a_plain_loss(one_process, flags, prepared):
-    """The first step's gradient against autograd over the mean of a batch's trained tokens, in float64."""
+@pytest.fixture(scope="module")
+def packed_flags(flags, chats):
+    """Flags of a short run on rows that several documents share, with an evaluation at its end."""
+    evaluation = {"evaluation_data": chats, "evaluation_steps": 3, "evaluation_num_batch": 1}
+    return {**flags, **evaluation, "packing": "documents", "loss_on": "all", "total_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, packed_flags):
+    """A run of three steps in one process on rows that several documents share."""
+    return run(tmp_path_factory.mktemp("packed"), packed_flags)
+
+
+def first_batch(flags: dict[str, object], model: Path) -> Batch:
+    """The samples of the first step."""
     from openchatkit.data.dataset import build_dataset
     from openchatkit.data.options import DataOptions
 
+    options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
+    options = DataOptions(model, cache_dir=flags["data_cache"], **options)
+    return build_dataset(str(flags["task_name"]), options).batch(0, 8)
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_gradients_are_those_of_a_plain_loss(tmp_path, flags, prepared, one_process, packed_flags, packing):
+    """The first step's gradient against autograd over the mean of a batch's trained tokens, in float64."""
+    if packing == "documents":
+        flags, one_process = packed_flags, run(tmp_path, packed_flags, total_steps=1)
     shards = LayerShards.open(prepared["neox"])
     stage = Stage(shards.config)
     for shard in stage.shards:
         stage.load(shard, shards.read(shard), dtype=torch.float64)
-    options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
-    options = DataOptions(prepared["neox"], cache_dir=flags["data_cache"], **options)
-    batch = build_dataset(str(flags["task_name"]), options).batch(0, 8)
-    tokens, labels = batch.tokens, batch.labels
-    counts = (labels != -100).sum(1)
-    assert counts.min() * 2 < counts.max(), "the rows should have very different numbers of trained tokens"
-    logits = stage.logits(stage(tokens)).flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100)
+    batch = first_batch(flags, prepared["neox"])
+    counts = (batch.labels != -100).sum(1)
+    if packing == "none":
+        assert counts.min() * 2 < counts.max(), "the rows should have very different numbers of trained tokens"
+    else:
+        assert len(set(batch.starts.flatten().tolist())) > 8, "the rows should hold several documents"
+    logits = stage.logits(stage(batch.tokens, batch.starts)).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100)
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in stage.parameters()]).norm()
     row = metrics.read(one_process.parent)[0]
@@ -131,6 +155,29 @@ def test_same_micro_batches_give_the_same_bits(tmp_path, flags, one_process_long
     assert_same_bits(one_process_long, run(tmp_path, flags, total_steps=6, **change))
 
 
+@pytest.mark.parametrize(
+    "change", [STAGES, {**STAGES, "pp_mode": "1f1b", "activation_checkpointing": "false"}], ids=str
+)
+def test_documents_that_share_rows_give_the_same_bits_over_stages(tmp_path, packed_flags, packed, change):
+    """Every stage knows of the documents, in training and in evaluation."""
+    path = run(tmp_path, packed_flags, **change)
+    assert_same_bits(packed, path)
+    losses = [metrics.read(one.parent)[-1]["evaluation_loss"] for one in (packed, path)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "change", [REPLICAS, {**STAGES, **REPLICAS, "pp_mode": "1f1b", "micro_batch_size": 1}], ids=str
+)
+def test_documents_that_share_rows_over_replicas(tmp_path, packed_flags, packed, change):
+    path = run(tmp_path, packed_flags, **change)
+    for key in ("loss", "grad_norm", "trained_tokens"):
+        values = [[row[key] for row in metrics.read(one.parent) if key in row] for one in (packed, path)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    losses = [metrics.read(one.parent)[-1]["evaluation_loss"] for one in (packed, path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("model", ["tied", "gptj"])
 def test_other_models(tmp_path, flags, prepared, model):
     """Tied embeddings are trained by the sum of both their gradients, whichever stages hold them."""
@@ -150,14 +197,9 @@ def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
         if shard == "head":
             stored["embed_out.weight"] = shards.read("embed")["embed_in.weight"]
         stage.load(shard, {name: t.clone() for name, t in stored.items()})
-    from openchatkit.data.dataset import build_dataset
-    from openchatkit.data.options import DataOptions
-
-    options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
-    options = DataOptions(prepared["tied"], cache_dir=flags["data_cache"], **options)
-    batch = build_dataset(str(flags["task_name"]), options).batch(0, 8)
-    tokens, labels = batch.tokens, batch.labels
-    torch.nn.functional.cross_entropy(stage.logits(stage(tokens)).flatten(0, 1), labels.flatten()).backward()
+    batch = first_batch(flags, prepared["tied"])
+    logits = stage.logits(stage(batch.tokens, batch.starts)).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, batch.labels.flatten()).backward()
     expected = stage.shards["embed"].embed_in.weight.grad + stage.projection.weight.grad
     found = gradients(path)["embed/embed_in.weight/exp_avg"]
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
