@@ -73,6 +73,8 @@ def build_store(source: Path, folder: Path, *, key: str, tokenizer: Tokenizer, s
             ),
         )
     remove_progress(temporary)
+    for cut in temporary.glob(".*"):  # files that a kill kept from getting their names
+        cut.unlink()
     shutil.rmtree(folder, ignore_errors=True)  # what is there has no record
     os.rename(temporary, folder)
     paths.sync(folder.parent)
