@@ -1,0 +1,99 @@
+"""The commands that fetch data: `data/OIG`, `data/OIG-moderation`, and `data/prepare_data.py` for everything else.
+
+How files come, and how they are checked, is `download`'s.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from loguru import logger
+
+from openchatkit import cli, paths, progress
+from openchatkit.download import fetch_dataset, fetch_source
+from openchatkit.errors import UserError
+
+OIG, MODERATION = "laion/OIG", "ontocord/OIG-moderation"
+_AGAIN = (
+    "Every file is checked against the hub's digest before it gets its name. What is there already is not fetched "
+    "again, and a download that was cut short goes on where it stopped. HF_TOKEN, if set, is who asks."
+)
+_SOURCES = """\
+sources:
+  ORG/NAME, https://huggingface.co/datasets/ORG/NAME   a data set of the Hugging Face hub; HF_TOKEN for a private one
+  https://huggingface.co/datasets/ORG/NAME/resolve/main/FILE   one file of it
+  https://github.com/ORG/NAME                          a repository's newest commit, without what git LFS keeps
+  https://host/file, https://host/file#sha256=HEX      a file, checked against its SHA-256 if that is given
+  s3://bucket/key, s3://bucket/folder/                 an object, or all below a folder: AWS_ACCESS_KEY_ID,
+                                                       AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL if not Amazon's
+  a path                                               a file or folder on this machine, which is copied
+"""
+
+
+def dataset_command(folder: str, name: str, size: str, *, everything: str) -> Callable[..., None]:
+    """The command of a `data/<folder>/prepare.py`: the data set `name`, or files of it, into its `files/`.
+
+    `everything` is the glob of the files that are fetched when none is named.
+    """
+
+    @cli.command
+    def main(argv: Sequence[str] | None = None) -> None:
+        parser = cli.Parser(
+            prog=f"data/{folder}/prepare.py",
+            description=f"Fetch {name} from the Hugging Face hub into data/{folder}/files/. {size} {_AGAIN}",
+        )
+        parser.add_argument(
+            "--files",
+            nargs="+",
+            default=argparse.SUPPRESS,
+            metavar="NAME",
+            help="only these files: names, with or without their endings, or globs, for example unified_ni "
+            "'unified_s*'; without this flag, all",
+        )
+        wanted = getattr(parser.parse_args(argv), "files", [everything])
+        _print(fetch_dataset(name, wanted, paths.ROOT / "data" / folder / "files"))
+
+    return main
+
+
+@cli.command
+def prepare_data(argv: Sequence[str] | None = None) -> None:
+    """The command `data/prepare_data.py`."""
+    parser = cli.Parser(
+        prog="data/prepare_data.py",
+        description="Fetch data from wherever it is into a folder, and unpack .gz, .zst and tar there. What is there "
+        "already is not fetched again, and a download that was cut short goes on where it stopped.",
+        epilog=_SOURCES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-s", "--data-source", required=True, metavar="SOURCE", help="what to fetch, see below")
+    parser.add_argument("-d", "--dest", required=True, type=Path, metavar="FOLDER", help="where to put it")
+    parser.add_argument("--keep-packed", action="store_true", help="leave packed files as they are")
+    parser.add_argument("--debug", action="store_true", help="log every request, never with keys or tokens")
+    for short, flag, variable in (
+        ("-a", "--access-key-id", "AWS_ACCESS_KEY_ID"),
+        ("-k", "--secret-access-key", "AWS_SECRET_ACCESS_KEY"),
+    ):
+        text = f"refused: other users see command lines; set {variable} instead"
+        parser.add_argument(short, flag, nargs="?", action=_Secret, const=variable, help=text)
+    args = parser.parse_args(argv)
+    if args.debug:
+        logger.remove()
+        logger.add(progress.write, format="{message}", level="DEBUG", filter="openchatkit")
+    _print(fetch_source(args.data_source, args.dest, keep_packed=args.keep_packed))
+
+
+class _Secret(argparse.Action):
+    """A flag that took a secret: the variable that takes it now is said, the secret is not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        flags = "/".join(self.option_strings)
+        raise UserError(
+            f"{flags} is not taken, since other users see command lines: set {self.const} in the environment instead, "
+            "and change the key if it was typed here"
+        )
+
+
+def _print(files: Sequence[Path]) -> None:
+    for path in files:
+        print(path)

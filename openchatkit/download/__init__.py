@@ -1,0 +1,164 @@
+"""Whatever comes from elsewhere: the Hugging Face hub, http and https, S3-compatible storage, another folder.
+
+A file gets its name when it is whole and has the digest that was promised; what a run that died has left is gone on
+with. Everything here logs, shows bars, and raises UserError with what to do, or Interrupted (nothing has to be changed:
+run again) when a server keeps failing.
+"""
+
+import re
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from openchatkit.download import http, hub, local, s3
+from openchatkit.download.archive import is_packed, unpack
+from openchatkit.download.places import Note, check_room, held, place, read_note, storage_errors, write_note
+from openchatkit.download.transfer import Patience, Remote, TransientError, bring, missing
+from openchatkit.errors import UserError
+
+__all__ = ["Patience", "fetch", "fetch_dataset", "fetch_model", "fetch_source", "unpack"]
+
+_PATIENCE = Patience()
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_DATASET = re.compile(r"https://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
+_HUB_FILE = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)/(?:resolve|blob|raw)/main/([^?#]+)(?:\?.*)?"
+)
+_GITHUB = re.compile(r"https://github\.com/([\w.-]+/([\w.-]+?))(?:\.git)?/?")
+
+
+def fetch(address: str, destination: Path, *, sha256: str | None = None, patience: Patience = _PATIENCE) -> Path:
+    """Fetch one file into the folder `destination` and say where it is; what is there already is not fetched again.
+
+    `address` is http(s)://..., s3://bucket/key or a path; its SHA-256 may be given, or stand behind it as pip writes
+    it, `#sha256=HEX`. A file that came from the same address before is taken to be the same; remove it to have it anew.
+    """
+    address, sha256 = _split_digest(address, sha256)
+    files = _remotes(address, sha256, patience)
+    if len(files) != 1 or address.endswith("/"):
+        raise UserError(f"{http.shown(address)} names a folder: expected one file")
+    _check_room(files, Path(destination), "make room")
+    return bring(files[0], Path(destination), patience=patience)
+
+
+def fetch_dataset(name: str, files: Sequence[str], destination: Path, *, patience: Patience = _PATIENCE) -> list[Path]:
+    """Fetch files of a hub data set into a folder, and say where they are; what is there already is not fetched again.
+
+    `files` are globs or names, with or without their endings (`unified_ni` is unified_ni.jsonl.gz); none means all
+    files of records.
+    """
+    chosen = hub.dataset_files(name, files, patience)
+    _check_room(chosen, Path(destination), "make room, or name fewer files")
+    return [bring(file, Path(destination), patience=patience) for file in chosen]
+
+
+def fetch_model(name: str, small: Sequence[str], *weights: Sequence[str], patience: Patience = _PATIENCE) -> Path:
+    """The folder of a model: `name` itself if it is one, else fetched from the hub into its cache.
+
+    `small` and `weights` are patterns of file names; of the sets of weights, the first that the hub has is fetched.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "~", "/")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder; pass a folder or a hub name such as EleutherAI/pythia-1.4b")
+    return hub.model_folder(name, small, weights, patience)
+
+
+def fetch_source(
+    source: str, destination: Path, *, keep_packed: bool = False, patience: Patience = _PATIENCE
+) -> list[Path]:
+    """Fetch all of a source into a folder, unpack `.gz`, `.zst` and tar there unless told not to; the files there now.
+
+    A source is a data set of the hub, by name or address, a repository on GitHub (its newest commit, without what git
+    LFS keeps), an http(s) address, s3://bucket/key, s3://bucket/folder/, or a path of a file or a folder.
+    """
+    destination = Path(destination)
+    repository = _GITHUB.fullmatch(source)
+    files = _source(source, patience)
+    with (
+        storage_errors(destination, "make room and run again, it goes on from there"),
+        held(destination / "source", f"another process is fetching into {destination}: waiting for it"),
+    ):
+        done = {file.name: _unpacked(file, destination) for file in files} if not keep_packed else {}
+        wanted = [file for file in files if not done.get(file.name)]
+        _check_room(wanted, destination, "make room, or pass another folder")
+        found = []
+        for file in files:
+            found += done.get(file.name) or _arrive(
+                file, destination, keep_packed=keep_packed, strip=1 if repository else 0, patience=patience
+            )
+    return found
+
+
+def _source(source: str, patience: Patience) -> list[Remote]:
+    dataset = _HUB_DATASET.fullmatch(source)
+    if dataset or (_HUB_NAME.fullmatch(source) and not Path(source).exists()):
+        return hub.dataset_files(dataset[1] if dataset else source, ["*"], patience)
+    if repository := _GITHUB.fullmatch(source):
+        address = f"https://github.com/{repository[1]}/archive/HEAD.tar.gz"
+        return [http.remote(address, name=f"{repository[2]}.tar.gz")]
+    return _remotes(*_split_digest(source, None), patience)
+
+
+def _remotes(address: str, sha256: str | None, patience: Patience) -> list[Remote]:
+    if file := _HUB_FILE.fullmatch(address):
+        found = hub.dataset_file(file[1], urllib.parse.unquote(file[2]), patience)
+        # One file alone goes into the folder itself, as from any other address.
+        return [replace(found, name=found.name.rsplit("/", 1)[-1])]
+    if address.lower().startswith(("http://", "https://")):
+        return [http.remote(address, sha256=sha256)]
+    if address.startswith(s3.SCHEME):
+        return _patiently(address, sha256, patience)
+    if re.match(r"[A-Za-z][\w+.-]*://", address):
+        raise UserError(f"{http.shown(address)}: expected http://, https://, s3:// or a path")
+    return local.remotes(address, sha256=sha256)
+
+
+def _patiently(address: str, sha256: str | None, patience: Patience) -> list[Remote]:
+    failures = 0
+    while True:
+        try:
+            return s3.remotes(address, sha256=sha256)
+        except TransientError as error:
+            failures += 1
+            patience.bear(error, failures, address, met=False)
+
+
+def _split_digest(address: str, sha256: str | None) -> tuple[str, str | None]:
+    bare, mark, written = address.partition("#sha256=")
+    sha256 = (written if mark else sha256 or "").lower()
+    if not sha256 and not mark:
+        return address, None
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise UserError(f"{http.shown(bare)}: expected a SHA-256 of 64 hexadecimal digits, got {sha256!r}")
+    return bare, sha256
+
+
+def _check_room(files: Sequence[Remote], destination: Path, advice: str) -> None:
+    needed = sum(missing(file, destination) for file in files)
+    check_room(destination, needed, files[0].address if len(files) == 1 else f"{len(files)} files", advice)
+
+
+def _unpacked(file: Remote, destination: Path) -> list[Path]:
+    """The files that a packed file was unpacked into by an earlier run, if they are all there as they were then."""
+    path = place(destination, file.name)
+    note = read_note(path)
+    if note is None or note.address != file.address or file.version not in (None, note.version) or path.exists():
+        return []
+    found = {path.parent / name: size for name, size in note.unpacked.items()}
+    return list(found) if all(each.is_file() and each.stat().st_size == size for each, size in found.items()) else []
+
+
+def _arrive(file: Remote, destination: Path, *, keep_packed: bool, strip: int, patience: Patience) -> list[Path]:
+    """Bring a file and unpack it where it lies, in place of itself."""
+    path = bring(file, destination, patience=patience)
+    if keep_packed or not is_packed(path):
+        return [path]
+    note, files = read_note(path), unpack(path, path.parent, strip=strip)
+    assert note is not None, path
+    sizes = {each.relative_to(path.parent).as_posix(): each.stat().st_size for each in files}
+    write_note(path, Note(note.address, note.version, note.size, sizes))
+    path.unlink()
+    return files

@@ -1,0 +1,192 @@
+"""Unpacking: `.gz`, `.zst`, `.tar`, and a tar in either, from strangers.
+
+Only regular files are made, under names that are joined here; links and devices are left out, a name that leads outside
+is an error, and so is more than the disk has room for. Everything is written under a temporary name: a stream that is
+cut short or damaged leaves nothing.
+"""
+
+import contextlib
+import gzip
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from loguru import logger
+
+from openchatkit import progress
+from openchatkit.download.places import amount, held, place, storage_errors
+from openchatkit.errors import UserError
+from openchatkit.paths import sync
+
+PACKED = (".gz", ".tgz", ".zst", ".tar")
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_PIECE = 1 << 20
+_ZSTD_PIECE = 1 << 12  # small, since four bytes of it may stand for 128 kB
+_SPARE_BYTES = 1 << 26  # left free on the disk
+_MOST_FILES = 1_000_000
+
+
+def is_packed(path: Path) -> bool:
+    """Whether `unpack` knows the file, by its name."""
+    return path.name.lower().endswith(PACKED)
+
+
+def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
+    """Unpack a file into a folder and say which files came of it; those that are there already are replaced.
+
+    Without tar, the file keeps its name but for the ending. `strip` leading folders of the names in a tar are dropped.
+    UserError: no packed file, damaged or cut short, a name that leads outside, too large for the disk.
+    """
+    path, destination = Path(path), Path(destination)
+    if not is_packed(path):
+        raise UserError(f"{path} cannot be unpacked: expected a name in {', '.join(PACKED)}")
+    temporary = destination / f".{path.name}.unpacked"
+    with (
+        storage_errors(destination, f"{path.name} cannot be unpacked here; make room and run again"),
+        held(temporary, f"{path.name} is unpacked by another process: waiting for it"),
+    ):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            with _damage(path), _contents(path, destination) as stream:
+                names = _members(stream, path, temporary, strip)
+            return [_move(temporary, destination, name) for name in names]
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _members(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]:
+    """Write what is packed into `folder`; the names of the files there."""
+    if path.name.lower().endswith(_TARS):
+        return _untar(stream, path, folder, strip)
+    name = path.name[: -len(path.suffix)]
+    with open(place(folder, name), "wb") as file:
+        shutil.copyfileobj(stream, file, _PIECE)
+    return [name]
+
+
+def _untar(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]:
+    names: dict[str, None] = {}
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if len(names) >= _MOST_FILES:
+                raise UserError(f"{path} holds more than {_MOST_FILES} files: it is not unpacked")
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                logger.warning("{}: {} is no plain file (a link or a device) and is left out", path.name, member.name)
+                continue
+            inside = place(folder, member.name).relative_to(folder)
+            name = "/".join(inside.parts[strip:])
+            if not name:
+                continue
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as file:
+                shutil.copyfileobj(archive.extractfile(member), file, _PIECE)
+            names[name] = None
+    stream.drain()
+    if not stream.ends_in_zeros:
+        raise EOFError("a tar without its end")
+    return list(names)
+
+
+def _move(folder: Path, destination: Path, name: str) -> Path:
+    target = place(destination, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sync(folder / name)
+    os.replace(folder / name, target)
+    return target
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    import zstandard
+
+    try:
+        yield
+    except (EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}): remove it and fetch it again") from error
+
+
+@contextlib.contextmanager
+def _contents(path: Path, destination: Path) -> Iterator["_Capped"]:
+    """The decompressed bytes of a file, with a bar over the compressed ones."""
+    room = shutil.disk_usage(destination).free - _SPARE_BYTES
+    suffix = path.suffix.lower()
+    with (
+        open(path, "rb") as file,
+        progress.bar(path.stat().st_size, f"unpacking {path.name}", unit="B", unit_scale=True, leave=False) as bar,
+    ):
+        if suffix in (".gz", ".tgz"):
+            stream: _Readable = gzip.GzipFile(fileobj=file)
+        else:
+            stream = _Zstandard(file) if suffix == ".zst" else file
+        yield _Capped(stream, path, room, lambda: bar.update(file.tell() - bar.n))
+
+
+class _Readable(Protocol):
+    def read(self, size: int) -> bytes: ...
+
+
+class _Capped:
+    """What is decompressed, up to the room there is, with `seen` called as it is read; what tarfile reads from."""
+
+    def __init__(self, stream: _Readable, path: Path, room: int, seen: Callable[[], object]) -> None:
+        self._stream, self._path, self._room, self._seen = stream, path, room, seen
+        self._length = 0
+        self._last = b""
+
+    @property
+    def ends_in_zeros(self) -> bool:
+        """Whether the last 512 bytes are zeros, as at the end of every tar."""
+        return self._last == bytes(512)
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._length += len(data)
+        self._last = (self._last + data[-512:])[-512:]
+        if self._length > self._room:
+            raise UserError(
+                f"{self._path} holds more than the {amount(max(0, self._room))} that there is room for: make room, or "
+                "leave it packed"
+            )
+        self._seen()
+        return data
+
+    def drain(self) -> None:
+        """Read to the end, where compressed data is checked."""
+        while self.read(_PIECE):
+            pass
+
+
+class _Zstandard:
+    """Decompresses every frame of a file. The library's own reader takes a cut frame for the end of the data."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._ready = memoryview(b"")
+
+    def read(self, size: int) -> bytes:
+        while not self._ready:
+            data = b""
+            if self._frame is not None and self._frame.eof:
+                data, self._frame = self._frame.unused_data, None
+            data = data or self._file.read(_ZSTD_PIECE)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("a zstd frame without its end")
+                return b""
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+        piece, self._ready = self._ready[:size], self._ready[size:]
+        return bytes(piece)

@@ -1,0 +1,220 @@
+"""Models and data sets of the Hugging Face hub. No code is fetched, and no pickle if avoidable.
+
+The hub's own client lists files, logs in (with HF_TOKEN, or what `hf auth login` left) and keeps the cache of models.
+The bytes come by the loop in `transfer`: the client begins a file anew when it was killed, and takes a file of the
+right size for the right file. Every file is held against the digest that the hub lists, SHA-256 or git's, before it
+gets its name, in the cache of models too, where a file's name is that digest.
+"""
+
+import contextlib
+import fnmatch
+import functools
+import glob
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from loguru import logger
+
+from openchatkit.download import http
+from openchatkit.download.digests import GIT, SHA256, Digest
+from openchatkit.download.places import check_room
+from openchatkit.download.transfer import Answer, Patience, Remote, TransientError, bring, missing
+from openchatkit.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import RepoFile
+    from huggingface_hub.errors import HfHubHTTPError
+
+_T = TypeVar("_T")
+_KINDS = {"dataset": "data set", "model": "model"}
+
+
+def dataset_files(name: str, wanted: Sequence[str], patience: Patience) -> list[Remote]:
+    """The files of a data set that `wanted` names: globs or names, with or without their endings; none: all records.
+
+    UserError when the hub cannot be reached, knows no such data set, or has no file for one of the names.
+    """
+    offered = _listing(name, "dataset", patience)[1]
+    wanted = wanted or ["*.jsonl*"]
+    for pattern in wanted:
+        if not any(_is_meant(file.name, pattern) for file in offered):
+            raise _absent(name, pattern, offered)
+    chosen = [file for file in offered if any(_is_meant(file.name, pattern) for pattern in wanted)]
+    # .gitattributes and the like are the repository's, not the data's.
+    return [file for file in chosen if not any(re.match(r"\.[^.]", part) for part in file.name.split("/"))]
+
+
+def dataset_file(name: str, path: str, patience: Patience) -> Remote:
+    """One file of a data set, by its whole path."""
+    offered = _listing(name, "dataset", patience)[1]
+    if found := [file for file in offered if file.name == path]:
+        return found[0]
+    raise _absent(name, path, offered)
+
+
+def model_folder(name: str, small: Sequence[str], weights: Sequence[Sequence[str]], patience: Patience) -> Path:
+    """The folder in the hub's cache that holds files of a model, fetched where they are not there yet.
+
+    `small` and `weights` are patterns of file names; of the sets of weights, the first that the hub has is fetched.
+    What is in the cache will do when the hub does not answer.
+    """
+    from huggingface_hub import snapshot_download
+
+    while True:
+        try:
+            commit, offered = _listing(name, "model", Patience(tries=1) if _cached(name, small, ()) else patience)
+        except UserError as error:
+            if folder := _cached(name, small, weights):
+                logger.info("{} (using what is in the cache)", error)
+                return folder
+            raise
+        chosen = _matching(offered, small)
+        chosen += next((files for patterns in weights if (files := _matching(offered, patterns))), [])
+        _into_cache(name, commit, chosen, patience)
+        # Without a revision, so that the client notes which commit is the newest, for the times without the hub.
+        fill = functools.partial(snapshot_download, name, allow_patterns=[glob.escape(file.name) for file in chosen])
+        folder = Path(_asked(fill, name, "model", patience))
+        if folder.name == commit:
+            return folder
+        logger.info("{} has a new version since it was listed: looking again", name)
+
+
+def _cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path | None:
+    """The model's folder in the cache, if all is there, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(small), local_files_only=True))
+        for patterns in weights:
+            snapshot_download(name, allow_patterns=list(patterns), local_files_only=True)
+            if any(match for pattern in patterns for match in folder.glob(pattern)):
+                return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return None if weights else folder
+
+
+def _into_cache(name: str, commit: str, files: Sequence[Remote], patience: Patience) -> None:
+    """Bring files to where the hub's cache keeps them: under their digests, in `blobs`; the client makes the rest."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
+    absent = [
+        replace(file, name=file.digests[0].value)
+        for file in files
+        if not isinstance(try_to_load_from_cache(name, file.name, revision=commit), str)
+        and not (blobs / file.digests[0].value).exists()
+    ]
+    check_room(blobs, sum(missing(file, blobs) for file in absent), name, "make room, or set HF_HOME to another disk")
+    for file in absent:
+        bring(file, blobs, patience=patience, noted=False)
+
+
+def _matching(files: Sequence[Remote], patterns: Sequence[str]) -> list[Remote]:
+    return [file for file in files if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)]
+
+
+def _absent(name: str, wanted: str, offered: Sequence[Remote]) -> UserError:
+    there = ", ".join(sorted(file.name for file in offered)[:50])
+    return UserError(f"{name} holds no file {wanted}: expected one of {there}")
+
+
+def _is_meant(file: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(file, pattern) or file.startswith(f"{pattern}.")
+
+
+def _listing(name: str, kind: str, patience: Patience) -> tuple[str, list[Remote]]:
+    """The newest commit of a model or data set, and its files."""
+    from huggingface_hub import HfApi, RepoFile
+
+    api = HfApi()
+
+    def ask() -> tuple[str, list[RepoFile]]:
+        commit = api.repo_info(name, repo_type=kind).sha
+        entries = api.list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
+        return commit, [entry for entry in entries if isinstance(entry, RepoFile)]
+
+    commit, files = _asked(ask, name, kind, patience)
+    return commit, [_remote(name, kind, commit, file) for file in files]
+
+
+def _remote(name: str, kind: str, commit: str, file: "RepoFile") -> Remote:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    digest = Digest(SHA256, file.lfs.sha256) if file.lfs else Digest(GIT, file.blob_id)
+    address = hf_hub_url(name, file.path, repo_type=kind, revision=commit)
+
+    def refused(response: "httpx2.Response") -> None:
+        from huggingface_hub.utils import hf_raise_for_status
+
+        with _errors(name, kind):
+            hf_raise_for_status(response)
+
+    @contextlib.contextmanager
+    def open_at(start: int, _: str | None) -> Iterator[Answer]:
+        # The digest says whether the rest is of the same file; entity tags differ between the hosts that keep it.
+        with http.opened(address, start, None, headers=build_hf_headers(), refused=refused) as answer:
+            yield answer
+
+    return Remote(file.path, f"{name}/{file.path}", open_at, file.size, str(digest), (digest,))
+
+
+def _asked(ask: Callable[[], _T], name: str, kind: str, patience: Patience) -> _T:
+    """What the hub answers, asked again while it is only busy; UserError about `name` when it refuses."""
+    failures = 0
+    while True:
+        try:
+            with _errors(name, kind):
+                return ask()
+        except TransientError as error:
+            failures += 1
+            patience.bear(error, failures, name, met=True)
+
+
+@contextlib.contextmanager
+def _errors(name: str, kind: str) -> Iterator[None]:
+    """Turn what the hub's client raises about the model or data set `name` into UserError or TransientError."""
+    import httpx2
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    unreachable = "the hub cannot be reached" + (" and it is not in the cache" if kind == "model" else "")
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"cannot fetch {name}: no hub name; expected ORG/NAME or a folder") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.ConnectError, httpx2.ProxyError) as error:
+        again = "connect and run again" + ("" if kind == "model" else ", what is there already is kept")
+        raise UserError(f"cannot fetch {name}: {unreachable}; {again}") from error
+    except HfHubHTTPError as error:
+        _raise(error, name, kind)
+    except httpx2.TransportError as error:
+        raise TransientError(f"the connection to the hub broke ({type(error).__name__})") from error
+
+
+def _raise(error: "HfHubHTTPError", name: str, kind: str) -> NoReturn:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    status = error.response.status_code
+    if status in (408, 429) or status >= 500:
+        raise TransientError(f"the hub answers {status}", wait=http.retry_after(error.response.headers)) from error
+    if isinstance(error, GatedRepoError):
+        says = "the hub asks for its licence to be accepted; accept it there and set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError):
+        says = f"the hub knows no such {_KINDS[kind]}; check the spelling, or set HF_TOKEN if it is private"
+    elif status in (401, 403):
+        says = f"the hub refuses ({status}); check HF_TOKEN and what it may read"
+    else:
+        says = f"the hub answers {status}; check the name and run again"
+    raise UserError(f"cannot fetch {name}: {says}") from error

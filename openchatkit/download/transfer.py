@@ -1,0 +1,298 @@
+"""The one loop that brings a file from elsewhere: it resumes, retries, checks, and only then gives the file its name.
+
+What has come lies in `.NAME.part` beside the final name, and `.NAME.part.json` says of which version of the file it is.
+A run that dies, however it dies, leaves both, and the next one asks for the missing bytes alone. How bytes are asked
+for is the business of `http`, `s3`, `hub` and `local`, each of which makes `Remote`s.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from openchatkit import progress
+from openchatkit.download.digests import Digest, mismatch
+from openchatkit.download.places import (
+    Note,
+    amount,
+    check_room,
+    held,
+    place,
+    read_note,
+    storage_errors,
+    write_note,
+)
+from openchatkit.errors import Interrupted, UserError
+from openchatkit.paths import sync, write_text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sends: the bytes of a file from `start` on, and what it says of the whole file."""
+
+    start: int
+    size: int | None  # bytes of the whole file
+    version: str | None  # sent back when the rest is asked for, so that it is the rest of the same file
+    pieces: Iterator[bytes]
+    digests: tuple[Digest, ...] = ()
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file that is somewhere else. What is known of it before it is asked for is None or empty otherwise."""
+
+    name: str  # under which it is kept, with the subfolders it goes into
+    address: str  # for messages and notes: without user, password and query
+    open: Callable[[int, str | None], AbstractContextManager[Answer]]  # (first byte, version) -> the bytes from there
+    size: int | None = None
+    version: str | None = None
+    digests: tuple[Digest, ...] = ()
+
+
+class TransientError(Exception):
+    """A failure that another try may not meet: `wait` is the number of seconds the server asks for, if it does."""
+
+    def __init__(self, reason: str, *, wait: float | None = None, anew: bool = False, unreachable: bool = False):
+        super().__init__(reason)
+        self.wait = wait
+        self.anew = anew  # what has come so far is of no use
+        self.unreachable = unreachable  # nobody answered at all
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long errors are borne: `tries` in a row that bring no new byte, with waits that double, in seconds."""
+
+    tries: int = 8
+    first: float = 1.0
+    longest: float = 60.0
+    longest_asked: float = 600.0
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def bear(self, error: TransientError, failures: int, what: str, *, met: bool) -> None:
+        """Wait before the next try, or end the trying; `failures` counts this one, `met` says that somebody is there.
+
+        UserError when the server cannot be reached at all, Interrupted when it does not do what it should.
+        """
+        if error.unreachable and not met and failures > 1:
+            raise UserError(f"{what}: {error}: check the address and the connection, then run again") from error
+        if failures >= self.tries or (error.wait or 0) > self.longest_asked:
+            asked = f", and asks for {error.wait:.0f} seconds of patience" if error.wait else ""
+            raise Interrupted(f"{what}: {error}{asked}: run again later, it goes on from there") from error
+        seconds = min(self.longest, self.first * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
+        seconds = max(seconds, error.wait or 0)
+        logger.info("{}: {}; trying again in {:.1f} s", what, error, seconds)
+        self.sleep(seconds)
+
+
+def bring(remote: Remote, folder: Path, *, patience: Patience, noted: bool = True) -> Path:
+    """The path of the file in `folder`, where it is brought to unless it is there already.
+
+    Without `noted` no note is left beside it, for a folder that is somebody else's.
+    UserError, Interrupted: refused, too large for the disk, other bytes than were promised, or nobody answers.
+    """
+    path = place(folder, remote.name)
+    with (
+        storage_errors(path, "what has come is kept; make room and run again, it goes on from there"),
+        held(path, f"{remote.address} is fetched by another process: waiting for it"),
+    ):
+        if not _is_there(path, remote, noted):
+            _bring(remote, path, patience, noted)
+    return path
+
+
+def _title(remote: Remote) -> str:
+    return remote.address.rsplit("/", 1)[-1]
+
+
+def missing(remote: Remote, folder: Path) -> int:
+    """The bytes of a file that are still to come, as far as its size is known."""
+    path = place(folder, remote.name)
+    if path.is_file() and path.stat().st_size == remote.size:
+        return 0
+    part = _partial_path(path)
+    return max(0, (remote.size or 0) - (part.stat().st_size if part.is_file() else 0))
+
+
+def _is_there(path: Path, remote: Remote, noted: bool) -> bool:
+    """Whether the file under the final name is the one that `remote` stands for."""
+    if not path.exists():
+        return False
+    note, size = read_note(path), path.stat().st_size
+    if note is None:
+        if not remote.digests:
+            raise UserError(
+                f"{path} is there already and did not come from {remote.address}: remove it, or pass another folder"
+            )
+        if remote.size not in (None, size) or mismatch(path, remote.digests, f"checking {path.name}"):
+            logger.info("{} is not the file that {} holds: fetching it again", path, remote.address)
+            return False
+        if noted:
+            write_note(path, Note(remote.address, remote.version, size))
+        return True
+    if note.address != remote.address:
+        raise UserError(
+            f"{path} is there already and came from {note.address}, not from {remote.address}: remove it, or pass "
+            "another folder"
+        )
+    if note.size != size or remote.version not in (None, note.version):
+        logger.info("{} was changed here or at {}: fetching it again", path, remote.address)
+        return False
+    return True
+
+
+def _bring(remote: Remote, path: Path, patience: Patience, noted: bool) -> None:
+    part = _Partial(path, remote)
+    again = False
+    try:
+        while True:
+            _fill(part, remote, patience)
+            wrong = mismatch(part.path, part.digests, f"checking {_title(remote)}")
+            if wrong is None:
+                break
+            part.remove()
+            expected, found = wrong
+            if again:
+                raise UserError(
+                    f"{remote.address} came twice with other bytes than were promised: expected {expected}, found "
+                    f"{found}; nothing is kept, whoever keeps the file has to mend it"
+                )
+            logger.warning("{}: expected {}, found {}; fetching it once more", remote.address, expected, found)
+            again, part = True, _Partial(path, remote)
+        part.finish(noted)
+    except KeyboardInterrupt:
+        logger.info(
+            "{}: {} are here and kept; the same command goes on from there", remote.address, amount(part.length)
+        )
+        raise
+    finally:
+        part.close()
+
+
+def _fill(part: "_Partial", remote: Remote, patience: Patience) -> None:
+    """Ask for the missing bytes until none is missing."""
+    most, failures, met = part.length, 0, False
+    if part.length:
+        logger.info("{}: going on at {}", remote.address, amount(part.length))
+    with progress.bar(
+        part.size, _title(remote), unit="B", unit_scale=True, unit_divisor=1000, initial=part.length
+    ) as bar:
+        while not part.complete:
+            try:
+                with remote.open(part.length, part.version if part.length else None) as answer:
+                    met = True
+                    part.begin(answer)
+                    bar.total, bar.n = part.size, part.length
+                    for piece in answer.pieces:
+                        part.add(piece)
+                        bar.update(len(piece))
+                    part.end()
+            except TransientError as error:
+                failures = 1 if part.length > most else failures + 1
+                most = max(most, part.length)
+                if error.anew or not (part.version or part.digests):
+                    part.empty()
+                patience.bear(error, failures, remote.address, met=met)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+class _Partial:
+    """What has come of a file, and of which version of it. The caller holds the lock of the final name."""
+
+    def __init__(self, final: Path, remote: Remote) -> None:
+        self.final, self.path = final, _partial_path(final)
+        self._memory = self.path.with_name(f"{self.path.name}.json")
+        self._remote = remote
+        self.size, self.version, self.digests = remote.size, remote.version, remote.digests
+        self._ended = False
+        # Unbuffered, so that `length` is what is on the disk even when the disk is full.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._recall()
+        self.length = os.fstat(self._file.fileno()).st_size
+        if self.size is not None and self.length > self.size:
+            self.empty()
+
+    @property
+    def complete(self) -> bool:
+        return self.length == self.size if self.size is not None else self._ended
+
+    def _recall(self) -> None:
+        """Go on with what an earlier run left, if it is known to be of this version of this file; else begin anew."""
+        try:
+            memory: dict[str, Any] = json.loads(self._memory.read_text(encoding="utf-8"))
+            version, size = memory["version"], memory["size"]
+            digests = tuple(Digest(**entry) for entry in memory["digests"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AssertionError):
+            version, size, digests = None, None, ()
+        same = version == self.version if self.version is not None else bool(version or self.digests)
+        if not same or not set(self.digests) <= set(digests) or self.size not in (None, size):
+            self._file.truncate(0)
+        elif self._file.tell():
+            self.size, self.version, self.digests = size, version, digests
+
+    def begin(self, answer: Answer) -> None:
+        """Take an answer: the rest of what is here, or the whole file, which then replaces what is here."""
+        promised = self._remote.size
+        if promised is not None and answer.start and answer.size not in (None, promised):
+            raise TransientError(f"the server says {answer.size} bytes, {promised} were expected", anew=True)
+        if answer.start not in (0, self.length):
+            raise TransientError(f"the server sends byte {answer.start}, byte {self.length} was asked for", anew=True)
+        if answer.start == 0 or answer.size is not None:
+            self.size = promised if promised is not None else answer.size
+        if answer.start == 0:
+            self.empty()
+            self.version = self._remote.version or answer.version
+        self.digests = tuple(dict.fromkeys((*self._remote.digests, *answer.digests)))
+        if self.size is not None:
+            needed = self.size - self.length
+            check_room(self.final.parent, needed, self._remote.address, "make room and run again")
+        digests = [{"kind": digest.kind, "value": digest.value} for digest in self.digests]
+        write_text(self._memory, json.dumps({"version": self.version, "size": self.size, "digests": digests}) + "\n")
+
+    def add(self, piece: bytes) -> None:
+        if self.size is not None and self.length + len(piece) > self.size:
+            raise TransientError(f"the server sends more than the {self.size} bytes of the file", anew=True)
+        rest = memoryview(piece)
+        while rest:
+            written = self._file.write(rest)
+            self.length += written
+            rest = rest[written:]
+
+    def end(self) -> None:
+        """The answer is over: whole, unless fewer bytes have come than the file has."""
+        if self.size is not None and self.length < self.size:
+            raise TransientError(f"the server stopped after {self.length} of {self.size} bytes")
+        self._ended = True
+
+    def empty(self) -> None:
+        """Forget what has come."""
+        self._file.truncate(0)
+        self.length, self.version = 0, self._remote.version
+
+    def close(self) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        self.close()
+        self.path.unlink(missing_ok=True)
+        self._memory.unlink(missing_ok=True)
+
+    def finish(self, noted: bool) -> None:
+        """Give the file its name."""
+        self.close()
+        sync(self.path)
+        if noted:
+            write_note(self.final, Note(self._remote.address, self.version, self.length))
+        os.replace(self.path, self.final)
+        sync(self.final.parent)
+        self._memory.unlink(missing_ok=True)
