@@ -37,6 +37,25 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     return names
 
 
+def write_tokenizer(folder: Path, tokenizer: str, *, end_of_text: str, padding: str) -> None:
+    """Write a tokenizer, given as the JSON of the `tokenizers` library, so that AutoTokenizer loads it."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "pad_token": padding,
+        # Earlier releases of transformers would take out spaces before punctuation when they decode.
+        "clean_up_tokenization_spaces": False,
+    }
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer + "\n")
+
+
+def tokenizer_json(path: Path) -> Path:
+    """The tokenizer.json that a path names: itself, or in the folder that it is."""
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def add_chat_template(folder: Path) -> None:
     """Make AutoTokenizer, of this and of earlier releases, render chats as the kit does."""
     config = read_json(folder / "tokenizer_config.json", default={})

@@ -1,0 +1,188 @@
+"""A tokenizer of one's own, byte-level BPE trained on records: the command `tools/train_tokenizer.py`.
+
+Owns what such a tokenizer consists of. By default every text comes back from its tokens as it was: nothing is
+normalised, and nothing put in front, since a chat is tokenised segment by segment. GPT-NeoX's own tokenizers do both.
+"""
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openchatkit import cli, paths, progress
+from openchatkit.data import document
+from openchatkit.data.options import BAD_ROWS
+from openchatkit.data.records import RECORD_SUFFIXES, Records
+from openchatkit.data.row import Row
+from openchatkit.errors import UserError
+from openchatkit.formats import tokenizer_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+NORMALIZERS = ("none", "nfkc")
+_BYTES = 256
+_HELD_OUT = 100  # one record in so many is kept back
+_HELD_OUT_CHARACTERS = 1 << 24  # enough of them to measure by; memory stays flat
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a tokenizer, write it, and say how well it does."""
+    args = _parser().parse_args(argv)
+    from loguru import logger
+
+    if args.gpt_neox:
+        args.normalizer, args.add_prefix_space = "nfkc", True
+    target = args.save_dir or args.tokenizer_output_path
+    if _taken(args.save_dir, args.tokenizer_output_path) and not args.overwrite:
+        raise UserError(f"{target} holds a tokenizer already: name another place, or pass --overwrite")
+    files = input_files(args.input or (), args.json_input_dir)
+    texts = RecordTexts(files, records_per_file=args.records_per_file, bad_rows=args.bad_rows)
+    tokenizer = train(texts, args.vocab_size, normalizer=args.normalizer, add_prefix_space=args.add_prefix_space)
+    if args.save_dir:
+        folder, whole = args.save_dir, tokenizer.to_str(pretty=True)
+        tokenizer_files.write_tokenizer(folder, whole, end_of_text=END_OF_TEXT, padding=PADDING)
+    else:
+        paths.write_text(target, tokenizer.to_str(pretty=True))
+    if texts.left_out:
+        logger.info(f"left out {texts.left_out} rows that cannot be used, beginning with {texts.first_left_out}")
+    logger.info(f"{tokenizer.get_vocab_size()} tokens, trained on {texts.records} records")
+    if texts.held_out:
+        logger.info(f"{bytes_per_token(tokenizer, texts.held_out):.2f} bytes a token in records that were held out")
+    else:
+        logger.info(f"no records were held out to measure it by: that begins with {_HELD_OUT}")
+    logger.info(f"the tokenizer is in {target}")
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="tools/train_tokenizer.py", description="Train a byte-level BPE tokenizer on records.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", help=f"files or globs of records: {', '.join(RECORD_SUFFIXES)}")
+    source.add_argument("--json-input-dir", "--json_input_dir", type=Path, help="or a folder, all of whose records")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--save-dir", type=Path, help="folder for the tokenizer, as --tokenizer-name takes it")
+    target.add_argument(
+        "--tokenizer-output-path", "--tokenizer_output_path", type=Path, help="or one file, as GPT-NeoX takes it"
+    )
+    parser.add_argument("--tokenizer-type", "--tokenizer_type", choices=["BPE"], default="BPE", help="the only one")
+    parser.add_argument("-v", "--vocab-size", "--vocab_size", type=cli.positive_int, default=52000, help="tokens")
+    parser.add_argument("--normalizer", choices=NORMALIZERS, default="none", help="nfkc folds compatibility forms")
+    parser.add_argument("--add-prefix-space", action="store_true", help="begin every text with a space")
+    parser.add_argument("--gpt-neox", action="store_true", help="both as GPT-NeoX: nfkc, and a space in front")
+    parser.add_argument("--records-per-file", type=cli.positive_int, help="read no more than these of each file")
+    parser.add_argument(
+        "--bad-rows", choices=BAD_ROWS, default="error", help="stop at an unusable row, or leave it out"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
+    return parser
+
+
+def train(
+    texts: Iterable[str], vocab_size: int, *, normalizer: str = "none", add_prefix_space: bool = False
+) -> "Tokenizer":
+    """Byte-level BPE with end-of-text as 0 and padding as 1, as GPT-NeoX-20B has them; all `vocab_size` ids are used.
+
+    UserError: a size too small for all bytes, or too little text for it.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    assert normalizer in NORMALIZERS, normalizer
+    smallest = _BYTES + 2
+    if vocab_size < smallest:
+        raise UserError(f"--vocab-size {vocab_size}: expected at least {smallest}, all bytes and two special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    if normalizer == "nfkc":
+        tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found < vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: the data has text for {found} tokens only; pass that or more data")
+    return tokenizer
+
+
+def bytes_per_token(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
+    """The mean number of UTF-8 bytes that a token stands for, each text tokenised by itself."""
+    tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    return sum(len(text.encode()) for text in texts) / tokens
+
+
+def input_files(patterns: Iterable[str], folder: Path | None = None) -> list[Path]:
+    """The files that patterns and a folder name, sorted; UserError for one that names none."""
+    files: set[Path] = set()
+    for pattern in patterns:
+        found = [Path(name) for name in glob.glob(pattern, recursive=True)]
+        if not found:
+            raise UserError(f"--input {pattern}: no such file")
+        files.update(found)
+    if folder is not None:
+        found = [path for path in folder.glob("*") if path.name.endswith(RECORD_SUFFIXES)]
+        if not found:
+            raise UserError(f"--json_input_dir {folder}: no files of records there ({', '.join(RECORD_SUFFIXES)})")
+        files.update(found)
+    return sorted(files)
+
+
+class RecordTexts:
+    """Iterates what the records of some files say, segment by segment, as training tokenises it.
+
+    Each hundredth record is left out and its segments kept in `held_out`, up to some millions of characters.
+    """
+
+    def __init__(self, files: Sequence[Path], *, records_per_file: int | None = None, bad_rows: str = "error") -> None:
+        self.records = 0
+        self.held_out: list[str] = []
+        self.left_out = 0
+        self.first_left_out = ""
+        self._files = files
+        self._records_per_file = records_per_file
+        self._bad_rows = bad_rows
+        self._read = 0
+        self._held_out_characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self._files:
+            with (
+                Records(path) as records,
+                progress.bar(records.size, f"reading {path.name}", unit="B", unit_scale=True) as bar,
+            ):
+                for count, row in enumerate(records.rows()):
+                    if count == self._records_per_file:
+                        break
+                    yield from self._segments(path, row)
+                    bar.update(records.position - bar.n)
+
+    def _segments(self, path: Path, row: Row) -> list[str]:
+        """What one row adds to the training."""
+        try:
+            if row.error:
+                raise document.BadRowError(row.error)
+            segments = [segment.text for segment in document.decode(row.data)]
+        except document.BadRowError as error:
+            place = f"{path}:{row.number}: {error}"
+            if self._bad_rows == "error":
+                raise UserError(place) from error
+            self.first_left_out = self.first_left_out or place
+            self.left_out += 1
+            return []
+        self._read += 1
+        if self._read % _HELD_OUT:
+            self.records += 1
+            return segments
+        if self._held_out_characters < _HELD_OUT_CHARACTERS:
+            self.held_out += segments
+            self._held_out_characters += sum(map(len, segments))
+        return []
+
+
+def _taken(folder: Path | None, file: Path | None) -> bool:
+    return tokenizer_files.has_tokenizer(folder) if folder else file.exists()
