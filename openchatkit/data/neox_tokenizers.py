@@ -1,0 +1,152 @@
+"""The tokenizers that GPT-NeoX's preprocessing offers, by the names of its `--tokenizer-type`.
+
+Each is an `Encoder`: texts in, ids out, as GPT-NeoX would have them. An encoder can be sent to another process. A
+tokenizer.json may ask for truncation, which is off here: a document is never cut silently.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from openchatkit.errors import UserError
+from openchatkit.formats import tokenizer_files
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+_CHARACTERS = 512  # GPT-NeoX's number of ids of single bytes, end-of-text and padding
+
+
+class Encoder(Protocol):
+    """`vocab_size` is one more than the largest id; `end_of_text` is an id, or None where there is none."""
+
+    vocab_size: int
+    end_of_text: int | None
+
+    def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
+        """Ids of each text by itself. `literal`: as training does it, so that nothing a text spells is a special token
+        and nothing is put around it; else as GPT-NeoX does it."""
+        ...
+
+
+def load(kind: str, vocab_file: Path | None, merge_file: Path | None) -> Encoder:
+    """The encoder of a kind in `KINDS`. UserError: a file that is missing or of another kind, a package to install."""
+    loader, wanted = KINDS[kind]
+    if wanted and vocab_file is None:
+        raise UserError(f"--tokenizer-type {kind} needs --vocab-file: {wanted}")
+    if kind == "GPT2BPETokenizer" and merge_file is None:
+        raise UserError(f"--tokenizer-type {kind} needs --merge-file: its merges.txt")
+    files = [path for path in (vocab_file, merge_file) if path is not None]
+    if missing := next((path for path in files if kind != "TiktokenTokenizer" and not path.exists()), None):
+        raise UserError(f"--tokenizer-type {kind}: there is no {missing}")
+    try:
+        return loader(*files)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"--tokenizer-type {kind} needs a package: pip install {error.name}") from error
+    except Exception as error:  # the libraries raise Exception itself
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--vocab-file {vocab_file} cannot be loaded as {kind} ({reason}): expected {wanted}"
+        ) from error
+
+
+@dataclass
+class _Library:
+    """A tokenizer of the `tokenizers` library."""
+
+    tokenizer: Any
+    end_of_text: int | None
+
+    def __post_init__(self) -> None:
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
+        self.tokenizer.encode_special_tokens = literal
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=not literal)
+        return [encoding.ids for encoding in encodings]
+
+
+class _Characters:
+    """UTF-8 bytes as ids: a text may thus hold ids 0 and 1, as in GPT-NeoX."""
+
+    vocab_size = _CHARACTERS
+    end_of_text = 0
+
+    def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+@dataclass
+class _SentencePiece:
+    processor: Any
+
+    def __post_init__(self) -> None:
+        self.vocab_size = self.processor.get_piece_size()
+        end = self.processor.piece_to_id(END_OF_TEXT)
+        self.end_of_text = None if end == self.processor.unk_id() else end
+
+    def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
+        return self.processor.encode(list(texts))
+
+
+@dataclass
+class _Tiktoken:
+    """What a text spells is text: GPT-NeoX ends with an error there."""
+
+    encoding: Any
+
+    def __post_init__(self) -> None:
+        self.vocab_size = self.encoding.n_vocab
+        self.end_of_text = self.encoding.eot_token
+
+    def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
+        return [self.encoding.encode_ordinary(text) for text in texts]
+
+
+def _hf(vocab_file: Path) -> Encoder:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_files.tokenizer_json(vocab_file)))
+    return _Library(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
+
+
+def _hf_gpt2(folder: Path) -> Encoder:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    loaded.add_special_tokens({"pad_token": PADDING})
+    return _Library(loaded.backend_tokenizer, loaded.eos_token_id)
+
+
+def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Encoder:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _Library(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
+
+
+def _sentencepiece(model: Path) -> Encoder:
+    import sentencepiece
+
+    return _SentencePiece(sentencepiece.SentencePieceProcessor(model_file=str(model)))
+
+
+def _tiktoken(name: Path) -> Encoder:
+    import tiktoken
+
+    return _Tiktoken(tiktoken.get_encoding(str(name)))
+
+
+# What makes an encoder of its files, and what the first of them is.
+KINDS: dict[str, tuple[Callable[..., Encoder], str]] = {
+    "HFTokenizer": (_hf, "a tokenizer.json"),
+    "HFGPT2Tokenizer": (_hf_gpt2, "a folder with a tokenizer"),
+    "GPT2BPETokenizer": (_gpt2_bpe, "a vocab.json"),
+    "CharLevelTokenizer": (_Characters, ""),
+    "SPMTokenizer": (_sentencepiece, "a SentencePiece .model"),
+    "TiktokenTokenizer": (_tiktoken, "the name of an encoding, cl100k_base for example"),
+}
