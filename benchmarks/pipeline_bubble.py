@@ -18,6 +18,7 @@ import time
 from datetime import timedelta
 
 import torch
+from random_tokens import RandomTokens
 
 
 def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):
@@ -61,15 +62,6 @@ def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):
     )
 
 
-class RandomTokens:
-    def __init__(self, seq_length: int) -> None:
-        self.seq_length = seq_length
-
-    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.randint(0, 256, (count, self.seq_length + 1), generator=torch.Generator().manual_seed(start))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
 def rank_main(options: argparse.Namespace) -> None:
     from openchatkit.distributed import network, rendezvous
 
@@ -81,7 +73,7 @@ def rank_main(options: argparse.Namespace) -> None:
         url = f"tcp://127.0.0.1:{options.port}"
         rendezvous.connect(url, rank=options.rank, world_size=options.stages, device=device, timeout=timeout)
     trainer = build(options.stages, options.rank, options, options.schedule)
-    data, times = RandomTokens(options.seq_length), []
+    data, times = RandomTokens(options.seq_length, vocabulary=256), []
     for number in range(options.steps + 2):
         started = time.perf_counter()
         trainer.step(number, data)

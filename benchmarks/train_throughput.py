@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from random_tokens import RandomTokens
 
 # Published Pythia shapes: layers, width, heads; the vocabulary is 50,304 for all of them.
 SHAPES = {"14m": (6, 128, 4), "70m": (6, 512, 8), "160m": (12, 768, 12), "410m": (24, 1024, 16), "1b": (16, 2048, 8)}
@@ -37,18 +38,6 @@ def hf_config(shape: str, seq_length: int) -> dict:
         "hidden_act": "gelu",
         "use_parallel_residual": True,
     }
-
-
-class RandomTokens:
-    """Rows of random tokens with the interface of openchatkit.data.dataset.Dataset."""
-
-    def __init__(self, seq_length: int) -> None:
-        self.seq_length = seq_length
-
-    def batch(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(start)
-        tokens = torch.randint(0, VOCABULARY, (count, self.seq_length + 1), generator=generator)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def run_ours(options: argparse.Namespace) -> list[float]:
@@ -80,7 +69,7 @@ def run_ours(options: argparse.Namespace) -> list[float]:
         seq_length=options.seq_length,
         reduce_through_cpu=False,
     )
-    data, times = RandomTokens(options.seq_length), []
+    data, times = RandomTokens(options.seq_length, vocabulary=VOCABULARY), []
     for number in range(options.steps + 1):
         started = time.perf_counter()
         trainer.step(number, data)
@@ -105,8 +94,8 @@ def run_transformers(options: argparse.Namespace) -> list[float]:
                 torch.cuda.synchronize()
             self.stamps.append(time.perf_counter())
 
-    source = RandomTokens(options.seq_length)
-    rows = [source.batch(i, 1)[0][0] for i in range(options.batch * (options.steps + 1))]
+    source = RandomTokens(options.seq_length, vocabulary=VOCABULARY)
+    rows = [source.batch(i, 1).tokens[0] for i in range(options.batch * (options.steps + 1))]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from openchatkit.data.batch import Batch
-from openchatkit.data.cache import cached_store
+from openchatkit.data.cache import cached_store, store_identity
 from openchatkit.data.mixture import Interleaving, Part, parse
 from openchatkit.data.options import DataOptions
 from openchatkit.data.packing import Packed, pack
 from openchatkit.data.source import Content, Source
 from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.formats.token_store import TokenStore
 
 # Part of every fingerprint: raise it when the same arguments would give other samples.
 _VERSION = 2
@@ -70,12 +71,12 @@ def build_dataset(
     *,
     flag: str = "--task-name",
 ) -> Dataset:
-    """The data set of `path[:weight],path[:weight]`, tokenised now or found in the cache.
+    """The data set of `name[:weight],name[:weight]`, tokenised now or found in the cache.
 
     Every rank may call this at the same time. `flag` is named in errors.
     UserError: see `mixture.parse`, `records`, `cache`, `source`, `packing`.
     """
-    parts = parse(task_names, flag=flag)
+    parts = parse(task_names, cache_dir=options.cache_dir, flag=flag)
     tokenizer = Tokenizer(options.tokenizer)
     sources, packed = [], []
     for number, (part, name) in enumerate(zip(parts, _unique([part.name for part in parts]), strict=True)):
@@ -105,6 +106,9 @@ def _contents(part: Part, tokenizer: Tokenizer, options: DataOptions) -> list[Co
             cache_dir=options.cache_dir,
         )
         contents.append(Content(store, record.key, record.rows, record.quarantined, record.trained_tokens))
+    for prefix in part.stores:
+        store = TokenStore(prefix)
+        contents.append(Content(store, store_identity(prefix), store.documents, vocab_size=tokenizer.vocab_size))
     return contents
 
 

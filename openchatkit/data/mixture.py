@@ -5,7 +5,6 @@ shared out in proportion to the weights and repeats for ever, so sample n's sour
 has given before, are arithmetic.
 """
 
-import glob
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openchatkit import paths
-from openchatkit.data import records
+from openchatkit.data import names
 from openchatkit.errors import UserError
 
 CYCLE = 1 << 14
@@ -22,43 +20,49 @@ CYCLE = 1 << 14
 
 @dataclass(frozen=True)
 class Part:
-    """One entry of `--task-name`: as it was written, the files it stands for, and its weight."""
+    """One entry of `--task-name`: as it was written, its weight, and what it stands for.
+
+    That is files of records, or token stores made before, by their prefixes: one of the two.
+    """
 
     name: str
-    files: tuple[Path, ...]
     weight: float
+    files: tuple[Path, ...]
+    stores: tuple[Path, ...]
 
 
-def parse(task_names: str, *, flag: str = "--task-name") -> list[Part]:
-    """The parts of `path[:weight],path[:weight]`; a path may be a glob, whose files are one source together.
+def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> list[Part]:
+    """The parts of `name[:weight],name[:weight]`; what a name may be is in `data.names`.
 
-    A name without its `.gz` or `.zst` finds the compressed file. UserError, naming `flag`, for a bad weight or a
-    missing file.
+    What lies elsewhere is fetched into `cache_dir`. UserError, naming `flag`, for a bad weight, for a name that stands
+    for nothing, and when fetching fails.
     """
     entries = [entry.strip() for entry in task_names.split(",")]
     try:
-        parts = [_part(entry) for entry in entries if entry]
+        parts = [_part(entry, cache_dir) for entry in entries if entry]
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     if not parts:
-        raise UserError(f"{flag} names no data: expected path[:weight],path[:weight]")
+        raise UserError(f"{flag} names no data: expected name[:weight],name[:weight]")
     return parts
 
 
-def _part(entry: str) -> Part:
-    if entry.startswith(("http://", "https://", "s3://")):
-        raise UserError(f"{entry} is an address: download the file and pass its path")
+def _part(entry: str, cache_dir: Path) -> Part:
     # A path may itself hold colons, so what is there as it stands is a path and nothing else.
-    files = _files(entry)
-    if files:
-        return Part(entry, files, 1.0)
-    name, _, text = entry.rpartition(":")
-    files, weight = _files(name.strip()), _number(text)
-    if not files:
-        raise UserError(_missing(entry if weight is None or not name else name.strip()))
+    if found := names.here(entry):
+        return Part(entry, 1.0, found.files, found.stores)
+    head, _, text = entry.rpartition(":")
+    name, weight = head.strip(), _number(text)
+    # The colon may also be the one of an address, or of a name with none behind it.
+    if not name or (weight is None and (names.is_address(entry) or not names.here(name))):
+        name, text, weight = entry, "", 1.0
+    found = names.here(name)
     if weight is None or not math.isfinite(weight) or weight <= 0:
         raise UserError(f"{name} has the weight {text!r}: expected a number above 0 (or leave the file out)")
-    return Part(name.strip(), files, weight)
+    found = found or names.elsewhere(name, cache_dir)
+    if found is None:
+        raise UserError(names.missing(name))
+    return Part(name, weight, found.files, found.stores)
 
 
 def _number(text: str) -> float | None:
@@ -66,41 +70,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _files(name: str) -> tuple[Path, ...]:
-    """The files that a path or a glob stands for, sorted; none if there are none."""
-    if not name:
-        return ()
-    for candidate in (name, f"{name}.gz", f"{name}.zst"):
-        if Path(candidate).is_file():
-            return (Path(candidate),)
-    if glob.has_magic(name):
-        return tuple(path for path in map(Path, sorted(glob.glob(name, recursive=True))) if path.is_file())
-    return ()
-
-
-def _missing(name: str) -> str:
-    """What to say of a path at which there is no file: what is there instead, and the command that brings it."""
-    path = Path(name)
-    if path.is_dir():
-        return f"{name} is a folder: pass its files, for example {path / '*.jsonl'}"
-    folder = path.parent
-    if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(records.RECORD_SUFFIXES))
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        found = f"{folder} holds {', '.join(names[:5]) or 'no jsonl file'}{more}"
-    else:
-        found = f"there is no folder {folder}"
-    return f"no file {name} ({found}){_fetch(folder)}"
-
-
-def _fetch(folder: Path) -> str:
-    """The command that fills a folder such as `data/OIG/files`, if it is one of ours."""
-    script = Path("data") / folder.parent.name / "prepare.py"
-    if folder.name != "files" or not (paths.ROOT / script).is_file():
-        return ""
-    return f": run `python {script}` first"
 
 
 def apportion(weights: Sequence[float], slots: int) -> list[int]:

@@ -16,13 +16,26 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a few files of records."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d:2.jsonl", "sub/1.jsonl", "sub/2.jsonl", "sub/note.txt"):
+    for name in (
+        "a.jsonl",
+        "b.jsonl.gz",
+        "c.jsonl.zst",
+        "d:2.jsonl",
+        "sub/1.jsonl",
+        "sub/2.jsonl",
+        "sub/note.txt",
+        "store.idx",
+        "store.bin",
+    ):
         (tmp_path / name).touch()
     return tmp_path
 
 
 def names(text: str) -> list[tuple[str, list[str], float]]:
-    return [(part.name, [str(file) for file in part.files], part.weight) for part in parse(text)]
+    return [
+        (part.name, [str(path) for path in (*part.files, *part.stores)], part.weight)
+        for part in parse(text, cache_dir=Path("cache"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +49,9 @@ def names(text: str) -> list[tuple[str, list[str], float]]:
         ("d:2.jsonl:2", [("d:2.jsonl", ["d:2.jsonl"], 2.0)]),
         ("sub/*.jsonl:0.5", [("sub/*.jsonl", ["sub/1.jsonl", "sub/2.jsonl"], 0.5)]),
         ("**/1.jsonl", [("**/1.jsonl", ["sub/1.jsonl"], 1.0)]),
+        ("store", [("store", ["store"], 1.0)]),
+        ("store.idx:2,store.bin:3", [("store.idx", ["store"], 2.0), ("store.bin", ["store"], 3.0)]),
+        ("sto*:2", [("sto*", ["store"], 2.0)]),
     ],
 )
 def test_parse(text: str, expected: list[tuple[str, list[str], float]]) -> None:
@@ -45,7 +61,7 @@ def test_parse(text: str, expected: list[tuple[str, list[str], float]]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"--task-name names no data: expected path\[:weight\],path\[:weight\]"),
+        ("", r"--task-name names no data: expected name\[:weight\],name\[:weight\]"),
         (" , ", "--task-name names no data"),
         ("a.jsonl:", "--task-name: a.jsonl has the weight '': expected a number above 0"),
         ("a.jsonl:x", "--task-name: a.jsonl has the weight 'x': expected a number above 0"),
@@ -53,31 +69,37 @@ def test_parse(text: str, expected: list[tuple[str, list[str], float]]) -> None:
         ("a.jsonl:-1", "a.jsonl has the weight '-1'"),
         ("a.jsonl:nan", "a.jsonl has the weight 'nan'"),
         ("a.jsonl:inf", "a.jsonl has the weight 'inf'"),
-        ("cot", r"no file cot \(\. holds a.jsonl, b.jsonl.gz, c.jsonl.zst, d:2.jsonl\)$"),
+        ("cat", r"no file cat \(\. holds a.jsonl, b.jsonl.gz, c.jsonl.zst, d:2.jsonl\)$"),
+        (
+            "cot:2",
+            r"cot is not here yet: run `python data/OIG/prepare.py --files unified_mathqa_flanv2_kojma_cot` first",
+        ),
+        ("unified_ni", r"unified_ni is not here yet: run `python data/OIG/prepare.py --files unified_ni` first"),
         ("a.jsonl,z.jsonl:2", r"no file z.jsonl \(\. holds"),
         ("z.jsonl:two", r"no file z.jsonl:two \("),
         (":1", r"no file :1 \("),
         ("nowhere/z.jsonl", r"no file nowhere/z.jsonl \(there is no folder nowhere\)$"),
         ("sub/*.gz:2", r"no file sub/\*.gz \(sub holds 1.jsonl, 2.jsonl\)$"),
         ("sub", r"sub is a folder: pass its files, for example sub/\*.jsonl"),
-        ("https://example.org/a.jsonl", "https://example.org/a.jsonl is an address: download the file"),
+        ("https://example.org/a.jsonl:0", "https://example.org/a.jsonl has the weight '0'"),
+        ("[as]*", r"\[as\]\* matches files of records and token stores: expected one kind"),
     ],
 )
 def test_parse_errors(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse(text)
+        parse(text, cache_dir=Path("cache"))
 
 
 def test_the_flag_is_named() -> None:
     with pytest.raises(UserError, match=r"--evaluation-data: a.jsonl has the weight"):
-        parse("a.jsonl:x", flag="--evaluation-data")
+        parse("a.jsonl:x", cache_dir=Path("cache"), flag="--evaluation-data")
 
 
 def test_many_files_are_not_all_listed(here: Path) -> None:
     for number in range(7):
         (here / "sub" / f"x{number}.jsonl").touch()
     with pytest.raises(UserError, match=r"sub holds 1.jsonl, 2.jsonl, x0.jsonl, x1.jsonl, x2.jsonl and 4 more\)"):
-        parse("sub/z.jsonl")
+        parse("sub/z.jsonl", cache_dir=here)
 
 
 def test_missing_files_of_ours_name_the_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +108,9 @@ def test_missing_files_of_ours_name_the_command(here: Path, monkeypatch: pytest.
     (here / "data" / "OIG" / "prepare.py").touch()
     for name in ("data/OIG/files/unified_ni.jsonl:0.2", str(here / "data/OIG/files/unified_ni.jsonl:0.2")):
         with pytest.raises(UserError, match=r": run `python data/OIG/prepare.py` first$"):
-            parse(name)
+            parse(name, cache_dir=here)
     with pytest.raises(UserError, match=r"there is no folder data/Other/files\)$"):
-        parse("data/Other/files/unified_ni.jsonl")
+        parse("data/Other/files/unified_ni.jsonl", cache_dir=here)
 
 
 def test_largest_remainder() -> None:

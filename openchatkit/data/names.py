@@ -1,0 +1,151 @@
+"""What a name in `--task-name` stands for: files of records, or token stores; fetched first where they lie elsewhere.
+
+In this order: a path or a glob; the prefix of a token store; the bare name of a file that a `prepare.py` has fetched
+(`unified_ni` for data/OIG/files/unified_ni.jsonl.gz, and the original kit's `cot`); an address (`https://`, `s3://`,
+`hf://datasets/ORG/NAME/GLOB`); a data set of the Hugging Face hub (`ORG/NAME`). What is fetched stays in the cache, and
+a later run takes it from there without asking anyone.
+"""
+
+import glob
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from openchatkit import download, paths
+from openchatkit.data import cache, records, tables
+from openchatkit.errors import UserError
+from openchatkit.formats import token_store
+
+_PACKED = ("", ".gz", ".zst")
+_ADDRESS = re.compile(r"(https?|s3)://")
+_HUB = re.compile(r"(?:hf://datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<glob>.+))?")
+# A name that the original's documentation uses and that no file has.
+_ALIASES = {"cot": "unified_mathqa_flanv2_kojma_cot"}
+# The splits of a hub's data set that are not for training, in the words that the hub goes by.
+_HELD_OUT = re.compile(r"(^|[\W_])(test|testing|eval|evaluation|valid|validation|val|dev)([\W_]|$)")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files of records, or prefixes of token stores: one of the two."""
+
+    files: tuple[Path, ...] = ()
+    stores: tuple[Path, ...] = ()
+
+
+def is_address(name: str) -> bool:
+    """Whether a name says by itself that it lies elsewhere."""
+    return bool(_ADDRESS.match(name)) or name.startswith("hf://")
+
+
+def here(name: str) -> Found | None:
+    """What a name stands for on this machine; None if there is nothing of that name."""
+    if not name or is_address(name):
+        return None
+    for candidate in (Path(name + packed) for packed in _PACKED):
+        if candidate.is_file() and candidate.name.endswith(records.RECORD_SUFFIXES):
+            return Found(files=(candidate,))
+    if prefix := _store(Path(name)):
+        return Found(stores=(prefix,))
+    if tables.is_saved_dataset(Path(name)):
+        return Found(files=(Path(name),))
+    if Path(name).is_file():
+        return Found(files=(Path(name),))  # `records` says which endings it reads
+    if glob.has_magic(name):
+        return _matching(name)
+    return _prepared(name)
+
+
+def elsewhere(name: str, cache_dir: Path) -> Found | None:
+    """What a name stands for on another machine, fetched into the cache; None if it has the form of no such name.
+
+    UserError when it cannot be fetched. Any number of processes may ask at once.
+    """
+    if _ADDRESS.match(name):
+        place = Path(cache_dir) / "downloads" / hashlib.sha256(name.encode()).hexdigest()[:16]
+        return Found(files=(download.fetch(name, place),))
+    match = _HUB.fullmatch(name)
+    if not match or (not name.startswith("hf://") and not _is_hub_name(name)):
+        return None
+    return Found(files=_from_hub(match["name"], match["glob"], Path(cache_dir) / "downloads" / "hub"))
+
+
+def missing(name: str) -> str:
+    """What to say of a name that stands for nothing: what is there instead, and the command that brings it."""
+    if name.removesuffix(".jsonl") in _ALIASES or ("/" not in name and name.startswith("unified_")):
+        stem = _ALIASES.get(name.removesuffix(".jsonl"), name)
+        return f"{name} is not here yet: run `python data/OIG/prepare.py --files {stem}` first"
+    path = Path(name)
+    if path.is_dir():
+        return f"{name} is a folder: pass its files, for example {path / '*.jsonl'}"
+    folder = path.parent
+    if folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(records.RECORD_SUFFIXES))
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        found = f"{folder} holds {', '.join(names[:5]) or 'no file of records'}{more}"
+    else:
+        found = f"there is no folder {folder}"
+    return f"no file {name} ({found}){_fetch_command(folder)}"
+
+
+def _store(path: Path) -> Path | None:
+    """The prefix of the token store that a path names, with or without the ending of one of its files."""
+    for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
+        if path.name and token_store.idx_path(prefix).is_file():
+            return prefix
+    return None
+
+
+def _matching(pattern: str) -> Found | None:
+    """The files of a glob, sorted: of records, or of token stores, each of which is met by several files."""
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+    files = tuple(path for path in matches if path.name.endswith(records.RECORD_SUFFIXES))
+    stores = tuple(dict.fromkeys(prefix for path in matches if (prefix := _store(path))))
+    if files and stores:
+        raise UserError(f"{pattern} matches files of records and token stores: expected one kind, name them apart")
+    if not files and not stores:
+        return Found(files=tuple(matches)) if matches else None
+    return Found(files, stores)
+
+
+def _prepared(name: str) -> Found | None:
+    """The file of a bare name that some data/*/prepare.py has fetched."""
+    stem = name.removesuffix(".jsonl")
+    stem = _ALIASES.get(stem, stem)
+    if not re.fullmatch(r"[\w-][\w.-]*", stem):
+        return None
+    for suffix in records.RECORD_SUFFIXES:
+        for found in sorted((paths.ROOT / "data").glob(f"*/files/{stem}{suffix}")):
+            return Found(files=(found,))
+    return None
+
+
+def _is_hub_name(name: str) -> bool:
+    """ORG/NAME, and not rather a path that is spelt wrong."""
+    folder, _, rest = name.partition("/")
+    return "/" not in rest and not rest.endswith(records.RECORD_SUFFIXES) and not Path(folder).is_dir()
+
+
+def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ...]:
+    """The files of records of a hub's data set that `pattern` matches, or without one, those meant for training."""
+    folder = downloads / name.replace("/", "--")
+    listing = folder / f"files-{hashlib.sha256((pattern or '').encode()).hexdigest()[:16]}.txt"
+    if not listing.is_file():
+        with cache.locked(folder, f"{name} is fetched by another process: waiting for it"):
+            if not listing.is_file():
+                found = download.fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
+                paths.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))
+    return tuple(folder / line for line in listing.read_text(encoding="utf-8").splitlines())
+
+
+def _for_training(file: str) -> bool:
+    return file.endswith(records.RECORD_SUFFIXES) and not _HELD_OUT.search(file)
+
+
+def _fetch_command(folder: Path) -> str:
+    """The command that fills a folder such as `data/OIG/files`, if it is one of ours."""
+    script = Path("data") / folder.parent.name / "prepare.py"
+    if folder.name != "files" or not (paths.ROOT / script).is_file():
+        return ""
+    return f": run `python {script}` first"

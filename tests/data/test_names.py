@@ -1,0 +1,90 @@
+"""Names that lie elsewhere, or that a prepare.py has fetched: what they stand for here."""
+
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+
+from openchatkit import paths
+from openchatkit.data import names
+from openchatkit.data.mixture import parse
+from openchatkit.errors import UserError
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that is also the checkout, with some fetched data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    for name in (
+        "OIG/files/unified_ni.jsonl.gz",
+        "OIG/files/unified_mathqa_flanv2_kojma_cot.jsonl",
+        "Mine/files/m.parquet",
+    ):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("unified_ni", "OIG/files/unified_ni.jsonl.gz"),
+        ("unified_ni.jsonl", "OIG/files/unified_ni.jsonl.gz"),
+        ("cot", "OIG/files/unified_mathqa_flanv2_kojma_cot.jsonl"),
+        ("m", "Mine/files/m.parquet"),
+    ],
+)
+def test_stems_of_fetched_files(here: Path, name: str, file: str) -> None:
+    (part,) = parse(f"{name}:0.25", cache_dir=here)
+    assert (part.files, part.weight) == ((here / "data" / file,), 0.25)
+
+
+def test_a_file_of_the_working_folder_comes_first(here: Path) -> None:
+    (here / "unified_ni.jsonl").touch()
+    assert names.here("unified_ni.jsonl") == names.Found(files=(Path("unified_ni.jsonl"),))
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a server with one file of records; it counts what it is asked for in `asked`."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "chats.jsonl").write_text('{"text": "hello"}\n')
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_an_address_is_fetched_once(here: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = f"{server}/chats.jsonl"
+    (part,) = parse(f"{entry}:2", cache_dir=here / "cache")
+    assert (part.name, part.weight) == (entry, 2.0)
+    assert part.files[0].read_text() == '{"text": "hello"}\n'
+    assert part.files[0].is_relative_to(here / "cache")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "do_GET", refuse)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "do_HEAD", refuse)
+    assert parse(entry, cache_dir=here / "cache")[0].files == part.files
+
+
+def test_an_address_without_a_file(here: Path, server: str) -> None:
+    with pytest.raises(UserError, match=r"--task-name: .*nothing\.jsonl.*404"):
+        parse(f"{server}/nothing.jsonl", cache_dir=here / "cache")
+
+
+@pytest.mark.parametrize("name", ["mine/chats.jsonl", "data/nothing", "a/b/c", "../x", "plain"])
+def test_a_path_that_is_spelt_wrong_is_no_name_of_the_hub(here: Path, name: str) -> None:
+    assert names.elsewhere(name, here / "cache") is None
