@@ -18,7 +18,9 @@ from tokenizers import models, pre_tokenizers
 
 from openchatkit.data import preprocess as module
 from openchatkit.data import unfinished
+from openchatkit.data.dataset import build_dataset
 from openchatkit.data.document import decode
+from openchatkit.data.options import DataOptions
 from openchatkit.data.preprocess import main
 from openchatkit.data.tokenise import tokenise
 from openchatkit.data.tokenizer import Tokenizer
@@ -249,6 +251,20 @@ def test_a_loss_mask_is_trainings(tiny_tokenizer: Path, tmp_path: Path) -> None:
         assert store.sizes.tolist() == expected.sizes.tolist()
         assert store.mask.tolist() == expected.mask.tolist()
         assert 0 < store.mask.sum() < len(store.mask)
+
+
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_training_on_it_is_training_on_the_records(
+    tiny_tokenizer: Path, tmp_path: Path, data: Path, loss_on: str
+) -> None:
+    flags = ["--tokenizer-type", "HFTokenizer", "--vocab-file", tiny_tokenizer, "--append-eod", "--loss-mask"]
+    assert run("--input", data, *flags, "--output-prefix", tmp_path / "o") == 0
+    options = DataOptions(tiny_tokenizer, 48, loss_on=loss_on, cache_dir=tmp_path / "cache")
+    ours, records = (build_dataset(str(name), options) for name in (tmp_path / "o_text_document", data))
+    assert ours.epoch_samples == records.epoch_samples
+    batch, expected = (dataset.batch(0, 2 * dataset.epoch_samples) for dataset in (ours, records))
+    assert (batch.tokens == expected.tokens).all()
+    assert (batch.labels == expected.labels).all()
 
 
 def test_a_mask_without_roles_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
