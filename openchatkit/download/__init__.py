@@ -7,7 +7,7 @@ run again) when a server keeps failing.
 
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +42,17 @@ def fetch(address: str, destination: Path, *, sha256: str | None = None, patienc
     return bring(files[0], Path(destination), patience=patience)
 
 
-def fetch_dataset(name: str, files: Sequence[str], destination: Path, *, patience: Patience = _PATIENCE) -> list[Path]:
+def fetch_dataset(
+    name: str,
+    files: Sequence[str] | Callable[[str], bool],
+    destination: Path,
+    *,
+    patience: Patience = _PATIENCE,
+) -> list[Path]:
     """Fetch files of a hub data set into a folder, and say where they are; what is there already is not fetched again.
 
-    `files` are globs or names, with or without their endings (`unified_ni` is unified_ni.jsonl.gz); none means all
-    files of records.
+    `files` are globs or names, with or without their endings (`unified_ni` is unified_ni.jsonl.gz), none meaning all
+    files of records; or a function that says of each name whether the file is wanted.
     """
     chosen = hub.dataset_files(name, files, patience)
     _check_room(chosen, Path(destination), "make room, or name fewer files")

@@ -53,6 +53,8 @@ def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
         temporary.mkdir(parents=True)
         try:
             with _damage(path), _contents(path, destination) as stream:
+                if not path.stat().st_size:
+                    raise EOFError("an empty file")
                 names = _members(stream, path, temporary, strip)
             return [_move(temporary, destination, name) for name in names]
         finally:

@@ -33,12 +33,17 @@ _T = TypeVar("_T")
 _KINDS = {"dataset": "data set", "model": "model"}
 
 
-def dataset_files(name: str, wanted: Sequence[str], patience: Patience) -> list[Remote]:
+def dataset_files(name: str, wanted: Sequence[str] | Callable[[str], bool], patience: Patience) -> list[Remote]:
     """The files of a data set that `wanted` names: globs or names, with or without their endings; none: all records.
 
-    UserError when the hub cannot be reached, knows no such data set, or has no file for one of the names.
+    Or it says of a file whether it is wanted. UserError when the hub cannot be reached, knows no such data set, or has
+    no file for one of the names.
     """
     offered = _listing(name, "dataset", patience)[1]
+    if callable(wanted):
+        if not (chosen := [file for file in offered if wanted(file.name)]):
+            raise _absent(name, "of the kind that is wanted", offered)
+        return chosen
     wanted = wanted or ["*.jsonl*"]
     for pattern in wanted:
         if not any(_is_meant(file.name, pattern) for file in offered):

@@ -47,6 +47,7 @@ def names(folder: Path) -> set[str]:
         (["unified_*"], ["unified_ni.jsonl.gz", "unified_p3.jsonl"]),
         (["README.md", "more/*"], ["more/unified_p3.jsonl", "README.md"]),
         ([], ["unified_ni.jsonl.gz", "unified_p3.jsonl", "more/unified_p3.jsonl"]),
+        (lambda name: name.startswith("unified_n"), ["unified_ni.jsonl.gz"]),
         (["*"], ["unified_ni.jsonl.gz", "unified_p3.jsonl", "more/unified_p3.jsonl", "README.md"]),
     ],
 )
@@ -147,6 +148,8 @@ def test_a_file_that_is_not_there(oig, tmp_path):
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         download.fetch_dataset("laion/OIG", ["unified_nil"], tmp_path)
+    with pytest.raises(UserError, match=r"laion/OIG holds no file of the kind that is wanted: expected one of \.git"):
+        download.fetch_dataset("laion/OIG", lambda name: False, tmp_path)
     assert oig.fetched(OIG) == []
 
 
