@@ -20,6 +20,7 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
+from openchatkit.formats.token_store import TokenStoreWriter, bin_path
 
 END = "<|endoftext|>"
 
@@ -377,3 +378,29 @@ def test_the_order_is_for_ever(build: object, tmp_path: Path) -> None:
         [4, 5, 9, 8, 1, 7, 6, 0, 2, 3],
         [2, 5, 3, 4, 8, 6, 7, 1, 0, 9],
     ]
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents", "none"])
+def test_a_store_made_elsewhere(build: object, tokenizer: Tokenizer, tmp_path: Path, packing: str) -> None:
+    """The same tokens as records and as a store of their own are the same samples."""
+    texts = write_chats(tmp_path / "a.jsonl", 40)
+    documents = [document_ids(tokenizer, text) for text in texts]
+    records = build(str(tmp_path / "a.jsonl"), packing=packing)
+    with TokenStoreWriter(tmp_path / "made", vocab_size=50_000, masked=False) as writer:
+        writer.add(np.concatenate(documents), np.array([len(document) for document in documents]))
+    data = build(f"{tmp_path}/made:2", packing=packing)
+    (source,) = data.sources
+    assert (source.rows, source.quarantined, source.documents) == (40, 0, 40)
+    assert source.trained_tokens == source.tokens == records.sources[0].tokens
+    expected, batch = records.batch(0, 100), data.batch(0, 100)
+    assert torch.equal(batch.tokens, expected.tokens)
+    assert torch.equal(batch.labels, expected.labels)
+    assert packing != "documents" or torch.equal(batch.starts, expected.starts)
+    assert data.fingerprint != records.fingerprint
+    with pytest.raises(UserError, match=r"made has no loss mask \(.*made\.mask\.bin\)"):
+        build(str(tmp_path / "made"), packing=packing, loss_on="responses")
+    bin_path(tmp_path / "made").write_bytes(np.full(source.tokens, 49_999, np.uint16))
+    changed = build(str(tmp_path / "made"), packing=packing)
+    assert changed.fingerprint != data.fingerprint
+    with pytest.raises(UserError, match=r"made: document \d+ .* holds the token 49999, and .* vocabulary of \d+: pass"):
+        changed.batch(0, 1)
