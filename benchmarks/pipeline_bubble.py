@@ -18,7 +18,7 @@ import time
 from datetime import timedelta
 
 import torch
-from random_tokens import RandomTokens
+from _random_tokens import RandomTokens
 
 
 def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):

@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from random_tokens import RandomTokens
+from _random_tokens import RandomTokens
 
 # Published Pythia shapes: layers, width, heads; the vocabulary is 50,304 for all of them.
 SHAPES = {"14m": (6, 128, 4), "70m": (6, 512, 8), "160m": (12, 768, 12), "410m": (24, 1024, 16), "1b": (16, 2048, 8)}

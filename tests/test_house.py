@@ -33,7 +33,7 @@ MODULES = sorted((ROOT / "openchatkit").rglob("*.py"))
 SCRIPTS = [
     path for folder in COMMAND_FOLDERS for depth in ("*.py", "*/*.py") for path in sorted((ROOT / folder).glob(depth))
 ]
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("[!_]*.py"))  # what several share begins with _
 READMES = sorted(
     path for pattern in ("*.md", "*/*.md", "*/*/README.md") for path in ROOT.glob(pattern) if path.parts[-2][0] != "."
 )

@@ -46,7 +46,7 @@ def here(name: str) -> Found | None:
     for candidate in (Path(name + packed) for packed in _PACKED):
         if candidate.is_file() and candidate.name.endswith(records.RECORD_SUFFIXES):
             return Found(files=(candidate,))
-    if prefix := _store(Path(name)):
+    if prefix := token_store.find_prefix(Path(name)):
         return Found(stores=(prefix,))
     if tables.is_saved_dataset(Path(name)):
         return Found(files=(Path(name),))
@@ -89,19 +89,11 @@ def missing(name: str) -> str:
     return f"no file {name} ({found}){_fetch_command(folder)}"
 
 
-def _store(path: Path) -> Path | None:
-    """The prefix of the token store that a path names, with or without the ending of one of its files."""
-    for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
-        if path.name and token_store.idx_path(prefix).is_file():
-            return prefix
-    return None
-
-
 def _matching(pattern: str) -> Found | None:
     """The files of a glob, sorted: of records, or of token stores, each of which is met by several files."""
     matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
     files = tuple(path for path in matches if path.name.endswith(records.RECORD_SUFFIXES))
-    stores = tuple(dict.fromkeys(prefix for path in matches if (prefix := _store(path))))
+    stores = tuple(dict.fromkeys(prefix for path in matches if (prefix := token_store.find_prefix(path))))
     if files and stores:
         raise UserError(f"{pattern} matches files of records and token stores: expected one kind, name them apart")
     if not files and not stores:

@@ -53,6 +53,14 @@ def mask_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".mask.bin")
 
 
+def find_prefix(path: Path) -> Path | None:
+    """The prefix of the store that a path names, as it stands or with the ending of a file; None if there is none."""
+    for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
+        if path.name and idx_path(prefix).is_file():
+            return prefix
+    return None
+
+
 def folder_prefix(folder: Path) -> Path:
     """The prefix of the store in a cached store's folder."""
     return folder / _FOLDER_PREFIX
