@@ -5,6 +5,7 @@ with. Everything here logs, shows bars, and raises UserError with what to do, or
 run again) when a server keeps failing.
 """
 
+import functools
 import re
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from openchatkit.download import http, hub, local, s3
 from openchatkit.download.archive import is_packed, unpack
+from openchatkit.download.patience import Patience
 from openchatkit.download.places import Note, check_room, held, place, read_note, storage_errors, write_note
-from openchatkit.download.transfer import Patience, Remote, TransientError, bring, missing
+from openchatkit.download.transfer import Remote, bring, missing
 from openchatkit.errors import UserError
 
 __all__ = ["Patience", "fetch", "fetch_dataset", "fetch_model", "fetch_source", "unpack"]
@@ -116,20 +118,10 @@ def _remotes(address: str, sha256: str | None, patience: Patience) -> list[Remot
     if address.lower().startswith(("http://", "https://")):
         return [http.remote(address, sha256=sha256)]
     if address.startswith(s3.SCHEME):
-        return _patiently(address, sha256, patience)
+        return patience.until_answered(functools.partial(s3.remotes, address, sha256=sha256), address)
     if re.match(r"[A-Za-z][\w+.-]*://", address):
         raise UserError(f"{http.shown(address)}: expected http://, https://, s3:// or a path")
     return local.remotes(address, sha256=sha256)
-
-
-def _patiently(address: str, sha256: str | None, patience: Patience) -> list[Remote]:
-    failures = 0
-    while True:
-        try:
-            return s3.remotes(address, sha256=sha256)
-        except TransientError as error:
-            failures += 1
-            patience.bear(error, failures, address, met=False)
 
 
 def _split_digest(address: str, sha256: str | None) -> tuple[str, str | None]:

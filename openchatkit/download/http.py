@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from openchatkit.download.digests import SHA256, Digest
-from openchatkit.download.transfer import Answer, Remote, TransientError
+from openchatkit.download.patience import TransientError
+from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from loguru import logger
 
 from openchatkit.download import http
 from openchatkit.download.digests import GIT, SHA256, Digest
+from openchatkit.download.patience import Patience, TransientError
 from openchatkit.download.places import check_room
-from openchatkit.download.transfer import Answer, Patience, Remote, TransientError, bring, missing
+from openchatkit.download.transfer import Answer, Remote, bring, missing
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -173,14 +174,12 @@ def _remote(name: str, kind: str, commit: str, file: "RepoFile") -> Remote:
 
 def _asked(ask: Callable[[], _T], name: str, kind: str, patience: Patience) -> _T:
     """What the hub answers, asked again while it is only busy; UserError about `name` when it refuses."""
-    failures = 0
-    while True:
-        try:
-            with _errors(name, kind):
-                return ask()
-        except TransientError as error:
-            failures += 1
-            patience.bear(error, failures, name, met=True)
+
+    def once() -> _T:
+        with _errors(name, kind):
+            return ask()
+
+    return patience.until_answered(once, name)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from loguru import logger
 
 from openchatkit.download.digests import MD5, SHA256, Digest
 from openchatkit.download.http import retry_after
-from openchatkit.download.transfer import Answer, Remote, TransientError
+from openchatkit.download.patience import TransientError
+from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:

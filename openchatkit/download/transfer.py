@@ -7,11 +7,9 @@ for is the business of `http`, `s3`, `hub` and `local`, each of which makes `Rem
 
 import json
 import os
-import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from loguru import logger
 
 from openchatkit import progress
 from openchatkit.download.digests import Digest, mismatch
+from openchatkit.download.patience import Patience, TransientError
 from openchatkit.download.places import (
     Note,
     amount,
@@ -29,7 +28,7 @@ from openchatkit.download.places import (
     storage_errors,
     write_note,
 )
-from openchatkit.errors import Interrupted, UserError
+from openchatkit.errors import UserError
 from openchatkit.paths import sync, write_text
 
 
@@ -54,42 +53,6 @@ class Remote:
     size: int | None = None
     version: str | None = None
     digests: tuple[Digest, ...] = ()
-
-
-class TransientError(Exception):
-    """A failure that another try may not meet: `wait` is the number of seconds the server asks for, if it does."""
-
-    def __init__(self, reason: str, *, wait: float | None = None, anew: bool = False, unreachable: bool = False):
-        super().__init__(reason)
-        self.wait = wait
-        self.anew = anew  # what has come so far is of no use
-        self.unreachable = unreachable  # nobody answered at all
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long errors are borne: `tries` in a row that bring no new byte, with waits that double, in seconds."""
-
-    tries: int = 8
-    first: float = 1.0
-    longest: float = 60.0
-    longest_asked: float = 600.0
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
-
-    def bear(self, error: TransientError, failures: int, what: str, *, met: bool) -> None:
-        """Wait before the next try, or end the trying; `failures` counts this one, `met` says that somebody is there.
-
-        UserError when the server cannot be reached at all, Interrupted when it does not do what it should.
-        """
-        if error.unreachable and not met and failures > 1:
-            raise UserError(f"{what}: {error}: check the address and the connection, then run again") from error
-        if failures >= self.tries or (error.wait or 0) > self.longest_asked:
-            asked = f", and asks for {error.wait:.0f} seconds of patience" if error.wait else ""
-            raise Interrupted(f"{what}: {error}{asked}: run again later, it goes on from there") from error
-        seconds = min(self.longest, self.first * 2.0 ** (failures - 1)) * random.uniform(0.5, 1.0)
-        seconds = max(seconds, error.wait or 0)
-        logger.info("{}: {}; trying again in {:.1f} s", what, error, seconds)
-        self.sleep(seconds)
 
 
 def bring(remote: Remote, folder: Path, *, patience: Patience, noted: bool = True) -> Path:
@@ -162,7 +125,7 @@ def _bring(remote: Remote, path: Path, patience: Patience, noted: bool) -> None:
             if again:
                 raise UserError(
                     f"{remote.address} came twice with other bytes than were promised: expected {expected}, found "
-                    f"{found}; nothing is kept, whoever keeps the file has to mend it"
+                    f"{found}; nothing is kept: check the digest, or ask whoever keeps the file"
                 )
             logger.warning("{}: expected {}, found {}; fetching it once more", remote.address, expected, found)
             again, part = True, _Partial(path, remote)
@@ -173,7 +136,10 @@ def _bring(remote: Remote, path: Path, patience: Patience, noted: bool) -> None:
         )
         raise
     finally:
-        part.close()
+        if part.length:
+            part.close()
+        else:
+            part.remove()
 
 
 def _fill(part: "_Partial", remote: Remote, patience: Patience) -> None:
@@ -234,11 +200,16 @@ class _Partial:
             digests = tuple(Digest(**entry) for entry in memory["digests"])
         except (FileNotFoundError, ValueError, TypeError, KeyError, AssertionError):
             version, size, digests = None, None, ()
-        same = version == self.version if self.version is not None else bool(version or self.digests)
-        if not same or not set(self.digests) <= set(digests) or self.size not in (None, size):
+        if self.version is not None:
+            same = version == self.version
+        else:
+            # A version is sent along when the rest is asked for; a digest proves in the end what was joined.
+            same = version is not None or bool(self.digests and set(self.digests) <= set(digests))
+        if not same or self.size not in (None, size):
             self._file.truncate(0)
         elif self._file.tell():
-            self.size, self.version, self.digests = size, version, digests
+            self.size, self.version = size, version
+            self.digests = tuple(dict.fromkeys((*self.digests, *digests)))
 
     def begin(self, answer: Answer) -> None:
         """Take an answer: the rest of what is here, or the whole file, which then replaces what is here."""
