@@ -47,8 +47,8 @@ def dataset_command(folder: str, name: str, size: str, *, everything: str) -> Ca
             nargs="+",
             default=argparse.SUPPRESS,
             metavar="NAME",
-            help="only these files: names, with or without their endings, or globs, for example unified_ni "
-            "'unified_s*'; without this flag, all",
+            help="only these files: names, with or without their endings, or globs such as 'unified_s*'; without this "
+            "flag, all",
         )
         wanted = getattr(parser.parse_args(argv), "files", [everything])
         _print(fetch_dataset(name, wanted, paths.ROOT / "data" / folder / "files"))
