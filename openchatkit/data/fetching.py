@@ -61,8 +61,8 @@ def prepare_data(argv: Sequence[str] | None = None) -> None:
     """The command `data/prepare_data.py`."""
     parser = cli.Parser(
         prog="data/prepare_data.py",
-        description="Fetch data from wherever it is into a folder, and unpack .gz, .zst and tar there. What is there "
-        "already is not fetched again, and a download that was cut short goes on where it stopped.",
+        description="Fetch data from wherever it is into a folder, and unpack .gz, .zst and tar there. What is\n"
+        "there already is not fetched again; a download that was cut short goes on where it stopped.",
         epilog=_SOURCES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
