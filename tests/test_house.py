@@ -131,7 +131,7 @@ def test_the_library_imports_with_core_dependencies_alone():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     code = f"""
 import importlib, sys
-for name in ("accelerate", "bitsandbytes", "cupy", "faiss", "wandb", "sentence_transformers", "pytest"):
+for name in ("accelerate", "bitsandbytes", "cupy", "faiss", "wandb", "sentence_transformers", "pytest", "boto3", "moto"):
     sys.modules[name] = None  # importing it raises ImportError
 for name in {names}:
     importlib.import_module(name.removesuffix(".__init__"))
