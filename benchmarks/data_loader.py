@@ -22,8 +22,8 @@ from loguru import logger
 
 from openchatkit.data.dataset import Dataset
 from openchatkit.data.options import LOSS_ON, PACKINGS, DataOptions
-from openchatkit.data.packing import pack
-from openchatkit.data.source import Content, Source
+from openchatkit.data.samples.packing import pack
+from openchatkit.data.samples.source import Content, Source
 from openchatkit.formats.token_store import TokenStore, TokenStoreWriter
 
 VOCABULARY = 50_000

@@ -71,8 +71,8 @@ def encode_batch_alone(serialised: str, texts: list[str], size: int) -> int:
 
 def datasets_map(serialised: str, table: object) -> int:
     """The same segments, ids and masks as columns of an Arrow file."""
+    from openchatkit.data.stores.workers import cores
     from openchatkit.data.tokenizer import encoder
-    from openchatkit.data.workers import cores
     from openchatkit.formats import chat
 
     def columns(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -120,11 +120,11 @@ def main() -> None:
     arguments = parser.parse_args()
     import datasets
 
-    from openchatkit.data.cache import cached_store
     from openchatkit.data.records import Records
-    from openchatkit.data.tokenise import tokenise_all
+    from openchatkit.data.stores.cache import cached_store
+    from openchatkit.data.stores.tokenise import tokenise_all
+    from openchatkit.data.stores.workers import cores
     from openchatkit.data.tokenizer import Tokenizer
-    from openchatkit.data.workers import cores
 
     logger.remove()
     logger.add(sys.stderr, level="ERROR")

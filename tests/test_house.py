@@ -20,6 +20,21 @@ LEVELS = {
     **dict.fromkeys(("data", "retrieval", "minimal20b"), 3),
     **dict.fromkeys(("training", "inference", "convert", "evaluation"), 4),
 }
+# Packages that the library is imported without: of extras, or of the tests.
+OPTIONAL = (
+    "accelerate",
+    "bitsandbytes",
+    "boto3",
+    "cupy",
+    "faiss",
+    "ftfy",
+    "moto",
+    "pytest",
+    "sentence_transformers",
+    "sentencepiece",
+    "tiktoken",
+    "wandb",
+)
 COMMAND_FOLDERS = ("data", "pretrained", "training", "tools", "inference", "retrieval")
 
 # Pieces of the names of files that others read, where a whole literal without spaces (not a sentence) holds one.
@@ -131,7 +146,7 @@ def test_the_library_imports_with_core_dependencies_alone():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     code = f"""
 import importlib, sys
-for name in ("accelerate", "bitsandbytes", "cupy", "faiss", "wandb", "sentence_transformers", "pytest", "boto3", "moto"):
+for name in {OPTIONAL}:
     sys.modules[name] = None  # importing it raises ImportError
 for name in {names}:
     importlib.import_module(name.removesuffix(".__init__"))

@@ -117,6 +117,6 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
 
 def _texts(data: Path) -> Iterator[str]:
     """The first records of a file."""
-    from openchatkit.data.document import texts
+    from openchatkit.data.records.document import texts
 
     return itertools.islice(texts(data), _TOKENIZER_RECORDS)

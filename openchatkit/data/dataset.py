@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from openchatkit.data.batch import Batch
-from openchatkit.data.cache import cached_store, store_identity
 from openchatkit.data.mixture import Interleaving, Part, parse
 from openchatkit.data.options import DataOptions
-from openchatkit.data.packing import Packed, pack
-from openchatkit.data.source import Content, Source
+from openchatkit.data.samples.packing import Packed, pack
+from openchatkit.data.samples.source import Content, Source
+from openchatkit.data.stores.cache import cached_store, store_identity
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openchatkit import download, paths
-from openchatkit.data import cache, records, tables
+from openchatkit.data import records
+from openchatkit.data.records import tables
+from openchatkit.data.stores import cache
 from openchatkit.errors import UserError
 from openchatkit.formats import token_store
 

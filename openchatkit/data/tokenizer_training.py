@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openchatkit import cli, paths, progress
-from openchatkit.data import document
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records import RECORD_SUFFIXES, Records
-from openchatkit.data.row import Row
+from openchatkit.data.records import RECORD_SUFFIXES, Records, document
+from openchatkit.data.records.row import Row
 from openchatkit.errors import UserError
 from openchatkit.formats import tokenizer_files
 

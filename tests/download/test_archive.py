@@ -39,15 +39,15 @@ def left(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES), {"a.jsonl": LINES}),
-        ("a.jsonl.gz", gzip.compress(LINES) + gzip.compress(b"more"), {"a.jsonl": LINES + b"more"}),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0), {"a.jsonl": LINES}),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0) + gzip.compress(b"more", mtime=0), {"a.jsonl": LINES + b"more"}),
         ("a.jsonl.zst", zstandard.compress(LINES), {"a.jsonl": LINES}),
         ("a.jsonl.zst", zstandard.compress(LINES) + zstandard.compress(b"more"), {"a.jsonl": LINES + b"more"}),
         ("a.tar", TAR, {"folder/a.jsonl": LINES, "b.jsonl": b"b"}),
-        ("a.tar.gz", gzip.compress(TAR), {"folder/a.jsonl": LINES, "b.jsonl": b"b"}),
-        ("a.TGZ", gzip.compress(TAR), {"folder/a.jsonl": LINES, "b.jsonl": b"b"}),
+        ("a.tar.gz", gzip.compress(TAR, mtime=0), {"folder/a.jsonl": LINES, "b.jsonl": b"b"}),
+        ("a.TGZ", gzip.compress(TAR, mtime=0), {"folder/a.jsonl": LINES, "b.jsonl": b"b"}),
         ("a.tar.zst", zstandard.compress(TAR), {"folder/a.jsonl": LINES, "b.jsonl": b"b"}),
-        ("empty.gz", gzip.compress(b""), {"empty": b""}),
+        ("empty.gz", gzip.compress(b"", mtime=0), {"empty": b""}),
     ],
 )
 def test_unpacks(tmp_path, name, data, expected):
@@ -65,10 +65,10 @@ def test_leading_folders_can_be_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.jsonl.zst", zstandard.compress(LINES)),
         ("a.tar", TAR),
-        ("a.tar.gz", gzip.compress(TAR)),
+        ("a.tar.gz", gzip.compress(TAR, mtime=0)),
         ("a.tar.zst", zstandard.compress(TAR)),
     ],
 )

@@ -1,0 +1,220 @@
+"""What `tools/inspect_data.py` finds, drawn on a terminal, or as plain text into a pipe.
+
+Colour is for terminals alone, and never the only sign: every line of a sample begins with a mark.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from openchatkit.data.inspection.figures import Mixture, Quarantine
+from openchatkit.data.inspection.sampled import Sample, Span, visible
+from openchatkit.data.inspection.verification import Proof
+
+_PIPE_WIDTH = 160
+_BAR = 20
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+_READ, _TRAINED, _SPECIAL, _NOTE = "dim", "bold green", "magenta", "cyan"
+
+
+class _Console(Console):
+    """rich's console, which leaves it to the command what to do when the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def console() -> Console:
+    """Where to draw: nothing in what is drawn is taken for markup, and what stdout cannot write is spelled out."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return _Console(width=wide, markup=False, highlight=False, emoji=False)
+
+
+def show_mixture(out: Console, mixture: Mixture) -> None:
+    """Two tables: what the sources hold, and what training takes from them."""
+    _show_sources(out, mixture)
+    table = _table(f"\nMixture: {mixture_title(mixture)}")
+    bars = out.width >= 110
+    for name in ("weight", "sequences", "samples", "epochs", "of loss", "waste"):
+        table.add_column(name, justify="right")
+    if bars:
+        table.add_column("")
+    for source in mixture.sources:
+        cells = [
+            f"{source.weight:g}",
+            percent(source.sequences),
+            f"{source.samples:,}",
+            number(source.epochs),
+            percent(source.loss),
+            percent(source.waste),
+        ]
+        table.add_row(_name(out, source.name), *cells, *([_bar(source.loss)] if bars else []))
+    table.add_section()
+    table.add_row("all", "", "100%", f"{mixture.samples:,}", "", "100%", percent(mixture.waste))
+    out.print(table)
+    out.print(Text(mixture_note(mixture), _READ))
+
+
+def show_quarantines(out: Console, quarantines: Sequence[Quarantine]) -> None:
+    """Where the rows that were set aside are listed, and the first of them."""
+    for quarantine in quarantines:
+        rows = "1 row" if quarantine.rows == 1 else f"{quarantine.rows:,} rows"
+        out.print()
+        out.print(Text(visible(f"{quarantine.source}: {rows} set aside, listed in {quarantine.path}"), _NOTE))
+        for row in quarantine.first:
+            out.print(Text(f"  {visible(row)}"), soft_wrap=True)
+        if quarantine.rows > len(quarantine.first):
+            out.print(f"  and {quarantine.rows - len(quarantine.first):,} more")
+
+
+def show_samples(out: Console, samples: Sequence[Sample]) -> None:
+    """The legend, and each sample line by line."""
+    out.print()
+    out.print(
+        Text.assemble(
+            ("Samples: ", "bold"),
+            ("+ trained on", _TRAINED),
+            (" | ", ""),
+            (". only read", _READ),
+            (" | ", ""),
+            ("# special token", _SPECIAL),
+            (" | ↵ newline", ""),
+        )
+    )
+    for sample in samples:
+        out.print()
+        out.print(Text(visible(sample_title(sample)), _NOTE), soft_wrap=True)
+        for span in sample.spans:
+            _show_span(out, span)
+        if sample.padding:
+            out.print(Text(f"   ... {sample.padding:,} tokens of padding", _NOTE))
+
+
+def show_proof(out: Console, proof: Proof) -> None:
+    """The runs that a ledger tells of, and what it proves."""
+    table = _table(None, "started")
+    for name in ("layout", "steps", "samples"):
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for run in proof.runs:
+        steps = f"{run.first_step:,} to {run.last_step:,}"
+        table.add_row(visible(run.started), visible(run.layout), steps, f"{run.samples:,}")
+    out.print(table)
+    if proof.changed:
+        note(out, "the data have changed since, though in nothing that was trained on up to there")
+    if proof.later:
+        note(out, f"rows of later steps, for which {proof.checkpoint.name} does not vouch: {proof.later:,}")
+    runs = "1 run" if len(proof.runs) == 1 else f"{len(proof.runs)} runs"
+    out.print(
+        f"verified: {proof.steps:,} steps, {proof.samples:,} samples, each trained exactly once, by {runs}",
+        soft_wrap=True,
+    )
+
+
+def note(out: Console, text: str) -> None:
+    """A line about what was done."""
+    out.print(Text(visible(text), _NOTE), soft_wrap=True)
+
+
+def mixture_title(mixture: Mixture) -> str:
+    """Over how much the mixture's figures are."""
+    steps = "1 step" if mixture.steps == 1 else f"{mixture.steps:,} steps"
+    return f"{steps} of {mixture.batch_size:,} sequences of {mixture.seq_length:,} tokens"
+
+
+def mixture_note(mixture: Mixture) -> str:
+    """How much of what a step computes counts, and where the shares come from."""
+    drawn = "exact" if not mixture.drawn else f"estimated from {mixture.drawn} samples of each source"
+    return f"{percent(mixture.trained)} of all places in a sequence are trained on; shares of the loss are {drawn}"
+
+
+def sample_title(sample: Sample) -> str:
+    """Which sample it is."""
+    own = "" if sample.local == sample.number else f", number {sample.local:,}"
+    trained = f"{sample.trained:,} of {sample.length:,} tokens trained on"
+    return f"sample {sample.number:,}{own} of {sample.source}: {trained}"
+
+
+def spelled_lines(text: str) -> str:
+    """What is seen of a text, its newlines too."""
+    return visible(text).replace("\n", "↵\n")
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage; nothing that is there shows as 0."""
+    return f"{share:.1%}" if share == 0 or share >= 0.0005 else "<0.1%"
+
+
+def number(value: float) -> str:
+    """A number of epochs: two decimals, or two digits of a small one."""
+    return f"{value:,.2f}" if value == 0 or value >= 0.1 else f"{value:.2g}"
+
+
+def _show_sources(out: Console, mixture: Mixture) -> None:
+    table = _table("\nSources")
+    for name in ("rows", "set aside", "documents", "tokens", "trained"):
+        table.add_column(name, justify="right")
+    sources = mixture.sources
+    for source in sources:
+        table.add_row(
+            _name(out, source.name),
+            f"{source.rows:,}",
+            f"{source.quarantined:,}",
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            percent(source.trained_tokens / source.tokens),
+        )
+    table.add_section()
+    names = ("rows", "quarantined", "documents", "tokens", "trained_tokens")
+    *counts, trained = (sum(getattr(source, name) for source in sources) for name in names)
+    table.add_row("all", *(f"{count:,}" for count in counts), percent(trained / counts[-1]))
+    out.print(table)
+
+
+def _table(title: str | None, first: str = "source") -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(first, overflow="fold", min_width=12)
+    return table
+
+
+def _name(out: Console, name: str) -> str:
+    """A source's name; where there is no room for it, its end."""
+    name, room = visible(name), max(12, out.width - 60)
+    return name if len(name) <= room else f"…{name[1 - room :]}"
+
+
+def _bar(share: float) -> Text:
+    eighths = round(share * _BAR * 8)
+    return Text(("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).strip(), "green")
+
+
+def _show_span(out: Console, span: Span) -> None:
+    if span.border:
+        out.print(Text("   --- a document that sees nothing of those above ---", _NOTE))
+    if span.text is None:
+        out.print(Text(f"   ... {span.tokens:,} tokens left out (--full shows them)", _NOTE))
+        return
+    mark = ("+" if span.trained else ".") + ("# " if span.special else "  ")
+    style = _SPECIAL if span.special else _TRAINED if span.trained else _READ
+    for line in _lines(out, span.text):
+        out.print(Text.assemble((mark, _TRAINED if span.trained else _READ), (line, style)), soft_wrap=True)
+
+
+def _lines(out: Console, text: str) -> Iterator[str]:
+    """The text's own lines, each with its newline shown, folded to the width of a terminal."""
+    for line in spelled_lines(text).splitlines():
+        folded = Text(line).wrap(out, max(out.width - 3, 20), overflow="fold") if out.is_terminal else [Text(line)]
+        yield from (part.plain for part in folded)

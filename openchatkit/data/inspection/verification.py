@@ -1,0 +1,203 @@
+"""The proof that a training run used each sample exactly once, from what it left in its checkpoint folder.
+
+The ledger says on which samples each step was taken, and a digest of what they held. Here the digests are computed
+again from the data, and the newest checkpoint vouches that the ledger is its own. Nothing of the weights is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openchatkit import progress
+from openchatkit.data import options
+from openchatkit.data.batch import IGNORE
+from openchatkit.data.dataset import Dataset, build_dataset
+from openchatkit.data.inspection.figures import read_quarantine
+from openchatkit.data.options import DataOptions
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint, ledger, metrics, token_store
+from openchatkit.formats.ledger import Entry
+from openchatkit.formats.tokenizer_files import has_tokenizer
+
+_PIECE = 1 << 18  # tokens of a batch digested at a time
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps that follow one another, all taken by one start of training."""
+
+    started: str
+    layout: str
+    first_step: int
+    last_step: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved: steps 1 to `steps` were taken on samples 0 to `samples` - 1, each on its own, by these runs.
+
+    `trained_tokens` of their labels counted in the loss. `later` rows of the ledger are behind the checkpoint;
+    `changed`: the data are no longer those of the last run, though these samples are.
+    """
+
+    checkpoint: Path
+    steps: int
+    samples: int
+    trained_tokens: int
+    runs: tuple[Run, ...]
+    later: int
+    changed: bool
+
+
+def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None = None) -> Proof:
+    """Prove that every sample up to the newest checkpoint in `path` was trained on exactly once.
+
+    `tokenizer` and `cache_dir` take the place of those that the run had.
+    UserError names the first step that is not as it should be, what was expected and what was found.
+    """
+    newest = checkpoint.locate(path)
+    root, state = newest.parent, checkpoint.read_state(newest)
+    if state.get("ledger") is None:
+        raise UserError(f"{newest} is of a run that began before training kept a ledger: nothing can be verified")
+    steps, rows_a_step = state["step"], state["global_batch"]
+    entries = ledger.read(root)
+    up_to = [entry for entry in entries if entry.step <= steps]
+    check_steps(up_to, steps, rows_a_step)
+    _check_totals(newest, state)
+    dataset = build_dataset(state["settings"]["task_name"], _options(newest, state, tokenizer, cache_dir))
+    check_rows(dataset)
+    altered = ledger.chain(up_to) != state["ledger"]
+    trained = check_digests(up_to, dataset, trained=_recorded(root), blame=_blame(dataset, state, altered=altered))
+    if altered:
+        raise UserError(
+            f"not verified: {root / ledger.LEDGER}: up to step {steps} expected rows that hash to "
+            f"{state['ledger'][:16]}..., as {newest.name} recorded, found {ledger.chain(up_to)[:16]}...: "
+            "a row was altered, or is another run's"
+        )
+    return Proof(
+        checkpoint=newest,
+        steps=steps,
+        samples=steps * rows_a_step,
+        trained_tokens=trained,
+        runs=tuple(runs(up_to)),
+        later=len(entries) - len(up_to),
+        changed=dataset.fingerprint != state["data"],
+    )
+
+
+def check_steps(entries: Sequence[Entry], steps: int, rows_a_step: int) -> None:
+    """UserError unless these are steps 1 to `steps`, each on the `rows_a_step` samples behind those of the last."""
+    for step in range(1, max(steps, len(entries)) + 1):
+        entry = entries[step - 1] if step <= len(entries) else None
+        if entry is None:
+            raise _differs(step, "its row in the ledger", f"the last one to be of step {step - 1}")
+        if entry.step != step:
+            raise _differs(step, "its row in the ledger" if step <= steps else "no row", f"one of step {entry.step}")
+        first = (step - 1) * rows_a_step
+        if (entry.first, entry.count) != (first, rows_a_step):
+            expected = f"samples {first} to {first + rows_a_step - 1}"
+            raise _differs(step, expected, f"{entry.first} to {entry.first + entry.count - 1}")
+
+
+def check_rows(dataset: Dataset) -> None:
+    """UserError unless every row of every store is a document or is listed as set aside."""
+    for source in dataset.sources:
+        for store in source.stores:
+            folder = store.prefix.parent
+            record = token_store.read_record(folder)
+            if record is None or store.prefix != token_store.folder_prefix(folder):
+                continue  # a store made elsewhere, which says nothing of rows
+            path = token_store.quarantine_path(folder)
+            listed = read_quarantine(path)[0] if path.exists() else 0
+            if (store.documents, listed) != (record.rows - record.quarantined, record.quarantined):
+                raise UserError(
+                    f"not verified: {folder}: expected {record.rows} rows, {record.quarantined} set aside, found "
+                    f"{store.documents} documents and {listed} rows set aside: delete the folder, it is made anew"
+                )
+
+
+def check_digests(entries: Sequence[Entry], dataset: Dataset, *, trained: dict[int, int], blame: str) -> int:
+    """Compute every step's digest from the data, and count the labels that train; returns their sum.
+
+    `trained` is what each step counted itself, where that is known; `blame` what to say of a step that differs.
+    """
+    total = 0
+    with progress.bar(sum(entry.count for entry in entries), "verifying", unit="sample") as bar:
+        for entry in entries:
+            digest, counted = _digest(dataset, entry.first, entry.count)
+            if digest != entry.digest:
+                raise _differs(entry.step, f"samples with digest {entry.digest}", f"{digest}: {blame}")
+            if (known := trained.get(entry.step, counted)) != counted:
+                raise _differs(entry.step, f"{known} trained tokens, as {metrics.METRICS} says", str(counted))
+            total += counted
+            bar.update(entry.count)
+    return total
+
+
+def runs(entries: Sequence[Entry]) -> list[Run]:
+    """The runs behind these rows, in order."""
+    found: list[Run] = []
+    for entry in entries:
+        last = found[-1] if found else None
+        if last is not None and (last.started, last.layout) == (entry.started, entry.layout):
+            found[-1] = Run(last.started, last.layout, last.first_step, entry.step, last.samples + entry.count)
+        else:
+            found.append(Run(entry.started, entry.layout, entry.step, entry.step, entry.count))
+    return found
+
+
+def _differs(step: int, expected: str, found: str) -> UserError:
+    return UserError(f"not verified: step {step}: expected {expected}, found {found}")
+
+
+def _options(newest: Path, state: dict[str, Any], tokenizer: Path | None, cache_dir: Path | None) -> DataOptions:
+    settings = dict(state["settings"])
+    if tokenizer is not None:
+        settings["tokenizer_name"] = tokenizer
+    elif not Path(settings["tokenizer_name"]).is_dir() and has_tokenizer(newest):
+        settings["tokenizer_name"] = newest  # the model has been moved; the checkpoint holds a copy
+    if cache_dir is not None:
+        settings["data_cache"] = cache_dir
+    return options.from_settings(settings)
+
+
+def _check_totals(newest: Path, state: dict[str, Any]) -> None:
+    """Samples and tokens that state.json counts are steps x rows, and rows x their length."""
+    samples = state["step"] * state["global_batch"]
+    expected = {"samples": samples, "tokens": samples * state["settings"]["seq_length"]}
+    for name, value in expected.items():
+        if state[name] != value:
+            raise UserError(
+                f"{newest}: expected {state['step']} steps of {state['global_batch']} samples to make {value} {name}, "
+                f"found {state[name]}"
+            )
+
+
+def _recorded(root: Path) -> dict[int, int]:
+    """How many tokens each step says it trained on; nothing where a crash has broken the file."""
+    try:
+        return {row["step"]: row["trained_tokens"] for row in metrics.read(root) if "trained_tokens" in row}
+    except ValueError:
+        return {}
+
+
+def _blame(dataset: Dataset, state: dict[str, Any], *, altered: bool) -> str:
+    """What must have happened where the data do not give what the ledger says."""
+    if altered:
+        return "the ledger was altered, or is another run's"
+    if dataset.fingerprint != state["data"]:
+        return "the data or the tokenizer have changed since they were trained on"
+    return "the data were changed between runs, after this step"
+
+
+def _digest(dataset: Dataset, first: int, count: int) -> tuple[str, int]:
+    """The digest of some samples, as the ledger has it, and how many of their labels train."""
+    rows = max(1, _PIECE // dataset.seq_length)
+    total = counted = 0
+    for start in range(first, first + count, rows):
+        batch = dataset.batch(start, min(rows, first + count - start))
+        total += batch.digest()
+        counted += int((batch.labels != IGNORE).sum())
+    return f"{total % (1 << 64):016x}", counted

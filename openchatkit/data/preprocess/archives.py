@@ -1,0 +1,105 @@
+"""Tar archives of jsonl files, plain or compressed, read as streams: nothing of them is unpacked to disk.
+
+Members may be compressed themselves, as in the Pile's `.jsonl.zst.tar`; a member that is no jsonl file is passed over,
+and an archive with none is an error.
+"""
+
+import gzip
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from openchatkit.data.records import Records, lines
+from openchatkit.data.records.row import Row
+from openchatkit.errors import UserError
+
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_BLOCK = 512  # bytes; an archive ends with two blocks of zeros
+_PIECE = 1 << 16
+_BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
+
+
+class Archive:
+    """A context manager: it holds the file open. `size` and `position` count bytes of the file, for a progress bar."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115 (closed by `__exit__`)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        self.size = path.stat().st_size
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Each row of each member with `archive:member`. UserError: damaged or cut data, or none."""
+        name = ""
+        compressed = not self.path.name.endswith(".tar")
+        stream = _Tail(gzip.GzipFile(fileobj=self._file) if compressed else self._file)
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
+                    if member.isfile() and member.name.endswith(lines.SUFFIXES):
+                        name = f"{self.path}:{member.name}"
+                        rows = _Member(Path(name), archive.extractfile(member)).rows()
+                        yield from ((name, row) for row in rows)
+            while stream.read(_PIECE):
+                pass
+        except _BROKEN as error:
+            raise UserError(f"{self.path} is cut short or damaged ({error}): fetch it again") from error
+        if stream.tail != bytes(_BLOCK):
+            raise UserError(f"{self.path} is cut short, its end is missing: fetch it again")
+        if not name:
+            raise UserError(f"{self.path} holds no files of records: expected names in {', '.join(lines.SUFFIXES)}")
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class _Tail:
+    """A stream that knows its last block: `tarfile` takes an archive cut between members for a shorter one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.tail = (self.tail + data)[-_BLOCK:]
+        return data
+
+
+class _Member(Records):
+    """The records of a file that is open already."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self._source = _OpenLines(file, path.suffix)
+        self.size = 0
+
+
+class _OpenLines(lines.Lines):
+    def __init__(self, file: BinaryIO, suffix: str) -> None:
+        self._file, self._suffix = _FromStart(file), suffix
+        self.size = 0
+
+
+class _FromStart:
+    """A member of a stream: it is read from its start to its end, so the one place to go to is where it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.readline, self.close = file.read, file.readline, file.close
+
+    def seek(self, place: int) -> None:
+        assert place == 0, place

@@ -1,0 +1,236 @@
+"""Files of records -> token stores that GPT-NeoX reads: the command `tools/preprocess_data.py`, with GPT-NeoX's flags.
+
+`<prefix>_<key>_document.bin` and `.idx` for each field, byte for byte as GPT-NeoX writes them, and a loss mask beside
+them where it is asked for. The work goes on in a hidden folder beside them, which the same command finds again after it
+was stopped; files get their names when all of them are whole. What becomes of a row is `fields`'.
+"""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from loguru import logger
+
+from openchatkit import cli, progress
+from openchatkit.data.options import BAD_ROWS
+from openchatkit.data.preprocess import fields, neox_tokenizers
+from openchatkit.data.preprocess.archives import ARCHIVE_SUFFIXES, Archive
+from openchatkit.data.preprocess.unfinished import Unfinished, set_aside_path, store_prefix
+from openchatkit.data.records import RECORD_SUFFIXES, Records
+from openchatkit.data.records import files as record_files
+from openchatkit.data.records.row import Row
+from openchatkit.data.records.tables import PARQUET
+from openchatkit.data.stores import workers
+from openchatkit.data.stores.build import bad_row
+from openchatkit.errors import UserError
+from openchatkit.formats import chat
+
+_SMALL = 4 << 20  # bytes of input that this process has tokenised before the workers would have started
+_BATCH_BYTES = 1 << 17
+_COLUMNS = ("text", "messages")  # all that `data.records.tables` reads
+Named = tuple[str, Row]  # a row with the name of its file
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tokenise, and say what was written."""
+    args = _parser().parse_args(argv)
+    if args.dataset_impl != "mmap":
+        raise UserError(f"--dataset-impl {args.dataset_impl}: only mmap is written, which GPT-NeoX reads as it is")
+    if args.ftfy and importlib.util.find_spec("ftfy") is None:
+        raise UserError("--ftfy needs a package: pip install ftfy")
+    files = input_files(args.input)
+    encoder = neox_tokenizers.load(args.tokenizer_type, args.vocab_file, args.merge_file)
+    if args.append_eod and encoder.end_of_text is None:
+        raise UserError(f"--append-eod: {args.vocab_file} has no {neox_tokenizers.END_OF_TEXT} token")
+    keys = tuple(dict.fromkeys(args.jsonl_keys))
+    if unfit := [key for key in keys if "/" in key]:
+        raise UserError(f"--jsonl-keys {unfit[0]}: a file is named after it, which cannot hold a '/'")
+    _check_tables(files, keys)
+    job = fields.Job(encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask)
+    preprocess(
+        files,
+        args.output_prefix,
+        job,
+        processes=args.workers,
+        bad_rows=args.bad_rows,
+        overwrite=args.overwrite,
+        expected=args.num_docs,
+        interval=args.log_interval,
+    )
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="tools/preprocess_data.py",
+        description="Tokenise records into .bin and .idx files, as GPT-NeoX reads them.",
+    )
+    group = parser.add_argument_group("input")
+    endings = ", ".join((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES))
+    group.add_argument("--input", required=True, help=f"files of records, separated by commas: {endings}")
+    group.add_argument(
+        "--jsonl-keys", "--json-keys", nargs="+", default=["text"], help="fields, each a store of its own"
+    )
+    group.add_argument("--num-docs", type=cli.positive_int, help="how many documents there are, for the progress bar")
+    group.add_argument("--bad-rows", choices=BAD_ROWS, default="error", help="stop at an unusable row, or set it aside")
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--tokenizer-type", required=True, choices=list(neox_tokenizers.KINDS))
+    wanted = "; ".join(f"{kind}: {what}" for kind, (_, what) in neox_tokenizers.KINDS.items() if what)
+    group.add_argument("--vocab-file", "--vocab", type=Path, help=wanted)
+    group.add_argument("--merge-file", type=Path, help="GPT2BPETokenizer: its merges.txt")
+    group.add_argument("--append-eod", action="store_true", help="close each document with end-of-text")
+    group.add_argument("--ftfy", action="store_true", help="mend texts with ftfy")
+    group.add_argument("--loss-mask", action="store_true", help="fields are chats: cut them at roles, and write a mask")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-prefix", type=Path, required=True, help="what the files' names begin with")
+    group.add_argument("--dataset-impl", choices=["lazy", "cached", "mmap"], default="mmap", help="mmap alone")
+    group.add_argument("--overwrite", action="store_true", help="replace stores that are there")
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--workers", type=cli.positive_int, default=workers.cores(), help="processes")
+    group.add_argument("--log-interval", type=cli.positive_int, default=100, help="documents between looks at the rate")
+    return parser
+
+
+def input_files(names: str) -> list[Path]:
+    """The files that --input lists, in order; UserError for one that is not there or of another kind."""
+    files = [Path(name.strip()) for name in names.split(",") if name.strip()]
+    if not files:
+        raise UserError("--input names no file")
+    for path in files:
+        if not path.exists():
+            raise UserError(f"--input {path}: there is no such file")
+        if not path.is_dir() and not path.name.endswith((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES)):
+            endings = ", ".join((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES))
+            raise UserError(f"--input {path}: expected a name that ends in {endings}")
+    return files
+
+
+def _check_tables(files: Sequence[Path], keys: Sequence[str]) -> None:
+    other = [key for key in keys if key not in _COLUMNS]
+    tables = [path for path in files if path.is_dir() or path.name.endswith(PARQUET)]
+    if other and tables:
+        raise UserError(
+            f"--jsonl-keys {other[0]}: of a table such as {tables[0]} only {' and '.join(_COLUMNS)} are read"
+        )
+
+
+def preprocess(
+    files: Sequence[Path],
+    prefix: Path,
+    job: fields.Job,
+    *,
+    processes: int = 1,
+    bad_rows: str = "error",
+    overwrite: bool = False,
+    expected: int | None = None,
+    interval: int = 100,
+) -> None:
+    """Write `<prefix>_<key>_document` for each key of the job, and say what they hold.
+
+    UserError: outputs that are there already, rows that are no records, damaged data, a full disk. Interrupted: a
+    worker was killed.
+    """
+    source = Source(files)
+    try:
+        with Unfinished(prefix, job, files=files, bad_rows=bad_rows, overwrite=overwrite) as stores:
+            if stores.done.rows:
+                logger.info("goes on behind row {:,}, where it was stopped", stores.done.rows)
+            title = f"tokenising {files[0].name if len(files) == 1 else f'{len(files)} files'}"
+            with (
+                contextlib.closing(_parts(source, stores.done.rows, job, processes)) as parts,
+                progress.bar(expected, title, unit="docs", initial=stores.done.rows, miniters=interval) as bar,
+            ):
+                began = time.monotonic()
+                for batch, part in parts:
+                    bad = [(batch[place][0], batch[place][1].number, reason) for place, reason in part.bad]
+                    if bad and bad_rows == "error":
+                        raise bad_row(Path(bad[0][0]), *bad[0][1:])
+                    stores.add(len(batch), part.documents, bad)
+                    bar.set_postfix_str(source.rate(time.monotonic() - began), refresh=False)
+                    bar.update(len(batch))
+                    stores.save_if_due()
+            if empty := [key for key in job.keys if not stores.done.stores[key].documents]:
+                raise UserError(f"--jsonl-keys {empty[0]}: none of {stores.done.rows:,} rows has a text there")
+            stores.publish()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or prefix.parent}: {error.strerror or error}: make room or choose another "
+            "--output-prefix, and run the same command again"
+        ) from error
+    _report(stores, job, prefix)
+
+
+def _parts(source: "Source", start: int, job: fields.Job, processes: int) -> Iterator[tuple[list[Named], fields.Part]]:
+    """What the rows behind the first `start` ones become, batch by batch."""
+    batches = ((batch, [row.data for _, row in batch]) for batch in _batches(source.rows(start)))
+    if processes > 1 and source.size > _SMALL and workers.can_start():
+        parts = workers.in_order(batches, processes=processes, make=fields.worker, arguments=(job,))
+    else:
+        parts = ((batch, fields.encode(data, job)) for batch, data in batches)
+    with contextlib.closing(parts):
+        for batch, part in parts:
+            bad = [(place, batch[place][1].error or reason) for place, reason in part.bad]
+            yield batch, part._replace(bad=bad)
+
+
+def _batches(rows: Iterable[Named]) -> Iterator[list[Named]]:
+    batch: list[Named] = []
+    size = 0
+    for name, row in rows:
+        batch.append((name, row))
+        size += len(row.data)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class Source:
+    """The rows of some files, one file after another, each with the name of its file, and how fast they are read."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._sizes = [_size(path) for path in files]
+        self.size = sum(self._sizes)
+        self._read = 0
+        self._text = 0
+
+    def rows(self, start: int) -> Iterator[Named]:
+        """The rows behind the first `start` ones."""
+        number, before = 0, 0
+        for path, size in zip(self._files, self._sizes, strict=True):
+            archive = path.name.endswith(ARCHIVE_SUFFIXES)
+            with Archive(path) if archive else Records(path) as records:
+                for name, row in records.rows() if archive else ((str(path), row) for row in records.rows()):
+                    number += 1
+                    if number > start:
+                        self._read = before + records.position
+                        self._text += len(row.data)
+                        yield name, row
+            before += size
+
+    def rate(self, seconds: float) -> str:
+        """How much of the input has been read, and how many bytes of records a second."""
+        return f"{self._read / max(self.size, 1):.0%} of the input, {self._text / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in record_files(path))
+
+
+def _report(stores: Unfinished, job: fields.Job, prefix: Path) -> None:
+    done = stores.done
+    for key in job.keys:
+        held = done.stores[key]
+        trained = f", {held.trained_tokens:,} of them trained on" if job.chats else ""
+        empty = f"; {done.empty[key]:,} empty texts are no documents" if done.empty.get(key) else ""
+        logger.info(
+            f"{store_prefix(prefix, key)}: {held.documents:,} documents, {held.tokens:,} tokens{trained}{empty}"
+        )
+        if job.chats and not held.trained_tokens:
+            logger.warning(f"no text under {key!r} has a line that begins with {chat.BOT}: there is no mask")
+    if done.quarantined:
+        logger.warning(f"{done.quarantined:,} of {done.rows:,} rows set aside, listed in {set_aside_path(prefix)}")

@@ -1,0 +1,129 @@
+"""Fields of a row -> documents of tokens, one for each field: what `tools/preprocess_data.py` does with every row.
+
+A field is a text, taken whole as GPT-NeoX takes it, or a chat in either form of `data.records.document`, cut at its
+roles as training cuts it. An empty text is no document, as in GPT-NeoX, nor is one without tokens. Worker processes
+run this, so nothing here imports torch or transformers.
+"""
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from openchatkit.data.preprocess.neox_tokenizers import Encoder
+from openchatkit.data.records import document
+from openchatkit.data.records.document import BadRowError
+from openchatkit.formats import chat
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which fields become documents and how. `chats`: they are cut at their roles, and there is a mask on responses."""
+
+    encoder: Encoder
+    keys: tuple[str, ...]
+    append_eod: bool
+    ftfy: bool
+    chats: bool
+
+
+class Documents(NamedTuple):
+    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask bool [T] (True: trained on).
+
+    `empty` fields are no documents.
+    """
+
+    tokens: np.ndarray
+    sizes: np.ndarray
+    mask: np.ndarray
+    empty: int
+
+
+class Part(NamedTuple):
+    """The documents of each key, and the rows that have none, as (place among the rows given, reason)."""
+
+    documents: dict[str, Documents]
+    bad: list[tuple[int, str]]
+
+
+def worker(job: Job) -> Callable[[Sequence[bytes]], Part]:
+    """What a worker process does with the rows it is sent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by processes
+    return functools.partial(encode, job=job)
+
+
+def encode(rows: Sequence[bytes], job: Job) -> Part:
+    """The documents of some rows, given as JSON; a row that is bad under one key has none under any."""
+    found: dict[str, list[list[chat.Segment]]] = {key: [] for key in job.keys}
+    bad: list[tuple[int, str]] = []
+    for place, row in enumerate(rows):
+        try:
+            segments = [_segments(row, key, job) for key in job.keys]
+        except BadRowError as error:
+            bad.append((place, str(error)))
+            continue
+        for key, cut in zip(job.keys, segments, strict=True):
+            found[key].append(cut)
+    return Part({key: _documents(chats, job) for key, chats in found.items()}, bad)
+
+
+def _documents(chats: Sequence[list[chat.Segment]], job: Job) -> Documents:
+    texts = [segment.text for segments in chats for segment in segments]
+    encoded = iter(job.encoder.encode(texts, literal=job.chats))
+    pieces: list[Sequence[int]] = []
+    trained: list[bool] = []
+    sizes: list[int] = []
+    for segments in chats:
+        ids = list(itertools.islice(encoded, len(segments)))
+        if not any(ids):
+            continue
+        pieces += ids
+        trained += [segment.trained for segment in segments]
+        size = sum(map(len, ids))
+        if job.append_eod:
+            assert job.encoder.end_of_text is not None
+            pieces.append([job.encoder.end_of_text])
+            trained.append(chat.ends_with_reply(segments))
+            size += 1
+        sizes.append(size)
+    tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, sum(sizes))
+    mask = np.repeat(np.array(trained, bool), np.array([len(piece) for piece in pieces], np.int64))
+    return Documents(tokens, np.array(sizes, np.int32), mask, len(chats) - len(sizes))
+
+
+def _segments(row: bytes, key: str, job: Job) -> list[chat.Segment]:
+    """One field, cut where its tokens may not run together; none for an empty text."""
+    record = document._object(row)
+    if key not in record:
+        found = ", ".join(repr(name) for name in list(record)[:5]) or "none"
+        raise BadRowError(f"the record has no {key!r} (its keys: {found})")
+    value = record[key]
+    if job.ftfy:
+        value = _mended(value)
+    if value == "":
+        return []
+    if job.chats:
+        form = "messages" if isinstance(value, list) else "text"
+        return document.decode(json.dumps({form: value}).encode())
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n\n".join(value)  # paragraphs, as GPT-NeoX's reader joins them
+    blank = isinstance(value, str) and not value.strip()
+    return [chat.Segment(value if blank else document._string(value, repr(key)), False)]
+
+
+def _mended(value: object) -> object:
+    """`value` with its text, or the contents of its messages, mended by ftfy."""
+    import ftfy
+
+    if isinstance(value, str):
+        return ftfy.fix_text(value)
+    if isinstance(value, list):
+        return [_mended(part) for part in value]
+    if isinstance(value, dict) and "content" in value:
+        return value | {"content": _mended(value["content"])}
+    return value

@@ -1,0 +1,84 @@
+"""Records: the raw rows of a file, one by one, each with its number, from the start or from where reading stopped.
+
+A file is jsonl, plain or compressed (`lines`), parquet, or a folder written by `save_to_disk` of `datasets` (`tables`).
+Rows of tables become JSON, so that one decoder (`document`) serves all. Blank lines are no records. A file that was cut
+short never passes for a shorter one, and a line too long to be a document never fills the memory.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from openchatkit.data.records import lines, tables
+from openchatkit.data.records.row import START, Mark, Row
+from openchatkit.errors import UserError
+
+RECORD_SUFFIXES = (*lines.SUFFIXES, tables.PARQUET)
+
+
+def files(source: Path) -> list[Path]:
+    """The files that hold a source's rows: itself, or those of a saved data set, in the order of their names."""
+    if not source.is_dir():
+        return [source]
+    # `datasets` keeps the results of other people's `map` in the same folder.
+    return sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("cache-"))
+
+
+def stamp(source: Path) -> list[list[object]]:
+    """Names, sizes and times of change of a source's files: what tells that it has been changed."""
+    found = [(path, path.stat()) for path in files(source)]
+    return [[str(path.relative_to(source)), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+
+class Records:
+    """A context manager: it holds the file open. `size` and `position` count bytes of the file, for a progress bar."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            self._source = _open(self.path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        self.size = self._source.size
+
+    @property
+    def position(self) -> int:
+        return self._source.position
+
+    def rows(self, start: Mark = START) -> Iterator[Row]:
+        """The rows behind `start`. UserError: no rows, or data cut short or damaged, with how far they were read."""
+        number = start.number
+        try:
+            for row in self._source.read(start):
+                number = row.number
+                yield row
+        except lines.BROKEN_STREAM as error:
+            raise UserError(
+                f"{self.path}: the compressed data is cut short or damaged behind line {number} ({error}): "
+                "fetch or compress the file again"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read behind row {number}: {error.strerror or error}") from error
+        if not number:
+            raise UserError(f'{self.path} holds no records: expected rows such as {{"text": "..."}}')
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._source.close()
+
+
+def _open(path: Path) -> lines.Lines | tables.Parquet | tables.SavedDataset:
+    if tables.is_saved_dataset(path):
+        return tables.SavedDataset(path)
+    if path.name.endswith(tables.PARQUET):
+        return tables.Parquet(path)
+    if path.name.endswith(lines.SUFFIXES):
+        return lines.Lines(path)
+    raise UserError(
+        f"{path} is no file of records that can be read: expected a name in {', '.join(RECORD_SUFFIXES)}, "
+        "or a folder written by save_to_disk"
+    )

@@ -1,0 +1,96 @@
+"""Lines of a jsonl file, plain or compressed by gzip or zstd, none of them longer in memory than a row may be."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from openchatkit.data.records.row import ROW_LIMIT, START, TOO_LONG, Mark, Row
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+_BOM = b"\xef\xbb\xbf"
+_PIECE = 1 << 14  # bytes decompressed at a time: small, since text may shrink a hundredfold
+
+
+class Lines:
+    """The lines of a file that are not blank. Reading may raise any of `BROKEN_STREAM`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
+        self._suffix = path.suffix
+        self.size = path.stat().st_size
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, start: Mark) -> Iterator[Row]:
+        plain = self._suffix == ".jsonl"
+        self._file.seek(start.end if plain else 0)
+        number, end = start if plain else START
+        stream = _decompressed(self._file, self._suffix)
+        while line := stream.readline(ROW_LIMIT + 1):
+            number, end, error = number + 1, end + len(line), ""
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if len(line) > ROW_LIMIT:
+                end += _skip(stream, line)
+                line, error = b"", TOO_LONG
+            if number > start.number and (error or (line and not line.isspace())):
+                yield Row(number, line, Mark(number, end if plain else 0), error)
+
+
+def _skip(stream: BinaryIO, line: bytes) -> int:
+    """Read on to the end of the line that begins so, and hold none of it; returns how many bytes that were."""
+    size = 0
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(_PIECE)
+        size += len(line)
+    return size
+
+
+def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix == ".gz":
+        return gzip.open(file)
+    if suffix == ".zst":
+        return io.BufferedReader(_ZstandardStream(file), 1 << 17)
+    return file
+
+
+class _ZstandardStream(io.RawIOBase):
+    """Decompresses every frame of a file. The library's own reader takes a cut frame for the end of the data."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._ready:
+            data = b""
+            if self._frame is not None and self._frame.eof:
+                data, self._frame = self._frame.unused_data, None
+            data = data or self._file.read(_PIECE)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("a zstd frame without its end")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size

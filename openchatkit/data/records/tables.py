@@ -1,0 +1,143 @@
+"""Tables as rows of JSON: parquet files, and folders written by `save_to_disk` of `datasets`.
+
+Only the columns a record may have are read, a few hundred rows at a time. Which rows are records is
+`document`'s to say; `data.records` is the face of this module.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openchatkit.data.records.row import ROW_LIMIT, TOO_LONG, Mark, Row
+from openchatkit.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch, Table
+
+PARQUET = ".parquet"
+_COLUMNS = ("text", "messages")
+_BATCH = 256  # rows
+_MARKS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk puts beside a data set, or several
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` has written this folder."""
+    return any((folder / name).is_file() for name in _MARKS)
+
+
+class Parquet:
+    """The rows of a parquet file; a row group that lies before the start is not read."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self._path = path
+        self._row = 0
+        self.size = path.stat().st_size
+        if not self.size:
+            raise UserError(f"{path} holds no records: the file is empty, fetch it again")
+        try:
+            self._file = parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        except pa.ArrowException as error:
+            raise UserError(f"{path} is no parquet file, or cut short ({_line(error)}): fetch it again") from error
+        self._columns = _columns(path, self._file.schema_arrow.names)
+        self._groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+
+    @property
+    def position(self) -> int:
+        return self.size * self._row // max(sum(self._groups), 1)
+
+    def read(self, start: Mark) -> Iterator[Row]:
+        import pyarrow as pa
+
+        first, group = 0, 0
+        while group < len(self._groups) and first + self._groups[group] <= start.number:
+            first += self._groups[group]
+            group += 1
+        self._row = first
+        batches = self._file.iter_batches(_BATCH, range(group, len(self._groups)), self._columns, use_threads=False)
+        try:
+            for batch in batches:
+                for data, error in _json(batch):
+                    self._row += 1
+                    if self._row > start.number:
+                        yield Row(self._row, data, Mark(self._row), error)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self._path}: cut short or damaged behind row {self._row} ({_line(error)}): fetch it again"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SavedDataset:
+    """The rows of a data set's folder, memory-mapped; of several splits, `train`."""
+
+    def __init__(self, path: Path) -> None:
+        import datasets
+
+        self._path = path
+        self._row = 0
+        self.size = sum(file.stat().st_size for file in path.rglob("*.arrow"))
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except Exception as error:  # whatever is missing or damaged comes through as it was met
+            raise UserError(f"{path} cannot be loaded by datasets: {_line(error)}") from error
+        if isinstance(loaded, datasets.DatasetDict):
+            if "train" not in loaded:
+                raise UserError(f"{path} has no split 'train': pass one of its folders, {', '.join(sorted(loaded))}")
+            loaded = loaded["train"]
+        self._dataset = loaded.select_columns(_columns(path, loaded.column_names)).with_format("arrow")
+
+    @property
+    def position(self) -> int:
+        return self.size * self._row // max(len(self._dataset), 1)
+
+    def read(self, start: Mark) -> Iterator[Row]:
+        import pyarrow as pa
+
+        self._row = start.number
+        if self._row == len(self._dataset):
+            return
+        try:
+            for table in self._dataset.skip(start.number).iter(_BATCH):
+                for data, error in _json(table):
+                    self._row += 1
+                    yield Row(self._row, data, Mark(self._row), error)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self._path} is damaged behind row {self._row} ({_line(error)}): save it again"
+            ) from error
+
+    def close(self) -> None:
+        """Nothing: the map goes with the object."""
+
+
+def _columns(path: Path, names: list[str]) -> list[str]:
+    found = [name for name in _COLUMNS if name in names]
+    if not found:
+        raise UserError(f"{path} has neither a column 'text' nor 'messages' (its columns: {', '.join(names[:8])})")
+    return found
+
+
+def _json(rows: "RecordBatch | Table") -> Iterator[tuple[bytes, str]]:
+    """Each row as JSON, or nothing and why there is none."""
+    try:
+        values = rows.to_pylist()
+    except UnicodeDecodeError:
+        if len(rows) == 1:
+            yield b"", "its text is not UTF-8"
+            return
+        for number in range(len(rows)):
+            yield from _json(rows.slice(number, 1))
+        return
+    for value in values:
+        data = json.dumps(value, ensure_ascii=False, default=str).encode()
+        yield (data, "") if len(data) <= ROW_LIMIT else (b"", TOO_LONG)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,220 @@
+"""One source of the mixture: the documents of one or several stores, as one sequence that every epoch reorders.
+
+What of a store is read, and which of its tokens are trained on, is decided here; how documents become samples is not
+(`data.samples.packing`).
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from openchatkit.data.samples import order
+from openchatkit.data.samples.arrays import IN_MEMORY, Arrays
+from openchatkit.errors import UserError
+from openchatkit.formats.chat import BOT
+from openchatkit.formats.token_store import TokenStore, bin_path, idx_path, mask_path
+
+
+@dataclass(frozen=True)
+class Content:
+    """A store and what is known of it.
+
+    `identity` stands for its bytes in names of files and in fingerprints. `trained_tokens` is how many tokens its mask
+    marks, None where nobody has counted them: in a store made elsewhere, whose ids are then checked against
+    `vocab_size` as they are read.
+    """
+
+    store: TokenStore
+    identity: str
+    rows: int
+    quarantined: int = 0
+    trained_tokens: int | None = None
+    vocab_size: int | None = None
+
+
+class Source:
+    """The documents of some stores, numbered through; number n of the mixture's sources shuffles apart from others.
+
+    `loss_on` "responses" trains on what the masks mark, "all" on every token. `rows` are the records that were read,
+    of which `quarantined` became no document. UserError: an index and tokens that do not belong together; with
+    "responses" a mask that is missing, or marks nothing, or everything.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        contents: Sequence[Content],
+        *,
+        loss_on: str,
+        number: int,
+        seed: int,
+        cache_dir: Path,
+        in_memory: int = IN_MEMORY,
+    ) -> None:
+        self.name = name
+        self.weight = weight
+        self.masked = loss_on == "responses"
+        self.identity = [content.identity for content in contents]
+        self.rows = sum(content.rows for content in contents)
+        self.quarantined = sum(content.quarantined for content in contents)
+        self.documents = sum(content.store.documents for content in contents)
+        self.tokens = sum(len(content.store.tokens) for content in contents)
+        self.seed = (seed, number)
+        self.stores = [content.store for content in contents]
+        self._contents = contents
+        self._firsts = np.cumsum([0, *(content.store.documents for content in contents)])
+        folder = Path(cache_dir) / "orders" / order.digest([*self.seed, *self.identity])
+        self.arrays = Arrays(folder, self.documents, in_memory=in_memory)
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+        for content in contents:
+            if content.vocab_size is not None:
+                _check_index(content.store)
+        if self.masked:
+            self._check_mask()
+
+    @functools.cached_property
+    def trained_tokens(self) -> int:
+        """How many tokens are trained on, were every token predicted; masks made elsewhere are read for it once."""
+        return sum(_marked(content) for content in self._contents) if self.masked else self.tokens
+
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """How many tokens each of these documents has: int64."""
+        sizes = np.empty(len(documents), np.int64)
+        for content, places, numbers in self._by_store(documents):
+            sizes[places] = content.store.sizes[numbers]
+        return sizes
+
+    def all_sizes(self) -> Iterator[np.ndarray]:
+        """The sizes of all documents by number, int64, some at a time."""
+        for content in self._contents:
+            for low, high in order.chunks(content.store.documents):
+                yield content.store.sizes[low:high].astype(np.int64)
+
+    def copy(
+        self, documents: np.ndarray, begins: np.ndarray, sizes: np.ndarray, tokens: np.ndarray, mask: np.ndarray
+    ) -> None:
+        """Copy `sizes[i]` tokens of document `documents[i]`, from its token `begins[i]` on, one piece after another.
+
+        `tokens` (int64) and `mask` (bool, set where a token is trained on) have room for exactly these. UserError: a
+        token outside the vocabulary, or a document outside its file, in a store made elsewhere.
+        """
+        ends = np.cumsum(sizes)
+        for content, places, numbers in self._by_store(documents):
+            lengths, store = sizes[places], content.store
+            starts = store.starts(numbers) + begins[places]
+            behind = np.cumsum(lengths)
+            steps = np.arange(behind[-1])
+            source = np.repeat(starts - (behind - lengths), lengths) + steps
+            if content.vocab_size is not None:
+                _check_tokens(content, numbers, lengths, source)
+            target = places
+            if not isinstance(places, slice):  # pieces of several stores lie between each other's
+                target = np.repeat((ends - sizes)[places] - (behind - lengths), lengths) + steps
+            tokens[target] = store.tokens[source]
+            if self.masked:
+                mask[target] = False if store.mask is None else store.mask[source]
+        if not self.masked:
+            mask[:] = True
+
+    def _by_store(self, documents: np.ndarray) -> Iterator[tuple[Content, slice | np.ndarray, np.ndarray]]:
+        """Each store that holds any of these documents: it, their places in `documents`, their numbers in the store."""
+        if len(self._contents) == 1:
+            if len(documents):
+                yield self._contents[0], slice(None), documents
+            return
+        places = np.argsort(documents)
+        ordered = documents[places]
+        bounds = np.searchsorted(ordered, self._firsts)
+        for number in np.flatnonzero(np.diff(bounds)):
+            those = slice(bounds[number], bounds[number + 1])
+            yield self._contents[number], places[those], ordered[those] - self._firsts[number]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return order.shuffled(self.arrays, "order", epoch, self.documents, seed=[*self.seed, epoch])
+
+    def _check_mask(self) -> None:
+        for content in self._contents:
+            if content.trained_tokens is None and content.store.mask is None:
+                raise UserError(
+                    f"{self.name} has no loss mask ({mask_path(content.store.prefix)}), so --loss-on responses cannot "
+                    "tell replies from the rest: make the store from records of chats, or pass --loss-on all"
+                )
+        counted = all(content.trained_tokens is not None for content in self._contents)
+        some, others = _kinds(self._contents)
+        if not some and counted:
+            raise UserError(
+                f"{self.name}: nothing would be trained on with --loss-on responses, since in none of its "
+                f"{self.documents} documents a line starts with `{BOT}` and a reply: write replies so, or pass "
+                "--loss-on all"
+            )
+        if not some:
+            raise UserError(
+                f"{self.name}: nothing would be trained on with --loss-on responses, since its loss mask is all zeros: "
+                "make the store from records of chats, or pass --loss-on all"
+            )
+        if not others:
+            raise UserError(
+                f"{self.name}: its loss mask is all ones, so --loss-on responses would train on prompts as on replies: "
+                "make the store anew from records of chats, or pass --loss-on all if that is meant"
+            )
+
+
+def _marked(content: Content) -> int:
+    """How many tokens a store's mask marks."""
+    if content.trained_tokens is not None:
+        return content.trained_tokens
+    mask = content.store.mask
+    return sum(int(np.count_nonzero(mask[low:high])) for low, high in order.chunks(len(mask)))
+
+
+def _kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
+    """Whether any token is trained on, and whether any is not; masks are read until both are known."""
+    some = others = False
+    for content in contents:
+        if content.trained_tokens is not None:
+            some |= content.trained_tokens > 0
+            others |= content.trained_tokens < len(content.store.tokens)
+            continue
+        for low, high in order.chunks(len(content.store.mask)):
+            if some and others:
+                break
+            piece = content.store.mask[low:high]
+            some |= bool(piece.any())
+            others |= not piece.all()
+    return some, others
+
+
+def _check_index(store: TokenStore) -> None:
+    """Stop when the sizes in an index are not those of its tokens."""
+    total = 0
+    for low, high in order.chunks(store.documents):
+        sizes = store.sizes[low:high]
+        if sizes.min() < 0:
+            raise UserError(f"{idx_path(store.prefix)} has a document of negative size: it is damaged, make it anew")
+        total += int(sizes.sum(dtype=np.int64))
+    if total != len(store.tokens):
+        raise UserError(
+            f"{idx_path(store.prefix)} has documents of {total} tokens together and {bin_path(store.prefix)} holds "
+            f"{len(store.tokens)}: they do not belong together, make the store anew"
+        )
+
+
+def _check_tokens(content: Content, documents: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> None:
+    """Stop when a document lies outside the file, or holds what is no token of the tokenizer."""
+    store = content.store
+    if not len(places):
+        return
+    if places.min() < 0 or places.max() >= len(store.tokens):
+        raise UserError(f"{idx_path(store.prefix)} points outside its tokens: it is damaged, make the store anew")
+    tokens = store.tokens[places]
+    if tokens.min() < 0 or tokens.max() >= content.vocab_size:
+        wrong = int(np.flatnonzero((tokens < 0) | (tokens >= content.vocab_size))[0])
+        document = int(documents[np.searchsorted(np.cumsum(sizes), wrong, side="right")])
+        raise UserError(
+            f"{store.prefix}: document {document} (counted from 0) holds the token {tokens[wrong]}, and the tokenizer "
+            f"has a vocabulary of {content.vocab_size}: pass the tokenizer that the store was made with"
+        )

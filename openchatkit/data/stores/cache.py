@@ -1,0 +1,166 @@
+"""Token stores that are made once: where they are kept, under which key, and by which of several processes.
+
+The key is the SHA-256 of a source's bytes, the tokenizer's digest, the separator, and the version of the tokenising
+code. A moved or touched file therefore finds its store again and an edited one never does. Reading 100 GB for their
+hash takes minutes, so a hash is remembered under the files' names, sizes and times of change.
+
+Every rank of a run may ask at once: a file lock lets one build (`data.stores.build`) while the others wait.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from loguru import logger
+
+from openchatkit import paths, progress
+from openchatkit.data import records
+from openchatkit.data.stores.build import build_store, first_quarantined
+from openchatkit.data.stores.tokenise import VERSION
+from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
+from openchatkit.formats.token_store import (
+    StoreRecord,
+    TokenStore,
+    bin_path,
+    folder_prefix,
+    idx_path,
+    mask_path,
+    quarantine_path,
+    read_record,
+)
+
+# A file changed again within one tick of its file system's clock looks unchanged, so fresh hashes are not remembered.
+_SETTLED_SECONDS = 2.0
+_LARGE = 5 << 30  # bytes whose reading is worth a bar
+_PIECE = 1 << 20
+
+
+def cached_store(
+    source: Path, *, tokenizer: Tokenizer, separator: str, bad_rows: str, cache_dir: Path
+) -> tuple[TokenStore, StoreRecord]:
+    """The store of one file of records, built if it is not there yet, with a mask wherever a row has roles.
+
+    UserError: a record that cannot be read (file and line), a full disk, a cache that cannot be written or is damaged.
+    """
+    source, cache_dir = Path(source), Path(cache_dir)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        key = _key(content_hash(source, cache_dir), tokenizer, separator)
+        folder = _folder(cache_dir, source, key)
+        if (record := read_record(folder)) is None:
+            with locked(folder, f"{source} is tokenised by another process: waiting for it"):
+                if read_record(folder) is None:
+                    build_store(source, folder, key=key, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows)
+            record = read_record(folder)
+            assert record is not None
+            logger.info("tokenised {}: {:,} documents, {:,} tokens", source, record.documents, record.tokens)
+        if record.quarantined and bad_rows == "error":
+            raise first_quarantined(source, folder)
+    except OSError as error:
+        raise _explained(error, cache_dir) from error
+    if record.quarantined:
+        listed = quarantine_path(folder)
+        logger.warning("{}: {:,} of {:,} rows set aside, listed in {}", source, record.quarantined, record.rows, listed)
+    return TokenStore(folder_prefix(folder)), record
+
+
+def _folder(cache_dir: Path, source: Path, key: str) -> Path:
+    """Where the store with this key is, whatever its source was called, or where it belongs."""
+    made = (folder for folder in sorted(cache_dir.glob(f"*-{key[:16]}")) if read_record(folder))
+    return next(made, cache_dir / f"{source.name.split('.')[0][:60]}-{key[:16]}")
+
+
+def store_identity(prefix: Path) -> str:
+    """A digest of a store made elsewhere, quick for one of any size: sizes, first and last MiB of each of its files."""
+    digest = hashlib.sha256()
+    for path in (idx_path(prefix), bin_path(prefix), mask_path(prefix)):
+        if not path.exists():
+            digest.update(b"none")
+            continue
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for start in (0, max(size - _PIECE, 0)):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+def content_hash(source: Path, cache_dir: Path) -> str:
+    """SHA-256 of a source's bytes, remembered for as long as its place, sizes and times of change stay the same."""
+    try:
+        known = {"path": str(source.resolve()), "files": records.stamp(source)}
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
+    memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
+    if digest := _remembered(memory, known):
+        return digest
+    with locked(memory, f"{source} is read by another process: waiting for it"):
+        if digest := _remembered(memory, known):
+            return digest
+        digest = _digest(source, sum(size for _, size, _ in known["files"]))
+        changed = max((changed for _, _, changed in known["files"]), default=0)
+        if time.time() - changed / 1e9 > _SETTLED_SECONDS:
+            paths.write_text(memory, json.dumps(known | {"sha256": digest}) + "\n")
+    return digest
+
+
+def _digest(source: Path, size: int) -> str:
+    """SHA-256 of a file's bytes, or of the names, sizes and bytes of a folder's files."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_PIECE)
+    title = f"reading {source.name} once, for its hash"
+    with progress.bar(size, title, unit="B", unit_scale=True, disable=None if size > _LARGE else True) as bar:
+        for path in records.files(source):
+            if path != source:
+                digest.update(f"{path.relative_to(source)} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while count := file.readinto(buffer):
+                    digest.update(memoryview(buffer)[:count])
+                    bar.update(count)
+    return digest.hexdigest()
+
+
+def _remembered(memory: Path, known: dict[str, object]) -> str | None:
+    try:
+        record = json.loads(memory.read_text(encoding="utf-8"))
+        return record["sha256"] if known.items() <= record.items() else None
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _key(content: str, tokenizer: Tokenizer, separator: str) -> str:
+    decides = {"version": VERSION, "content": content, "tokenizer": tokenizer.digest, "separator": separator}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def locked(target: Path, waiting: str) -> Iterator[None]:
+    """Hold the lock that belongs to `target`; the system frees it when its holder dies, however it dies."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _explained(error: OSError, cache_dir: Path) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"the disk is full: tokens are kept in {cache_dir}, make room there and run again, "
+            "it goes on where it stopped"
+        )
+    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+        return UserError(f"the file system of {cache_dir} has no file locks: keep the token cache on another one")
+    place = f"{error.filename}: " if error.filename else ""
+    return UserError(f"tokens cannot be kept in {cache_dir}: {place}{error.strerror or error}")

@@ -1,0 +1,110 @@
+"""Rows -> tokens and loss masks: which ids a document has, and which of them are trained on.
+
+`data.records.document` cuts a row into segments; each is tokenised by itself, exactly as the shell does it, and the
+separator closes the document: end-of-text, or the newline of the original kit, which put it in front (the stream is the
+same). A token is trained on when its segment is, and the separator when the chat ends with a reply. All of this is done
+by worker processes; what they import holds neither torch nor transformers. Where results are kept is `build`'s to say.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from openchatkit.data.records.document import BadRowError, decode
+from openchatkit.data.records.row import Row
+from openchatkit.data.stores import workers
+from openchatkit.data.tokenizer import Encode, Tokenizer, encoder
+from openchatkit.formats import chat
+
+# Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
+VERSION = 2
+
+# Large enough to make little of each message between processes, small enough to keep all of them busy to the end.
+_BATCH_BYTES = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenised:
+    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask bool [T] (True: trained on).
+
+    `bad`: the rows that are none, as (place among the rows given, reason).
+    """
+
+    tokens: np.ndarray
+    sizes: np.ndarray
+    mask: np.ndarray
+    bad: list[tuple[int, str]]
+
+
+def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int]) -> Tokenised:
+    """The tokens of some records, given as JSON, and the mask on their responses."""
+    chats: list[list[chat.Segment]] = []
+    bad: list[tuple[int, str]] = []
+    for place, row in enumerate(rows):
+        try:
+            chats.append(decode(row))
+        except BadRowError as error:
+            bad.append((place, str(error)))
+    encoded = iter(encode([segment.text for segments in chats for segment in segments]))
+    pieces: list[Sequence[int]] = []
+    trained: list[bool] = []
+    sizes: list[int] = []
+    for segments in chats:
+        first = len(pieces)
+        pieces.extend(itertools.islice(encoded, len(segments)))
+        pieces.append(separator)
+        trained.extend(segment.trained for segment in segments)
+        trained.append(chat.ends_with_reply(segments))
+        sizes.append(sum(map(len, pieces[first:])))
+    tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, sum(sizes))
+    mask = np.repeat(np.array(trained, bool), np.array([len(piece) for piece in pieces], np.int64))
+    return Tokenised(tokens, np.array(sizes, np.int32), mask, bad)
+
+
+def tokenise_all(
+    rows: Iterable[Row], tokenizer: Tokenizer, *, separator: str, processes: int = 0
+) -> Iterator[tuple[list[Row], Tokenised]]:
+    """`tokenise` batch by batch, in order, by so many worker processes, or in this one if there are none.
+
+    Rows that could not be read are among the bad ones, for the reason they bring.
+    """
+    closing = separator_ids(tokenizer, separator)
+    done: Iterator[tuple[list[Row], Tokenised]]
+    batches = ((batch, [row.data for row in batch]) for batch in _batches(rows))
+    if processes and workers.can_start():
+        arguments = (tokenizer.serialised, closing)
+        done = workers.in_order(batches, processes=processes, make=_worker, arguments=arguments)
+    else:
+        done = ((batch, tokenise(data, tokenizer.encode, closing)) for batch, data in batches)
+    for batch, part in done:
+        bad = [(place, batch[place].error or reason) for place, reason in part.bad]
+        yield batch, dataclasses.replace(part, bad=bad)
+
+
+def _worker(serialised: str, separator: Sequence[int]) -> Callable[[Sequence[bytes]], Tokenised]:
+    """What a worker process does with the rows it is sent."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by processes
+    return functools.partial(tokenise, encode=encoder(serialised), separator=separator)
+
+
+def separator_ids(tokenizer: Tokenizer, separator: str) -> list[int]:
+    """The ids that close each document, for a value of --document-separator."""
+    assert separator in ("end-of-text", "newline"), separator
+    return [tokenizer.end_of_text] if separator == "end-of-text" else tokenizer.encode(["\n"])[0]
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.data)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

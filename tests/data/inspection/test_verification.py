@@ -1,0 +1,296 @@
+"""The proof of a ledger: what it accepts, and the first step at which it says no."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openchatkit.data.dataset import Dataset, build_dataset
+from openchatkit.data.inspection import verification
+from openchatkit.data.inspection.command import main
+from openchatkit.data.inspection.verification import Run, verify
+from openchatkit.data.options import from_settings
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint, ledger, metrics
+from openchatkit.formats.ledger import LEDGER, Entry
+from openchatkit.models.names import shard_names
+from openchatkit.models.registry import config_from_hf, family
+
+STEPS, ROWS, LENGTH = 10, 4, 24
+MODEL = {
+    "model_type": "gpt_neox",
+    "vocab_size": 8,
+    "hidden_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 4,
+    "rotary_pct": 1.0,
+}
+
+
+@pytest.fixture
+def settings(tiny_tokenizer: Path, tmp_path: Path) -> dict[str, Any]:
+    """What a run of two sources, one in quarantine, writes down of itself."""
+    for name in ("a", "b"):
+        rows = [{"text": f"<human>: What is {n}?\n<bot>: The answer is {name} {n}.\n"} for n in range(40)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write("{broken\n")
+    return {
+        "task_name": f"{tmp_path}/a.jsonl:2,{tmp_path}/b.jsonl",
+        "tokenizer_name": str(tiny_tokenizer),
+        "data_cache": str(tmp_path / "cache"),
+        "seq_length": LENGTH,
+        "seed": 5,
+        "packing": "concat",
+        "loss_on": "responses",
+        "mixture_unit": "sequences",
+        "document_separator": "end-of-text",
+        "bad_rows": "quarantine",
+        "evaluation_data": "nowhere.jsonl",
+    }
+
+
+@pytest.fixture
+def dataset(settings: dict[str, Any]) -> Dataset:
+    return build_dataset(settings["task_name"], from_settings(settings))
+
+
+@pytest.fixture
+def entries(dataset: Dataset) -> list[Entry]:
+    """The rows of a run that was stopped behind step 4 and went on in another layout, with two rows in the end that no
+    checkpoint vouches for."""
+    made = []
+    for step in range(1, STEPS + 3):
+        first = (step - 1) * ROWS
+        layout, started = ("2 stages x 1 replica", "9:00") if step <= 4 else ("1 stage x 2 replicas", "9:30")
+        made.append(Entry(step, first, ROWS, f"{dataset.batch(first, ROWS).digest():016x}", layout, started))
+    return made
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "ckpts"
+
+
+@pytest.fixture
+def write(root: Path, settings: dict[str, Any], dataset: Dataset, entries: list[Entry]) -> Callable[..., None]:
+    """Write a checkpoint that vouches for `entries`, and a ledger of `rows`."""
+
+    def write(rows: list[Entry], tokenizer: Path | None = None, **state: object) -> None:
+        state = {
+            "step": STEPS,
+            "tokens": STEPS * ROWS * LENGTH,
+            "samples": STEPS * ROWS,
+            "global_batch": ROWS,
+            "data": dataset.fingerprint,
+            "ledger": ledger.chain(entries[:STEPS]),
+            "settings": settings,
+        } | state
+        config = config_from_hf(MODEL)
+        temporary = checkpoint.begin(root, STEPS)
+        records = [
+            checkpoint.write_weights(
+                temporary,
+                shard,
+                {name: torch.zeros(shape) for name, shape in family(config).parameter_shapes(config, shard).items()},
+            )
+            for shard in shard_names(config.num_layers)
+        ]
+        checkpoint.finish(
+            temporary, root, STEPS, state=state, records=records, raw_config=MODEL, tokenizer_from=tokenizer
+        )
+        (root / LEDGER).write_text("".join(json.dumps(vars(row)) + "\n" for row in rows), encoding="utf-8")
+
+    return write
+
+
+def refused(root: Path) -> str:
+    with pytest.raises(UserError) as error:
+        verify(root)
+    return str(error.value)
+
+
+def test_what_was_trained_on_once_is_proved(
+    root: Path, write: Callable[..., None], entries: list[Entry], dataset: Dataset
+) -> None:
+    write(entries[:STEPS])
+    proof = verify(root)
+    assert (proof.checkpoint, proof.steps, proof.samples, proof.later) == (root / "checkpoint_10", 10, 40, 0)
+    assert proof.runs == (
+        Run("9:00", "2 stages x 1 replica", 1, 4, 16),
+        Run("9:30", "1 stage x 2 replicas", 5, 10, 24),
+    )
+    assert proof.trained_tokens == (dataset.batch(0, 40).labels >= 0).sum()
+    assert not proof.changed
+    assert verify(root / "checkpoint_10") == proof
+
+
+def test_steps_larger_than_memory_are_digested_in_pieces(
+    root: Path, write: Callable[..., None], entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(entries[:STEPS])
+    proof = verify(root)
+    monkeypatch.setattr(verification, "_PIECE", 3 * LENGTH)
+    assert verify(root) == proof
+
+
+def test_rows_behind_the_checkpoint_prove_nothing_and_disturb_nothing(
+    root: Path, write: Callable[..., None], entries: list[Entry]
+) -> None:
+    write([*entries, entries[-1]])
+    with open(root / LEDGER, "a") as file:
+        file.write('{"step": 13, "fir')
+    proof = verify(root)
+    assert (proof.steps, proof.later) == (10, 3)
+
+
+def swapped(rows: list[Entry]) -> None:
+    rows[2], rows[3] = rows[3], rows[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(6), "step 7: expected its row in the ledger, found one of step 8"),
+        (lambda rows: rows.pop(), "step 10: expected its row in the ledger, found the last one to be of step 9"),
+        (lambda rows: rows.clear(), "step 1: expected its row in the ledger, found the last one to be of step 0"),
+        (lambda rows: rows.insert(5, rows[4]), "step 6: expected its row in the ledger, found one of step 5"),
+        (lambda rows: rows.append(rows[9]), "step 11: expected no row, found one of step 10"),
+        (swapped, "step 3: expected its row in the ledger, found one of step 4"),
+        (
+            lambda rows: rows.__setitem__(5, replace(rows[5], first=21)),
+            "step 6: expected samples 20 to 23, found 21 to 24",
+        ),
+        (
+            lambda rows: rows.__setitem__(5, replace(rows[5], count=5)),
+            "step 6: expected samples 20 to 23, found 20 to 24",
+        ),
+    ],
+)
+def test_steps_and_samples_must_follow_one_another(
+    root: Path, write: Callable[..., None], entries: list[Entry], change: Callable[[list[Entry]], object], message: str
+) -> None:
+    rows = entries[:STEPS]
+    change(rows)
+    write(rows)
+    assert message in refused(root)
+
+
+def test_a_digest_that_was_altered(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+    rows = entries[:STEPS]
+    rows[7] = replace(rows[7], digest="0123456789abcdef")
+    write(rows)
+    assert refused(root) == (
+        f"not verified: step 8: expected samples with digest 0123456789abcdef, found {entries[7].digest}: "
+        "the ledger was altered, or is another run's"
+    )
+
+
+def test_a_row_whose_samples_are_right_but_that_was_altered(
+    root: Path, write: Callable[..., None], entries: list[Entry]
+) -> None:
+    rows = entries[:STEPS]
+    rows[7] = replace(rows[7], layout="8 stages x 9 replicas")
+    write(rows)
+    assert "up to step 10 expected rows that hash to" in refused(root)
+
+
+def test_data_that_changed_since(
+    root: Path, write: Callable[..., None], entries: list[Entry], settings: dict[str, Any]
+) -> None:
+    write(entries[:STEPS])
+    path = Path(settings["task_name"].split(":")[0])
+    path.write_text(path.read_text().replace("The", "This"))
+    message = refused(root)
+    assert message.startswith("not verified: step 1: expected samples with digest")
+    assert message.endswith("the data or the tokenizer have changed since they were trained on")
+
+
+def test_data_that_changed_in_what_is_not_yet_trained_on(
+    root: Path, write: Callable[..., None], entries: list[Entry]
+) -> None:
+    write(entries[:STEPS], data="0" * 64)
+    assert verify(root).changed
+
+
+def test_data_that_changed_between_two_runs(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+    rows = [replace(entry, digest=f"{entry.step:016x}") if entry.step <= 4 else entry for entry in entries[:STEPS]]
+    write(rows, ledger=ledger.chain(rows))
+    assert refused(root).endswith("the data were changed between runs, after this step")
+
+
+def test_sums_must_agree(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+    write(entries[:STEPS], tokens=959)
+    assert "expected 10 steps of 4 samples to make 960 tokens, found 959" in refused(root)
+    write(entries[:STEPS], samples=44)
+    assert "to make 40 samples, found 44" in refused(root)
+
+
+def test_metrics_must_agree(root: Path, write: Callable[..., None], entries: list[Entry], dataset: Dataset) -> None:
+    write(entries[:STEPS])
+    trained = int((dataset.batch(8, 4).labels >= 0).sum())
+    metrics.append(root, {"step": 3, "trained_tokens": trained})
+    metrics.append(root, {"step": 3, "evaluation_loss": 1.0})
+    verify(root)
+    metrics.append(root, {"step": 4, "trained_tokens": 0})
+    assert "step 4: expected 0 trained tokens, as metrics.jsonl says, found " in refused(root)
+
+
+def test_every_row_is_a_document_or_set_aside(
+    root: Path, write: Callable[..., None], entries: list[Entry], tmp_path: Path
+) -> None:
+    write(entries[:STEPS])
+    (listed,) = (tmp_path / "cache").glob("*/quarantine.jsonl")
+    listed.write_text("")
+    assert "expected 41 rows, 1 set aside, found 40 documents and 0 rows set aside" in refused(root)
+
+
+def test_a_checkpoint_from_before_the_ledger(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+    write(entries[:STEPS], ledger=None)
+    assert "began before training kept a ledger" in refused(root)
+
+
+def test_a_tokenizer_that_was_moved_is_taken_from_the_checkpoint(
+    root: Path, write: Callable[..., None], entries: list[Entry], settings: dict[str, Any], tiny_tokenizer: Path
+) -> None:
+    write(entries[:STEPS], tokenizer=tiny_tokenizer, settings=settings | {"tokenizer_name": "moved/away"})
+    assert verify(root).steps == STEPS
+    assert verify(root, tokenizer=tiny_tokenizer).steps == STEPS
+
+
+def test_the_command(
+    root: Path, write: Callable[..., None], entries: list[Entry], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(entries[:STEPS])
+    with pytest.raises(SystemExit) as end:
+        main(["--verify", "--checkpoint-path", str(root)])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert [line.split() for line in printed.splitlines() if "replica" in line] == [
+        ["9:00", "2", "stages", "x", "1", "replica", "1", "to", "4", "16"],
+        ["9:30", "1", "stage", "x", "2", "replicas", "5", "to", "10", "24"],
+    ]
+    assert printed.endswith("verified: 10 steps, 40 samples, each trained exactly once, by 2 runs\n")
+
+
+def test_the_command_refuses_in_one_line(
+    root: Path, write: Callable[..., None], entries: list[Entry], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(entries[1:STEPS])
+    for flags, message in (
+        ([], "step 1: expected its row in the ledger, found one of step 2"),
+        (["--seed", "1"], "--seed does not go with --verify, which takes it from the checkpoint: leave it out"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["--verify", "--checkpoint-path", str(root), *flags])
+        assert end.value.code == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err
+        assert len(printed.err.splitlines()) == 1

@@ -1,0 +1,121 @@
+"""Copying from several stores, and what a source refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numbered import numbered
+
+from openchatkit.errors import UserError
+from openchatkit.formats.token_store import idx_path
+
+DOCUMENTS = numbered([3, 0, 5, 1, 4, 2, 6])
+
+
+def test_pieces_of_several_stores(make_source: Callable) -> None:
+    stores = [DOCUMENTS[:2], [], DOCUMENTS[2:5], DOCUMENTS[5:]]
+    masks = [[[token % 2 for token in document] for document in store] for store in stores]
+    masks[3] = None  # a store of records in which nobody replies
+    source = make_source(stores, masks, loss_on="responses")
+    assert (source.documents, source.tokens, source.rows, source.quarantined) == (7, 21, 7, 0)
+    assert [sizes.tolist() for sizes in source.all_sizes()] == [[3, 0], [5, 1, 4], [2, 6]]
+    pieces = [(6, 1, 4), (0, 0, 3), (4, 3, 1), (2, 0, 0), (1, 0, 0), (2, 2, 3), (6, 0, 1), (3, 0, 1)]
+    documents, begins, sizes = (np.array(column) for column in zip(*pieces, strict=True))
+    assert source.sizes(documents).tolist() == [6, 3, 4, 5, 0, 5, 6, 1]
+    tokens, mask = np.empty(13, np.int64), np.empty(13, bool)
+    source.copy(documents, begins, sizes, tokens, mask)
+    expected = [(token, number) for number, begin, size in pieces for token in DOCUMENTS[number][begin : begin + size]]
+    assert tokens.tolist() == [token for token, _ in expected]
+    assert mask.tolist() == [token % 2 == 1 and number < 5 for token, number in expected]
+
+
+def test_sources_shuffle_apart(make_source: Callable) -> None:
+    orders = {
+        tuple(make_source([numbered([1] * 50)], seed=seed, number=number).order(epoch).tolist())
+        for seed in range(2)
+        for number in range(2)
+        for epoch in range(2)
+    }
+    assert len(orders) == 8
+
+
+@pytest.mark.parametrize("elsewhere", [None, 1 << 20])
+def test_trained_tokens(make_source: Callable, elsewhere: int | None) -> None:
+    masks = [[[int(token > 10) for token in document] for document in DOCUMENTS]]
+    count = sum(map(sum, masks[0]))
+    assert make_source([DOCUMENTS], masks, elsewhere=elsewhere, loss_on="responses").trained_tokens == count
+    assert make_source([DOCUMENTS], masks, elsewhere=elsewhere, loss_on="all").trained_tokens == 21
+
+
+@pytest.mark.parametrize(
+    ("mark", "elsewhere", "message"),
+    [
+        (0, None, "nothing would be trained on .* in none of its 7 documents a line starts with `<bot>:`"),
+        (0, 1 << 20, "nothing would be trained on .* its loss mask is all zeros"),
+        (1, None, "its loss mask is all ones, so --loss-on responses would train on prompts as on replies"),
+        (1, 1 << 20, "its loss mask is all ones"),
+        (None, 1 << 20, r"has no loss mask \(.*store0\.mask\.bin\), so --loss-on responses cannot tell"),
+    ],
+)
+def test_masks_that_mask_nothing(make_source: Callable, mark: int | None, elsewhere: int | None, message: str) -> None:
+    masks = [None if mark is None else [[mark] * len(document) for document in DOCUMENTS]]
+    with pytest.raises(UserError, match=f"chats:? {message}.*--loss-on all"):
+        make_source([DOCUMENTS], masks, elsewhere=elsewhere, loss_on="responses")
+    make_source([DOCUMENTS], masks, elsewhere=elsewhere, loss_on="all")
+
+
+@pytest.mark.parametrize("elsewhere", [None, 1 << 20])
+def test_a_mask_is_judged_over_the_whole_source(make_source: Callable, elsewhere: int | None) -> None:
+    ones, zeros = ([[mark] * len(document) for document in DOCUMENTS] for mark in (1, 0))
+    source = make_source([DOCUMENTS, DOCUMENTS], [ones, zeros], elsewhere=elsewhere, loss_on="responses")
+    assert source.trained_tokens == 21
+
+
+def test_tokens_that_the_tokenizer_does_not_have(make_source: Callable) -> None:
+    source = make_source([numbered([9]), DOCUMENTS], elsewhere=20)
+    documents = np.array([3, 0, 1])  # tokens 4 to 8, 0 to 8, 0 to 2
+    tokens, mask = np.empty(17, np.int64), np.empty(17, bool)
+    source.copy(documents, np.zeros(3, int), np.array([5, 9, 3]), tokens, mask)
+    assert tokens[:5].tolist() == [5, 6, 7, 8, 9]
+    with pytest.raises(
+        UserError, match=r"store1: document 6 \(counted from 0\) holds the token 21, .* a vocabulary of 20: pass"
+    ):
+        source.copy(np.array([3, 7]), np.array([0, 0]), np.array([5, 5]), np.empty(10, np.int64), np.empty(10, bool))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, 7, r"store0\.idx has documents of 25 tokens together and .*store0\.bin holds 21"),
+        (0, -1, r"store0\.idx has a document of negative size"),
+    ],
+)
+def test_an_index_of_other_tokens(make_source: Callable, at: int, value: int, message: str) -> None:
+    source = make_source([DOCUMENTS], elsewhere=100)
+    alter(idx_path(source.stores[0].prefix), 34 + 4 * at, np.int32(value))
+    with pytest.raises(UserError, match=message):
+        reopen(source)
+
+
+def test_an_index_that_points_elsewhere(make_source: Callable) -> None:
+    source = make_source([DOCUMENTS], elsewhere=100)
+    alter(idx_path(source.stores[0].prefix), 34 + 4 * 7, np.int64(1 << 40))
+    with pytest.raises(UserError, match=r"store0\.idx points outside its tokens: it is damaged"):
+        reopen(source).copy(np.array([0]), np.array([0]), np.array([3]), np.empty(3, np.int64), np.empty(3, bool))
+
+
+def alter(path: Path, at: int, value: np.generic) -> None:
+    content = bytearray(path.read_bytes())
+    content[at : at + value.nbytes] = value.tobytes()
+    path.write_bytes(content)
+
+
+def reopen(source: object) -> object:
+    """The same store once more, as one from elsewhere."""
+    from openchatkit.data.samples.source import Content, Source
+    from openchatkit.formats.token_store import TokenStore
+
+    prefix = source.stores[0].prefix
+    content = Content(TokenStore(prefix), "x", 7, vocab_size=100)
+    return Source("chats", 1.0, [content], loss_on="all", number=0, seed=1, cache_dir=prefix.parent)
