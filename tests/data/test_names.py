@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 
 from openchatkit import paths
 from openchatkit.data import names
@@ -88,3 +89,47 @@ def test_an_address_without_a_file(here: Path, server: str) -> None:
 @pytest.mark.parametrize("name", ["mine/chats.jsonl", "data/nothing", "a/b/c", "../x", "plain"])
 def test_a_path_that_is_spelt_wrong_is_no_name_of_the_hub(here: Path, name: str) -> None:
     assert names.elsewhere(name, here / "cache") is None
+
+
+RECORDS = {
+    "data/train-0.parquet": b"a",
+    "data/train-1.parquet": b"b",
+    "data/test-0.parquet": b"c",
+    "more.jsonl.gz": b"d",
+    "validation.jsonl": b"e",
+    "contest.jsonl": b"f",
+    "README.md": b"g",
+}
+FOR_TRAINING = ["contest.jsonl", "data/train-0.parquet", "data/train-1.parquet", "more.jsonl.gz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("some/chats", ["contest.jsonl", "data/train-0.parquet", "data/train-1.parquet", "more.jsonl.gz"]),
+        (
+            "hf://datasets/some/chats",
+            ["contest.jsonl", "data/train-0.parquet", "data/train-1.parquet", "more.jsonl.gz"],
+        ),
+        ("hf://datasets/some/chats/data/train*", ["data/train-0.parquet", "data/train-1.parquet"]),
+        ("hf://datasets/some/chats/validation.jsonl", ["validation.jsonl"]),
+    ],
+)
+def test_a_data_set_of_the_hub(here: Path, hub: Hub, name: str, expected: list[str]) -> None:
+    hub.add("datasets/some/chats", RECORDS)
+    (part,) = parse(f"{name}:3", cache_dir=here / "cache")
+    assert part.weight == 3.0
+    place = here / "cache" / "downloads" / "hub" / "some--chats" / "files"
+    assert sorted(str(path.relative_to(place)) for path in part.files) == expected
+    assert [path.read_bytes() for path in part.files] == [RECORDS[str(path.relative_to(place))] for path in part.files]
+    asked = len(hub.requests)
+    assert parse(f"{name}:3", cache_dir=here / "cache")[0].files == part.files
+    assert len(hub.requests) == asked, "what is there is not asked for again"
+
+
+def test_a_data_set_that_the_hub_does_not_know(here: Path, hub: Hub) -> None:
+    with pytest.raises(UserError, match="--task-name: cannot fetch some/nothing: the hub knows no such data set"):
+        parse("some/nothing:1", cache_dir=here / "cache")
+    hub.add("datasets/some/tests", {"test.jsonl": b"", "README.md": b""})
+    with pytest.raises(UserError, match="some/tests holds no file"):
+        parse("some/tests", cache_dir=here / "cache")

@@ -47,8 +47,8 @@ class Archive:
                 for member in archive:
                     if member.isfile() and member.name.endswith(lines.SUFFIXES):
                         name = f"{self.path}:{member.name}"
-                        rows = _Member(Path(name), archive.extractfile(member)).rows()
-                        yield from ((name, row) for row in rows)
+                        source = lines.Lines(archive.extractfile(member), Path(name).suffix, member.size)
+                        yield from ((name, row) for row in Records(Path(name), source).rows())
             while stream.read(_PIECE):
                 pass
         except _BROKEN as error:
@@ -78,28 +78,3 @@ class _Tail:
         data = self._file.read(size)
         self.tail = (self.tail + data)[-_BLOCK:]
         return data
-
-
-class _Member(Records):
-    """The records of a file that is open already."""
-
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path = path
-        self._source = _OpenLines(file, path.suffix)
-        self.size = 0
-
-
-class _OpenLines(lines.Lines):
-    def __init__(self, file: BinaryIO, suffix: str) -> None:
-        self._file, self._suffix = _FromStart(file), suffix
-        self.size = 0
-
-
-class _FromStart:
-    """A member of a stream: it is read from its start to its end, so the one place to go to is where it is."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.readline, self.close = file.read, file.readline, file.close
-
-    def seek(self, place: int) -> None:
-        assert place == 0, place

@@ -21,7 +21,6 @@ from openchatkit.data.preprocess.unfinished import Unfinished, set_aside_path, s
 from openchatkit.data.records import RECORD_SUFFIXES, Records
 from openchatkit.data.records import files as record_files
 from openchatkit.data.records.row import Row
-from openchatkit.data.records.tables import PARQUET
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.build import bad_row
 from openchatkit.errors import UserError
@@ -29,7 +28,6 @@ from openchatkit.formats import chat
 
 _SMALL = 4 << 20  # bytes of input that this process has tokenised before the workers would have started
 _BATCH_BYTES = 1 << 17
-_COLUMNS = ("text", "messages")  # all that `data.records.tables` reads
 Named = tuple[str, Row]  # a row with the name of its file
 
 
@@ -48,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = tuple(dict.fromkeys(args.jsonl_keys))
     if unfit := [key for key in keys if "/" in key]:
         raise UserError(f"--jsonl-keys {unfit[0]}: a file is named after it, which cannot hold a '/'")
-    _check_tables(files, keys)
     job = fields.Job(encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask)
     preprocess(
         files,
@@ -107,15 +104,6 @@ def input_files(names: str) -> list[Path]:
     return files
 
 
-def _check_tables(files: Sequence[Path], keys: Sequence[str]) -> None:
-    other = [key for key in keys if key not in _COLUMNS]
-    tables = [path for path in files if path.is_dir() or path.name.endswith(PARQUET)]
-    if other and tables:
-        raise UserError(
-            f"--jsonl-keys {other[0]}: of a table such as {tables[0]} only {' and '.join(_COLUMNS)} are read"
-        )
-
-
 def preprocess(
     files: Sequence[Path],
     prefix: Path,
@@ -132,7 +120,7 @@ def preprocess(
     UserError: outputs that are there already, rows that are no records, damaged data, a full disk. Interrupted: a
     worker was killed.
     """
-    source = Source(files)
+    source = Source(files, job.keys)
     try:
         with Unfinished(prefix, job, files=files, bad_rows=bad_rows, overwrite=overwrite) as stores:
             if stores.done.rows:
@@ -191,8 +179,8 @@ def _batches(rows: Iterable[Named]) -> Iterator[list[Named]]:
 class Source:
     """The rows of some files, one file after another, each with the name of its file, and how fast they are read."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
+    def __init__(self, files: Sequence[Path], keys: Sequence[str]) -> None:
+        self._files, self._keys = files, keys
         self._sizes = [_size(path) for path in files]
         self.size = sum(self._sizes)
         self._read = 0
@@ -203,7 +191,7 @@ class Source:
         number, before = 0, 0
         for path, size in zip(self._files, self._sizes, strict=True):
             archive = path.name.endswith(ARCHIVE_SUFFIXES)
-            with Archive(path) if archive else Records(path) as records:
+            with Archive(path) if archive else Records(path, columns=self._keys) as records:
                 for name, row in records.rows() if archive else ((str(path), row) for row in records.rows()):
                     number += 1
                     if number > start:

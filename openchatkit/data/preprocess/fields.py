@@ -6,8 +6,6 @@ run this, so nothing here imports torch or transformers.
 """
 
 import functools
-import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import numpy as np
 from openchatkit.data.preprocess.neox_tokenizers import Encoder
 from openchatkit.data.records import document
 from openchatkit.data.records.document import BadRowError
+from openchatkit.data.stores.tokenise import assemble
 from openchatkit.formats import chat
 
 
@@ -73,32 +72,16 @@ def encode(rows: Sequence[bytes], job: Job) -> Part:
 
 
 def _documents(chats: Sequence[list[chat.Segment]], job: Job) -> Documents:
-    texts = [segment.text for segments in chats for segment in segments]
-    encoded = iter(job.encoder.encode(texts, literal=job.chats))
-    pieces: list[Sequence[int]] = []
-    trained: list[bool] = []
-    sizes: list[int] = []
-    for segments in chats:
-        ids = list(itertools.islice(encoded, len(segments)))
-        if not any(ids):
-            continue
-        pieces += ids
-        trained += [segment.trained for segment in segments]
-        size = sum(map(len, ids))
-        if job.append_eod:
-            assert job.encoder.end_of_text is not None
-            pieces.append([job.encoder.end_of_text])
-            trained.append(chat.ends_with_reply(segments))
-            size += 1
-        sizes.append(size)
-    tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, sum(sizes))
-    mask = np.repeat(np.array(trained, bool), np.array([len(piece) for piece in pieces], np.int64))
-    return Documents(tokens, np.array(sizes, np.int32), mask, len(chats) - len(sizes))
+    end = job.encoder.end_of_text
+    assert end is not None or not job.append_eod
+    encode = functools.partial(job.encoder.encode, literal=job.chats)
+    tokens, sizes, mask = assemble(chats, encode, [end] if job.append_eod else [], skip_empty=True)
+    return Documents(tokens, sizes, mask, len(chats) - len(sizes))
 
 
 def _segments(row: bytes, key: str, job: Job) -> list[chat.Segment]:
     """One field, cut where its tokens may not run together; none for an empty text."""
-    record = document._object(row)
+    record = document.read_object(row)
     if key not in record:
         found = ", ".join(repr(name) for name in list(record)[:5]) or "none"
         raise BadRowError(f"the record has no {key!r} (its keys: {found})")
@@ -109,11 +92,11 @@ def _segments(row: bytes, key: str, job: Job) -> list[chat.Segment]:
         return []
     if job.chats:
         form = "messages" if isinstance(value, list) else "text"
-        return document.decode(json.dumps({form: value}).encode())
+        return document.segments({form: value})
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n\n".join(value)  # paragraphs, as GPT-NeoX's reader joins them
     blank = isinstance(value, str) and not value.strip()
-    return [chat.Segment(value if blank else document._string(value, repr(key)), False)]
+    return [chat.Segment(value if blank else document.usable_string(value, repr(key)), False)]
 
 
 def _mended(value: object) -> object:

@@ -5,7 +5,7 @@ Rows of tables become JSON, so that one decoder (`document`) serves all. Blank l
 short never passes for a shorter one, and a line too long to be a document never fills the memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -30,13 +30,19 @@ def stamp(source: Path) -> list[list[object]]:
     return [[str(path.relative_to(source)), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
 
-class Records:
-    """A context manager: it holds the file open. `size` and `position` count bytes of the file, for a progress bar."""
+COLUMNS = ("text", "messages")  # what `document` makes a document of
 
-    def __init__(self, path: Path) -> None:
+
+class Records:
+    """A context manager: it holds the file open. `size` and `position` count bytes of the file, for a progress bar.
+
+    Of a table only `columns` are read. `source`, if given, are the lines of a file that is open already.
+    """
+
+    def __init__(self, path: Path, source: lines.Lines | None = None, *, columns: Sequence[str] = COLUMNS) -> None:
         self.path = Path(path)
         try:
-            self._source = _open(self.path)
+            self._source = source or _open(self.path, columns)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         self.size = self._source.size
@@ -71,13 +77,13 @@ class Records:
         self._source.close()
 
 
-def _open(path: Path) -> lines.Lines | tables.Parquet | tables.SavedDataset:
+def _open(path: Path, columns: Sequence[str]) -> lines.Lines | tables.Parquet | tables.SavedDataset:
     if tables.is_saved_dataset(path):
-        return tables.SavedDataset(path)
+        return tables.SavedDataset(path, columns)
     if path.name.endswith(tables.PARQUET):
-        return tables.Parquet(path)
+        return tables.Parquet(path, columns)
     if path.name.endswith(lines.SUFFIXES):
-        return lines.Lines(path)
+        return lines.Lines(open(path, "rb"), path.suffix, path.stat().st_size)  # closed by `Lines.close`
     raise UserError(
         f"{path} is no file of records that can be read: expected a name in {', '.join(RECORD_SUFFIXES)}, "
         "or a folder written by save_to_disk"

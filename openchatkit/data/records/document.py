@@ -22,14 +22,18 @@ class BadRowError(ValueError):
 
 def decode(data: bytes) -> list[chat.Segment]:
     """The segments of one record, given as JSON; BadRowError where it cannot be used."""
-    record = _object(data)
+    return segments(read_object(data))
+
+
+def segments(record: dict[str, object]) -> list[chat.Segment]:
+    """The segments of one record; BadRowError where it cannot be used."""
     text, messages = record.get("text"), record.get("messages")
     if text is not None and messages is not None:
         raise BadRowError("the record has both 'text' and 'messages': which of them is meant?")
     if messages is not None:
         return _chat(messages)
     if "text" in record:
-        return chat.parse(_string(text, "'text'"))
+        return chat.parse(usable_string(text, "'text'"))
     if "messages" in record:
         raise BadRowError("expected 'messages' to be a list, found null")
     found = ", ".join(repr(key) for key in list(record)[:5]) or "none"
@@ -43,13 +47,14 @@ def texts(path: Path) -> Iterator[str]:
             try:
                 if row.error:
                     raise BadRowError(row.error)
-                segments = decode(row.data)
+                document = decode(row.data)
             except BadRowError as error:
                 raise UserError(f"{path}:{row.number}: {error}: mend or remove it") from error
-            yield "".join(segment.text for segment in segments)
+            yield "".join(segment.text for segment in document)
 
 
-def _object(data: bytes) -> dict[str, object]:
+def read_object(data: bytes) -> dict[str, object]:
+    """The JSON object of a row, whatever its keys; BadRowError where there is none."""
     try:
         record = json.loads(data.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -77,9 +82,9 @@ def _chat(messages: object) -> list[chat.Segment]:
                 raise BadRowError(f"message {number} is the system's: expected it before all others")
             # An empty one is how many data sets say that there is none.
             empty = isinstance(content, str) and not content.strip()
-            system += [] if empty else [_string(content, f"the content of message {number}")]
+            system += [] if empty else [usable_string(content, f"the content of message {number}")]
         elif isinstance(role, str) and role in _ROLES:
-            text = _string(content, f"the content of message {number}")
+            text = usable_string(content, f"the content of message {number}")
             turns.append(chat.Turn(_ROLES[role], text, trained=_trained(message.get("weight"), number)))
         else:
             shown = repr(role)[:50] if isinstance(role, str) else _kind(role)
@@ -97,8 +102,8 @@ def _trained(weight: object, number: int) -> bool:
     return weight == 1
 
 
-def _string(value: object, what: str) -> str:
-    """A string that a document may be made of."""
+def usable_string(value: object, what: str) -> str:
+    """`value`, if it is a string that a document may be made of; else BadRowError about `what`."""
     if not isinstance(value, str):
         raise BadRowError(f"expected {what} to be a string, found {_kind(value)}")
     if not value.strip():

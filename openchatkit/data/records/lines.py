@@ -4,7 +4,6 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
@@ -18,12 +17,13 @@ _PIECE = 1 << 14  # bytes decompressed at a time: small, since text may shrink a
 
 
 class Lines:
-    """The lines of a file that are not blank. Reading may raise any of `BROKEN_STREAM`."""
+    """The lines of an open file that are not blank; `suffix` says how it is compressed, `size` is in bytes.
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by `close`)
-        self._suffix = path.suffix
-        self.size = path.stat().st_size
+    Reading may raise any of `BROKEN_STREAM`.
+    """
+
+    def __init__(self, file: BinaryIO, suffix: str, size: int) -> None:
+        self._file, self._suffix, self.size = file, suffix, size
 
     @property
     def position(self) -> int:
@@ -34,7 +34,9 @@ class Lines:
 
     def read(self, start: Mark) -> Iterator[Row]:
         plain = self._suffix == ".jsonl"
-        self._file.seek(start.end if plain else 0)
+        place = start.end if plain else 0
+        if self._file.tell() != place:  # a member of an archive stands at its start and can go nowhere
+            self._file.seek(place)
         number, end = start if plain else START
         stream = _decompressed(self._file, self._suffix)
         while line := stream.readline(ROW_LIMIT + 1):

@@ -5,7 +5,7 @@ Only the columns a record may have are read, a few hundred rows at a time. Which
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch, Table
 
 PARQUET = ".parquet"
-_COLUMNS = ("text", "messages")
 _BATCH = 256  # rows
 _MARKS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk puts beside a data set, or several
 
@@ -29,7 +28,7 @@ def is_saved_dataset(folder: Path) -> bool:
 class Parquet:
     """The rows of a parquet file; a row group that lies before the start is not read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -42,7 +41,7 @@ class Parquet:
             self._file = parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         except pa.ArrowException as error:
             raise UserError(f"{path} is no parquet file, or cut short ({_line(error)}): fetch it again") from error
-        self._columns = _columns(path, self._file.schema_arrow.names)
+        self._columns = _columns(path, self._file.schema_arrow.names, columns)
         self._groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
 
     @property
@@ -76,7 +75,7 @@ class Parquet:
 class SavedDataset:
     """The rows of a data set's folder, memory-mapped; of several splits, `train`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
         import datasets
 
         self._path = path
@@ -90,7 +89,7 @@ class SavedDataset:
             if "train" not in loaded:
                 raise UserError(f"{path} has no split 'train': pass one of its folders, {', '.join(sorted(loaded))}")
             loaded = loaded["train"]
-        self._dataset = loaded.select_columns(_columns(path, loaded.column_names)).with_format("arrow")
+        self._dataset = loaded.select_columns(_columns(path, loaded.column_names, columns)).with_format("arrow")
 
     @property
     def position(self) -> int:
@@ -116,10 +115,11 @@ class SavedDataset:
         """Nothing: the map goes with the object."""
 
 
-def _columns(path: Path, names: list[str]) -> list[str]:
-    found = [name for name in _COLUMNS if name in names]
+def _columns(path: Path, names: list[str], wanted: Sequence[str]) -> list[str]:
+    found = [name for name in wanted if name in names]
     if not found:
-        raise UserError(f"{path} has neither a column 'text' nor 'messages' (its columns: {', '.join(names[:8])})")
+        looked_for = " nor ".join(f"'{name}'" for name in wanted)
+        raise UserError(f"{path} has no column {looked_for} (its columns: {', '.join(names[:8])})")
     return found
 
 

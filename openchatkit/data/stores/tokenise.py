@@ -49,20 +49,32 @@ def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int]) ->
             chats.append(decode(row))
         except BadRowError as error:
             bad.append((place, str(error)))
+    return Tokenised(*assemble(chats, encode, separator), bad)
+
+
+def assemble(
+    chats: Sequence[Sequence[chat.Segment]], encode: Encode, separator: Sequence[int], *, skip_empty: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tokens, sizes and mask (see `Tokenised`) of documents that are cut into segments, each with the separator.
+
+    Those whose segments have no tokens are left out with `skip_empty`.
+    """
     encoded = iter(encode([segment.text for segments in chats for segment in segments]))
     pieces: list[Sequence[int]] = []
     trained: list[bool] = []
     sizes: list[int] = []
     for segments in chats:
-        first = len(pieces)
-        pieces.extend(itertools.islice(encoded, len(segments)))
+        ids = list(itertools.islice(encoded, len(segments)))
+        if skip_empty and not any(ids):
+            continue
+        pieces += ids
         pieces.append(separator)
         trained.extend(segment.trained for segment in segments)
         trained.append(chat.ends_with_reply(segments))
-        sizes.append(sum(map(len, pieces[first:])))
+        sizes.append(sum(map(len, ids)) + len(separator))
     tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, sum(sizes))
     mask = np.repeat(np.array(trained, bool), np.array([len(piece) for piece in pieces], np.int64))
-    return Tokenised(tokens, np.array(sizes, np.int32), mask, bad)
+    return tokens, np.array(sizes, np.int32), mask
 
 
 def tokenise_all(

@@ -11,8 +11,10 @@ from array import array
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zstandard
+from pyarrow import parquet
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -82,6 +84,14 @@ def test_golden_bytes(tmp_path: Path) -> None:
         "0000000000000000" "0100000000000000" "0200000000000000"  # a border before each document and behind the last
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "o_text_document.bin", "o_text_document.idx"]
+
+
+def test_any_column_of_a_table(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"title": ["ab", "c"], "text": ["x", "y"], "id": [1, 2]}), tmp_path / "a.parquet")
+    keys = ["--jsonl-keys", "title", "text"]
+    assert run("--input", tmp_path / "a.parquet", *BYTES, *keys, "--output-prefix", tmp_path / "o") == 0
+    assert (tmp_path / "o_title_document.bin").read_bytes().hex(" ", 2) == "6100 6200 6300"
+    assert (tmp_path / "o_text_document.bin").read_bytes().hex(" ", 2) == "7800 7900"
 
 
 @pytest.mark.parametrize("vocab_size", [65499, 65500])
@@ -444,7 +454,7 @@ def test_a_full_disk(
         (["--input", ","], "--input names no file"),
         (["--jsonl-keys", "a/b"], "--jsonl-keys a/b: a file is named after it"),
         (["--jsonl-keys", "none"], "the record has no 'none' (its keys: 'text')"),
-        (["--input", "{tmp}/a.parquet", "--jsonl-keys", "title"], "only text and messages are read"),
+        (["--input", "{tmp}/a.parquet", "--jsonl-keys", "title"], "a.parquet has no column 'title'"),
         (["--input", "{tmp}/empty.jsonl"], "--jsonl-keys text: none of 1 rows has a text there"),
         (["--tokenizer-type", "HFTokenizer"], "HFTokenizer needs --vocab-file: a tokenizer.json"),
         (["--tokenizer-type", "GPT2BPETokenizer", "--vocab", "{tmp}/a.txt"], "needs --merge-file: its merges.txt"),
@@ -457,7 +467,7 @@ def test_a_full_disk(
 )
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str) -> None:
     (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "a.parquet").touch()
+    parquet.write_table(pa.table({"text": ["hi"]}), tmp_path / "a.parquet")
     (tmp_path / "empty.jsonl").write_bytes(jsonl([""]))
     Backend(models.BPE({"a": 0}, [])).save(str(tmp_path / "no_end.json"))
     before = sorted(tmp_path.iterdir())

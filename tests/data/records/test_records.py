@@ -189,7 +189,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_parquet_that_will_not_do(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", {"texts": ["a"], "id": [1]})
-    with pytest.raises(UserError, match=r"has neither a column 'text' nor 'messages' \(its columns: texts, id\)"):
+    with pytest.raises(UserError, match=r"has no column 'text' nor 'messages' \(its columns: texts, id\)"):
         Records(path)
     with pytest.raises(UserError, match=r"a\.parquet holds no records"):
         read(parquet(path, {"text": pa.array([], pa.string())}))
