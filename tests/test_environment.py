@@ -212,6 +212,6 @@ def test_conda_installs_the_same(checkout):
     *packages, pip = environment["dependencies"]
     assert any(package in ("python=3.11", "python=3.12") for package in packages)
     torch = (ROOT / "tools" / "environment.sh").read_text().split("kit_torch=")[1].split()[0]
-    assert pip["pip"] == [torch, "-e .[gpu,wandb]"]
+    assert pip["pip"] == [torch, "-e .[gpu,wandb,s3]"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "bash test.sh" in Path(ROOT / ".ci" / "run").read_text()
