@@ -97,7 +97,8 @@ def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: i
             trained_tokens=source.trained_tokens,
             sequences=quota / sum(quotas),
             samples=count,
-            epochs=count / packed.samples,
+            # The last window of an epoch goes on into the next one, so windows are not a whole number an epoch.
+            epochs=count * dataset.seq_length / source.tokens if exact else count / packed.samples,
             tokens_per_sample=packed.tokens_per_sample,
             trained_per_sample=mean,
             loss=count * mean / total if total else 0.0,
