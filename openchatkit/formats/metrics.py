@@ -16,22 +16,32 @@ def append(folder: Path, row: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All rows; none when there is no file yet. A last line that a kill has cut is left out."""
-    try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise
-    return rows
+    """All rows; none when there is no file yet. A last line that a kill has cut is left out, any other broken one is a
+    ValueError."""
+    rows = _rows(folder)
+    if None in rows[:-1]:
+        raise ValueError(f"{folder / METRICS}:{rows.index(None) + 1} is no JSON")
+    return [row for row in rows if row is not None]
 
 
 def cut(folder: Path, last_step: int) -> None:
-    """Drop the rows of steps after `last_step`, and a line cut short: a run that resumes there writes them again."""
-    kept = [row for row in read(folder) if row["step"] <= last_step]
+    """Drop the rows of steps after `last_step`, which a run that resumes there writes again, and broken lines: a crash
+    of the machine may leave some, and is no reason not to go on."""
+    kept = [row for row in _rows(folder) if row is not None and row["step"] <= last_step]
     write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _rows(folder: Path) -> list[dict[str, Any] | None]:
+    """A row or None for each line: None where it holds no row."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [_row(line) for line in lines]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -42,7 +42,8 @@ class Reporter:
         config: dict[str, Any],
     ) -> None:
         self.folder, self.backend = folder, backend
-        metrics.cut(folder, first_step)
+        with storage_errors(folder):
+            metrics.cut(folder, first_step)
         self._bar = progress.bar(total_steps, "training", unit="step", initial=first_step)
         self._run = _wandb_run(project, job_id, config) if backend == "wandb" else None
         self._last_printed = 0.0

@@ -53,6 +53,17 @@ def test_traces(tmp_path, flags):
         assert {"Forward 0", "Backward 3"} <= names
 
 
+def test_metrics_that_a_crash_has_broken_are_cut_where_a_run_resumes(tmp_path):
+    for step in range(1, 6):
+        metrics.append(tmp_path, {"step": step})
+    path = tmp_path / metrics.METRICS
+    path.write_bytes(path.read_bytes().replace(b'"step": 4', b"\0\0\0\xff\0\0\0\0\0"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:4 is no JSON"):
+        metrics.read(tmp_path)
+    metrics.cut(tmp_path, 3)
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+
+
 def test_metrics_survive_a_cut_line(tmp_path):
     for step in (1, 2, 3):
         metrics.append(tmp_path, {"step": step})
