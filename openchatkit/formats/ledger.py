@@ -1,12 +1,13 @@
 """ledger.jsonl: which samples each step of a training run was taken on, and a digest of what they held.
 
-A row is {"step", "first", "count", "digest", "layout", "started"}: step (counted from 1) was taken on samples first to
-first + count - 1, whose contents sum up to `digest` (16 hexadecimal digits, see `data.batch`), by a run in this layout
-that had been started at that time. When a run resumes from a checkpoint, rows of later steps go: their weights are
-gone as well. `chain` of the rows up to a checkpoint's step stands in its state.json, so that the two cannot be of
-different runs.
+A row is {"step", "first", "count", "digest", "applied", "layout", "started"}: step (counted from 1) was taken on the
+samples first to first + count - 1, whose contents sum up to `digest` (16 hexadecimal digits, see `data.batch`), by a
+run in this layout that had been started at that time; `applied` is false where the gradient was not finite, so that the
+step changed no weight. When a run resumes from a checkpoint, rows of later steps go: their weights are gone as well.
+`chain` of the rows up to a checkpoint's step stands in its state.json, so that the two cannot be of different runs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ class Entry:
     first: int
     count: int
     digest: str
+    applied: bool
     layout: str
     started: str
 
@@ -51,7 +53,9 @@ class Writer:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        # Only a row that could not be written is still to be written, and of that `append` has told.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read(folder: Path) -> list[Entry]:

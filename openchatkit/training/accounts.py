@@ -33,9 +33,10 @@ class Accounts:
         self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def add(self, step: int, rows: int, result: StepResult) -> None:
-        """Enter that `step`, counted from 1, was taken on `rows` samples. It was, even if its gradient was no use."""
+        """Enter that `step`, counted from 1, was taken on `rows` samples."""
         first = (step - 1) * rows
-        entry = ledger.Entry(step, first, rows, f"{result.digest:016x}", self._layout, self._started)
+        digest = f"{result.digest:016x}"
+        entry = ledger.Entry(step, first, rows, digest, result.applied, self._layout, self._started)
         with storage_errors(self.folder):
             self._writer.append(entry)
 

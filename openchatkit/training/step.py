@@ -41,12 +41,11 @@ class SourceLoss:
 
 
 def by_name(dataset: Dataset, losses: Sequence[SourceLoss]) -> dict[str, dict[str, float | None]]:
-    """{source's name: {"loss", "trained_tokens"}}, sources of one name taken together."""
-    found: dict[str, SourceLoss] = {}
-    for source, loss in zip(dataset.sources, losses, strict=True):
-        before = found.get(source.name, SourceLoss(0.0, 0))
-        found[source.name] = SourceLoss(before.total + loss.total, before.trained_tokens + loss.trained_tokens)
-    return {name: {"loss": loss.mean, "trained_tokens": loss.trained_tokens} for name, loss in found.items()}
+    """{source's name: {"loss", "trained_tokens"}}; a data set has no two sources of one name."""
+    return {
+        source.name: {"loss": loss.mean, "trained_tokens": loss.trained_tokens}
+        for source, loss in zip(dataset.sources, losses, strict=True)
+    }
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from openchatkit.formats import ledger
 
 ENTRIES = [
     ledger.Entry(
-        step, 8 * (step - 1), 8, f"{step:016x}", "1 stage x 1 replica, batch 8 x 1", "2024-01-01T00:00:00+00:00"
+        step, 8 * (step - 1), 8, f"{step:016x}", True, "1 stage x 1 replica, batch 8 x 1", "2024-01-01T00:00:00+00:00"
     )
     for step in range(1, 6)
 ]
@@ -60,6 +60,14 @@ def test_a_line_cut_by_a_kill_is_dropped(folder):
     writer.append(ENTRIES[4])
     writer.close()
     assert ledger.read(folder) == ENTRIES
+
+
+def test_a_full_disk_is_told_and_not_told_again_by_closing(tmp_path, monkeypatch):
+    writer = ledger.Writer(tmp_path, 0)
+    monkeypatch.setattr(writer, "_file", open("/dev/full", "a", buffering=1))  # noqa: SIM115 - closed by `close`
+    with pytest.raises(OSError, match="No space left"):
+        writer.append(ENTRIES[0])
+    writer.close()
 
 
 def test_an_older_row_that_is_damaged_is_told(folder):

@@ -21,7 +21,7 @@ from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
 from openchatkit.training.accounts import Accounts
 from openchatkit.training.setup import Progress
-from openchatkit.training.step import Schedule, SourceLoss, Trainer, by_name
+from openchatkit.training.step import Schedule, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +95,6 @@ def test_losses_by_source_are_those_of_a_plain_loss(tmp_path, mixed, change):
     assert_proved(path, 16)
 
 
-def test_sources_of_one_name_are_taken_together():
-    dataset = SimpleNamespace(sources=[SimpleNamespace(name=name) for name in "aba"])
-    losses = [SourceLoss(3.0, 2), SourceLoss(0.0, 0), SourceLoss(1.0, 2)]
-    assert by_name(dataset, losses) == {
-        "a": {"loss": 1.0, "trained_tokens": 4},
-        "b": {"loss": None, "trained_tokens": 0},
-    }
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_ledger_proves_a_run_that_was_killed_and_resumed_on_another_layout(tmp_path, flags, victim):
     interrupted(tmp_path, flags, signal.SIGKILL, [victim])
@@ -144,7 +135,7 @@ def test_a_lost_ledger_is_told_and_begun_anew(tmp_path, flags):
 @pytest.mark.parametrize(("chain", "warned"), [(None, False), (ledger.EMPTY, True)])
 def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, capsys, chain, warned):
     layout, schedule = Layout(0, 1, 1, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
-    result = SimpleNamespace(digest=(1 << 64) - 1)
+    result = SimpleNamespace(digest=(1 << 64) - 1, applied=True)
     for progress in (Progress(), Progress(3, 100, chain)):
         accounts = Accounts(tmp_path, progress, layout, schedule)
         for step in range(progress.step + 1, progress.step + 4):

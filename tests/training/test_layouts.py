@@ -229,8 +229,10 @@ def test_overflow_is_everyones(tmp_path, flags):
     assert 0 < len(skipped) < len(rows)
     assert rows[0]["grad_norm"] is None
     assert rows[-1]["loss_scale"] == 2.0 ** (24 - len(skipped))
-    # A step that changes nothing has used its samples all the same.
-    assert [entry.first for entry in ledger.read(path.parent)] == list(range(0, 96, 8))
+    # A step that changes nothing has used its samples all the same, and its row says so.
+    entries = ledger.read(path.parent)
+    assert [entry.first for entry in entries] == list(range(0, 96, 8))
+    assert [entry.step for entry in entries if not entry.applied] == [row["step"] for row in skipped]
     first = run(tmp_path / "first", flags, total_steps=1, **start)
     prepared = LayerShards.open(flags["model_name"])
     for shard in prepared.shards:

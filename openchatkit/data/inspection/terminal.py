@@ -111,10 +111,10 @@ def show_proof(out: Console, proof: Proof) -> None:
     if proof.later:
         note(out, f"rows of later steps, for which {proof.checkpoint.name} does not vouch: {proof.later:,}")
     runs = "1 run" if len(proof.runs) == 1 else f"{len(proof.runs)} runs"
-    out.print(
-        f"verified: {proof.steps:,} steps, {proof.samples:,} samples, each trained exactly once, by {runs}",
-        soft_wrap=True,
-    )
+    proved = f"verified: {proof.steps:,} steps, {proof.samples:,} samples, each trained exactly once, by {runs}"
+    if proof.unused:
+        proved += f"; {proof.unused:,} of them to no effect, since the gradient of their steps was not finite"
+    out.print(proved, soft_wrap=True)
 
 
 def note(out: Console, text: str) -> None:

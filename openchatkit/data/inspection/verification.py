@@ -38,14 +38,16 @@ class Run:
 class Proof:
     """What was proved: steps 1 to `steps` were taken on samples 0 to `samples` - 1, each on its own, by these runs.
 
-    `trained_tokens` of their labels counted in the loss. `later` rows of the ledger are behind the checkpoint;
-    `changed`: the data are no longer those of the last run, though these samples are.
+    `trained_tokens` of their labels counted in the loss. `unused` of the samples changed no weight, the gradient of
+    their steps not being finite. `later` rows of the ledger are behind the checkpoint; `changed`: the data are no
+    longer those of the last run, though these samples are.
     """
 
     checkpoint: Path
     steps: int
     samples: int
     trained_tokens: int
+    unused: int
     runs: tuple[Run, ...]
     later: int
     changed: bool
@@ -81,6 +83,7 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
         steps=steps,
         samples=steps * rows_a_step,
         trained_tokens=trained,
+        unused=sum(entry.count for entry in up_to if not entry.applied),
         runs=tuple(runs(up_to)),
         later=len(entries) - len(up_to),
         changed=dataset.fingerprint != state["data"],

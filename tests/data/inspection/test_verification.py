@@ -69,7 +69,7 @@ def entries(dataset: Dataset) -> list[Entry]:
     for step in range(1, STEPS + 3):
         first = (step - 1) * ROWS
         layout, started = ("2 stages x 1 replica", "9:00") if step <= 4 else ("1 stage x 2 replicas", "9:30")
-        made.append(Entry(step, first, ROWS, f"{dataset.batch(first, ROWS).digest():016x}", layout, started))
+        made.append(Entry(step, first, ROWS, f"{dataset.batch(first, ROWS).digest():016x}", True, layout, started))
     return made
 
 
@@ -129,6 +129,20 @@ def test_what_was_trained_on_once_is_proved(
     assert proof.trained_tokens == (dataset.batch(0, 40).labels >= 0).sum()
     assert not proof.changed
     assert verify(root / "checkpoint_10") == proof
+
+
+def test_samples_of_steps_that_changed_nothing_are_told(
+    root: Path, write: Callable[..., None], entries: list[Entry], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [replace(entry, applied=entry.step not in (2, 5, 11)) for entry in entries]
+    write(rows, ledger=ledger.chain(rows[:STEPS]))
+    assert verify(root).unused == 2 * ROWS
+    with pytest.raises(SystemExit):
+        main(["--verify", "--checkpoint-path", str(root)])
+    assert capsys.readouterr().out.endswith(
+        "each trained exactly once, by 2 runs; 8 of them to no effect, since the gradient of their steps was not "
+        "finite\n"
+    )
 
 
 def test_steps_larger_than_memory_are_digested_in_pieces(
