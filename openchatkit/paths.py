@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from loguru import logger
+
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED = ROOT / "pretrained"
 MODEL_CKPTS = ROOT / "model_ckpts"
@@ -45,13 +47,56 @@ def write_text(path: Path, text: str) -> None:
 
 def try_lock(path: Path) -> IO[str] | None:
     """Lock a file for this process until it is closed or the process ends, however it ends; None if another has it."""
-    file = open(path, "w")  # noqa: SIM115 - the open file is the lock
+    file = open(path, "a")  # noqa: SIM115 - the open file is the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
+    except BaseException:
+        file.close()
+        raise
     return file
+
+
+def lock_path(path: Path) -> Path:
+    """The lock file of a file or folder, beside it; never `.lock`, which a folder may have for itself."""
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextlib.contextmanager
+def locked(lock: Path, waiting: str) -> Iterator[None]:
+    """Hold a lock file; log `waiting` and wait while another process has it. It does not stay behind.
+
+    The system frees it when its holder dies, however it dies.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = try_lock(lock)
+        if file is None:
+            logger.info(waiting)
+            file = open(lock, "a")  # noqa: SIM115 - the open file is the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # The holder before us removed the file that we have locked: whoever comes next would lock another one.
+            if _is_at(file, lock):
+                break
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from openchatkit import download, paths
 from openchatkit.data import records
 from openchatkit.data.records import tables
-from openchatkit.data.stores import cache
 from openchatkit.errors import UserError
 from openchatkit.formats import token_store
 
@@ -126,7 +125,7 @@ def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ..
     folder = downloads / name.replace("/", "--")
     listing = folder / f"files-{hashlib.sha256((pattern or '').encode()).hexdigest()[:16]}.txt"
     if not listing.is_file():
-        with cache.locked(folder, f"{name} is fetched by another process: waiting for it"):
+        with paths.locked(paths.lock_path(folder), f"{name} is fetched by another process: waiting for it"):
             if not listing.is_file():
                 found = download.fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
                 paths.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))

@@ -15,9 +15,10 @@ from pathlib import Path
 from openchatkit.download import http, hub, local, s3
 from openchatkit.download.archive import is_packed, unpack
 from openchatkit.download.patience import Patience
-from openchatkit.download.places import Note, check_room, held, place, read_note, storage_errors, write_note
+from openchatkit.download.places import Note, check_room, place, read_note, storage_errors, write_note
 from openchatkit.download.transfer import Remote, bring, missing
 from openchatkit.errors import UserError
+from openchatkit.paths import locked
 
 __all__ = ["Patience", "fetch", "fetch_dataset", "fetch_model", "fetch_source", "unpack"]
 
@@ -87,7 +88,7 @@ def fetch_source(
     files = _source(source, patience)
     with (
         storage_errors(destination, "make room and run again, it goes on from there"),
-        held(destination / "source", f"another process is fetching into {destination}: waiting for it"),
+        locked(destination / ".lock", f"another process is fetching into {destination}: waiting for it"),
     ):
         done = {file.name: _unpacked(file, destination) for file in files} if not keep_packed else {}
         wanted = [file for file in files if not done.get(file.name)]

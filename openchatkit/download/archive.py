@@ -18,9 +18,9 @@ from typing import BinaryIO, Protocol
 from loguru import logger
 
 from openchatkit import progress
-from openchatkit.download.places import amount, held, place, storage_errors
+from openchatkit.download.places import amount, place, storage_errors
 from openchatkit.errors import UserError
-from openchatkit.paths import sync
+from openchatkit.paths import lock_path, locked, sync
 
 PACKED = (".gz", ".tgz", ".zst", ".tar")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -47,7 +47,7 @@ def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
     temporary = destination / f".{path.name}.unpacked"
     with (
         storage_errors(destination, f"{path.name} cannot be unpacked here; make room and run again"),
-        held(temporary, f"{path.name} is unpacked by another process: waiting for it"),
+        locked(lock_path(temporary), f"{path.name} is unpacked by another process: waiting for it"),
     ):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

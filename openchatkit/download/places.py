@@ -1,4 +1,4 @@
-"""Where a fetched file goes, who may write there, and the note beside it of what it is a copy of.
+"""Where a fetched file goes, and the note beside it of what it is a copy of.
 
 The note is `.NAME.fetched.json`: the address and the version that a file came from, its size, and the files that it was
 unpacked into, if it was. It is what tells a file that need not be fetched again from a stranger of the same name.
@@ -6,15 +6,11 @@ unpacked into, if it was. It is what tells a file that need not be fetched again
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-
-from loguru import logger
 
 from openchatkit.errors import UserError
 from openchatkit.paths import write_text
@@ -70,43 +66,6 @@ def amount(size: int) -> str:
         if size >= 10**power:
             return f"{size / 10**power:.1f} {unit}"
     return f"{size} bytes"
-
-
-@contextlib.contextmanager
-def held(path: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of `path`, which need not be there; log `waiting` and wait while another process has it.
-
-    The system frees the lock when its holder dies, however it dies. No lock file stays behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        file = open(lock, "w")  # noqa: SIM115 - the open file is the lock
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info(waiting)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # The holder before us removed the file that we have locked: whoever comes next would lock another one.
-            if _same(file.fileno(), lock):
-                break
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 @contextlib.contextmanager

@@ -22,14 +22,13 @@ from openchatkit.download.places import (
     Note,
     amount,
     check_room,
-    held,
     place,
     read_note,
     storage_errors,
     write_note,
 )
 from openchatkit.errors import UserError
-from openchatkit.paths import sync, write_text
+from openchatkit.paths import lock_path, locked, sync, write_text
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def bring(remote: Remote, folder: Path, *, patience: Patience, noted: bool = Tru
     path = place(folder, remote.name)
     with (
         storage_errors(path, "what has come is kept; make room and run again, it goes on from there"),
-        held(path, f"{remote.address} is fetched by another process: waiting for it"),
+        locked(lock_path(path), f"{remote.address} is fetched by another process: waiting for it"),
     ):
         if not _is_there(path, remote, noted):
             _bring(remote, path, patience, noted)

@@ -280,3 +280,11 @@ def test_a_refusal_is_one_line(hub, tmp_path, capsys):
         f"error: {hub.address}/a.jsonl: the server answers 403 Forbidden: it is not public, or the address has "
         "expired: fetch it with a program that can log in\n"
     )
+
+
+def test_a_file_called_source(tmp_path):
+    """What a folder's own lock was named after once."""
+    (tmp_path / "source").write_bytes(LINES)
+    command = [sys.executable, "data/prepare_data.py", "-s", str(tmp_path / "source"), "-d", str(tmp_path / "new")]
+    subprocess.run(command, cwd=paths.ROOT, check=True, timeout=60)
+    assert (tmp_path / "new" / "source").read_bytes() == LINES

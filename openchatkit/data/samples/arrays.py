@@ -19,7 +19,6 @@ import numpy as np
 from loguru import logger
 
 from openchatkit import paths
-from openchatkit.data.stores.cache import locked
 from openchatkit.errors import UserError
 
 IN_MEMORY = 1 << 20  # documents or rows up to which nothing is written
@@ -71,7 +70,7 @@ class Arrays:
     def _build(
         self, file: "_File", epoch: int | None, pieces: Iterable[np.ndarray], alter: Callable[[np.ndarray], None] | None
     ) -> np.ndarray:
-        with locked(self._folder, f"{file.path} is built by another process: waiting for it"):
+        with paths.locked(paths.lock_path(self._folder), f"{file.path} is built by another process: waiting for it"):
             if (array := file.open()) is not None:
                 return array
             if file.path.exists():

@@ -7,14 +7,11 @@ hash takes minutes, so a hash is remembered under the files' names, sizes and ti
 Every rank of a run may ask at once: a file lock lets one build (`data.stores.build`) while the others wait.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from loguru import logger
@@ -55,7 +52,7 @@ def cached_store(
         key = _key(content_hash(source, cache_dir), tokenizer, separator)
         folder = _folder(cache_dir, source, key)
         if (record := read_record(folder)) is None:
-            with locked(folder, f"{source} is tokenised by another process: waiting for it"):
+            with paths.locked(paths.lock_path(folder), f"{source} is tokenised by another process: waiting for it"):
                 if read_record(folder) is None:
                     build_store(source, folder, key=key, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows)
             record = read_record(folder)
@@ -102,7 +99,7 @@ def content_hash(source: Path, cache_dir: Path) -> str:
     memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
     if digest := _remembered(memory, known):
         return digest
-    with locked(memory, f"{source} is read by another process: waiting for it"):
+    with paths.locked(paths.lock_path(memory), f"{source} is read by another process: waiting for it"):
         if digest := _remembered(memory, known):
             return digest
         digest = _digest(source, sum(size for _, size, _ in known["files"]))
@@ -139,19 +136,6 @@ def _remembered(memory: Path, known: dict[str, object]) -> str | None:
 def _key(content: str, tokenizer: Tokenizer, separator: str) -> str:
     decides = {"version": VERSION, "content": content, "tokenizer": tokenizer.digest, "separator": separator}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def locked(target: Path, waiting: str) -> Iterator[None]:
-    """Hold the lock that belongs to `target`; the system frees it when its holder dies, however it dies."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info(waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _explained(error: OSError, cache_dir: Path) -> UserError:

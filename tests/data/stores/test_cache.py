@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from openchatkit import paths
 from openchatkit.data.stores import build as module
 from openchatkit.data.stores import cache
 from openchatkit.data.stores.cache import cached_store, content_hash, store_identity
@@ -65,7 +66,7 @@ def folders(source: Path) -> list[str]:
 
 def age(path: Path) -> None:
     """Make a file old enough for its hash to be remembered."""
-    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 60 * 10**9))
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 7200 * 10**9))
 
 
 def test_contents(source: Path, tokenizer: Bytes) -> None:
@@ -104,6 +105,7 @@ def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
 def test_hash_is_remembered_until_the_file_changes(source: Path, tmp_path: Path, monkeypatch: object) -> None:
     read = []
     monkeypatch.setattr(cache, "_digest", lambda path, size: read.append(path) or f"{len(read):064}")
+    os.utime(source, (time.time() + 3600,) * 2)  # a moment ago, however slow the machine
     content_hash(source, tmp_path)
     content_hash(source, tmp_path)
     assert len(read) == 2, "a file changed a moment ago may change again unseen"
@@ -244,7 +246,7 @@ def test_file_system_without_locks(source: Path, tokenizer: Bytes, monkeypatch: 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(cache.fcntl, "flock", fail)
+    monkeypatch.setattr(paths.fcntl, "flock", fail)
     with pytest.raises(UserError, match=r"the file system of .*cache has no file locks"):
         build(source, tokenizer)
 
