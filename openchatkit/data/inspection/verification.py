@@ -67,7 +67,6 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
     entries = ledger.read(root)
     up_to = [entry for entry in entries if entry.step <= steps]
     check_steps(up_to, steps, rows_a_step)
-    _check_totals(newest, state)
     dataset = build_dataset(state["settings"]["task_name"], _options(newest, state, tokenizer, cache_dir))
     check_rows(dataset)
     altered = ledger.chain(up_to) != state["ledger"]
@@ -78,6 +77,7 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
             f"{state['ledger'][:16]}..., as {newest.name} recorded, found {ledger.chain(up_to)[:16]}...: "
             "a row was altered, or is another run's"
         )
+    _check_totals(newest, state)  # last: rows of another length are told by the step that had them
     return Proof(
         checkpoint=newest,
         steps=steps,
@@ -173,8 +173,8 @@ def _check_totals(newest: Path, state: dict[str, Any]) -> None:
     for name, value in expected.items():
         if state[name] != value:
             raise UserError(
-                f"{newest}: expected {state['step']} steps of {state['global_batch']} samples to make {value} {name}, "
-                f"found {state[name]}"
+                f"not verified: {newest}: expected {state['step']} steps of {state['global_batch']} samples to make "
+                f"{value} {name}, found {state[name]}"
             )
 
 
