@@ -13,7 +13,7 @@ from openchatkit.data.records.row import ROW_LIMIT, START, TOO_LONG, Mark, Row
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 _BOM = b"\xef\xbb\xbf"
-_PIECE = 1 << 14  # bytes decompressed at a time: small, since text may shrink a hundredfold
+_PIECE = 1 << 11  # bytes decompressed at a time: few, since they may stand for 32,768 times as many
 
 
 class Lines:

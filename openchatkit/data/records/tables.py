@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PARQUET = ".parquet"
 _BATCH = 256  # rows
+_NO_UTF8 = "its text is not UTF-8"
 _MARKS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk puts beside a data set, or several
 
 
@@ -129,14 +130,23 @@ def _json(rows: "RecordBatch | Table") -> Iterator[tuple[bytes, str]]:
         values = rows.to_pylist()
     except UnicodeDecodeError:
         if len(rows) == 1:
-            yield b"", "its text is not UTF-8"
+            yield b"", _NO_UTF8
             return
         for number in range(len(rows)):
             yield from _json(rows.slice(number, 1))
         return
     for value in values:
-        data = json.dumps(value, ensure_ascii=False, default=str).encode()
+        try:
+            data = json.dumps(value, ensure_ascii=False, default=_spelt).encode()
+        except UnicodeDecodeError:
+            yield b"", _NO_UTF8
+            continue
         yield (data, "") if len(data) <= ROW_LIMIT else (b"", TOO_LONG)
+
+
+def _spelt(value: object) -> str:
+    """What JSON has no form for; bytes are text, which some writers do not mark as such."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from openchatkit.data.tokenizer import Encode, Tokenizer, encoder
 from openchatkit.formats import chat
 
 # Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
-VERSION = 2
+VERSION = 3
 
 # Large enough to make little of each message between processes, small enough to keep all of them busy to the end.
 _BATCH_BYTES = 1 << 17
