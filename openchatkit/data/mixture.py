@@ -42,6 +42,8 @@ def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> lis
         parts = [_part(entry, cache_dir) for entry in entries if entry]
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
+    except OSError as error:  # a name too long for a file's, or a folder that may not be looked into
+        raise UserError(f"{flag}: {error.filename}: {error.strerror or error}") from error
     if not parts:
         raise UserError(f"{flag} names no data: expected name[:weight],name[:weight]")
     return parts

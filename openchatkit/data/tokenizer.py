@@ -27,7 +27,13 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         loaded = _load(Path(folder))
-        self._backend = _plain(loaded.backend_tokenizer)
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise UserError(
+                f"the tokenizer in {folder} is a {type(loaded).__name__}, which has no tokenizer.json: "
+                "expected one of the tokenizers library, a byte-level BPE tokenizer for example"
+            )
+        self._backend = _plain(backend)
         if loaded.eos_token_id is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
         self.end_of_text: int = loaded.eos_token_id

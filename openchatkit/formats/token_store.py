@@ -297,6 +297,8 @@ def _map_bytes(path: Path) -> np.ndarray:
         return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.empty(0, np.uint8)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: a token store is a .bin and an .idx file of one name") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _cut(path: Path, found: int, expected: int) -> str:

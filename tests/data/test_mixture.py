@@ -78,6 +78,7 @@ def test_parse(text: str, expected: list[tuple[str, list[str], float]]) -> None:
         ("a.jsonl,z.jsonl:2", r"no file z.jsonl \(\. holds"),
         ("z.jsonl:two", r"no file z.jsonl:two \("),
         (":1", r"no file :1 \("),
+        ("x" * 300, "--task-name: x{300}: File name too long"),
         ("nowhere/z.jsonl", r"no file nowhere/z.jsonl \(there is no folder nowhere\)$"),
         ("sub/*.gz:2", r"no file sub/\*.gz \(sub holds 1.jsonl, 2.jsonl\)$"),
         ("sub", r"sub is a folder: pass its files, for example sub/\*.jsonl"),

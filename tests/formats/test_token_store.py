@@ -120,6 +120,16 @@ def test_damage_is_named(tmp_path: Path, suffix: str, change: object, message: s
         TokenStore(tmp_path / "s")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".mask.bin"])
+def test_a_folder_in_place_of_a_file(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "s", masked=True)
+    path = tmp_path / f"s{suffix}"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=rf"s{suffix} cannot be read: Is a directory"):
+        TokenStore(tmp_path / "s")
+
+
 def test_a_mask_that_trains_on_nothing_is_removed(tmp_path: Path) -> None:
     with TokenStoreWriter(tmp_path / "s", vocab_size=10, masked=True) as writer:
         writer.add(np.array([1, 2]), np.array([2]), np.array([False, False]))

@@ -30,6 +30,14 @@ def stamp(source: Path) -> list[list[object]]:
     return [[str(path.relative_to(source)), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
 
+def unchanged(source: Path, before: list[list[object]]) -> bool:
+    """Whether a source is there as it was when it had this stamp."""
+    try:
+        return stamp(source) == before
+    except OSError:
+        return False
+
+
 COLUMNS = ("text", "messages")  # what `document` makes a document of
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from loguru import logger
 
 from openchatkit import paths, progress
-from openchatkit.data.records import Records, stamp
+from openchatkit.data.records import Records, unchanged
 from openchatkit.data.records.row import Mark, Row
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.tokenise import Tokenised, tokenise_all
@@ -46,15 +46,27 @@ class BadRowsError(UserError):
     """Rows that are no records, where none may be."""
 
 
-def build_store(source: Path, folder: Path, *, key: str, tokenizer: Tokenizer, separator: str, bad_rows: str) -> None:
+def build_store(
+    source: Path,
+    folder: Path,
+    *,
+    stamp: list[list[object]],
+    key: str,
+    tokenizer: Tokenizer,
+    separator: str,
+    bad_rows: str,
+) -> None:
     """Tokenise `source` into `folder`, which appears only when it is complete. The caller holds the lock.
 
+    `stamp` is the source's from before `key` was worked out: what it holds by now may belong under another.
     UserError: a source that cannot be read or changes meanwhile; BadRowsError; OSError: the disk.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     if read_record(temporary) is None:
         try:
-            done = _tokenise(source, temporary, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows)
+            done = _tokenise(
+                source, temporary, before=stamp, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows
+            )
         except BaseException as error:
             other_source = isinstance(error, UserError) and not isinstance(error, Interrupted | BadRowsError)
             if other_source or read_progress(temporary) is None:
@@ -93,14 +105,26 @@ def first_quarantined(source: Path, folder: Path) -> BadRowsError:
 
 
 def _first_listed(folder: Path) -> tuple[int, str]:
-    with open(quarantine_path(folder), encoding="utf-8") as file:
-        row = json.loads(file.readline())
-    return row["line"], row["reason"]
+    path = quarantine_path(folder)
+    try:
+        with open(path, encoding="utf-8") as file:
+            row = json.loads(file.readline())
+        return row["line"], row["reason"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is missing or damaged: delete {folder} and run again, it is made anew") from error
 
 
-def _tokenise(source: Path, folder: Path, *, tokenizer: Tokenizer, separator: str, bad_rows: str) -> StoreProgress:
+def _tokenise(
+    source: Path,
+    folder: Path,
+    *,
+    before: list[list[object]],
+    tokenizer: Tokenizer,
+    separator: str,
+    bad_rows: str,
+) -> StoreProgress:
     """Write the files of a store but for its record, from where the last build of it stopped."""
-    before = stamp(source)
+    _check_unchanged(source, before)
     with Records(source) as records, _unfinished(folder, source, tokenizer, bad_rows) as store:
         done = store.done
         if done.rows:
@@ -117,9 +141,9 @@ def _tokenise(source: Path, folder: Path, *, tokenizer: Tokenizer, separator: st
                 store.add(batch, part, position=records.position)
                 bar.update(records.position - bar.n)
                 if store.due():
-                    _unchanged(source, before)
+                    _check_unchanged(source, before)
                     store.save()
-        _unchanged(source, before)
+        _check_unchanged(source, before)
         store.save()
     if not store.done.documents:
         line, reason = _first_listed(folder)
@@ -131,8 +155,8 @@ def _tokenise(source: Path, folder: Path, *, tokenizer: Tokenizer, separator: st
     return store.done
 
 
-def _unchanged(source: Path, before: object) -> None:
-    if stamp(source) != before:
+def _check_unchanged(source: Path, before: list[list[object]]) -> None:
+    if not unchanged(source, before):
         raise UserError(f"{source} was changed while it was tokenised: run again when it is complete")
 
 

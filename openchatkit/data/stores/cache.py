@@ -7,11 +7,13 @@ hash takes minutes, so a hash is remembered under the files' names, sizes and ti
 Every rank of a run may ask at once: a file lock lets one build (`data.stores.build`) while the others wait.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from loguru import logger
@@ -49,12 +51,21 @@ def cached_store(
     source, cache_dir = Path(source), Path(cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        stamp = _stamp(source)
         key = _key(content_hash(source, cache_dir), tokenizer, separator)
         folder = _folder(cache_dir, source, key)
         if (record := read_record(folder)) is None:
             with paths.locked(paths.lock_path(folder), f"{source} is tokenised by another process: waiting for it"):
                 if read_record(folder) is None:
-                    build_store(source, folder, key=key, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows)
+                    build_store(
+                        source,
+                        folder,
+                        stamp=stamp,
+                        key=key,
+                        tokenizer=tokenizer,
+                        separator=separator,
+                        bad_rows=bad_rows,
+                    )
             record = read_record(folder)
             assert record is not None
             logger.info("tokenised {}: {:,} documents, {:,} tokens", source, record.documents, record.tokens)
@@ -92,21 +103,33 @@ def store_identity(prefix: Path) -> str:
 
 def content_hash(source: Path, cache_dir: Path) -> str:
     """SHA-256 of a source's bytes, remembered for as long as its place, sizes and times of change stay the same."""
-    try:
-        known = {"path": str(source.resolve()), "files": records.stamp(source)}
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
+    known = {"path": str(source.resolve()), "files": _stamp(source)}
     memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
     if digest := _remembered(memory, known):
         return digest
     with paths.locked(paths.lock_path(memory), f"{source} is read by another process: waiting for it"):
         if digest := _remembered(memory, known):
             return digest
-        digest = _digest(source, sum(size for _, size, _ in known["files"]))
+        with _reading(source):
+            digest = _digest(source, sum(size for _, size, _ in known["files"]))
         changed = max((changed for _, _, changed in known["files"]), default=0)
         if time.time() - changed / 1e9 > _SETTLED_SECONDS:
             paths.write_text(memory, json.dumps(known | {"sha256": digest}) + "\n")
     return digest
+
+
+def _stamp(source: Path) -> list[list[object]]:
+    with _reading(source):
+        return records.stamp(source)
+
+
+@contextlib.contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """What goes wrong here is the source's fault, not the cache's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
 
 
 def _digest(source: Path, size: int) -> str:

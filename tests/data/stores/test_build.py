@@ -21,6 +21,7 @@ import zstandard
 
 from openchatkit.data.records import lines
 from openchatkit.data.stores import build as module
+from openchatkit.data.stores import cache as cache_module
 from openchatkit.data.stores import tokenise, workers
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.errors import Interrupted, UserError
@@ -309,6 +310,55 @@ def test_source_changed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"a\.jsonl was changed while it was tokenised"):
         build(source, tokenizer)
     assert left(source) == []
+
+
+def test_source_changed_before_it_is_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process has the lock, say: the key is that of what it held before."""
+    source = write(tmp_path / "a.jsonl", ["old"])
+    old = source.read_bytes()
+    plain = cache_module.content_hash
+
+    def changing(*arguments: Path) -> str:
+        found = plain(*arguments)
+        write(source, ["another"])
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "content_hash", changing)
+        with pytest.raises(UserError, match=r"a\.jsonl was changed while it was tokenised"):
+            build(source, Bytes())
+    assert left(source) == []
+    source.write_bytes(old)
+    assert bytes(build(source, Bytes())[0].document(0)[:-1].tolist()) == b"old"
+
+
+def test_source_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl", ["one"])
+    tokenizer = Bytes()
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda texts: source.unlink() or encode(texts))
+    with pytest.raises(UserError, match=r"a\.jsonl was changed while it was tokenised"):
+        build(source, tokenizer)
+
+
+def test_source_that_may_not_be_read_is_not_the_caches_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl", ["one"])
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+
+    monkeypatch.setattr(cache_module, "_digest", refuse)
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: Permission denied"):
+        build(source, Bytes())
+
+
+@pytest.mark.parametrize("listed", [None, "", "{", "[]", "{}"])
+def test_quarantine_that_is_damaged(tmp_path: Path, listed: str | None) -> None:
+    source = write(tmp_path / "a.jsonl", ["one", None])
+    path = build(source, Bytes(), bad_rows="quarantine")[0].prefix.parent / "quarantine.jsonl"
+    path.unlink() if listed is None else path.write_text(listed)
+    with pytest.raises(UserError, match=r"quarantine\.jsonl is missing or damaged: delete .* and run again"):
+        build(source, Bytes())
 
 
 def test_quarantine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

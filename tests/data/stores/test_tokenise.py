@@ -105,6 +105,13 @@ def test_tokenizers_that_will_not_do(tiny_tokenizer: Path, tmp_path: Path) -> No
         Tokenizer(tmp_path)
 
 
+def test_tokenizers_of_pure_python(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    with pytest.raises(UserError, match=r"is a ByT5Tokenizer, which has no tokenizer\.json: expected one of"):
+        Tokenizer(tmp_path)
+
+
 def test_end_of_text_that_cannot_be_spelt_out(tmp_path: Path) -> None:
     """A vocabulary of words: the word <|endoftext|> is the token."""
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({END: 0, "a": 1}, unk_token=END))
