@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.append_eod and encoder.end_of_text is None:
         raise UserError(f"--append-eod: {args.vocab_file} has no {neox_tokenizers.END_OF_TEXT} token")
     keys = tuple(dict.fromkeys(args.jsonl_keys))
-    if unfit := [key for key in keys if "/" in key]:
-        raise UserError(f"--jsonl-keys {unfit[0]}: a file is named after it, which cannot hold a '/'")
+    if unfit := [key for key in keys if not key or "/" in key]:
+        raise UserError(f"--jsonl-keys {unfit[0]!r}: a file is named after it: expected a name without a '/'")
     job = fields.Job(encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask)
     preprocess(
         files,
@@ -96,8 +96,12 @@ def input_files(names: str) -> list[Path]:
     if not files:
         raise UserError("--input names no file")
     for path in files:
-        if not path.exists():
-            raise UserError(f"--input {path}: there is no such file")
+        try:
+            path.stat()
+        except FileNotFoundError as error:
+            raise UserError(f"--input {path}: there is no such file") from error
+        except OSError as error:
+            raise UserError(f"--input {path} cannot be read: {error.strerror or error}") from error
         if not path.is_dir() and not path.name.endswith((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES)):
             endings = ", ".join((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES))
             raise UserError(f"--input {path}: expected a name that ends in {endings}")

@@ -34,7 +34,7 @@ from openchatkit.formats.token_store import (
     quarantine_path,
 )
 
-_VERSION = 1  # raise it when the same input would give other files
+_VERSION = 2  # raise it when the same input would give other files
 _SAVE_SECONDS = 30.0
 
 
@@ -122,14 +122,15 @@ class Unfinished:
 
     def publish(self) -> None:
         """Give the whole files their final names, in place of what had them. UserError: the input is another by now."""
-        if [records.stamp(path) for path in self._files] != self._stamps:
+        if not all(map(records.unchanged, self._files, self._stamps)):
             raise UserError("the input was changed while it was tokenised: run again when it is complete")
+        self.save()  # so that nothing is lost by a stop before the files leave the folder
+        self._quarantine.close()
         for writer in self._writers.values():
             writer.close()
-        self._quarantine.close()
-        self._note.unlink(missing_ok=True)
         for path in self._folder.iterdir():
             paths.sync(path)
+        self._note.unlink()
         for path in self._final_files():
             path.unlink(missing_ok=True)
         if self.done.quarantined:
@@ -199,14 +200,16 @@ class Unfinished:
             return
         if isinstance(error, KeyboardInterrupt | Interrupted) and self.done.rows:
             with contextlib.suppress(OSError):
-                self.save()
+                if not self._quarantine.closed:  # else `publish` has saved all
+                    self.save()
                 logger.info("stopped behind row {:,}: the same command goes on from there", self.done.rows)
-        other_input = isinstance(error, UserError) and not isinstance(error, Interrupted | BadRowsError)
-        self._leave(keep=self._note.exists() and not other_input)
         for writer in self._writers.values():
             writer.__exit__(kind, error, trace)
         with contextlib.suppress(OSError):  # of a full disk, say, which is what the error in flight tells
             self._quarantine.close()
+        # Last, since whoever gets the lock may write to the same files.
+        other_input = isinstance(error, UserError) and not isinstance(error, Interrupted | BadRowsError)
+        self._leave(keep=self._note.exists() and not other_input)
 
 
 def _identity(files: Sequence[Path], stamps: Sequence[object], job: fields.Job) -> str:

@@ -343,6 +343,31 @@ def test_what_was_stopped_goes_on(
     assert not work.exists()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_stopped_at_the_very_end_goes_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: BaseException
+) -> None:
+    """When all files are closed, and are forced to disk before they get their names."""
+    flags = ["--input", data, *BYTES, "--loss-mask", "--output-prefix"]
+    assert run(*flags, tmp_path / "whole") == 0
+    sync = unfinished.paths.sync
+
+    def stop(path: Path) -> None:
+        if path.name == "text.idx":
+            raise error
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished.paths, "sync", stop)
+        assert run(*flags, tmp_path / "o") in (2, 130)
+    assert not list(tmp_path.glob("o_*"))
+    capsys.readouterr()
+    assert run(*flags, tmp_path / "o") == 0
+    assert "goes on behind row 40" in capsys.readouterr().err
+    assert written(tmp_path / "o") == written(tmp_path / "whole")
+    assert not (tmp_path / ".o.partial").exists()
+
+
 @pytest.mark.parametrize("damage", ["another input", "another option", "cut", "unreadable"])
 def test_work_that_does_not_fit_is_begun_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
@@ -422,6 +447,16 @@ def test_input_that_changes_meanwhile(
     assert list(tmp_path.iterdir()) == [data]
 
 
+def test_input_that_goes_away(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    encode = module.fields.encode
+    monkeypatch.setattr(module.fields, "encode", lambda *arguments: data.unlink() or encode(*arguments))
+    assert run("--input", data, *BYTES, "--output-prefix", tmp_path / "o") == 2
+    assert "the input was changed while it was tokenised" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_processes_do_not_write_the_same(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / ".o.partial").mkdir()
     lock = try_lock(tmp_path / ".o.partial" / "lock")
@@ -452,7 +487,9 @@ def test_a_full_disk(
         (["--input", "{tmp}/none.jsonl"], "none.jsonl: there is no such file"),
         (["--input", "{tmp}/a.txt"], "a.txt: expected a name that ends in .jsonl"),
         (["--input", ","], "--input names no file"),
-        (["--jsonl-keys", "a/b"], "--jsonl-keys a/b: a file is named after it"),
+        (["--input", "x" * 300 + ".jsonl"], "xxx.jsonl cannot be read: File name too long"),
+        (["--jsonl-keys", "a/b"], "--jsonl-keys 'a/b': a file is named after it"),
+        (["--jsonl-keys", ""], "--jsonl-keys '': a file is named after it"),
         (["--jsonl-keys", "none"], "the record has no 'none' (its keys: 'text')"),
         (["--input", "{tmp}/a.parquet", "--jsonl-keys", "title"], "a.parquet has no column 'title'"),
         (["--input", "{tmp}/empty.jsonl"], "--jsonl-keys text: none of 1 rows has a text there"),
