@@ -5,6 +5,7 @@ normalised, and nothing put in front, since a chat is tokenised segment by segme
 """
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from openchatkit import cli, paths, progress
 from openchatkit.data.options import BAD_ROWS
 from openchatkit.data.records import RECORD_SUFFIXES, Records, document
 from openchatkit.data.records.row import Row
+from openchatkit.data.stores.build import bad_row
 from openchatkit.errors import UserError
 from openchatkit.formats import tokenizer_files
 
@@ -35,16 +37,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.gpt_neox:
         args.normalizer, args.add_prefix_space = "nfkc", True
     target = args.save_dir or args.tokenizer_output_path
+    _check_place(args.save_dir, args.tokenizer_output_path)
     if _taken(args.save_dir, args.tokenizer_output_path) and not args.overwrite:
         raise UserError(f"{target} holds a tokenizer already: name another place, or pass --overwrite")
     files = input_files(args.input or (), args.json_input_dir)
     texts = RecordTexts(files, records_per_file=args.records_per_file, bad_rows=args.bad_rows)
     tokenizer = train(texts, args.vocab_size, normalizer=args.normalizer, add_prefix_space=args.add_prefix_space)
-    if args.save_dir:
-        folder, whole = args.save_dir, tokenizer.to_str(pretty=True)
-        tokenizer_files.write_tokenizer(folder, whole, end_of_text=END_OF_TEXT, padding=PADDING)
-    else:
-        paths.write_text(target, tokenizer.to_str(pretty=True))
+    whole = tokenizer.to_str(pretty=True)
+    try:
+        if args.save_dir:
+            tokenizer_files.write_tokenizer(target, whole, end_of_text=END_OF_TEXT, padding=PADDING)
+        else:
+            paths.write_text(target, whole)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}: name another place") from error
     if texts.left_out:
         logger.info(f"left out {texts.left_out} rows that cannot be used, beginning with {texts.first_left_out}")
     logger.info(f"{tokenizer.get_vocab_size()} tokens, trained on {texts.records} records")
@@ -167,10 +173,9 @@ class RecordTexts:
                 raise document.BadRowError(row.error)
             segments = [segment.text for segment in document.decode(row.data)]
         except document.BadRowError as error:
-            place = f"{path}:{row.number}: {error}"
             if self._bad_rows == "error":
-                raise UserError(place) from error
-            self.first_left_out = self.first_left_out or place
+                raise bad_row(path, row.number, str(error)) from error
+            self.first_left_out = self.first_left_out or f"{path}:{row.number}: {error}"
             self.left_out += 1
             return []
         self._read += 1
@@ -181,6 +186,16 @@ class RecordTexts:
             self.held_out += segments
             self._held_out_characters += sum(map(len, segments))
         return []
+
+
+def _check_place(folder: Path | None, file: Path | None) -> None:
+    """UserError for a place that nothing can be written to, before hours of training rather than behind them."""
+    if file and file.is_dir():
+        raise UserError(f"--tokenizer-output-path {file} is a folder: name a file in it, or pass --save-dir")
+    place = folder or file.parent
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{folder or file} cannot be written: {there} is no folder that can be written to")
 
 
 def _taken(folder: Path | None, file: Path | None) -> bool:

@@ -118,7 +118,9 @@ def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path.write_text("{broken\n" + path.read_text())
     flags = ["--input", path, "--save-dir", tmp_path / "out", "--vocab-size", 300]
     assert run(*flags) == 2
-    assert f"error: {path}:1: not JSON" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"error: {path}:1: not JSON" in said
+    assert "mend or remove it, or pass --bad-rows quarantine" in said
     assert run(*flags, "--bad-rows", "quarantine") == 0
     assert f"left out 1 rows that cannot be used, beginning with {path}:1" in capsys.readouterr().err
 
@@ -140,6 +142,25 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[obj
     assert run(*[argument for pair in given.items() for argument in pair]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save-dir", "{tmp}/file"], "file cannot be written: {tmp}/file is no folder that can be written to"),
+        (["--save-dir", "{tmp}/file/a/b"], "b cannot be written: {tmp}/file is no folder that can be written to"),
+        (["--tokenizer-output-path", "{tmp}/file/a.json"], "cannot be written: {tmp}/file is no folder"),
+        (["--tokenizer-output-path", "{tmp}"], "--tokenizer-output-path {tmp} is a folder: name a file in it"),
+        (["--save-dir", "/proc/tokenizer"], "/proc/tokenizer cannot be written: "),
+    ],
+)
+def test_places_that_cannot_be_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    given = ["--input", write(tmp_path / "a.jsonl"), "--vocab-size", 300, "--overwrite"]
+    assert run(*given, *[flag.format(tmp=tmp_path) for flag in flags]) == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
 
 
 def test_a_folder_without_records(tmp_path: Path) -> None:
