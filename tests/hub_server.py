@@ -38,6 +38,7 @@ class Fault:
     short_by: int = 0  # Content-Length, and the body, are too short by so much
     wrong_bytes: bool = False  # of the right length
     ignore_range: bool = False
+    ignore_if_range: bool = False
 
 
 @dataclass
@@ -154,7 +155,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         status, first = 200, 0
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         holds = self.headers.get("If-Range") in (None, headers.get("ETag"), headers.get("Last-Modified"))
-        if asked and holds and not fault.ignore_range:
+        if asked and (holds or fault.ignore_if_range) and not fault.ignore_range:
             first = int(asked[1])
             if first >= whole:
                 self._send(416, {"Content-Range": f"bytes */{whole}"}, b"")

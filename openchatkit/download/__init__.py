@@ -5,7 +5,7 @@ with. Everything here logs, shows bars, and raises UserError with what to do, or
 run again) when a server keeps failing.
 """
 
-import functools
+import os
 import re
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -85,6 +85,9 @@ def fetch_source(
     """
     destination = Path(destination)
     repository = _GITHUB.fullmatch(source)
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder) and destination.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{destination} lies in {source}, which would be copied into itself: pass another folder")
     files = _source(source, patience)
     with (
         storage_errors(destination, "make room and run again, it goes on from there"),
@@ -103,7 +106,7 @@ def fetch_source(
 
 def _source(source: str, patience: Patience) -> list[Remote]:
     dataset = _HUB_DATASET.fullmatch(source)
-    if dataset or (_HUB_NAME.fullmatch(source) and not Path(source).exists()):
+    if dataset or (_HUB_NAME.fullmatch(source) and not os.path.exists(source)):
         return hub.dataset_files(dataset[1] if dataset else source, ["*"], patience)
     if repository := _GITHUB.fullmatch(source):
         address = f"https://github.com/{repository[1]}/archive/HEAD.tar.gz"
@@ -119,7 +122,7 @@ def _remotes(address: str, sha256: str | None, patience: Patience) -> list[Remot
     if address.lower().startswith(("http://", "https://")):
         return [http.remote(address, sha256=sha256)]
     if address.startswith(s3.SCHEME):
-        return patience.until_answered(functools.partial(s3.remotes, address, sha256=sha256), address)
+        return s3.remotes(address, patience, sha256=sha256)
     if re.match(r"[A-Za-z][\w+.-]*://", address):
         raise UserError(f"{http.shown(address)}: expected http://, https://, s3:// or a path")
     return local.remotes(address, sha256=sha256)

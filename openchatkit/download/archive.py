@@ -28,6 +28,7 @@ _PIECE = 1 << 20
 _ZSTD_PIECE = 1 << 12  # small, since four bytes of it may stand for 128 kB
 _SPARE_BYTES = 1 << 26  # left free on the disk
 _MOST_FILES = 1_000_000
+_LONGEST_HEADER = 1 << 22  # bytes, for one file in a tar; a thousand times what names need
 
 
 def is_packed(path: Path) -> bool:
@@ -73,14 +74,15 @@ def _members(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[st
 
 def _untar(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]:
     names: dict[str, None] = {}
+    stream.stop_at(_LONGEST_HEADER)
     with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            if len(names) >= _MOST_FILES:
+        for number, member in enumerate(_headers(archive, stream)):
+            if number >= _MOST_FILES:
                 raise UserError(f"{path} holds more than {_MOST_FILES} files: it is not unpacked")
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
-                logger.warning("{}: {} is no plain file (a link or a device) and is left out", path.name, member.name)
+                logger.warning("{}: {!r} is no plain file (a link or a device) and is left out", path.name, member.name)
                 continue
             inside = place(folder, member.name).relative_to(folder)
             name = "/".join(inside.parts[strip:])
@@ -95,6 +97,16 @@ def _untar(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]
     if not stream.ends_in_zeros:
         raise EOFError("a tar without its end")
     return list(names)
+
+
+def _headers(archive: tarfile.TarFile, stream: "_Capped") -> Iterator[tarfile.TarInfo]:
+    """The members of a tar in constant memory: tarfile reads headers whole, however long, and keeps them all."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()
+        stream.stop_at(None)
+        yield member
+        stream.stop_at(archive.offset + _LONGEST_HEADER)
+    stream.stop_at(None)
 
 
 def _move(folder: Path, destination: Path, name: str) -> Path:
@@ -142,6 +154,7 @@ class _Capped:
         self._stream, self._path, self._room, self._seen = stream, path, room, seen
         self._length = 0
         self._last = b""
+        self._stop: int | None = None
 
     @property
     def ends_in_zeros(self) -> bool:
@@ -157,8 +170,14 @@ class _Capped:
                 f"{self._path} holds more than the {amount(max(0, self._room))} that there is room for: make room, or "
                 "leave it packed"
             )
+        if self._stop is not None and self._length > self._stop:
+            raise tarfile.ReadError(f"a header of more than {amount(_LONGEST_HEADER)}")
         self._seen()
         return data
+
+    def stop_at(self, length: int | None) -> None:
+        """Raise tarfile.ReadError when more than `length` bytes have been read by then."""
+        self._stop = length
 
     def drain(self) -> None:
         """Read to the end, where compressed data is checked."""

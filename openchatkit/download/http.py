@@ -27,7 +27,7 @@ _AGAIN = (408, 425, 429)  # and 500 to 599: refused now, perhaps not later
 
 def remote(address: str, *, sha256: str | None = None, name: str | None = None) -> Remote:
     """The file behind an address, kept under `name` or the last part of the address; its SHA-256 where it is known."""
-    url = urllib.parse.urlsplit(address)
+    url = _split(address)
     if url.username is not None or url.password is not None:
         raise UserError(
             f"{shown(address)}: the address holds a user or a password, which does not belong on a command line: fetch "
@@ -46,14 +46,22 @@ def remote(address: str, *, sha256: str | None = None, name: str | None = None) 
 
 def shown(address: str) -> str:
     """An address as it may be printed: without user, password, query and fragment."""
-    url = urllib.parse.urlsplit(address)
+    url = _split(address)
     host = url.netloc.rpartition("@")[2]
     return urllib.parse.urlunsplit((url.scheme, host, url.path, "", ""))
 
 
+def _split(address: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(address)
+    except ValueError as error:
+        # Not shown: a secret cannot be told from the rest of it.
+        raise UserError(f"the address is none ({error}): expected https://host/folder/file.jsonl") from error
+
+
 def _identity(address: str) -> str:
     """What tells addresses apart in messages and notes; a query may be a signature, so only its digest is in it."""
-    query = urllib.parse.urlsplit(address).query
+    query = _split(address).query
     return shown(address) + (f"?({hashlib.sha256(query.encode()).hexdigest()[:8]})" if query else "")
 
 
@@ -82,7 +90,7 @@ def opened(
     logger.debug("GET {} from byte {}", shown(address), start)
     try:
         with (
-            httpx2.Client(follow_redirects=True, timeout=_TIMEOUT_SECONDS) as client,
+            connection() as client,
             client.stream("GET", address, headers=asked) as response,
         ):
             if response.status_code in (401, 403, 404):
@@ -92,10 +100,26 @@ def opened(
         raise TransientError(f"cannot be reached ({_reason(error)})", unreachable=True) from error
     except httpx2.TimeoutException as error:
         raise TransientError(f"nothing came for {_TIMEOUT_SECONDS:.0f} seconds") from error
-    except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.TooManyRedirects) as error:
+    except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.TooManyRedirects, UnicodeError) as error:
         raise UserError(f"{shown(address)}: {_reason(error)}: check the address") from error
     except httpx2.TransportError as error:
         raise TransientError(f"the connection broke ({_reason(error)})") from error
+
+
+def connection() -> "httpx2.Client":
+    """A client that follows redirects; UserError when what the environment says of proxies or certificates is wrong."""
+    import httpx2
+
+    try:
+        return httpx2.Client(follow_redirects=True, timeout=_TIMEOUT_SECONDS)
+    except ImportError as error:
+        raise UserError("a SOCKS proxy needs socksio: pip install socksio") from error
+    except OSError as error:
+        says = f"SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({_reason(error)}): correct or unset it"
+        raise UserError(says) from error
+    except (ValueError, httpx2.InvalidURL) as error:
+        # What is wrong with it is not shown, for it may be a part of a password.
+        raise UserError("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY holds no address: expected http://host:port") from error
 
 
 def _reason(error: Exception) -> str:
@@ -146,7 +170,9 @@ def _length(response: "httpx2.Response") -> int | None:
 
 def _content_range(response: "httpx2.Response") -> tuple[int | None, int | None]:
     """(first byte, size of the whole file) of `bytes 5-9/10`, `bytes 5-9/*` or `bytes */10`."""
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", response.headers.get("Content-Range", "").strip())
+    match = re.fullmatch(
+        r"bytes (?:(\d{1,18})-\d+|\*)/(?:(\d{1,18})|\*)", response.headers.get("Content-Range", "").strip()
+    )
     first, size = match.groups() if match else (None, None)
     return (int(first) if first else None), (int(size) if size else None)
 
@@ -154,7 +180,7 @@ def _content_range(response: "httpx2.Response") -> tuple[int | None, int | None]
 def _version(response: "httpx2.Response") -> str | None:
     """The validator that If-Range takes (RFC 9110, 13.1.5): a strong entity tag, else the date of the last change."""
     tag = response.headers.get("ETag", "")
-    return tag if tag.startswith('"') else response.headers.get("Last-Modified")
+    return tag if tag.startswith('"') and tag.isascii() else response.headers.get("Last-Modified")
 
 
 def _digests(response: "httpx2.Response") -> tuple[Digest, ...]:

@@ -140,6 +140,7 @@ def _listing(name: str, kind: str, patience: Patience) -> tuple[str, list[Remote
     from huggingface_hub import HfApi, RepoFile
 
     api = HfApi()
+    http.connection().close()  # so that wrong settings are told in our words
 
     def ask() -> tuple[str, list[RepoFile]]:
         commit = api.repo_info(name, repo_type=kind).sha
@@ -203,6 +204,9 @@ def _errors(name: str, kind: str) -> Iterator[None]:
         raise UserError(f"cannot fetch {name}: {unreachable}; {again}") from error
     except HfHubHTTPError as error:
         _raise(error, name, kind)
+    except (ValueError, TypeError, KeyError) as error:
+        says = "what answers is not the hub; check HF_ENDPOINT and the proxy, or log in to this network"
+        raise UserError(f"cannot fetch {name}: {says}") from error
     except httpx2.TransportError as error:
         raise TransientError(f"the connection to the hub broke ({type(error).__name__})") from error
 

@@ -1,6 +1,7 @@
 """Files and folders on this machine: copied by the same loop as everything else."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,9 +16,9 @@ _PIECE = 1 << 20
 def remotes(name: str, *, sha256: str | None = None) -> list[Remote]:
     """The file `name`, or all files of the folder `name` but hidden ones; UserError when there is neither."""
     path = Path(name).expanduser().absolute()
-    if path.is_file():
+    if os.path.isfile(path):  # which, unlike the path's own, is False for a name that is too long
         return [_remote(path, path.name, sha256)]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{name}: no such file or folder")
     files = (file for file in sorted(path.rglob("*")) if file.is_file())
     names = [file.relative_to(path) for file in files]
@@ -30,7 +31,7 @@ def remotes(name: str, *, sha256: str | None = None) -> list[Remote]:
 
 def _remote(path: Path, name: str, sha256: str | None) -> Remote:
     stat = path.stat()
-    version = f"{stat.st_size}-{stat.st_mtime_ns}"
+    version = _version(stat)
 
     @contextlib.contextmanager
     def open_at(start: int, _: str | None) -> Iterator[Answer]:
@@ -40,15 +41,26 @@ def _remote(path: Path, name: str, sha256: str | None) -> Remote:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         with file:
             file.seek(start)
-            yield Answer(start, stat.st_size, version, _pieces(file, path))
+            _check_version(file, path, version)
+            yield Answer(start, stat.st_size, version, _pieces(file, path, version))
 
     digests = (Digest(SHA256, sha256),) if sha256 else ()
     return Remote(name, str(path), open_at, size=stat.st_size, version=version, digests=digests)
 
 
-def _pieces(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _check_version(file: BinaryIO, path: Path, version: str) -> None:
+    if _version(os.fstat(file.fileno())) != version:
+        raise UserError(f"{path} was changed while it was copied: run again when it is complete")
+
+
+def _pieces(file: BinaryIO, path: Path, version: str) -> Iterator[bytes]:
     try:
         while piece := file.read(_PIECE):
             yield piece
+        _check_version(file, path, version)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error

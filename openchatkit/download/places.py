@@ -7,13 +7,17 @@ unpacked into, if it was. It is what tells a file that need not be fetched again
 import contextlib
 import errno
 import json
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from openchatkit.errors import UserError
 from openchatkit.paths import write_text
+
+_OURS = re.compile(r"\..+\.(fetched\.json|part|part\.json)")
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,17 @@ class Note:
 
 
 def place(folder: Path, name: str) -> Path:
-    """The path of the file `name`, which may name subfolders, in `folder`; UserError if it would not lie there."""
+    """The path of the file `name`, which may name subfolders, in `folder`.
+
+    UserError if it would not lie there, could trick a terminal, or is taken by what downloads keep beside their files.
+    """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
         raise UserError(f"{name!r} leads outside the folder it is meant for: do not trust where it comes from")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        raise UserError(f"{name!r} is no name for a file: it holds control characters, or is not UTF-8")
+    if any(_OURS.fullmatch(part) for part in parts):
+        raise UserError(f"{name!r} is a name that downloads keep for notes: do not trust where it comes from")
     return Path(folder, *parts)
 
 

@@ -6,6 +6,7 @@ not Amazon's; AWS_REGION where it matters.
 
 import base64
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from loguru import logger
 
 from openchatkit.download.digests import MD5, SHA256, Digest
 from openchatkit.download.http import retry_after
-from openchatkit.download.patience import TransientError
+from openchatkit.download.patience import Patience, TransientError
 from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
@@ -27,26 +28,31 @@ _PIECE = 1 << 18
 _AGAIN = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError", "ServiceUnavailable")
 
 
-def remotes(address: str, *, sha256: str | None = None) -> list[Remote]:
+def remotes(address: str, patience: Patience, *, sha256: str | None = None) -> list[Remote]:
     """The object `s3://bucket/key`, or all objects under a prefix that ends in `/`, named from there on.
 
-    UserError without keys, without boto3, and for what is not there or not allowed. TransientError.
+    UserError without keys, without boto3, and for what is not there or not allowed.
     """
     bucket, _, key = address.removeprefix(SCHEME).partition("/")
     if not bucket or not address.startswith(SCHEME):
         raise UserError(f"{address} names no object: expected s3://bucket/key, or s3://bucket/folder/")
     client = _client()
+    if key and not key.endswith("/"):
+        found, prefix = [key], key.rfind("/") + 1
+    else:
+        found, prefix = patience.until_answered(lambda: _keys(client, address, bucket, key), address), len(key)
+    # Each with patience of its own: of thousands, some fail at first.
+    asks = (functools.partial(_remote, client, bucket, each, each[prefix:], sha256) for each in found)
+    return [patience.until_answered(ask, f"{SCHEME}{bucket}/{each}") for ask, each in zip(asks, found, strict=True)]
+
+
+def _keys(client: "BaseClient", address: str, bucket: str, prefix: str) -> list[str]:
     with _errors(address):
-        if key and not key.endswith("/"):
-            found = [key]
-        else:
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-            found = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-            found = [each for each in found if not each.endswith("/")]
-            if not found:
-                raise UserError(f"{address} holds no objects: check the bucket and the folder")
-        prefix = len(key) if len(found) != 1 or found[0] != key else key.rfind("/") + 1
-        return [_remote(client, bucket, each, each[prefix:], sha256) for each in found]
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        found = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    if not (found := [each for each in found if not each.endswith("/")]):
+        raise UserError(f"{address} holds no objects: check the bucket and the folder")
+    return found
 
 
 def _remote(client: "BaseClient", bucket: str, key: str, name: str, sha256: str | None) -> Remote:

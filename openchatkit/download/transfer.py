@@ -215,6 +215,8 @@ class _Partial:
         promised = self._remote.size
         if promised is not None and answer.start and answer.size not in (None, promised):
             raise TransientError(f"the server says {answer.size} bytes, {promised} were expected", anew=True)
+        if answer.start and self._is_of_another(answer):
+            raise TransientError("the file was changed while it was fetched", anew=True)
         if answer.start not in (0, self.length):
             raise TransientError(f"the server sends byte {answer.start}, byte {self.length} was asked for", anew=True)
         if answer.start == 0 or answer.size is not None:
@@ -228,6 +230,13 @@ class _Partial:
             check_room(self.final.parent, needed, self._remote.address, "make room and run again")
         digests = [{"kind": digest.kind, "value": digest.value} for digest in self.digests]
         write_text(self._memory, json.dumps({"version": self.version, "size": self.size, "digests": digests}) + "\n")
+
+    def _is_of_another(self, answer: Answer) -> bool:
+        """Whether a rest is plainly of another version of the file, from a server that heeds no If-Range."""
+        if self._remote.version is not None:  # which is not always what a server calls the version
+            return False
+        pairs = ((answer.version, self.version), (answer.size, self.size))
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
     def add(self, piece: bytes) -> None:
         if self.size is not None and self.length + len(piece) > self.size:
@@ -262,6 +271,8 @@ class _Partial:
         self.close()
         sync(self.path)
         if noted:
+            # Never beside the note of another version, which would pass for this one if we died here.
+            self.final.unlink(missing_ok=True)
             write_note(self.final, Note(self._remote.address, self.version, self.length))
         os.replace(self.path, self.final)
         sync(self.final.parent)

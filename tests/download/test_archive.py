@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_links_and_devices_are_left_out(tmp_path, capsys):
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     assert len(found) == 2
     said = capsys.readouterr().err
-    assert all(f"a.tar: {name} is no plain file (a link or a device) and is left out" in said for name in kinds)
+    assert all(f"a.tar: '{name}' is no plain file (a link or a device) and is left out" in said for name in kinds)
 
 
 def test_a_bomb_stops_at_the_room_there_is(tmp_path, monkeypatch):
@@ -136,6 +137,48 @@ def test_a_bomb_stops_at_the_room_there_is(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=rf"{name} holds more than the 10\.0 MB that there is room for"):
             download.unpack(tmp_path / name, tmp_path / "out")
     assert left(tmp_path / "out") == set()
+
+
+def test_a_header_is_not_read_into_memory_whole(tmp_path):
+    header = member("header", tarfile.XHDTYPE)
+    header.size = 1 << 30
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(30_000_000)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a\.tar\.gz is damaged or cut short \(a header of more than 4\.2 MB\)"):
+        download.unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15_000_000
+
+
+def test_memory_does_not_grow_with_the_files_of_a_tar(tmp_path):
+    """Headers may lie anywhere in a large file: each is allowed for anew, and none is kept."""
+    large = (member("large"), bytes(9_000_000))
+    (tmp_path / "a.tar.gz").write_bytes(
+        gzip.compress(tar_of(large, *[(member(f"d{n}", tarfile.DIRTYPE), b"") for n in range(5000)], large))
+    )
+    tracemalloc.start()
+    assert download.unpack(tmp_path / "a.tar.gz", tmp_path / "out") == [tmp_path / "out" / "large"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\x1b[2J.jsonl", r"'a\\x1b\[2J\.jsonl' is no name for a file: it holds control characters, or is not UTF-8"),
+        ("caf\udce9.jsonl", r"'caf\\udce9\.jsonl' is no name for a file"),
+        ("folder/.a.jsonl.fetched.json", "is a name that downloads keep for notes"),
+        (".a.jsonl.part", "is a name that downloads keep for notes"),
+        (".a.jsonl.part.json", "is a name that downloads keep for notes"),
+    ],
+)
+def test_names_that_nothing_may_have(tmp_path, name, message):
+    (tmp_path / "a.tar").write_bytes(tar_of((member("good"), b"good"), (member(name), b"evil")))
+    with pytest.raises(UserError, match=message):
+        download.unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert left(tmp_path) == {"a.tar"}
 
 
 def test_a_name_that_is_not_known(tmp_path):

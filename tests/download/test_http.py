@@ -4,7 +4,9 @@ import base64
 import datetime
 import email.utils
 import hashlib
+import os
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -145,6 +147,54 @@ def test_a_file_that_changed_begins_anew(server, address, tmp_path, patience):
     assert download.fetch(address, tmp_path, patience=patience).read_bytes() == changed
 
 
+@pytest.mark.parametrize(
+    ("more", "headers"), [(b"", {"ETag": '"two"'}), (b"more", {})], ids=["another tag", "another size"]
+)
+def test_two_versions_are_never_joined(server, address, tmp_path, more, headers):
+    """By a server that heeds no If-Range."""
+    changed = BODY[::-1] + more
+
+    def change(_):
+        server.files["/data.jsonl"], server.headers["/data.jsonl"] = changed, headers
+
+    server.faults["/data.jsonl"] = [Fault(cut_after=HALF), Fault(ignore_if_range=True)]
+    assert download.fetch(address, tmp_path, patience=Patience(sleep=change)).read_bytes() == changed
+    assert server.ranges("/data.jsonl") == [None, f"bytes={HALF}-", None]
+
+
+def test_a_tag_that_cannot_be_sent_back(server, address, tmp_path, patience):
+    server.headers["/data.jsonl"] = {"ETag": '"\xe9"'}
+    server.faults["/data.jsonl"] = [Fault(cut_after=HALF)]
+    assert download.fetch(address, tmp_path, patience=patience).read_bytes() == BODY
+    assert server.ranges("/data.jsonl") == [None, None]
+
+
+def test_a_range_that_is_absurd(server, address, tmp_path, patience):
+    server.faults["/data.jsonl"] = [Fault(status=206, headers={"Content-Range": "bytes 0-5/" + "9" * 5000})] * 50
+    with pytest.raises(Interrupted, match="sends a range and does not say which"):
+        download.fetch(address, tmp_path, patience=patience)
+
+
+def test_a_death_between_note_and_name(tmp_path, patience, monkeypatch):
+    """The file of before, of the same size, is not taken for the new one."""
+    source, files = tmp_path / "a.jsonl", tmp_path / "files"
+    source.write_bytes(BODY)
+    download.fetch(str(source), files, patience=patience)
+    source.write_bytes(BODY[::-1])
+    replace = os.replace
+
+    def die(old, new):
+        if Path(new).name == "a.jsonl":
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            download.fetch(str(source), files, patience=patience)
+    assert download.fetch(str(source), files, patience=patience).read_bytes() == BODY[::-1]
+
+
 @pytest.mark.parametrize("sha256", [None, SHA256])
 def test_without_a_validator_only_a_digest_lets_it_go_on(server, address, tmp_path, patience, sha256):
     server.headers.clear()
@@ -234,6 +284,9 @@ def test_a_digest_that_is_none(address, tmp_path, sha256):
         ("https://127.0.0.1:9/", "names no file: expected https://host/folder/file.jsonl"),
         ("https:///a.jsonl", "names no file"),
         ("http://127.0.0.1:9/..%2f", "names no file"),
+        ("http://[::1/hunter2", "the address is none (Invalid IPv6 URL): expected https://host/folder/file.jsonl"),
+        ("https://a..b/a.jsonl", "https://a..b/a.jsonl: encoding with 'idna' codec failed"),
+        (f"./{'a' * 300}", "no such file or folder"),
         ("ftp://127.0.0.1/a", "expected http://, https://, s3:// or a path"),
         (
             "https://me:hunter2@127.0.0.1/a",
@@ -246,6 +299,33 @@ def test_addresses_that_are_none(tmp_path, address, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         download.fetch(address, tmp_path)
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HTTP_PROXY", "foo://me:hunter2@host", "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY holds no address: expected http"),
+        ("HTTP_PROXY", "http://me:hunter2", "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY holds no address: expected http"),
+        ("SSL_CERT_FILE", "/nowhere.pem", r"SSL_CERT_FILE or SSL_CERT_DIR cannot be read \(.*\): correct or unset it"),
+    ],
+)
+def test_settings_that_are_wrong(tmp_path, monkeypatch, patience, name, value, message):
+    for way in (name, name.lower()):
+        monkeypatch.setenv(way, value)
+    for fetch in (
+        lambda: download.fetch("http://127.0.0.1:9/a.jsonl", tmp_path, patience=patience),
+        lambda: download.fetch_dataset("laion/OIG", [], tmp_path, patience=patience),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            fetch()
+        assert "hunter2" not in str(error.value)
+
+
+def test_a_socks_proxy(tmp_path, monkeypatch, patience):
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(UserError, match="a SOCKS proxy needs socksio: pip install socksio"):
+        download.fetch("http://127.0.0.1:9/a.jsonl", tmp_path, patience=patience)
 
 
 def test_a_page_is_not_the_file(server, address, tmp_path, patience):
@@ -368,3 +448,29 @@ def test_a_copy_of_a_file_here(tmp_path, patience):
     assert download.fetch(str(source), tmp_path / "files", patience=patience).read_bytes() == BODY[::-1]
     with pytest.raises(UserError, match="names a folder: expected one file"):
         download.fetch(str(tmp_path), tmp_path / "files")
+
+
+def test_a_file_that_changes_while_it_is_copied(tmp_path, patience, waits, monkeypatch):
+    source = tmp_path / "source.jsonl"
+    source.write_bytes(BODY)
+
+    class Changing(progress.tqdm):
+        def update(self, n=1):
+            source.write_bytes(BODY[::-1])
+            os.utime(source, ns=(1, 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "tqdm", Changing)
+        with pytest.raises(UserError, match="was changed while it was copied: run again when it is complete"):
+            download.fetch(str(source), tmp_path / "files", patience=patience)
+    assert waits == []
+    assert not (tmp_path / "files" / "source.jsonl").exists()
+    assert download.fetch(str(source), tmp_path / "files", patience=patience).read_bytes() == BODY[::-1]
+
+
+def test_a_folder_is_not_copied_into_itself(tmp_path, patience):
+    (tmp_path / "a.jsonl").write_bytes(BODY)
+    for inside in (tmp_path, tmp_path / "files"):
+        with pytest.raises(UserError, match=r"lies in .*, which would be copied into itself: pass another folder"):
+            download.fetch_source(str(tmp_path), inside, patience=patience)
+    assert names(tmp_path) == ["a.jsonl"]

@@ -274,3 +274,14 @@ def test_one_file_by_its_address(oig, tmp_path, patience):
     assert (tmp_path / "unified_p3.jsonl").read_bytes() == b"[]"
     with pytest.raises(UserError, match=r"laion/OIG holds no file more/no\.jsonl"):
         download.fetch(address.replace("unified_p3", "no"), tmp_path, patience=patience)
+
+
+@pytest.mark.parametrize("answer", [b"<html>log in</html>", b"[]", b"{}"])
+def test_what_answers_is_not_the_hub(oig, tmp_path, patience, monkeypatch, answer):
+    import hub_server
+
+    send = lambda handler, _: handler._send(200, {"Content-Type": "text/html"}, answer)  # noqa: E731
+    monkeypatch.setattr(hub_server._Handler, "_api", send)
+    for fetch in (download.fetch_dataset, download.fetch_model):
+        with pytest.raises(UserError, match="cannot fetch laion/OIG: what answers is not the hub; check HF_ENDPOINT"):
+            fetch("laion/OIG", ["*"], *([tmp_path] if fetch is download.fetch_dataset else []), patience=patience)

@@ -77,6 +77,25 @@ def test_all_objects_below_a_folder(storage, tmp_path, patience, prefix):
     assert all(path.read_text() == f"{prefix}{path.relative_to(tmp_path).as_posix()}" for path in found)
 
 
+def test_one_object_that_is_slow_to_be_found_is_asked_for_alone(storage, tmp_path, patience, waits, monkeypatch):
+    from openchatkit.download import s3
+    from openchatkit.download.patience import TransientError
+
+    asked, remote = [], s3._remote
+
+    def busy(client, bucket, key, *rest):
+        asked.append(key)
+        if asked.count(key) < 4:
+            raise TransientError("the storage answers 503")
+        return remote(client, bucket, key, *rest)
+
+    for key in "abcd":
+        storage.put_object(Bucket="data", Key=key, Body=b"body")
+    monkeypatch.setattr(s3, "_remote", busy)
+    assert len(download.fetch_source("s3://data/", tmp_path, patience=patience)) == 4
+    assert asked == list("aaaabbbbccccdddd")
+
+
 def test_damage_in_the_storage_is_seen(storage, tmp_path, patience):
     """The object's checksum stays what it was when its bytes change below it."""
     from moto.s3.models import s3_backends
