@@ -38,7 +38,7 @@ def fetch(address: str, destination: Path, *, sha256: str | None = None, patienc
     it, `#sha256=HEX`. A file that came from the same address before is taken to be the same; remove it to have it anew.
     """
     address, sha256 = _split_digest(address, sha256)
-    files = _remotes(address, sha256, patience)
+    files = _remotes(address, sha256, patience, Path(destination))
     if len(files) != 1 or address.endswith("/"):
         raise UserError(f"{http.shown(address)} names a folder: expected one file")
     _check_room(files, Path(destination), "make room")
@@ -57,7 +57,7 @@ def fetch_dataset(
     `files` are globs or names, with or without their endings (`unified_ni` is unified_ni.jsonl.gz), none meaning all
     files of records; or a function that says of each name whether the file is wanted.
     """
-    chosen = hub.dataset_files(name, files, patience)
+    chosen = hub.dataset_files(name, files, patience, Path(destination))
     _check_room(chosen, Path(destination), "make room, or name fewer files")
     return [bring(file, Path(destination), patience=patience) for file in chosen]
 
@@ -88,7 +88,7 @@ def fetch_source(
     folder = os.path.expanduser(source)
     if os.path.isdir(folder) and destination.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"{destination} lies in {source}, which would be copied into itself: pass another folder")
-    files = _source(source, patience)
+    files = _source(source, patience, destination)
     with (
         storage_errors(destination, "make room and run again, it goes on from there"),
         locked(destination / ".lock", f"another process is fetching into {destination}: waiting for it"),
@@ -104,19 +104,19 @@ def fetch_source(
     return found
 
 
-def _source(source: str, patience: Patience) -> list[Remote]:
+def _source(source: str, patience: Patience, destination: Path) -> list[Remote]:
     dataset = _HUB_DATASET.fullmatch(source)
     if dataset or (_HUB_NAME.fullmatch(source) and not os.path.exists(source)):
-        return hub.dataset_files(dataset[1] if dataset else source, ["*"], patience)
+        return hub.dataset_files(dataset[1] if dataset else source, ["*"], patience, destination)
     if repository := _GITHUB.fullmatch(source):
         address = f"https://github.com/{repository[1]}/archive/HEAD.tar.gz"
         return [http.remote(address, name=f"{repository[2]}.tar.gz")]
-    return _remotes(*_split_digest(source, None), patience)
+    return _remotes(*_split_digest(source, None), patience, destination)
 
 
-def _remotes(address: str, sha256: str | None, patience: Patience) -> list[Remote]:
+def _remotes(address: str, sha256: str | None, patience: Patience, destination: Path) -> list[Remote]:
     if file := _HUB_FILE.fullmatch(address):
-        found = hub.dataset_file(file[1], urllib.parse.unquote(file[2]), patience)
+        found = hub.dataset_file(file[1], urllib.parse.unquote(file[2]), patience, destination)
         # One file alone goes into the folder itself, as from any other address.
         return [replace(found, name=found.name.rsplit("/", 1)[-1])]
     if address.lower().startswith(("http://", "https://")):

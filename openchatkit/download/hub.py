@@ -12,6 +12,7 @@ import functools
 import glob
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -21,7 +22,7 @@ from loguru import logger
 from openchatkit.download import http
 from openchatkit.download.digests import GIT, SHA256, Digest
 from openchatkit.download.patience import Patience, TransientError
-from openchatkit.download.places import check_room
+from openchatkit.download.places import check_room, notes
 from openchatkit.download.transfer import Answer, Remote, bring, missing
 from openchatkit.errors import UserError
 
@@ -34,13 +35,20 @@ _T = TypeVar("_T")
 _KINDS = {"dataset": "data set", "model": "model"}
 
 
-def dataset_files(name: str, wanted: Sequence[str] | Callable[[str], bool], patience: Patience) -> list[Remote]:
+def dataset_files(
+    name: str, wanted: Sequence[str] | Callable[[str], bool], patience: Patience, folder: Path
+) -> list[Remote]:
     """The files of a data set that `wanted` names: globs or names, with or without their endings; none: all records.
 
-    Or it says of a file whether it is wanted. UserError when the hub cannot be reached, knows no such data set, or has
-    no file for one of the names.
+    Or it says of a file whether it is wanted. When the hub does not answer, names will do whose files are in `folder`.
+    UserError when the hub cannot be reached, knows no such data set, or has no file for one of the names.
     """
-    offered = _listing(name, "dataset", patience)[1]
+    try:
+        offered = _listing(name, "dataset", patience)[1]
+    except UserError as error:
+        if here := [] if callable(wanted) else _here(name, wanted, folder, error):
+            return here
+        raise
     if callable(wanted):
         if not (chosen := [file for file in offered if wanted(file.name)]):
             raise _absent(name, "of the kind that is wanted", offered)
@@ -54,12 +62,43 @@ def dataset_files(name: str, wanted: Sequence[str] | Callable[[str], bool], pati
     return [file for file in chosen if not any(re.match(r"\.[^.]", part) for part in file.name.split("/"))]
 
 
-def dataset_file(name: str, path: str, patience: Patience) -> Remote:
-    """One file of a data set, by its whole path."""
-    offered = _listing(name, "dataset", patience)[1]
+def dataset_file(name: str, path: str, patience: Patience, folder: Path) -> Remote:
+    """One file of a data set, by its whole path; what is in `folder` will do when the hub does not answer."""
+    try:
+        offered = _listing(name, "dataset", patience)[1]
+    except UserError as error:
+        if here := _here(name, [path], folder, error):
+            return here[0]
+        raise
     if found := [file for file in offered if file.name == path]:
         return found[0]
     raise _absent(name, path, offered)
+
+
+def _here(name: str, wanted: Sequence[str], folder: Path, error: UserError) -> list[Remote]:
+    """What an earlier run has fetched into `folder` for these names; empty unless there is a file for each of them.
+
+    Nothing here says which files a glob stands for. A file that is gone by now meets the hub's `error`.
+    """
+
+    def gone(_: int, __: str | None) -> AbstractContextManager[Answer]:
+        raise error
+
+    start = f"{name}/"
+    fetched = {
+        note.address.removeprefix(start): Remote(place, note.address, gone, note.size, note.version)
+        for place, note in notes(folder)
+        if note.address.startswith(start)
+    }
+    found: dict[str, Remote] = {}
+    for pattern in wanted:
+        meant = {file: remote for file, remote in fetched.items() if _is_meant(file, pattern)}
+        if glob.has_magic(pattern) or not meant:
+            return []
+        found |= meant
+    if found:
+        logger.info("{} (using what is in {})", error, folder)
+    return list(found.values())
 
 
 def model_folder(name: str, small: Sequence[str], weights: Sequence[Sequence[str]], patience: Patience) -> Path:

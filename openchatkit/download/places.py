@@ -53,6 +53,14 @@ def read_note(path: Path) -> Note | None:
         return None
 
 
+def notes(folder: Path) -> Iterator[tuple[str, Note]]:
+    """The names below a folder that files were fetched under, and their notes."""
+    for path in sorted(folder.rglob(_note(Path("*")).name)):
+        file = path.with_name(path.name.removeprefix(".").removesuffix(".fetched.json"))
+        if note := read_note(file):
+            yield file.relative_to(folder).as_posix(), note
+
+
 def write_note(path: Path, note: Note) -> None:
     """Write a file's note, atomically."""
     write_text(_note(path), json.dumps(asdict(note)) + "\n")

@@ -1,5 +1,6 @@
 """The hub, asked by its real client: what comes is checked before it has a name, and every refusal says what to do."""
 
+import gzip
 import hashlib
 import re
 from pathlib import Path
@@ -285,3 +286,37 @@ def test_what_answers_is_not_the_hub(oig, tmp_path, patience, monkeypatch, answe
     for fetch in (download.fetch_dataset, download.fetch_model):
         with pytest.raises(UserError, match="cannot fetch laion/OIG: what answers is not the hub; check HF_ENDPOINT"):
             fetch("laion/OIG", ["*"], *([tmp_path] if fetch is download.fetch_dataset else []), patience=patience)
+
+
+@pytest.fixture
+def away(oig, monkeypatch):
+    """A call after which nobody answers in the hub's place."""
+    import huggingface_hub.constants
+
+    return lambda: monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def test_files_that_are_here_need_no_hub(oig, away, tmp_path, patience, capsys):
+    files = ["unified_ni", "more/unified_p3.jsonl"]
+    found = download.fetch_dataset("laion/OIG", files, tmp_path, patience=patience)
+    away()
+    assert set(download.fetch_dataset("laion/OIG", files, tmp_path, patience=patience)) == set(found)
+    assert f"(using what is in {tmp_path})" in capsys.readouterr().err
+    # A glob, all, a file that never came and one that is gone do need it.
+    found[0].unlink()
+    for wanted in (["unified_*"], [], ["unified_ni"], ["more/unified_p3.jsonl", "README.md"]):
+        with pytest.raises(UserError, match="cannot fetch laion/OIG: the hub cannot be reached; connect and run again"):
+            download.fetch_dataset("laion/OIG", wanted, tmp_path, patience=patience)
+    assert [name for name in names(tmp_path) if name.endswith(".part")] == []
+
+
+@pytest.mark.parametrize("keep_packed", [False, True])
+def test_one_file_that_is_here_needs_no_hub(oig, away, tmp_path, patience, keep_packed):
+    oig.add(OIG, {"deep/a.jsonl.gz": gzip.compress(b"{}\n")})
+    address = "https://huggingface.co/datasets/laion/OIG/resolve/main/deep/a.jsonl.gz"
+    found = download.fetch_source(address, tmp_path, keep_packed=keep_packed, patience=patience)
+    away()
+    assert download.fetch_source(address, tmp_path, keep_packed=keep_packed, patience=patience) == found
+    assert found == [tmp_path / ("a.jsonl.gz" if keep_packed else "a.jsonl")]
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        download.fetch_source(address.replace("/a.", "/b."), tmp_path, patience=patience)
