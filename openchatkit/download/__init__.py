@@ -139,8 +139,9 @@ def _split_digest(address: str, sha256: str | None) -> tuple[str, str | None]:
 
 
 def _check_room(files: Sequence[Remote], destination: Path, advice: str) -> None:
-    needed = sum(missing(file, destination) for file in files)
-    check_room(destination, needed, files[0].address if len(files) == 1 else f"{len(files)} files", advice)
+    with storage_errors(destination, advice):
+        needed = sum(missing(file, destination) for file in files)
+        check_room(destination, needed, files[0].address if len(files) == 1 else f"{len(files)} files", advice)
 
 
 def _unpacked(file: Remote, destination: Path) -> list[Path]:

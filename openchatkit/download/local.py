@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from openchatkit.download.digests import SHA256, Digest
 from openchatkit.download.transfer import Answer, Remote
@@ -20,13 +20,19 @@ def remotes(name: str, *, sha256: str | None = None) -> list[Remote]:
         return [_remote(path, path.name, sha256)]
     if not os.path.isdir(path):
         raise UserError(f"{name}: no such file or folder")
-    files = (file for file in sorted(path.rglob("*")) if file.is_file())
-    names = [file.relative_to(path) for file in files]
-    return [
-        _remote(path / name, name.as_posix(), None)
-        for name in names
-        if not any(part.startswith(".") for part in name.parts)
-    ]
+    return [_remote(file, file.relative_to(path).as_posix(), None) for file in sorted(_files(path))]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones; UserError for a subfolder that cannot be read."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for name, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        paths = (Path(name, each) for each in files if not each.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _remote(path: Path, name: str, sha256: str | None) -> Remote:

@@ -61,12 +61,13 @@ def bring(remote: Remote, folder: Path, *, patience: Patience, noted: bool = Tru
     UserError, Interrupted: refused, too large for the disk, other bytes than were promised, or nobody answers.
     """
     path = place(folder, remote.name)
-    with (
-        storage_errors(path, "what has come is kept; make room and run again, it goes on from there"),
-        locked(lock_path(path), f"{remote.address} is fetched by another process: waiting for it"),
-    ):
-        if not _is_there(path, remote, noted):
-            _bring(remote, path, patience, noted)
+    with storage_errors(path, "what has come is kept; make room and run again, it goes on from there"):
+        # First without a lock: what is there is of use in a folder where nobody may write.
+        if _is_noted(path, remote):
+            return path
+        with locked(lock_path(path), f"{remote.address} is fetched by another process: waiting for it"):
+            if not _is_there(path, remote, noted):
+                _bring(remote, path, patience, noted)
     return path
 
 
@@ -83,10 +84,23 @@ def missing(remote: Remote, folder: Path) -> int:
     return max(0, (remote.size or 0) - (part.stat().st_size if part.is_file() else 0))
 
 
+def _is_noted(path: Path, remote: Remote) -> bool:
+    """Whether, by its note, the file under the final name is the one that `remote` stands for."""
+    note = read_note(path)
+    if note is None or note.address != remote.address or remote.version not in (None, note.version):
+        return False
+    try:
+        return path.stat().st_size == note.size
+    except FileNotFoundError:
+        return False
+
+
 def _is_there(path: Path, remote: Remote, noted: bool) -> bool:
     """Whether the file under the final name is the one that `remote` stands for."""
     if not path.exists():
         return False
+    if _is_noted(path, remote):
+        return True
     note, size = read_note(path), path.stat().st_size
     if note is None:
         if not remote.digests:
@@ -104,10 +118,8 @@ def _is_there(path: Path, remote: Remote, noted: bool) -> bool:
             f"{path} is there already and came from {note.address}, not from {remote.address}: remove it, or pass "
             "another folder"
         )
-    if note.size != size or remote.version not in (None, note.version):
-        logger.info("{} was changed here or at {}: fetching it again", path, remote.address)
-        return False
-    return True
+    logger.info("{} was changed here or at {}: fetching it again", path, remote.address)
+    return False
 
 
 def _bring(remote: Remote, path: Path, patience: Patience, noted: bool) -> None:

@@ -3,6 +3,7 @@
 import base64
 import datetime
 import email.utils
+import errno
 import hashlib
 import os
 import re
@@ -370,8 +371,6 @@ def test_a_full_disk_is_seen_before(address, tmp_path, patience, monkeypatch):
 
 
 def test_a_disk_that_fills_up_keeps_what_came(server, address, tmp_path, patience, monkeypatch):
-    import errno
-
     from openchatkit.download import transfer
 
     add = transfer._Partial.add
@@ -406,6 +405,33 @@ def test_ctrl_c_keeps_what_came(server, address, tmp_path, patience, monkeypatch
     assert "are here and kept; the same command goes on from there" in capsys.readouterr().err
     assert download.fetch(address, tmp_path, patience=patience).read_bytes() == BODY
     assert server.ranges("/data.jsonl") == [None, f"bytes={kept}-"]
+
+
+def refuse(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied", "deep")
+
+
+def test_what_is_there_can_be_used_where_nobody_may_write(server, address, tmp_path, patience, monkeypatch):
+    path = download.fetch(address, tmp_path, patience=patience)
+    monkeypatch.setattr("openchatkit.paths.try_lock", refuse)
+    assert download.fetch(address, tmp_path, patience=patience) == path
+    with pytest.raises(UserError, match=r"data\.jsonl: cannot be written: Permission denied"):
+        download.fetch(address, tmp_path / "other", patience=patience)
+
+
+def test_a_folder_that_may_not_even_be_looked_into(address, tmp_path, patience, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", refuse)
+    with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: Permission denied$"):
+        download.fetch(address, tmp_path, patience=patience)
+
+
+def test_a_subfolder_that_cannot_be_read_is_not_left_out(tmp_path, patience, monkeypatch):
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "mine" / "a.jsonl").write_bytes(BODY)
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: refuse() if str(path).endswith("deep") else scan(path))
+    with pytest.raises(UserError, match=r"^deep cannot be read: Permission denied$"):
+        download.fetch_source(str(tmp_path / "mine"), tmp_path / "files", patience=patience)
 
 
 def test_two_at_once_fetch_once(server, address, tmp_path, patience):
