@@ -15,7 +15,7 @@ from pathlib import Path
 from openchatkit import download, paths
 from openchatkit.data import records
 from openchatkit.data.records import tables
-from openchatkit.errors import UserError
+from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import token_store
 
 _PACKED = ("", ".gz", ".zst")
@@ -69,7 +69,13 @@ def elsewhere(name: str, cache_dir: Path) -> Found | None:
     match = _HUB.fullmatch(name)
     if not match or (not name.startswith("hf://") and not _is_hub_name(name)):
         return None
-    return Found(files=_from_hub(match["name"], match["glob"], Path(cache_dir) / "downloads" / "hub"))
+    try:
+        return Found(files=_from_hub(match["name"], match["glob"], Path(cache_dir) / "downloads" / "hub"))
+    except UserError as error:
+        if isinstance(error, Interrupted) or name.startswith("hf://"):
+            raise
+        # A path that was meant for one of this machine has the same form.
+        raise UserError(f"{name} is no file or folder here; as a data set of the hub: {error}") from error
 
 
 def missing(name: str) -> str:
