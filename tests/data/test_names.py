@@ -128,9 +128,8 @@ def test_a_data_set_of_the_hub(here: Path, hub: Hub, name: str, expected: list[s
 
 
 def test_a_data_set_that_the_hub_does_not_know(here: Path, hub: Hub) -> None:
-    with pytest.raises(
-        UserError, match="some/nothing is no file or folder here; as a data set of the hub: .* the hub knows no such"
-    ):
+    message = r"some/nothing is no file or folder here; as a data set of the hub: .* the hub knows no such data set"
+    with pytest.raises(UserError, match=message):
         parse("some/nothing:1", cache_dir=here / "cache")
     hub.add("datasets/some/tests", {"test.jsonl": b"", "README.md": b""})
     with pytest.raises(UserError, match="some/tests holds no file"):
