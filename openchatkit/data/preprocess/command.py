@@ -8,7 +8,7 @@ was stopped; files get their names when all of them are whole. What becomes of a
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loguru import logger
@@ -23,11 +23,10 @@ from openchatkit.data.records import files as record_files
 from openchatkit.data.records.row import Row
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.build import bad_row
+from openchatkit.data.stores.tokenise import in_batches
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 
-_SMALL = 4 << 20  # bytes of input that this process has tokenised before the workers would have started
-_BATCH_BYTES = 1 << 17
 Named = tuple[str, Row]  # a row with the name of its file
 
 
@@ -156,8 +155,9 @@ def preprocess(
 
 def _parts(source: "Source", start: int, job: fields.Job, processes: int) -> Iterator[tuple[list[Named], fields.Part]]:
     """What the rows behind the first `start` ones become, batch by batch."""
-    batches = ((batch, [row.data for _, row in batch]) for batch in _batches(source.rows(start)))
-    if processes > 1 and source.size > _SMALL and workers.can_start():
+    rows = in_batches(source.rows(start), lambda named: len(named[1].data))
+    batches = ((batch, [row.data for _, row in batch]) for batch in rows)
+    if processes > 1 and source.size > workers.SMALL and workers.can_start():
         parts = workers.in_order(batches, processes=processes, make=fields.worker, arguments=(job,))
     else:
         parts = ((batch, fields.encode(data, job)) for batch, data in batches)
@@ -165,19 +165,6 @@ def _parts(source: "Source", start: int, job: fields.Job, processes: int) -> Ite
         for batch, part in parts:
             bad = [(place, batch[place][1].error or reason) for place, reason in part.bad]
             yield batch, part._replace(bad=bad)
-
-
-def _batches(rows: Iterable[Named]) -> Iterator[list[Named]]:
-    batch: list[Named] = []
-    size = 0
-    for name, row in rows:
-        batch.append((name, row))
-        size += len(row.data)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class Source:

@@ -37,7 +37,6 @@ from openchatkit.formats.token_store import (
     write_record,
 )
 
-_SMALL = 4 << 20  # bytes of a source that this process has tokenised before the workers would have started
 _SAVE_TOKENS = 32 << 20  # 64 MB where an id takes two bytes
 _SAVE_SECONDS = 30.0
 
@@ -129,7 +128,7 @@ def _tokenise(
         done = store.done
         if done.rows:
             logger.info("tokenising {}: goes on behind row {}, where it was stopped", source, done.row)
-        processes = workers.cores() if records.size - done.position > _SMALL and workers.cores() > 1 else 0
+        processes = workers.cores() if records.size - done.position > workers.SMALL and workers.cores() > 1 else 0
         rows = records.rows(Mark(done.row, done.row_end))
         parts = tokenise_all(rows, tokenizer, separator=separator, processes=processes)
         title = f"tokenising {source.name}"

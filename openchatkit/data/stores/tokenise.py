@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from openchatkit.data.records.row import Row
 from openchatkit.data.stores import workers
 from openchatkit.data.tokenizer import Encode, Tokenizer, encoder
 from openchatkit.formats import chat
+
+T = TypeVar("T")
 
 # Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
 VERSION = 3
@@ -86,7 +89,7 @@ def tokenise_all(
     """
     closing = separator_ids(tokenizer, separator)
     done: Iterator[tuple[list[Row], Tokenised]]
-    batches = ((batch, [row.data for row in batch]) for batch in _batches(rows))
+    batches = ((batch, [row.data for row in batch]) for batch in in_batches(rows, lambda row: len(row.data)))
     if processes and workers.can_start():
         arguments = (tokenizer.serialised, closing)
         done = workers.in_order(batches, processes=processes, make=_worker, arguments=arguments)
@@ -109,12 +112,13 @@ def separator_ids(tokenizer: Tokenizer, separator: str) -> list[int]:
     return [tokenizer.end_of_text] if separator == "end-of-text" else tokenizer.encode(["\n"])[0]
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
+def in_batches(rows: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Rows in lists that are worth a message to a worker process; `size_of` says how many bytes a row has."""
+    batch: list[T] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += len(row.data)
+        size += size_of(row)
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -25,6 +25,7 @@ Kept = TypeVar("Kept")
 Sent = TypeVar("Sent")
 Result = TypeVar("Result")
 
+SMALL = 4 << 20  # bytes of input that one process has tokenised before workers would have started
 _WINDOW = 3  # batches a worker that are read ahead
 
 

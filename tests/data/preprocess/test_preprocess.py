@@ -24,7 +24,7 @@ from openchatkit.data.preprocess import command as module
 from openchatkit.data.preprocess import unfinished
 from openchatkit.data.preprocess.command import main
 from openchatkit.data.records.document import decode
-from openchatkit.data.stores.tokenise import tokenise
+from openchatkit.data.stores import tokenise, workers
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore, mask_path
 from openchatkit.paths import try_lock
@@ -256,7 +256,7 @@ def test_a_loss_mask_is_trainings(tiny_tokenizer: Path, tmp_path: Path) -> None:
         where = ["--input", tmp_path / f"{key}.jsonl", "--jsonl-keys", key, "--output-prefix", tmp_path / "o"]
         assert run(*where, *flags) == 0
         store = TokenStore(tmp_path / f"o_{key}_document")
-        expected = tokenise(rows.splitlines(), tokenizer.encode, [tokenizer.end_of_text])
+        expected = tokenise.tokenise(rows.splitlines(), tokenizer.encode, [tokenizer.end_of_text])
         assert store.tokens.tolist() == expected.tokens.tolist()
         assert store.sizes.tolist() == expected.sizes.tolist()
         assert store.mask.tolist() == expected.mask.tolist()
@@ -297,8 +297,8 @@ def test_ftfy(tmp_path: Path) -> None:
 
 def test_workers_write_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--input", data, *BYTES, "--loss-mask", "--workers", 1, "--output-prefix", tmp_path / "one") == 0
-    monkeypatch.setattr(module, "_SMALL", 0)
-    monkeypatch.setattr(module, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(workers, "SMALL", 0)
+    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
     assert run("--input", data, *BYTES, "--loss-mask", "--workers", 2, "--output-prefix", tmp_path / "two") == 0
     assert written(tmp_path / "one") == written(tmp_path / "two")
     masks = [mask_path(tmp_path / f"{name}_text_document").read_bytes() for name in ("one", "two")]
@@ -313,7 +313,7 @@ def test_what_was_stopped_goes_on(
     data.write_bytes(data.read_bytes().replace(b'"text"', b'"tex"', 1))
     flags = ["--input", data, *BYTES, "--loss-mask", "--bad-rows", "quarantine", "--output-prefix"]
     assert run(*flags, tmp_path / "whole") == 0
-    monkeypatch.setattr(module, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
     encode, batches = module.fields.encode, itertools.count()
 
     def stop(error: BaseException) -> None:
@@ -372,7 +372,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
 def test_work_that_does_not_fit_is_begun_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
     monkeypatch.setattr(unfinished, "_SAVE_SECONDS", 0.0)
     flags = ["--input", data, *BYTES, "--output-prefix", tmp_path / "o"]
     encode, batches = module.fields.encode, itertools.count()

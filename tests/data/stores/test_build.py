@@ -155,11 +155,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from openchatkit.data.stores import build
-from openchatkit.data.stores import tokenise
+from openchatkit.data.stores import tokenise, workers
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.data.tokenizer import encoder
 source, tokenizer, cache = map(Path, sys.argv[1:])
-tokenise._BATCH_BYTES, build._SMALL, build._SAVE_TOKENS = 500, 0, 1
+tokenise._BATCH_BYTES, workers.SMALL, build._SAVE_TOKENS = 500, 0, 1
 serialised = tokenizer.read_text()
 tokenizer = SimpleNamespace(
     serialised=serialised, encode=encoder(serialised), vocab_size=384, end_of_text=0, digest="tiny"
@@ -222,7 +222,7 @@ def test_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_t
     from openchatkit.data.tokenizer import Tokenizer
 
     source = write(tmp_path / "a.jsonl", some_texts(bad=False) * 5)
-    monkeypatch.setattr(module, "_SMALL", 0)
+    monkeypatch.setattr(workers, "SMALL", 0)
     monkeypatch.setattr(workers, "cores", lambda: 2)
     plain = module._Unfinished.add
 
