@@ -55,7 +55,7 @@ def place(tmp_path_factory, tiny_tokenizer):
 def start(place: Path, commands: str) -> subprocess.Popen:
     """A shell that runs commands as the page has them, in that folder; the scripts are the checkout's."""
     commands = re.sub(r"(?<![\w/])(tools|training)/", lambda match: f"{ROOT}/{match[0]}", commands)
-    commands = commands.replace("--total-steps 200 --checkpoint-steps 20", "--total-steps 40 --checkpoint-steps 6")
+    commands = commands.replace("--total-steps 200 --checkpoint-steps 20", "--total-steps 120 --checkpoint-steps 12")
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     commands = re.sub(r"(--use-cuda false|inspect_data\.py(?= --task))", r"\1 --data-cache cache", commands)
     with socket.socket() as probe:
@@ -85,7 +85,7 @@ def test_three_sources_two_kills_another_layout(place):
     make, train, verify = BLOCKS["Three sources, two kills, another layout"]
     *variable, stages, replicas = train.rstrip("\n").rsplit("\n", 2)
     run(place, make)
-    for enough in (8, 20):
+    for enough in (16, 50):
         process = start(place, "\n".join([*variable, f"exec {stages}"]))
         limit = time.monotonic() + 120
         while not any(row["step"] >= enough for row in metrics.read(place / "example" / "run")):
@@ -96,10 +96,10 @@ def test_three_sources_two_kills_another_layout(place):
         process.communicate()
     run(place, "\n".join([*variable, replicas]))
     proof = run(place, verify)
-    assert "verified: 40 steps, 320 samples, each trained exactly once, by 3 runs" in proof
+    assert "verified: 120 steps, 960 samples, each trained exactly once, by 3 runs" in proof
     assert len({entry.layout for entry in ledger.read(place / "example" / "run")}) == 2
     rows = metrics.read(place / "example" / "run")
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, 121))
     assert set(rows[-1]["sources"]) == {
         "example/plain.jsonl",
         "example/packed.jsonl.zst",
