@@ -1,0 +1,248 @@
+"""The command that examines a model with lm-eval: which tasks, on what, and the table and the file that come out.
+
+The tasks, their data and their metrics are lm-eval's, or files of one's own in its format. What the model is, is
+`subject`'s; how one of ours is asked, `scoring`'s. With local tasks, data and model, nothing is asked of the network.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openchatkit import cli
+from openchatkit.errors import UserError
+from openchatkit.paths import write_text
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+INSTALL = "pip install 'openchatkit[eval]'"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. `stderr` is None where the metric has none."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    tokenizer: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    include_paths: Sequence[Path] = (),
+    device: str | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """lm-eval's results of a model on tasks, as plain JSON, with the model, its kind, device and dtype beside them.
+
+    UserError when lm-eval is not installed, a task is unknown or its data cannot be had, or the model is none.
+    """
+    lm_eval = _lm_eval()
+    from openchatkit.evaluation import subject as subjects
+
+    # All that can be wrong with the flags comes before the weights are read.
+    found = subjects.find(model)
+    place = subjects.choose_device(device)
+    precision = subjects.choose_dtype(dtype, place)
+    with _quiet():
+        manager = _task_manager(include_paths)
+        loaded = _load_tasks(_known(tasks, manager), manager)
+        try:
+            lm = _language_model(found, tokenizer or found.folder, precision, place, batch_size)
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=loaded,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+                log_samples=False,
+                task_manager=manager,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if "memory" in str(error).lower() or isinstance(error, MemoryError):
+                raise UserError(
+                    f"{model} on {place}: out of memory; pass a smaller --batch-size than {batch_size}, or --dtype "
+                    "bfloat16"
+                ) from error
+            raise
+    about = {"model": model, "kind": found.kind, "folder": str(found.folder), "device": str(place)}
+    kept = {key: results[key] for key in _KEPT if key in results}
+    return json.loads(json.dumps({**about, "dtype": str(precision).removeprefix("torch."), **kept}, default=str))
+
+
+# Of what lm-eval returns; the rest tells about the machine.
+_KEPT = ("results", "groups", "higher_is_better", "n-shot", "n-samples", "versions", "configs", "date")
+
+
+def figures(results: Mapping[str, Any]) -> list[Figure]:
+    """The numbers of `evaluate`'s results, task by task."""
+    listed = []
+    for task, entry in results["results"].items():
+        for key, value in entry.items():
+            metric, _, rule = key.partition(",")
+            if not rule or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = entry.get(f"{metric}_stderr,{rule}")
+            name = metric if rule == "none" else f"{metric} ({rule})"
+            listed.append(Figure(task, name, value, stderr if isinstance(stderr, (int, float)) else None))
+    return listed
+
+
+def _lm_eval() -> Any:
+    # lm-eval's log goes to the terminal unless it finds itself told otherwise.
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    try:
+        import accelerate  # noqa: F401 - what lm-eval loads Hugging Face models with
+        import lm_eval
+    except ImportError as error:
+        raise UserError(f"evaluation needs {error.name or 'lm_eval'}, which is not installed: {INSTALL}") from error
+    return lm_eval
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' notes away, where no terminal shows them their bars too, and the network out of it."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # Else the hub is told of every local file that is opened.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+def _task_manager(include_paths: Sequence[Path]) -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    for path in include_paths:
+        if not path.is_dir():
+            raise UserError(f"--include-path {path} is no folder: expected one that holds task files (*.yaml)")
+    try:
+        return TaskManager(include_path=list(include_paths) or None)
+    except Exception as error:  # whatever a YAML file can be wrong in
+        raise UserError(f"the task files in {', '.join(map(str, include_paths))} cannot be read: {error}") from error
+
+
+def _known(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
+    """The tasks, groups and tags that these names and patterns (`mmlu_*`) mean; UserError for one that there is not."""
+    names: list[str] = []
+    for task in tasks:
+        matched = manager.match_tasks([task])
+        if not matched:
+            near = difflib.get_close_matches(task, manager.all_tasks, 4)
+            own = "; for tasks of your own pass --include-path with their folder"
+            raise UserError(f"unknown task {task!r}: {'did you mean ' + ', '.join(near) + '?' if near else ''}{own}")
+        names += matched
+    return list(dict.fromkeys(names))
+
+
+def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
+    """The tasks and groups with their data, fetched where it is not local; none twice."""
+    loaded: dict[str, Any] = {}
+    inside: set[str] = set()
+    for name in names:
+        try:
+            built = manager.load([name])
+        except Exception as error:  # a data set that cannot be had, a broken task file, a package that it needs
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"task {name} cannot be loaded: {reason}") from error
+        # A group brings its tasks along; the tasks of a tag stand for themselves.
+        inside.update(child for children in built.get("group_map", {}).values() for child in children)
+        loaded |= {**built.get("groups", {}), **built["tasks"]}
+    return [item for name, item in loaded.items() if name not in inside]
+
+
+def _language_model(found: Any, tokenizer: Path, dtype: Any, device: Any, batch_size: int) -> "LM":
+    from openchatkit.evaluation import scoring, subject
+
+    if found.kind == subject.HUGGING_FACE:
+        from lm_eval.models.huggingface import HFLM
+
+        model = subject.load_hugging_face(found.folder, dtype, device)
+        encoding = subject.load_tokenizer(tokenizer, model.config.vocab_size)
+        return HFLM(pretrained=model, tokenizer=encoding, batch_size=batch_size)
+    stage = subject.load_stage(found, dtype, device)
+    encoding = subject.load_tokenizer(tokenizer, stage.config.vocab_size)
+    return scoring.as_lm(scoring.Scorer(stage, device, batch_size=batch_size), encoding)
+
+
+def _print_table(listed: Sequence[Figure]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", box=box.SIMPLE)
+    table.add_column("value", justify="right")
+    table.add_column("stderr", justify="right")
+    for one in listed:
+        table.add_row(one.task, one.metric, f"{one.value:.4f}", "" if one.stderr is None else f"{one.stderr:.4f}")
+    Console().print(table)
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, print the table, and write the results where they are asked for."""
+    parser = cli.Parser(
+        prog="tools/run_evaluation.py",
+        description="Examine a Hugging Face model, layer shards or a training checkpoint with lm-eval; print a table.",
+    )
+    parser.add_argument("--model", required=True, help="a folder of any of the three kinds, or a hub name")
+    parser.add_argument("--tasks", required=True, help="names, groups or patterns, by commas: lambada_openai,piqa")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (not given: the model's)")
+    parser.add_argument("--num-fewshot", type=cli.natural, help="solved examples before each (not given: as the task)")
+    parser.add_argument("--limit", type=cli.positive_int, help="only so many documents of each task (not given: all)")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=8, help="rows at a time")
+    parser.add_argument("--include-path", type=Path, action="append", default=[], help="folder of tasks of your own")
+    parser.add_argument("--device", help="cpu, cuda:1, ... (not given: the first GPU, else the CPU)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: bfloat16 on GPUs, else float32",
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
+    args = parser.parse_args(argv)
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not tasks:
+        raise UserError("--tasks names none: expected for example --tasks lambada_openai,piqa")
+    if args.output is not None and args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder: expected the name of a file to write")
+    results = evaluate(
+        args.model,
+        tasks,
+        tokenizer=args.tokenizer,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        include_paths=args.include_path,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    if args.output is not None:
+        write_text(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _print_table(figures(results))

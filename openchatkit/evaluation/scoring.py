@@ -1,0 +1,175 @@
+"""Log-likelihoods and greedy text from a model of ours, as lm-eval asks for them.
+
+`Scorer` computes and knows nothing of lm-eval; `as_lm` dresses it in lm-eval's interface. Sampling is not offered: a
+model that is to be sampled from is converted first.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from openchatkit.errors import UserError
+from openchatkit.models.stage import Stage
+from openchatkit.progress import bar
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from transformers import PreTrainedTokenizerBase
+
+# What lm-eval generates where a task does not say how much.
+MAX_NEW_TOKENS = 256
+
+
+class Scorer:
+    """A whole model on one device, and how many rows it is given at a time."""
+
+    def __init__(self, stage: Stage, device: torch.device, *, batch_size: int) -> None:
+        self.stage, self.device, self.batch_size = stage, device, batch_size
+        self.max_length = stage.config.max_position_embeddings
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """(context, continuation) in token ids -> (log-likelihood of the continuation, whether it is the greedy one).
+
+        Neither may be empty. What is longer than the model's context loses tokens from the left.
+        """
+        scored: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+
+        def one_batch(numbers: Sequence[int]) -> None:
+            rows = [[*pairs[number][0], *pairs[number][1]][-(self.max_length + 1) :] for number in numbers]
+            hidden = self._hidden([row[:-1] for row in rows])
+            for place, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+                count = min(len(pairs[number][1]), len(row) - 1)
+                # Only these positions are projected: logits of whole rows would fill more memory than the model.
+                logits = self.stage.logits(hidden[place, len(row) - 1 - count : len(row) - 1]).float()
+                target = torch.tensor(row[-count:], device=self.device)
+                values = logits.log_softmax(-1).gather(1, target.unsqueeze(1))
+                scored[number] = (values.sum().item(), bool((logits.argmax(-1) == target).all()))
+
+        self._batches([len(context) + len(rest) for context, rest in pairs], one_batch, "scoring")
+        return scored
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        contexts: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        end_of_text: int,
+        is_done: Callable[[list[int]], bool],
+    ) -> list[list[int]]:
+        """The most probable tokens after each context, to `end_of_text` (left out), `is_done`, or `max_new_tokens`."""
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"a task generates {max_new_tokens} tokens, the model's context is {self.max_length}: leave that task "
+                "out, or set max_gen_toks in a task file of your own"
+            )
+        written: list[list[int]] = [[] for _ in contexts]
+
+        def one_batch(numbers: Sequence[int]) -> None:
+            going = list(numbers)
+            for _ in range(max_new_tokens):
+                rows = [contexts[number][-room:] + written[number] for number in going]
+                hidden = self._hidden(rows)
+                last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+                best = self.stage.logits(hidden[torch.arange(len(rows), device=self.device), last]).argmax(-1).tolist()
+                ended = [token == end_of_text for token in best]
+                for number, token, end in zip(going, best, ended, strict=True):
+                    written[number] += [] if end else [token]
+                going = [n for n, end in zip(going, ended, strict=True) if not end and not is_done(written[n])]
+                if not going:
+                    break
+
+        self._batches([len(context) for context in contexts], one_batch, "generating")
+        return written
+
+    def _hidden(self, rows: Sequence[list[int]]) -> Tensor:
+        """Hidden states [rows, longest, hidden_size]. No token sees what is right of it, so the padding is there."""
+        longest = max(map(len, rows))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        return self.stage(padded)
+
+    def _batches(self, lengths: Sequence[int], action: Callable[[Sequence[int]], None], name: str) -> None:
+        """Call `action` with the numbers of rows of like length; the longest go first, so what is too big shows."""
+        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        with bar(len(order), name, unit="row") as progress:
+            for first in range(0, len(order), self.batch_size):
+                action(order[first : first + self.batch_size])
+                progress.update(len(order[first : first + self.batch_size]))
+
+
+def as_lm(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
+    """lm-eval's language model around a scorer; text becomes tokens as it does for the converted model."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class StageLM(TemplateLM):
+        @property
+        def eot_token_id(self) -> int:
+            return tokenizer.eos_token_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            return tokenizer.encode(string, **options)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+            return scorer.score([(context, continuation) for _, context, continuation in requests])
+
+        def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
+            pairs, owners = [], []
+            for owner, request in enumerate(requests):
+                windows = get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=scorer.max_length,
+                    context_len=1,
+                )
+                mine = [make_disjoint_window(window) for window in windows]
+                pairs += mine
+                owners += [owner] * len(mine)
+            totals = [0.0] * len(requests)
+            for owner, (value, _) in zip(owners, scorer.score(pairs), strict=True):
+                totals[owner] += value
+            return totals
+
+        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+            kinds: dict[str, list[int]] = {}
+            for number, request in enumerate(requests):
+                kinds.setdefault(repr(request.args[1]), []).append(number)
+            texts = [""] * len(requests)
+            for numbers in kinds.values():
+                options = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
+                if options.get("do_sample"):
+                    raise UserError(
+                        "a task samples its answers, which needs a Hugging Face model: convert this one with "
+                        "tools/convert_to_hf_gptneox.py, or leave that task out"
+                    )
+                stops = [stop for stop in options["until"] if stop]
+                rows = scorer.generate(
+                    # A task may ask without any text; something must go before the first token.
+                    [self.tok_encode(requests[number].args[0]) or [self.prefix_token_id] for number in numbers],
+                    max_new_tokens=options["max_gen_toks"],
+                    end_of_text=self.eot_token_id,
+                    is_done=lambda ids, stops=stops: any(stop in _text(ids) for stop in stops),
+                )
+                for number, ids in zip(numbers, rows, strict=True):
+                    texts[number] = _cut(_text(ids), stops)
+            return texts
+
+    def _text(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return StageLM()
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first of the strings that end it."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
