@@ -83,6 +83,9 @@ def evaluate(
                     "bfloat16"
                 ) from error
             raise
+        except (ValueError, AssertionError, LookupError) as error:
+            # More shots than there are examples, more text to generate than the context holds, and the like.
+            raise _refused(error) from error
     about = {"model": model, "kind": found.kind, "folder": str(found.folder), "device": str(place)}
     kept = {key: results[key] for key in _KEPT if key in results}
     return json.loads(json.dumps({**about, "dtype": str(precision).removeprefix("torch."), **kept}, default=str))
@@ -104,6 +107,11 @@ def figures(results: Mapping[str, Any]) -> list[Figure]:
             name = metric if rule == "none" else f"{metric} ({rule})"
             listed.append(Figure(task, name, value, stderr if isinstance(stderr, (int, float)) else None))
     return listed
+
+
+def _refused(error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UserError(f"lm-eval cannot put these tasks to this model: {reason}")
 
 
 def _lm_eval() -> Any:
@@ -180,14 +188,15 @@ def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
 def _language_model(found: Any, tokenizer: Path, dtype: Any, device: Any, batch_size: int) -> "LM":
     from openchatkit.evaluation import scoring, subject
 
+    encoding = subject.load_tokenizer(tokenizer)
     if found.kind == subject.HUGGING_FACE:
         from lm_eval.models.huggingface import HFLM
 
         model = subject.load_hugging_face(found.folder, dtype, device)
-        encoding = subject.load_tokenizer(tokenizer, model.config.vocab_size)
+        subject.check_tokenizer(tokenizer, encoding, model.config.vocab_size)
         return HFLM(pretrained=model, tokenizer=encoding, batch_size=batch_size)
     stage = subject.load_stage(found, dtype, device)
-    encoding = subject.load_tokenizer(tokenizer, stage.config.vocab_size)
+    subject.check_tokenizer(tokenizer, encoding, stage.config.vocab_size)
     return scoring.as_lm(scoring.Scorer(stage, device, batch_size=batch_size), encoding)
 
 

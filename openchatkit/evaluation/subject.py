@@ -75,8 +75,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a folder, as transformers loads it; UserError when there is none, or it is another model's."""
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder, as transformers loads it; UserError when there is none or it has no end of text."""
     from transformers import AutoTokenizer
 
     if not has_tokenizer(folder):
@@ -84,14 +84,18 @@ def load_tokenizer(folder: Path, vocab_size: int) -> "PreTrainedTokenizerBase":
     tokenizer = _read(
         lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder
     )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
+    return tokenizer
+
+
+def check_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """UserError when a tokenizer has tokens that the model does not know."""
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {vocab_size}: they do not belong "
             "together, pass --tokenizer with the folder of the one it was trained with"
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
-    return tokenizer
 
 
 def load_hugging_face(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":

@@ -121,6 +121,8 @@ def tasks(tmp_path_factory):
     (folder / "choice.yaml").write_text(CHOICE.format(folder=folder))
     (folder / "perplexity.yaml").write_text(PERPLEXITY.format(folder=folder))
     (folder / "generation.yaml").write_text(GENERATION.format(folder=folder, sample="false"))
+    longer = GENERATION.format(folder=folder, sample="false").replace("own_generation", "own_longer")
+    (folder / "longer.yaml").write_text(longer.replace("max_gen_toks: 12", "max_gen_toks: 100"))
     sampled = GENERATION.format(folder=folder, sample="true").replace("own_generation", "own_sampled")
     (folder / "sampled.yaml").write_text(sampled)
     (folder / "kept.py").write_text(KEPT.format(target=str(folder / "kept.jsonl")))
@@ -261,10 +263,22 @@ def test_few_shots_come_before_the_question(forms, command, tmp_path):
         (("--tasks", "own_choice", "--batch-size", "0"), "expected a whole number of at least 1"),
         (("--tasks", "own_choice", "--output", "{tasks}"), "is a folder"),
         (("--tasks", "own_sampled"), "a task samples its answers"),
+        (("--tasks", "own_longer"), "a task generates 100 tokens, the model's context is 64"),
+        (("--tasks", "own_longer", "--model", "{converted}"), "lm-eval cannot put these tasks to this model"),
+        (("--tasks", "own_choice", "--num-fewshot", "9"), "lm-eval cannot put these tasks to this model"),
+        (("--tasks", "own_choice", "--tokenizer", "{large}"), "has 600 tokens, the model 400"),
+        (("--tasks", "own_choice", "--model", "{original}"), "is a checkpoint of the original kit"),
+        (("--tasks", "own_choice", "--model", "{tasks}/checkpoint_9"), "holds no checkpoint: found no such folder"),
     ],
 )
-def test_mistakes_are_one_line(flags, expected, forms, tasks, capsys):
-    given = [str(flag).replace("{tasks}", str(tasks)) for flag in flags]
+def test_mistakes_are_one_line(flags, expected, forms, tasks, tiny_tokenizer, capsys, tmp_path):
+    places = {"tasks": tasks, "large": tmp_path / "large", "original": tmp_path / "old"}
+    larger = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    larger.add_tokens([f"<{number}>" for number in range(600 - len(larger))])
+    larger.save_pretrained(places["large"])
+    places["original"].mkdir()
+    (places["original"] / "prank_0_checkpoint.pt").touch()
+    given = [flag.format(**places, converted=forms["neox"]["converted"]) for flag in flags]
     defaults = {"--model": forms["neox"]["shards"], "--device": "cpu", "--include-path": tasks}
     rest = [str(part) for pair in defaults.items() if pair[0] not in given for part in pair]
     with pytest.raises(SystemExit) as ended:
