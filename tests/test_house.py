@@ -28,6 +28,7 @@ OPTIONAL = (
     "cupy",
     "faiss",
     "ftfy",
+    "lm_eval",
     "moto",
     "pytest",
     "sentence_transformers",
