@@ -26,6 +26,7 @@ from openchatkit.formats.layer_shards import CONFIG, LayerShards
 from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.family import SkipInit
+from openchatkit.models.layers import RotaryTable
 from openchatkit.models.names import EMBED, HEAD
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.stage import Stage
@@ -80,9 +81,9 @@ class Model(nn.Module):
         before = 0 if layer_past is None else layer_past[0].shape[1]
         length = before + x.shape[1]
         if mask is None and before and x.shape[1] > 1:
-            mask = generate_mask(length).to(x.device)
+            mask = generate_mask(length)
         if mask is not None:
-            mask = mask[..., before:length, :length]
+            mask = mask[..., before:length, :length].to(x.device)
         cos, sin = (table[before:] for table in self.stage.rotary(length, x.device))
         cache: list[Tensor] = []
         for name, shard in self.stage.named_shards():
@@ -118,22 +119,45 @@ class _Remember(TorchFunctionMode):
         return func(query, key, value, attn_mask=self._mask, is_causal=causal)
 
 
+class _HalfRotaryTable(RotaryTable):
+    """The table with which GPT-NeoX-20B was trained: frequencies, angles, cos and sin all rounded to float16.
+
+    At position 2047 it is up to a third of a radian off (github.com/EleutherAI/gpt-neox/issues/873).
+    """
+
+    def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
+        places = torch.arange(length, device=device).half()
+        angles = places.unsqueeze(1) * (self.base**-exponent).half()  # [length, rotary_dim / 2]
+        return angles.cos(), angles.sin()
+
+
 def create_model(
-    path: Path | str, use_cache: bool = False, device: Device | None = None, *, dtype: torch.dtype | None = None
+    path: Path | str,
+    use_cache: bool = False,
+    device: Device | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    rope_table_dtype: torch.dtype = torch.float32,
 ) -> Model:
     """Load a GPT-NeoX checkpoint (its layer files' folder or the one above) or layer shards, layer by layer.
 
     `device` is by default the first GPU or else the CPU; `dtype` that of the weights on a GPU, float32 on the CPU.
+    `rope_table_dtype` float16 rotates as GPT-NeoX-20B did in training, float32 as transformers does with its weights.
     UserError when the folder is neither, or not whole.
     """
     device = _device(device)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
+    if rope_table_dtype not in (torch.float16, torch.float32):
+        raise UserError(f"rope_table_dtype is {rope_table_dtype}, expected torch.float16 or torch.float32")
     source = _open(Path(path))
     eos = source.raw_config.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     with torch.device("meta"), SkipInit():
         model = Model(source.config, use_cache=use_cache, eos_ids=eos_ids)
+    if rope_table_dtype == torch.float16:
+        model.stage.rotary = _HalfRotaryTable(source.config.rotary_dim, source.config.rotary_base)
     kind = family(source.config)
     with progress.bar(len(source.shards), "Loading", unit="shard") as bar:
         for shard in source.shards:

@@ -144,6 +144,30 @@ def test_precision_is_float32_on_the_cpu_unless_said(tmp_path):
     assert {p.dtype for p in create(steps, dtype=torch.float16).parameters()} == {torch.float16}
 
 
+@torch.inference_mode()
+def test_a_rotary_table_in_half_precision(tmp_path):
+    steps = write_neox(tmp_path, neox())
+    exact, rounded = create(steps), create(steps, use_cache=True, rope_table_dtype=torch.float16)
+    turns = torch.arange(2048).half().outer((10000 ** -torch.tensor([0.0])).half())
+    cos, sin = rounded.stage.rotary(2048, torch.device("cpu"))
+    assert cos.dtype == sin.dtype == torch.float16
+    assert torch.equal(cos, turns.cos())
+    assert torch.equal(sin, turns.sin())
+    whole, _ = rounded(IDS)
+    assert 0 < (whole - exact(IDS)).abs().max() < 0.1
+    first, past = rounded(IDS[:, :3])
+    rest, _ = rounded(IDS[:, 3:], layer_past=past)
+    close(torch.cat([first, rest], dim=1), whole)
+    with pytest.raises(UserError, match=r"^rope_table_dtype is torch.int8, expected [^\n]*$"):
+        create(steps, rope_table_dtype=torch.int8)
+
+
+def test_float16_generates_on_the_cpu(tmp_path):
+    steps = write_neox(tmp_path, neox().half())
+    rows = minimal20b.greedy_generate(create(steps, use_cache=True, dtype=torch.float16), IDS, 12)
+    assert [row[:7] for row in rows] == IDS.tolist()
+
+
 def gptj():
     config = GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, eos_token_id=0)
     torch.manual_seed(0)
