@@ -13,19 +13,19 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from loguru import logger
 
 from openchatkit import progress
 from openchatkit.download.places import amount, place, storage_errors
+from openchatkit.download.zstandard_stream import ZstandardStream
 from openchatkit.errors import UserError
 from openchatkit.paths import lock_path, locked, sync
 
 PACKED = (".gz", ".tgz", ".zst", ".tar")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _PIECE = 1 << 20
-_ZSTD_PIECE = 1 << 12  # small, since four bytes of it may stand for 128 kB
 _SPARE_BYTES = 1 << 26  # left free on the disk
 _MOST_FILES = 1_000_000
 _LONGEST_HEADER = 1 << 22  # bytes, for one file in a tar; a thousand times what names need
@@ -139,7 +139,7 @@ def _contents(path: Path, destination: Path) -> Iterator["_Capped"]:
         if suffix in (".gz", ".tgz"):
             stream: _Readable = gzip.GzipFile(fileobj=file)
         else:
-            stream = _Zstandard(file) if suffix == ".zst" else file
+            stream = ZstandardStream(file) if suffix == ".zst" else file
         yield _Capped(stream, path, room, lambda: bar.update(file.tell() - bar.n))
 
 
@@ -183,31 +183,3 @@ class _Capped:
         """Read to the end, where compressed data is checked."""
         while self.read(_PIECE):
             pass
-
-
-class _Zstandard:
-    """Decompresses every frame of a file. The library's own reader takes a cut frame for the end of the data."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        self._file = file
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._ready = memoryview(b"")
-
-    def read(self, size: int) -> bytes:
-        while not self._ready:
-            data = b""
-            if self._frame is not None and self._frame.eof:
-                data, self._frame = self._frame.unused_data, None
-            data = data or self._file.read(_ZSTD_PIECE)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("a zstd frame without its end")
-                return b""
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-        piece, self._ready = self._ready[:size], self._ready[size:]
-        return bytes(piece)

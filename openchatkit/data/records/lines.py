@@ -9,11 +9,12 @@ from typing import BinaryIO
 import zstandard
 
 from openchatkit.data.records.row import ROW_LIMIT, START, TOO_LONG, Mark, Row
+from openchatkit.download.zstandard_stream import ZstandardStream
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 _BOM = b"\xef\xbb\xbf"
-_PIECE = 1 << 11  # bytes decompressed at a time: few, since they may stand for 32,768 times as many
+_PIECE = 1 << 11  # bytes of a line too long that are read at a time
 
 
 class Lines:
@@ -63,36 +64,5 @@ def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == ".gz":
         return gzip.open(file)
     if suffix == ".zst":
-        return io.BufferedReader(_ZstandardStream(file), 1 << 17)
+        return io.BufferedReader(ZstandardStream(file), 1 << 17)
     return file
-
-
-class _ZstandardStream(io.RawIOBase):
-    """Decompresses every frame of a file. The library's own reader takes a cut frame for the end of the data."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._ready:
-            data = b""
-            if self._frame is not None and self._frame.eof:
-                data, self._frame = self._frame.unused_data, None
-            data = data or self._file.read(_PIECE)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("a zstd frame without its end")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._ready = memoryview(self._frame.decompress(data))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
