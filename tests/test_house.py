@@ -30,10 +30,15 @@ OPTIONAL = (
     "ftfy",
     "lm_eval",
     "moto",
+    "openai",
+    "psutil",
+    "pydantic",
     "pytest",
     "sentence_transformers",
     "sentencepiece",
+    "starlette",
     "tiktoken",
+    "uvicorn",
     "wandb",
 )
 COMMAND_FOLDERS = ("data", "pretrained", "training", "tools", "inference", "retrieval")

@@ -3,11 +3,10 @@
 The system text and the last turn always stay; the oldest question and its reply go first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from openchatkit.errors import UserError
-from openchatkit.formats.chat import Segment
 from openchatkit.inference.conversation import Conversation
 
 
@@ -23,7 +22,7 @@ class Fitted:
 def fit(
     conversation: Conversation,
     *,
-    encode: Callable[[Sequence[Segment]], list[int]],
+    encode: Callable[[Conversation], list[int]],
     context_length: int | None,
     max_tokens: int,
 ) -> Fitted:
@@ -34,7 +33,7 @@ def fit(
     """
     dropped = 0
     while True:
-        tokens = encode(conversation.segments())
+        tokens = encode(conversation)
         if fits(len(tokens), context_length=context_length, max_tokens=max_tokens):
             return Fitted(conversation, tokens, dropped)
         if len(conversation.turns) < 3:

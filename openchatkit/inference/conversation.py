@@ -1,6 +1,6 @@
-"""The conversation so far and the prompt that is made of it.
+"""The conversation so far.
 
-Owns how turns follow each other; the characters between them are `formats.chat`'s.
+Owns how turns follow each other; how they are written for a model is `rendering`'s.
 A conversation is a value: asking and answering make a new one, so a turn that fails is undone by keeping the old.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from openchatkit.formats import chat
-from openchatkit.formats.chat import Segment, Turn
+from openchatkit.formats.chat import Turn
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,6 @@ class Conversation:
     def without_oldest_pair(self) -> "Conversation":
         """This conversation without its first question and the reply to it."""
         return replace(self, turns=self.turns[2:])
-
-    def segments(self) -> list[Segment]:
-        """The prompt, cut where tokens must not cross."""
-        return chat.render(self.turns, system=self.system)
-
-    def text(self) -> str:
-        """The prompt as one string."""
-        return chat.render_text(self.turns, system=self.system)
 
 
 def begin(*, date: bool = True) -> Conversation:

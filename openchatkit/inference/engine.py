@@ -6,7 +6,7 @@ are not known here. The model is any causal language model of transformers; its 
 
 import contextlib
 import inspect
-import math
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,24 +14,24 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from openchatkit.errors import UserError
+from openchatkit.inference.sampling import Sampling, choose
 
 
 class OutOfMemory(UserError):
     """The device has no room for this reply; the model itself is unharmed."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy, as is `sample=False`; `top_k` is at least 1."""
+@dataclass
+class Statistics:
+    """What one reply took. Times are seconds of wall clock; `cached_tokens` of the prompt had been read before."""
 
-    max_tokens: int = 128
-    sample: bool = True
-    temperature: float = 0.6
-    top_k: int = 40
-
-    @property
-    def greedy(self) -> bool:
-        return not self.sample or self.temperature == 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Engine:
@@ -51,21 +51,38 @@ class Engine:
         return getattr(self._model.config, "max_position_embeddings", None)
 
     def generate(
-        self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        generator: torch.Generator | None = None,
+        *,
+        statistics: Statistics | None = None,
+        lookup: bool = False,
     ) -> Iterator[int]:
         """Yield at most `sampling.max_tokens` new token ids; end-of-text ends them and is not yielded.
 
-        `generator` is a CPU generator, so that a seed means the same draws on every device. Raises OutOfMemory, and
-        UserError when the model's output is not a number.
+        `generator` is a CPU generator, so that a seed means the same draws on every device. `statistics` is filled in
+        as tokens come. `lookup` guesses tokens ahead from the prompt, which pays when the reply quotes it; it changes
+        the speed alone. Raises OutOfMemory, and UserError when the model's output is not a number.
         """
+        statistics = statistics or Statistics()
+        statistics.prompt_tokens = len(prompt)
+        started = time.perf_counter()
         cache, unread = self._begin(prompt)
         for _ in range(sampling.max_tokens):
             with _memory_errors():
                 token = choose(self._read(unread, cache), sampling, generator)
+            statistics.seconds = time.perf_counter() - started
+            statistics.first_token_seconds = statistics.first_token_seconds or statistics.seconds
             if token in self._eos_ids:
                 return
+            statistics.new_tokens += 1
             yield token
             unread = [token]
+
+    def log_likelihoods(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """For each continuation, the sum over its tokens of log p(token | prompt and the tokens before it)."""
+        raise NotImplementedError
 
     def _begin(self, prompt: Sequence[int]) -> tuple[DynamicCache, Sequence[int]]:
         """A cache, and the part of the prompt that it does not hold: all of it, since each reply starts afresh."""
@@ -78,31 +95,6 @@ class Engine:
         input_ids = torch.tensor([tokens], device=self._device)  # [1, new]
         output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._options)
         return output.logits[0, -1].float()
-
-
-@torch.inference_mode()
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
-    """The next token id from float logits [vocabulary]: the largest, or a draw among the `top_k` largest."""
-    count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
-    if count == 1:
-        best, token = logits.max(dim=-1)
-        _check_finite(best.item())
-        return int(token)
-    values, tokens = torch.topk(logits, count)
-    values = values.cpu().double()
-    _check_finite(values[0].item())
-    # The largest is taken off first, in float64: a tiny temperature must make no infinities and no zero to divide by.
-    weights = torch.softmax((values - values[0]) / sampling.temperature, dim=-1)
-    return int(tokens[torch.multinomial(weights, 1, generator=generator).item()])
-
-
-def _check_finite(largest: float) -> None:
-    # Not-a-number counts as the largest of all in torch, so looking at the largest is enough.
-    if not math.isfinite(largest):
-        raise UserError(
-            f"the model's output is {largest}, not a number: its values do not fit this precision, try --dtype "
-            "bfloat16 or float32, or its weights are damaged"
-        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 from openchatkit.errors import USER_ERROR, UserError
-from openchatkit.inference.session import Emit, Reply, Session
+from openchatkit.inference.responder import Emit, Reply
+from openchatkit.inference.session import Session
 from openchatkit.inference.streaming import clean
 
 MAX_LINE = 1 << 20  # characters; far beyond any model's context, and small enough to tokenise in a second or two

@@ -9,12 +9,17 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.inference import context, conversation
 from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.rendering import KitRendering
 
 
 @pytest.fixture(scope="module")
-def encode(tiny_tokenizer):
-    tokenizer = Tokenizer(tiny_tokenizer)
-    return lambda segments: [i for ids in tokenizer.encode([s.text for s in segments]) for i in ids]
+def rendering(tiny_tokenizer) -> KitRendering:
+    return KitRendering(Tokenizer(tiny_tokenizer))
+
+
+@pytest.fixture
+def encode(rendering):
+    return rendering.tokens
 
 
 @pytest.fixture
@@ -29,41 +34,42 @@ def test_a_conversation_opens_with_the_date_unless_told_not_to():
     assert re.fullmatch(
         r"Current Date: \d{4}-\d\d-\d\d\nCurrent Time: \d\d:\d\d:\d\d [AP]M \S+\n\n", conversation.begin().system
     )
-    assert conversation.begin(date=False).text() == ""
+    assert conversation.begin(date=False) == Conversation()
 
 
-def test_asking_and_answering_make_the_prompt():
+def test_asking_and_answering_make_the_prompt(rendering):
     talk = Conversation(system="Be kind.").asked("Hi").answered("Hello").asked("What?", ["one", "two"])
-    assert talk.text() == ("Be kind.\n\n<human>: Hi\n<bot>: Hello\n<human>: Passages:\n> one\n> two\n\nWhat?\n<bot>:")
-    assert [segment.trained for segment in talk.segments()] == [False, True, False]
+    assert rendering.text(talk) == (
+        "Be kind.\n\n<human>: Hi\n<bot>: Hello\n<human>: Passages:\n> one\n> two\n\nWhat?\n<bot>:"
+    )
 
 
-def test_a_passage_is_forgotten_with_the_reply_to_its_question():
+def test_a_passage_is_forgotten_with_the_reply_to_its_question(rendering):
     talk = Conversation().asked("What?", ["one"]).answered("That.")
-    assert talk.text() == "<human>: What?\n<bot>: That.\n"
+    assert rendering.text(talk) == "<human>: What?\n<bot>: That.\n"
 
 
 def test_a_conversation_is_a_value():
     before = Conversation().asked("Hi").answered("Hello")
-    text = before.text()
+    turns = before.turns
     before.asked("More").answered("No")
-    assert before.text() == text
+    assert before.turns == turns
 
 
 def test_nothing_goes_while_all_fits(encode, long_chat):
-    size = len(encode(long_chat.segments()))
+    size = len(encode(long_chat))
     fitted = context.fit(long_chat, encode=encode, context_length=size + 10, max_tokens=10)
     assert (fitted.conversation, fitted.dropped, len(fitted.tokens)) == (long_chat, 0, size)
     assert context.fit(long_chat, encode=encode, context_length=None, max_tokens=10**9).dropped == 0
 
 
 def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, long_chat):
-    size = len(encode(long_chat.segments()))
+    size = len(encode(long_chat))
     fitted = context.fit(long_chat, encode=encode, context_length=size + 9, max_tokens=10)
     assert fitted.dropped == 1
     assert [turn.text for turn in fitted.conversation.turns][:2] == ["question 1", "answer 1"]
-    assert fitted.tokens == encode(fitted.conversation.segments())
-    least = len(encode(Conversation(system="Be kind.").asked("the last question", ["a passage"]).segments()))
+    assert fitted.tokens == encode(fitted.conversation)
+    least = len(encode(Conversation(system="Be kind.").asked("the last question", ["a passage"])))
     fitted = context.fit(long_chat, encode=encode, context_length=least + 10, max_tokens=10)
     assert fitted.dropped == 4
     assert chat.render_text(fitted.conversation.turns) == (

@@ -6,7 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.inference.engine import Engine, Sampling
+from openchatkit.inference.engine import Engine
+from openchatkit.inference.rendering import KitRendering
+from openchatkit.inference.responder import Responder
+from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.session import Session
 
 GREEDY = Sampling(max_tokens=30, sample=False)
@@ -15,7 +18,9 @@ GREEDY = Sampling(max_tokens=30, sample=False)
 def session_of(folder, sampling=GREEDY, **options) -> Session:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     engine = Engine(model, eos_ids=[0], device=torch.device("cpu"))
-    return Session(engine, Tokenizer(folder), sampling, date=options.pop("date", False), **options)
+    tokenizer = Tokenizer(folder)
+    responder = Responder(engine, tokenizer, KitRendering(tokenizer))
+    return Session(responder, sampling, date=options.pop("date", False), **options)
 
 
 @pytest.fixture
@@ -66,15 +71,15 @@ def test_a_raw_prompt_is_read_as_it_stands_and_leaves_the_conversation_alone(ses
 
 def test_special_tokens_that_are_typed_are_text(session):
     end = "<|endoftext|>"
-    ids = session._encode(session.conversation.asked(f"a{end}b").segments())
+    ids = session.responder.rendering.tokens(session.conversation.asked(f"a{end}b"))
     assert 0 not in ids
-    assert session._tokenizer.decode(ids) == f"<human>: a{end}b\n<bot>:"
+    assert session.responder.tokenizer.decode(ids) == f"<human>: a{end}b\n<bot>:"
 
 
 def test_special_tokens_that_the_model_makes_are_not_shown(session, monkeypatch):
-    word = session._tokenizer.encode(["on"])[0]
-    monkeypatch.setattr(session._engine, "generate", lambda *_: iter([*word, 1, *word]))
-    assert session._tokenizer.decode([1]) == "<|padding|>"
+    word = session.responder.tokenizer.encode(["on"])[0]
+    monkeypatch.setattr(session.responder.engine, "generate", lambda *_, **__: iter([*word, 1, *word]))
+    assert session.responder.tokenizer.decode([1]) == "<|padding|>"
     assert session.say("hello").text == "onon"
 
 
@@ -85,8 +90,8 @@ def test_a_forged_turn_is_no_turn(session):
 def test_old_turns_go_when_the_context_is_full(session):
     dropped = [session.say(f"hello {number}").dropped for number in range(12)]
     assert dropped[:3] == [0, 0, 0]
-    assert sum(dropped) > 0
-    assert session.conversation.turns[0].text == f"hello {sum(dropped)}"
+    assert dropped[-1] > 0
+    assert session.conversation.turns[0].text == "hello 0"
 
 
 def test_a_turn_that_is_too_long_leaves_no_trace(session):
@@ -108,7 +113,7 @@ def test_a_reply_longer_than_the_context_allows_is_refused_at_the_start(trained_
 def test_a_turn_that_runs_out_of_memory_leaves_no_trace(session, monkeypatch):
     session.say("hello")
     before = session.conversation
-    model = session._engine._model
+    model = session.responder.engine._model
     forward, calls = model.forward, []
 
     def fail_later(**inputs):
@@ -139,7 +144,7 @@ def test_ctrl_c_before_the_first_word_undoes_the_turn(session, monkeypatch):
     def interrupted(**inputs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session._engine._model, "forward", interrupted)
+    monkeypatch.setattr(session.responder.engine._model, "forward", interrupted)
     assert session.say("hello").finish == "interrupted"
     assert session.conversation.turns == ()
 

@@ -116,7 +116,8 @@ def test_the_other_commands(piped, trained_model):
     )
     shown = done.stdout.decode()
     assert shown.startswith(
-        "Hyperparameters:\n  max_tokens: 9\n  sample: True\n  temperature: 0.0\n  top_k: 5\n  seed: 3\n/help "
+        "Hyperparameters:\n  max_tokens: 9\n  sample: True\n  temperature: 0.0\n  top_k: 5\n  top_p: 1.0\n  min_p: 0.0\n"
+        "  repetition_penalty: 1.0\n  seed: 3\n/help "
     )
     assert shown.count("/passage TEXT       give the next question a passage to answer from") == 2
     assert "\n\n<human>: Passages:\n> red\n\nsay it\n<bot>:\n" in shown
