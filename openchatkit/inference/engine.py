@@ -35,9 +35,22 @@ class Statistics:
 
 
 class Engine:
-    """A loaded model and how to make it go on. `device` is where its inputs belong."""
+    """A loaded model and how to make it go on. `device` is where its inputs belong.
 
-    def __init__(self, model: PreTrainedModel, *, eos_ids: Collection[int], device: torch.device) -> None:
+    Keys and values of what it has read are kept between calls, for up to `slots` different texts, in `cache_dtype`
+    (None: the model's). `compile` asks for the compiled one-token step (None: where it pays).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: Collection[int],
+        device: torch.device,
+        cache_dtype: torch.dtype | None = None,
+        slots: int = 1,
+        compile: bool | None = None,
+    ) -> None:
         self._model = model
         self._eos_ids = frozenset(eos_ids)
         self._device = device
@@ -82,7 +95,19 @@ class Engine:
 
     def log_likelihoods(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         """For each continuation, the sum over its tokens of log p(token | prompt and the tokens before it)."""
-        raise NotImplementedError
+        sums = []
+        for continuation in continuations:
+            cache = DynamicCache(config=self._model.config)
+            logits, total = self._read(prompt, cache), 0.0
+            for number, token in enumerate(continuation):
+                total += torch.log_softmax(logits, dim=-1)[token].item()
+                if number + 1 < len(continuation):
+                    logits = self._read([token], cache)
+            sums.append(total)
+        return sums
+
+    def forget(self) -> None:
+        """Free the memory of everything that was read; the next prompt is read from its start."""
 
     def _begin(self, prompt: Sequence[int]) -> tuple[DynamicCache, Sequence[int]]:
         """A cache, and the part of the prompt that it does not hold: all of it, since each reply starts afresh."""

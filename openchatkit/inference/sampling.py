@@ -1,7 +1,13 @@
-"""How the next token is chosen from the model's logits: the settings, and the draw."""
+"""How the next token is chosen from the model's logits: the settings, what they may be, and the draw.
+
+The filters and their order are those of transformers' logits processors, so that a setting means here what it means
+there: repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al.
+2019), min-p (Nguyen et al. 2024).
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,20 +36,82 @@ class Sampling:
         return not self.sample or self.temperature == 0
 
 
+def check(sampling: Sampling) -> None:
+    """UserError, naming the setting, what was given and what is expected, unless every setting makes sense."""
+    for name, (kind, allowed, expected) in _RULES.items():
+        value = getattr(sampling, name)
+        # A bool is an int to Python, and numbers from JSON may be ints where a fraction is meant.
+        right = isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
+        if not (right and allowed(value)):
+            raise _refused(name, value, expected)
+
+
+def changed(sampling: Sampling, name: str, text: str) -> Sampling:
+    """The settings with one of them, named as the field, read from what a user typed; UserError as `check`'s."""
+    name = name.replace("-", "_")
+    if name not in _RULES:
+        raise UserError(f"there is no setting {name!r}: expected one of {', '.join(_RULES)}")
+    kind, _, expected = _RULES[name]
+    try:
+        value = _YES_NO[text.strip().lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise _refused(name, text, expected) from None
+    new = replace(sampling, **{name: value})
+    check(new)
+    return new
+
+
 @torch.inference_mode()
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> int:
-    """The next token id from float logits [vocabulary]: the largest, or a draw among the `top_k` largest."""
-    count = 1 if sampling.greedy else min(sampling.top_k, logits.shape[-1])
-    if count == 1:
+def choose(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    seen: torch.Tensor | None = None,
+) -> int:
+    """The next token id from float logits [vocabulary]: the largest, or a draw among those that the filters keep.
+
+    `seen` [vocabulary] is true for the tokens that the model has read; only the repetition penalty asks for it.
+    """
+    if sampling.repetition_penalty != 1:
+        assert seen is not None, "a repetition penalty without the tokens that it is for"
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.greedy or sampling.top_k == 1:
         best, token = logits.max(dim=-1)
         _check_finite(best.item())
         return int(token)
-    values, tokens = torch.topk(logits, count)
-    values = values.cpu().double()
-    _check_finite(values[0].item())
+    tokens, weights = _candidates(logits, sampling)
+    drawn = torch.multinomial(weights, 1, generator=generator).item()
+    return drawn if tokens is None else int(tokens[drawn])
+
+
+def mark_seen(tokens: Iterable[int], logits: torch.Tensor) -> torch.Tensor:
+    """What `choose` calls `seen` for logits [..., vocabulary], on their device."""
+    size = logits.shape[-1]
+    # Some models have embeddings for more tokens than they can say.
+    ids = sorted(token for token in set(tokens) if token < size)
+    return (
+        torch.zeros(size, dtype=torch.bool).index_fill_(0, torch.tensor(ids, dtype=torch.long), True).to(logits.device)
+    )
+
+
+def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The ids of the kept tokens (None: each stands at its own place) and their weights, float64 on the CPU."""
+    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    tokens = None
+    if count < logits.shape[-1] or sampling.top_p < 1:
+        logits, tokens = torch.topk(logits, count)  # the largest first
+    values = logits.cpu().double()
+    largest = values[0] if tokens is not None else values.max()
+    _check_finite(largest.item())
     # The largest is taken off first, in float64: a tiny temperature must make no infinities and no zero to divide by.
-    weights = torch.softmax((values - values[0]) / sampling.temperature, dim=-1)
-    return int(tokens[torch.multinomial(weights, 1, generator=generator).item()])
+    weights = torch.softmax((values - largest) / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        before = weights.cumsum(dim=-1) - weights
+        weights = torch.where(before < sampling.top_p, weights, 0.0)
+    if sampling.min_p > 0:
+        weights = torch.where(weights >= sampling.min_p * weights.max(), weights, 0.0)
+    return tokens, weights
 
 
 def _check_finite(largest: float) -> None:
@@ -53,3 +121,26 @@ def _check_finite(largest: float) -> None:
             f"the model's output is {largest}, not a number: its values do not fit this precision, try --dtype "
             "bfloat16 or float32, or its weights are damaged"
         )
+
+
+def _refused(name: str, given: object, expected: str) -> UserError:
+    shown = repr(given)
+    return UserError(f"{name} {shown if len(shown) <= 40 else shown[:40] + '...'}: expected {expected}")
+
+
+# Comparisons with not-a-number are false, so it is refused wherever a bound is asked for.
+_RULES: dict[str, tuple[type, Callable[..., bool], str]] = {
+    "max_tokens": (int, lambda value: value >= 1, "a whole number of at least 1"),
+    "sample": (bool, lambda value: True, "yes or no"),
+    "temperature": (
+        float,
+        lambda value: 0 <= value <= 1e6,
+        "a number from 0 to a million; 0 takes the most probable token",
+    ),
+    "top_k": (int, lambda value: value >= 0, "a whole number of at least 0; 0 keeps all tokens"),
+    "top_p": (float, lambda value: 0 < value <= 1, "a number above 0 and at most 1; 1 keeps all tokens"),
+    "min_p": (float, lambda value: 0 <= value <= 1, "a number from 0 to 1; 0 keeps all tokens"),
+    "repetition_penalty": (float, lambda value: 0.01 <= value <= 100, "a number from 0.01 to 100; 1 changes nothing"),
+}
+
+_YES_NO = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False, "0": False}
