@@ -1,8 +1,10 @@
 """One record -> the segments of its document, or why there is none.
 
-Two forms: {"text": "<human>: ...\n<bot>: ..."}, and {"messages": [{"role": ..., "content": ...}]} with the roles system
-(before all others), user and assistant. A message of the assistant with "weight": 0 is context, not trained on. Other
-keys are ignored. Nothing that a message spells can open a turn.
+Three forms. {"text": "<human>: ...\n<bot>: ..."}. {"messages": [{"role": ..., "content": ...}]} with the roles system
+(before all others), user and assistant; a message of the assistant with "weight": 0 is context, not trained on, and
+nothing that a message spells can open a turn. And text with a label, to train a moderation model on
+(`formats.moderation`): {"context": "...", "safety_label": "__casual__"}, or "text" for "context", as prosocial-dialog
+has them, or {"text": "Input: ...\nOutput: casual"}, as OIG-moderation has them. Other keys are ignored.
 """
 
 import json
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from openchatkit.data.records import Records
 from openchatkit.errors import UserError
-from openchatkit.formats import chat
+from openchatkit.formats import chat, moderation
 
 _ROLES = {"user": "human", "assistant": "bot"}
 
@@ -32,8 +34,10 @@ def segments(record: dict[str, object]) -> list[chat.Segment]:
         raise BadRowError("the record has both 'text' and 'messages': which of them is meant?")
     if messages is not None:
         return _chat(messages)
+    if record.get("safety_label") is not None:
+        return _labelled(record)
     if "text" in record:
-        return chat.parse(usable_string(text, "'text'"))
+        return _text(usable_string(text, "'text'"))
     if "messages" in record:
         raise BadRowError("expected 'messages' to be a list, found null")
     found = ", ".join(repr(key) for key in list(record)[:5]) or "none"
@@ -66,6 +70,29 @@ def read_object(data: bytes) -> dict[str, object]:
     if not isinstance(record, dict):
         raise BadRowError(f'expected an object such as {{"text": "..."}}, found {_kind(record)}')
     return record
+
+
+def _text(text: str) -> list[chat.Segment]:
+    try:
+        exchanges = moderation.parse(text)
+    except ValueError as error:
+        raise BadRowError(f"'text': {error}") from error
+    return chat.parse(text) if exchanges is None else moderation.record(exchanges)
+
+
+def _labelled(record: dict[str, object]) -> list[chat.Segment]:
+    keys = [key for key in ("context", "text") if record.get(key) is not None]
+    if len(keys) != 1:
+        found = "both" if keys else "neither"
+        raise BadRowError(f"expected 'context' or 'text' beside 'safety_label', found {found}")
+    text, label = usable_string(record[keys[0]], f"'{keys[0]}'"), record["safety_label"]
+    known = moderation.label_of(label) if isinstance(label, str) else None
+    if known is None:
+        shown = repr(label)[:50] if isinstance(label, str) else _kind(label)
+        raise BadRowError(f"the 'safety_label' is {shown}: expected one of {', '.join(moderation.LABELS)}")
+    if any(segment.trained for segment in chat.parse(text)):
+        raise BadRowError(f"'{keys[0]}' is a chat with replies, and has a 'safety_label': which is to be trained on?")
+    return moderation.record([(text, known)])
 
 
 def _chat(messages: object) -> list[chat.Segment]:

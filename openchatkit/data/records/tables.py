@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PARQUET = ".parquet"
 _BATCH = 256  # rows
 _NO_UTF8 = "its text is not UTF-8"
+_LABELLED, _LABEL = "context", "safety_label"  # columns of texts for a moderation model; the first is nothing alone
 _MARKS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk puts beside a data set, or several
 
 
@@ -117,6 +118,8 @@ class SavedDataset:
 
 
 def _columns(path: Path, names: list[str], wanted: Sequence[str]) -> list[str]:
+    if "text" in wanted and _LABEL in names:
+        wanted = (*wanted, _LABELLED, _LABEL)
     found = [name for name in wanted if name in names]
     if not found:
         looked_for = " nor ".join(f"'{name}'" for name in wanted)

@@ -24,7 +24,7 @@ from openchatkit.formats import chat
 T = TypeVar("T")
 
 # Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
-VERSION = 3
+VERSION = 4
 
 # Large enough to make little of each message between processes, small enough to keep all of them busy to the end.
 _BATCH_BYTES = 1 << 17

@@ -1,4 +1,4 @@
-"""Both forms of a record, which replies are trained on, and what is said of rows that are none."""
+"""All forms of a record, which replies are trained on, and what is said of rows that are none."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from openchatkit.data.records.document import BadRowError, decode, texts
 from openchatkit.errors import UserError
-from openchatkit.formats import chat
+from openchatkit.formats import chat, moderation
 from openchatkit.formats.chat import Segment, Turn
 
 
@@ -73,9 +73,51 @@ def test_weights_choose_the_replies() -> None:
         assert chat.ends_with_reply(segments) == expected[-1]
 
 
+def labelled(label: object, **fields: object) -> bytes:
+    return json.dumps({**fields, "safety_label": label}).encode()
+
+
+def test_a_text_with_a_label_is_a_record_of_moderation() -> None:
+    expected = moderation.record([("I hate my job.", "possibly needs caution")])
+    label = "__possibly_needs_caution__"
+    assert decode(labelled(label, context="I hate my job.", response="Why?", rots=None)) == expected
+    assert decode(labelled(label, text="I hate my job.", labels=["Why?"])) == expected
+    assert decode(labelled("possibly needs caution", context="I  hate\nmy job. ", text=None)) == expected
+    assert joined(expected) == moderation.prompt("I hate my job.") + " possibly needs caution"
+    assert [segment.text for segment in expected if segment.trained] == [" possibly needs caution"]
+    assert chat.ends_with_reply(expected)
+    # A chat is a chat, whatever else its row holds.
+    row = json.loads(messages(("user", "a"), ("assistant", "b"))) | {"safety_label": "__casual__"}
+    assert decode(json.dumps(row).encode()) == decode(messages(("user", "a"), ("assistant", "b")))
+    assert decode(b'{"text": "plain", "safety_label": null}') == [Segment("plain", False)]
+
+
+def test_a_record_of_moderation_may_be_written_out() -> None:
+    exchanges = [("I want to call in sick", "casual"), ("Something\nelse", "needs caution")]
+    text = "\n\nInput: I want to call in sick\nOutput: casual\n\nInput: Something\nelse\nOutput: needs caution\n"
+    expected = moderation.record(exchanges)
+    assert decode(json.dumps({"text": text}).encode()) == expected
+    assert decode(json.dumps({"text": joined(expected)}).encode()) == expected
+    for other in ("Input: a\nOutput: 12", "Input: a", "Say Input: a\nOutput: casual", "Input: a\nOutput: casually"):
+        assert decode(json.dumps({"text": other}).encode()) == [Segment(other, False)]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (labelled("__casual__"), "expected 'context' or 'text' beside 'safety_label', found neither"),
+        (labelled("__casual__", context="a", text="b"), "beside 'safety_label', found both"),
+        (labelled("__casual__", context=" "), "'context' is empty"),
+        (labelled("__casual__", context=1), "expected 'context' to be a string, found a number"),
+        (labelled("__unsafe__", context="a"), "the 'safety_label' is '__unsafe__': expected one of casual, needs"),
+        (labelled(["__casual__"], context="a"), "the 'safety_label' is a list: expected one of"),
+        (labelled("__casual__", text="<human>: a\n<bot>: b\n"), "'text' is a chat with replies, and has a 'safety_l"),
+        (
+            b'{"text": "Input: a\\nOutput: casual\\n\\nInput: b\\nOutput: bad"}',
+            "'text': it begins as a moderation record, and exchange 2 is none: expected 'Input:', a text, and on",
+        ),
+        (json.dumps({"text": moderation.prompt("a")}).encode(), "and exchange 1 is none"),
+        (b'{"text": "Input: \\nOutput: casual"}', "'text': input 1 is empty"),
         (b"{", r"not JSON \(Expecting property name .* at character 2\)"),
         (b"", "not JSON"),
         (b'{"text": "a\0b"}', r"not JSON \(Invalid control character"),

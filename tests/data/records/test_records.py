@@ -195,6 +195,15 @@ def test_parquet_text_in_a_column_of_bytes(tmp_path: Path) -> None:
         assert json.loads(next(records.rows()).data) == {"messages": [{"role": "user", "content": "a"}]}
 
 
+def test_parquet_of_texts_with_labels(tmp_path: Path) -> None:
+    columns = {"context": ["a"], "safety_label": ["__casual__"], "response": ["b"]}
+    with Records(parquet(tmp_path / "a.parquet", columns)) as records:
+        assert json.loads(next(records.rows()).data) == {"context": "a", "safety_label": "__casual__"}
+    # Without a label, what is beside a text is nobody's business.
+    with Records(parquet(tmp_path / "b.parquet", {"text": ["a"], "context": [b"\xe9"]})) as records:
+        assert json.loads(next(records.rows()).data) == {"text": "a"}
+
+
 def test_parquet_that_will_not_do(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", {"texts": ["a"], "id": [1]})
     with pytest.raises(UserError, match=r"has no column 'text' nor 'messages' \(its columns: texts, id\)"):
