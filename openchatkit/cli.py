@@ -4,13 +4,14 @@ import argparse
 import functools
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
-from loguru import logger
-
-from openchatkit import progress
 from openchatkit.errors import UserError
+
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells count it
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,18 +30,18 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
-        # The log is for the person at the terminal: plain lines, above a progress bar if there is one.
-        logger.remove()
-        logger.add(progress.write, format="{message}", level="INFO")
         try:
+            _log_to_the_terminal()
             status = main(argv) or 0
             sys.stdout.flush()
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             status = error.exit_status
         except KeyboardInterrupt:
+            # Whoever presses it again while threads and memory are being let go of wants to leave at once.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("interrupted", file=sys.stderr, flush=True)
-            status = 130
+            status = INTERRUPTED
         except BrokenPipeError:
             # The reader of our output has gone; keep the interpreter from complaining when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,6 +49,16 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
         sys.exit(status)
 
     return wrapped
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, on one line; what a terminal would obey, or cannot show, is written as its escape."""
+    text = " ".join(str(error).split())
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def positive_int(text: str) -> int:
@@ -87,3 +98,25 @@ def _whole_number(text: str, *, minimum: int) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
     return value
+
+
+def _log_to_the_terminal() -> None:
+    """The log is for the person at the terminal: plain lines, above a progress bar if there is one."""
+    from loguru import logger
+
+    from openchatkit import progress
+
+    logger.remove()
+    logger.add(progress.write, format="{message}", level="INFO")
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# The one thing that this library does as it is imported, and only commands import this module, before all else: Ctrl-C
+# while they import the rest would be a traceback.
+sys.excepthook = _interrupted
