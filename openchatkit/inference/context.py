@@ -1,13 +1,20 @@
 """What of a conversation fits into the model's context.
 
-The system text and the last turn always stay; the oldest question and its reply go first.
+The system text and the last turn always stay; the oldest question and its reply go first. More goes than has to: the
+cut moves in strides of a quarter of the room, so that most turns only add to what the model has read already and its
+caches stay of use. The cut is a function of the conversation alone, the same for a shell and for a server that keeps
+nothing between two requests.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from openchatkit.errors import UserError
-from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.conversation import Conversation, Turn
+
+STRIDES = 4  # a stride is this part of the room
 
 
 @dataclass(frozen=True)
@@ -23,23 +30,33 @@ def fit(
     conversation: Conversation,
     *,
     encode: Callable[[Conversation], list[int]],
+    sizes: Callable[[Sequence[Turn]], list[int]],
     context_length: int | None,
     max_tokens: int,
 ) -> Fitted:
     """Drop oldest pairs until the prompt and `max_tokens` of reply fit into `context_length` tokens.
 
-    A `context_length` of None means that the model sets no limit. Raises UserError when the last turn alone is too
-    long.
+    `sizes` says about how many tokens of the prompt each of some turns takes, without passages. A `context_length` of
+    None means that the model sets no limit. Raises UserError when the last turn alone is too long.
     """
-    dropped = 0
-    while True:
-        tokens = encode(conversation)
-        if fits(len(tokens), context_length=context_length, max_tokens=max_tokens):
-            return Fitted(conversation, tokens, dropped)
-        if len(conversation.turns) < 3:
-            raise too_long(len(tokens), context_length=context_length, max_tokens=max_tokens)
-        conversation = conversation.without_oldest_pair()
-        dropped += 1
+    limits = {"context_length": context_length, "max_tokens": max_tokens}
+    tokens = encode(conversation)
+    if fits(len(tokens), **limits):
+        return Fitted(conversation, tokens, 0)
+    pairs = conversation.exchanges()
+    # What the whole takes is known, so the texts of the pairs are measured once and no cut is tried in vain.
+    turns = iter(sizes([turn for pair in pairs[:-1] for turn in pair]))
+    weights = [sum(itertools.islice(turns, len(pair))) for pair in pairs[:-1]]
+    room = context_length - max_tokens
+    stride = max(1, room // STRIDES)
+    dropped = _cut(weights, math.ceil((len(tokens) - room) / stride) * stride)
+    while dropped < len(pairs):
+        rest = conversation.without_oldest(dropped)
+        tokens = encode(rest) if dropped else tokens
+        if fits(len(tokens), **limits):
+            return Fitted(rest, tokens, dropped)
+        dropped += 1  # sizes are not exact
+    raise too_long(len(tokens), **limits)
 
 
 def fits(prompt: int, *, context_length: int | None, max_tokens: int) -> bool:
@@ -53,3 +70,13 @@ def too_long(prompt: int, *, context_length: int | None, max_tokens: int) -> Use
         f"this needs {prompt} tokens and its reply up to {max_tokens} (--max-tokens), more than the {context_length} "
         "that this model reads at once: say it shorter, or start with a smaller --max-tokens"
     )
+
+
+def _cut(weights: list[int], least: int) -> int:
+    """How many pairs, oldest first, weigh at least so many tokens together; all of them if they do not."""
+    together = 0
+    for count, weight in enumerate(weights, 1):
+        together += weight
+        if together >= least:
+            return count
+    return len(weights)

@@ -1,39 +1,135 @@
 """The conversation so far.
 
-Owns how turns follow each other; how they are written for a model is `rendering`'s.
-A conversation is a value: asking and answering make a new one, so a turn that fails is undone by keeping the old.
+Owns how turns follow each other, and how they become messages and are made of them; how they are written for a model
+is `rendering`'s. A conversation is a value: asking and answering make a new one, so a turn that fails is undone by
+keeping the old.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
+
+_ROLES = {"user": "human", "assistant": "bot"}
+_SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the human's and the bot's in alternation, under an optional system text (the date preamble)."""
+    """Turns, the human's and the bot's in alternation, under a system text.
+
+    `preamble` (date and time) stands before the system text where a model was trained with one. A question keeps its
+    passages, so that it can be asked again; `as_read` says which of them a model still reads.
+    """
 
     system: str = ""
     turns: tuple[Turn, ...] = ()
+    preamble: str = ""
+
+    @property
+    def last_question(self) -> Turn | None:
+        """The last turn of the human's, answered or not."""
+        return next((turn for turn in reversed(self.turns) if turn.role == "human"), None)
+
+    @property
+    def open(self) -> bool:
+        """Whether the last turn is a question, which a reply can follow."""
+        return bool(self.turns) and self.turns[-1].role == "human"
 
     def asked(self, text: str, passages: Sequence[str] = ()) -> "Conversation":
         """This conversation with a question, open for the bot's reply."""
         return replace(self, turns=(*self.turns, Turn("human", text, tuple(passages))))
 
     def answered(self, text: str) -> "Conversation":
-        """This conversation with the reply to its last question, whose passages have done their work and go."""
-        question = self.turns[-1]
-        assert question.role == "human", question
-        return replace(self, turns=(*self.turns[:-1], Turn("human", question.text), Turn("bot", text)))
+        """This conversation with the reply to its last question."""
+        assert self.open, self.turns[-1:]
+        return replace(self, turns=(*self.turns, Turn("bot", text)))
 
-    def without_oldest_pair(self) -> "Conversation":
-        """This conversation without its first question and the reply to it."""
-        return replace(self, turns=self.turns[2:])
+    def undone(self) -> "Conversation":
+        """This conversation without its last question and what followed it; itself where there is none."""
+        last = max((place for place, turn in enumerate(self.turns) if turn.role == "human"), default=len(self.turns))
+        return replace(self, turns=self.turns[:last])
+
+    def with_system(self, text: str) -> "Conversation":
+        """This conversation under another system text; the preamble and the turns stay."""
+        return replace(self, system=text)
+
+    def exchanges(self) -> list[tuple[Turn, ...]]:
+        """The turns in pairs, each a question and its reply; a reply that opens the conversation stands alone."""
+        starts = [place for place, turn in enumerate(self.turns) if turn.role == "human" or place == 0]
+        return [self.turns[start:end] for start, end in zip(starts, [*starts[1:], len(self.turns)], strict=True)]
+
+    def without_oldest(self, count: int) -> "Conversation":
+        """This conversation without its first `count` pairs of turns."""
+        return replace(self, turns=tuple(turn for pair in self.exchanges()[count:] for turn in pair))
+
+    def as_read(self) -> "Conversation":
+        """This conversation as a model reads it: passages do their work for the reply to their question, and go."""
+        if not any(turn.passages for turn in self.turns):
+            return self
+        last = len(self.turns) - 1
+        return replace(
+            self,
+            turns=tuple(turn if place == last else replace(turn, passages=()) for place, turn in enumerate(self.turns)),
+        )
+
+    def messages(self) -> list[dict[str, object]]:
+        """The system text and the turns as messages of the roles system, user and assistant; `preamble` is none."""
+        messages: list[dict[str, object]] = []
+        if self.system.strip():
+            messages.append({"role": "system", "content": self.system})
+        for turn in self.turns:
+            message: dict[str, object] = {"role": "user" if turn.role == "human" else "assistant", "content": turn.text}
+            if turn.passages:
+                message["passages"] = list(turn.passages)
+            messages.append(message)
+        return messages
 
 
 def begin(*, date: bool = True) -> Conversation:
     """An empty conversation; `date` opens it with the present date and time, as the original kit did."""
-    return Conversation(system=chat.preamble(datetime.now().astimezone()) if date else "")
+    return Conversation(preamble=chat.preamble(datetime.now().astimezone()) if date else "")
+
+
+def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversation:
+    """The conversation of messages {"role": ..., "content": ...}; a user's may have `passages`, a list of strings.
+
+    Roles are system (or developer), user and assistant, in any order. Models read one system text and turns in
+    alternation, so system messages are joined, wherever they stand, and so are messages of one side that follow each
+    other; an empty line parts them. Other keys are ignored. UserError names the message that cannot be used.
+    """
+    system: list[str] = []
+    turns: list[Turn] = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise UserError(f"message {number} is no object: expected one with a role and a content")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            raise UserError(f"the content of message {number} is no text: expected a string")
+        if role in _SYSTEM:
+            system += [content] if content.strip() else []
+        elif isinstance(role, str) and role in _ROLES:
+            _add(turns, Turn(_ROLES[role], content, _passages(message.get("passages"), role, number)))
+        else:
+            raise UserError(f"message {number} has the role {str(role)[:40]!r}: expected system, user or assistant")
+    return Conversation("\n\n".join(system), tuple(turns), preamble)
+
+
+def _add(turns: list[Turn], turn: Turn) -> None:
+    if turns and turns[-1].role == turn.role:
+        before = turns.pop()
+        turn = Turn(turn.role, f"{before.text}\n\n{turn.text}", (*before.passages, *turn.passages))
+    turns.append(turn)
+
+
+def _passages(passages: object, role: str, number: int) -> tuple[str, ...]:
+    if passages is None:
+        return ()
+    if role != "user":
+        raise UserError(f"message {number} of the {role} has passages: only a user's can")
+    if not isinstance(passages, list | tuple) or not all(isinstance(passage, str) for passage in passages):
+        raise UserError(f"the passages of message {number} are no list of strings")
+    return tuple(passages)

@@ -5,20 +5,28 @@ from typing import Protocol
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats import chat
+from openchatkit.formats.chat import Turn
 from openchatkit.inference.conversation import Conversation
 
 
 class Rendering(Protocol):
-    """How a conversation is written for a model. No text in it can forge a turn. `stop_strings` end a reply."""
+    """How a conversation is written for a model. No text in it can forge a turn.
+
+    `stop_strings`, and the ids of special tokens in `stop_ids`, end a reply.
+    """
 
     name: str
     stop_strings: tuple[str, ...]
+    stop_ids: frozenset[int]
 
     def text(self, conversation: Conversation) -> str:
         """The prompt as one string, as the model reads it."""
 
     def tokens(self, conversation: Conversation) -> list[int]:
-        """The prompt's token ids."""
+        """The prompt's token ids. UserError when this conversation cannot be written in this form."""
+
+    def sizes(self, turns: Sequence[Turn]) -> list[int]:
+        """About how many tokens each of these turns takes when it is no longer the last."""
 
 
 class KitRendering:
@@ -26,17 +34,28 @@ class KitRendering:
 
     name = "kit"
     stop_strings = chat.STOP_STRINGS
+    stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def text(self, conversation: Conversation) -> str:
-        return chat.render_text(conversation.turns, system=conversation.system)
+        return "".join(segment.text for segment in _segments(conversation))
 
     def tokens(self, conversation: Conversation) -> list[int]:
-        return encode(self._tokenizer, chat.render(conversation.turns, system=conversation.system))
+        return encode(self._tokenizer, _segments(conversation))
+
+    def sizes(self, turns: Sequence[Turn]) -> list[int]:
+        texts = [f"{chat.HUMAN if turn.role == 'human' else chat.BOT} {turn.text}\n" for turn in turns]
+        return [len(ids) for ids in self._tokenizer.encode(texts)]
 
 
 def encode(tokenizer: Tokenizer, segments: Sequence[chat.Segment]) -> list[int]:
     """Token ids of segments, each tokenised by itself."""
     return [token for ids in tokenizer.encode([segment.text for segment in segments]) for token in ids]
+
+
+def _segments(conversation: Conversation) -> list[chat.Segment]:
+    read = conversation.as_read()
+    system = "\n\n".join(text.strip() for text in (read.preamble, read.system) if text.strip())
+    return chat.render(read.turns, system=system)

@@ -4,23 +4,24 @@ Keeps nothing between calls but what the engine caches; whoever calls owns the c
 both stand on it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.inference import context, rendering
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.engine import Engine, Statistics
-from openchatkit.inference.moderation.moderator import Moderator
+from openchatkit.inference.moderation.moderator import Moderator, Verdict
+from openchatkit.inference.release import Emit, Release
 from openchatkit.inference.rendering import Rendering
 from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.streaming import ReplyStream
-
-Emit = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Reply:
     """A reply's text and token ids (a stop string's included), what ended it and what it took.
 
     `finish` is "end" (the model's own end of turn, or a stop string), "length" (`max_tokens`), "interrupted" or
-    "moderated". `dropped` counts the pairs of turns that were left out for want of room.
+    "moderated". `dropped` counts the pairs of turns that were left out for want of room, `passages` are those that the
+    model read with the question. `verdict` is the moderator's last. `refused` says that it was about the question,
+    which was then not answered at all: `text` is the moderator's message.
     """
 
     text: str
@@ -36,6 +39,9 @@ class Reply:
     finish: str
     dropped: int = 0
     statistics: Statistics = field(default_factory=Statistics)
+    passages: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+    refused: bool = False
 
 
 class Responder:
@@ -54,6 +60,7 @@ class Responder:
         return context.fit(
             conversation,
             encode=self.rendering.tokens,
+            sizes=self.rendering.sizes,
             context_length=self.engine.context_length,
             max_tokens=sampling.max_tokens,
         )
@@ -70,15 +77,21 @@ class Responder:
     ) -> Reply:
         """The reply to the conversation's last turn, the human's; its text also goes to `emit` as it comes.
 
-        Ctrl-C, or `cancelled` becoming true, ends it. `stop` are strings that end it besides the rendering's own.
-        Raises UserError: too long, out of memory, no number.
+        Ctrl-C, or `cancelled` becoming true, ends it. `stop` are strings that end it besides the rendering's own. With
+        a moderator, text comes in stretches that have been judged, and its message takes the place of what is not
+        allowed (see `release`). Raises UserError: too long, out of memory, no number, no question.
         """
+        if not conversation.open:
+            raise UserError("the conversation ends with a reply: expected a question that can be answered")
         fitted = self.fit(conversation, sampling)
-        passages = bool(conversation.turns[-1].passages)
+        question = conversation.turns[-1]
         stream = self._stream((*self.rendering.stop_strings, *stop), trim=True)
-        return self._generate(
-            fitted.tokens, stream, sampling, generator, emit, cancelled, dropped=fitted.dropped, lookup=passages
+        # A passage is read with the question, and can ask for as much as the question itself.
+        release = Release(emit, self.moderator, "\n\n".join((*question.passages, question.text)))
+        reply = self._generate(
+            fitted.tokens, stream, release, sampling, generator, cancelled, lookup=bool(question.passages)
         )
+        return replace(reply, dropped=fitted.dropped, passages=question.passages)
 
     def complete(
         self,
@@ -90,46 +103,79 @@ class Responder:
         emit: Emit = lambda text: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Go on from `prompt` as it stands: no roles, nothing trimmed. Raises as `answer` does."""
+        """Go on from `prompt` as it stands: no roles, nothing trimmed. Moderated, and raises, as `answer`."""
         tokens = rendering.encode(self.tokenizer, chat.parse(prompt))
+        if not tokens:
+            raise UserError("the prompt is empty: expected a text to go on from")
         limits = {"context_length": self.engine.context_length, "max_tokens": sampling.max_tokens}
         if not context.fits(len(tokens), **limits):
             raise context.too_long(len(tokens), **limits)
         stream = self._stream((*self.rendering.stop_strings, *stop), trim=False)
-        return self._generate(tokens, stream, sampling, generator, emit, cancelled)
+        release = Release(emit, self.moderator, prompt)
+        return self._generate(tokens, stream, release, sampling, generator, cancelled)
 
     def _stream(self, stop_strings: Sequence[str], *, trim: bool) -> ReplyStream:
+        if not all(stop_strings):
+            raise UserError("a stop string is empty: expected at least one character, or no stop string")
         return ReplyStream(partial(self.tokenizer.decode, special=False), stop_strings=stop_strings, trim=trim)
 
     def _generate(
         self,
         prompt: Sequence[int],
         stream: ReplyStream,
+        release: Release,
         sampling: Sampling,
         generator: torch.Generator | None,
-        emit: Emit,
         cancelled: Callable[[], bool],
         *,
-        dropped: int = 0,
         lookup: bool = False,
     ) -> Reply:
         tokens: list[int] = []
-        finish = "end"
         statistics = Statistics()
+        refused = False
         try:
-            for token in self.engine.generate(prompt, sampling, generator, statistics=statistics, lookup=lookup):
-                tokens.append(token)
-                if text := stream.push(token):
-                    emit(text)
-                if stream.stopped:
-                    break
-                if cancelled():
-                    finish = "interrupted"
-                    break
+            release.ask()
+            refused = release.blocked
+            if refused:
+                finish = "moderated"
+            elif cancelled():
+                finish = "interrupted"
             else:
-                finish = "length" if len(tokens) == sampling.max_tokens else "end"
-            if text := stream.flush():
-                emit(text)
+                drawn = self.engine.generate(prompt, sampling, generator, statistics=statistics, lookup=lookup)
+                with contextlib.closing(drawn):
+                    finish = self._follow(drawn, tokens, stream, release, sampling.max_tokens, cancelled)
         except KeyboardInterrupt:
             finish = "interrupted"
-        return Reply(stream.text, tuple(tokens), finish, dropped, statistics)
+        return Reply(
+            release.text, tuple(tokens), finish, statistics=statistics, verdict=release.verdict, refused=refused
+        )
+
+    def _follow(
+        self,
+        drawn: Iterator[int],
+        tokens: list[int],
+        stream: ReplyStream,
+        release: Release,
+        max_tokens: int,
+        cancelled: Callable[[], bool],
+    ) -> str:
+        """Take token after token to its text and on to whoever waits for it; what ended the reply."""
+        finish = "end"
+        for token in drawn:
+            tokens.append(token)
+            if token in self.rendering.stop_ids:
+                break
+            release.push(stream.push(token))
+            if release.blocked:
+                return "moderated"
+            if stream.stopped:
+                break
+            if cancelled():
+                finish = "interrupted"
+                break
+        else:
+            finish = "length" if len(tokens) == max_tokens else "end"
+        release.push(stream.flush())
+        if finish != "interrupted":
+            release.finish()
+        return "moderated" if release.blocked else finish

@@ -1,45 +1,72 @@
 """One chat with one model: questions in, replies out, as text.
 
-Owns what a turn does to the conversation: a reply that came, whole or interrupted, stays; a turn that failed leaves
-no trace. Knows no terminal, so whatever else talks to a model can use it.
+Owns what a turn does to the conversation: a reply that came, whole or interrupted, stays; a turn that failed, or whose
+question was not allowed, leaves no trace. Owns the settings and their changes, and saved chats. Knows no terminal, so
+whatever else talks to a model can use it.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import torch
 
 from openchatkit.errors import UserError
-from openchatkit.inference import conversation
+from openchatkit.formats import chat_file
+from openchatkit.inference import conversation, sampling
 from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.engine import Statistics
 from openchatkit.inference.responder import Emit, Reply, Responder
 from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.streaming import clean
+
+# From a question to passages that may hold its answer.
+Retriever = Callable[[str], Sequence[str]]
+
+STOP_LIMIT = 16
+_SEED_LIMIT = 1 << 63
 
 
 class Session:
-    """A conversation with a model. `seed` makes its draws repeat, from the start and from each `reset`."""
+    """A conversation with a model. `seed` makes its draws repeat, from the start and from each `reset`.
 
-    def __init__(self, responder: Responder, sampling: Sampling, *, date: bool = True, seed: int | None = None) -> None:
-        limit = responder.engine.context_length
-        if limit is not None and sampling.max_tokens >= limit:
-            raise UserError(
-                f"--max-tokens {sampling.max_tokens} leaves no room for a question: expected fewer than the {limit} "
-                "tokens that this model reads at once"
-            )
-        self.sampling = sampling
+    `retriever`, where there is one, finds passages for every question while `retrieval` is on. `model` is the name that
+    saved chats carry. `last` is the last reply that came, `totals` sums what all of them took.
+    """
+
+    def __init__(
+        self,
+        responder: Responder,
+        sampling: Sampling,
+        *,
+        date: bool = True,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        retriever: Retriever | None = None,
+        model: str = "",
+    ) -> None:
         self.responder = responder
+        self._check_room(sampling)
+        self.sampling = sampling
+        self.last: Reply | None = None
+        self.totals = Statistics()
         self._date = date
         self._seed = seed
+        self._stop = tuple(stop)
+        self._retriever = retriever
+        self._retrieval = retriever is not None
+        self._model = model
         self._generator = torch.Generator()
-        self.reset()
+        self.conversation = conversation.begin(date=date)
+        self._sow()
 
     def reset(self) -> None:
-        """Forget the conversation."""
-        self.conversation: Conversation = conversation.begin(date=self._date)
-        if self._seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(self._seed)
+        """Forget the conversation. The system text stays, as do the settings."""
+        self.conversation = conversation.begin(date=self._date).with_system(self.system)
+        self._sow()
+
+    # -- turns
 
     def say(self, text: str, passages: Sequence[str] = (), *, emit: Emit = lambda text: None) -> Reply:
         """Ask, and return the reply; its text also goes to `emit` as it comes.
@@ -47,15 +74,29 @@ class Session:
         Ctrl-C ends the reply and keeps what was said. Raises UserError (too long, out of memory, no number) with the
         conversation as it was before.
         """
-        asked = self.conversation.asked(text, passages)
-        reply = self.responder.answer(asked, self.sampling, generator=self._generator, emit=emit)
-        if reply.text or reply.finish != "interrupted":
-            self.conversation = asked.answered(reply.text)
-        return reply
+        if self.retrieval:
+            passages = (*passages, *self._retriever(text))
+        return self._answer(self.conversation.asked(text, passages), emit)
+
+    def regenerate(self, *, emit: Emit = lambda text: None) -> Reply:
+        """Answer the last question, passages included, once more; the old reply stays when no new one comes.
+
+        UserError when there is no question, and as `say`.
+        """
+        question = self._last_question("nothing to answer again")
+        return self._answer(self.conversation.undone().asked(question.text, question.passages), emit)
+
+    def undo(self) -> str:
+        """Take back the last question and its reply; returns the question. UserError when there is none."""
+        question = self._last_question("nothing to undo")
+        self.conversation = self.conversation.undone()
+        return question.text
 
     def complete(self, prompt: str, *, emit: Emit = lambda text: None) -> Reply:
         """Go on from `prompt` as it stands: no preamble, no roles, and the conversation neither read nor changed."""
-        return self.responder.complete(prompt, self.sampling, generator=self._generator, emit=emit)
+        reply = self.responder.complete(prompt, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
+        self._count(reply)
+        return reply
 
     def prompt(self, text: str = "", passages: Sequence[str] = ()) -> str:
         """The conversation as the model would read it; with `text`, as it would be sent if that were said next."""
@@ -63,6 +104,139 @@ class Session:
         fitted = self.responder.fit(asked, self.sampling).conversation if text else asked
         return self.responder.rendering.text(fitted)
 
+    # -- settings
+
+    @property
+    def system(self) -> str:
+        """The system text, without date and time; setting it keeps the turns, "" takes it away."""
+        return self.conversation.system
+
+    @system.setter
+    def system(self, text: str) -> None:
+        self.conversation = self.conversation.with_system(text.strip())
+
+    @property
+    def retrieval(self) -> bool:
+        """Whether passages are looked for; turning it on without an index to look in is a UserError."""
+        return self._retrieval
+
+    @retrieval.setter
+    def retrieval(self, on: bool) -> None:
+        if on and self._retriever is None:
+            raise UserError("there is no index to retrieve passages from: give passages with /passage TEXT")
+        self._retrieval = on
+
+    def settings(self) -> dict[str, object]:
+        """The settings in use, by the names that `set` takes: those of the draw, `seed` and `stop`."""
+        return {**self.hyperparameters(), "stop": list(self._stop)}
+
     def hyperparameters(self) -> dict[str, object]:
-        """The settings in use, by the names that the original kit printed."""
+        """The settings of the draw, which the original kit printed, and the seed."""
         return {**asdict(self.sampling), "seed": self._seed}
+
+    def set(self, name: str, text: str) -> None:
+        """Change a setting, given as text. UserError, with nothing changed, when there is no such name or value.
+
+        `seed` takes a number, which starts the draws anew, or none. `stop` takes one string as it stands, or a JSON
+        string, or a JSON list of strings; none takes them away.
+        """
+        name = name.replace("-", "_")
+        if name == "seed":
+            self._seed = _seed(text)
+            self._sow()
+        elif name == "stop":
+            self._stop = _stop_strings(text)
+        else:
+            if name not in (names := [*asdict(self.sampling), "seed", "stop"]):
+                raise UserError(f"there is no setting {clean(name)[:40]!r}: there are {', '.join(names)}")
+            changed = sampling.changed(self.sampling, name, text)
+            self._check_room(changed)
+            self.sampling = changed
+
+    # -- saved chats
+
+    def save(self, name: str, overwrite: bool = False) -> Path:
+        """Save the conversation and its settings; the file. UserError when there is none, or the name is taken."""
+        if not self.conversation.turns:
+            raise UserError("there is nothing to save yet: ask something first")
+        messages = _cleaned(self.conversation).messages()
+        return chat_file.write(name, messages, model=self._model, settings=self.settings(), overwrite=overwrite)
+
+    def load(self, name: str) -> None:
+        """Go on with a saved chat: its turns and its system text, under today's date.
+
+        The settings stay those in use. UserError, with everything as it was, when it cannot be read.
+        """
+        saved = conversation.from_messages(chat_file.read(name).messages)
+        begun = conversation.begin(date=self._date)
+        self.conversation = conversation.Conversation(saved.system, saved.turns, begun.preamble)
+        self._sow()
+
+    # -- the rest
+
+    def _answer(self, asked: Conversation, emit: Emit) -> Reply:
+        reply = self.responder.answer(asked, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
+        self._count(reply)
+        if not reply.refused and (reply.text or reply.finish != "interrupted"):
+            self.conversation = asked.answered(reply.text)
+        return reply
+
+    def _count(self, reply: Reply) -> None:
+        self.last = reply
+        for field in fields(Statistics):
+            total = getattr(self.totals, field.name) + getattr(reply.statistics, field.name)
+            setattr(self.totals, field.name, total)
+
+    def _last_question(self, lacking: str) -> conversation.Turn:
+        if question := self.conversation.last_question:
+            return question
+        raise UserError(f"{lacking}: no question has been asked yet")
+
+    def _check_room(self, wanted: Sampling) -> None:
+        limit = self.responder.engine.context_length
+        if limit is not None and wanted.max_tokens >= limit:
+            raise UserError(
+                f"--max-tokens {wanted.max_tokens} leaves no room for a question: expected fewer than the {limit} "
+                "tokens that this model reads at once"
+            )
+
+    def _sow(self) -> None:
+        if self._seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(self._seed)
+
+
+def _cleaned(kept: Conversation) -> Conversation:
+    """A conversation without control characters, which a saved chat is not to hold."""
+    turns = [
+        replace(turn, text=clean(turn.text), passages=tuple(clean(passage) for passage in turn.passages))
+        for turn in kept.turns
+    ]
+    return replace(kept, system=clean(kept.system), turns=tuple(turns))
+
+
+def _seed(text: str) -> int | None:
+    text = text.strip()
+    if text.lower() in ("none", "off"):
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < _SEED_LIMIT):
+        raise UserError(f"seed {clean(text)[:40]!r}: expected a whole number from 0 to 2**63 - 1, or none")
+    return int(text)
+
+
+def _stop_strings(text: str) -> tuple[str, ...]:
+    if text.strip().lower() in ("none", "off"):
+        return ()
+    value: object = text
+    if text.lstrip().startswith(("[", '"')):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'stop {clean(text)[:40]}: expected a text, or JSON such as ["\\n\\n", "END"]') from error
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise UserError(f'stop {clean(text)[:40]}: expected strings, as in ["\\n\\n", "END"]')
+    if not all(strings) or len(strings) > STOP_LIMIT:
+        raise UserError(f"stop {clean(text)[:40]}: expected at most {STOP_LIMIT} strings, none of them empty")
+    return tuple(strings)

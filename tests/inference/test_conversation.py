@@ -23,6 +23,11 @@ def encode(rendering):
 
 
 @pytest.fixture
+def sizes(rendering):
+    return rendering.sizes
+
+
+@pytest.fixture
 def long_chat() -> Conversation:
     talk = Conversation(system="Be kind.")
     for number in range(4):
@@ -32,7 +37,7 @@ def long_chat() -> Conversation:
 
 def test_a_conversation_opens_with_the_date_unless_told_not_to():
     assert re.fullmatch(
-        r"Current Date: \d{4}-\d\d-\d\d\nCurrent Time: \d\d:\d\d:\d\d [AP]M \S+\n\n", conversation.begin().system
+        r"Current Date: \d{4}-\d\d-\d\d\nCurrent Time: \d\d:\d\d:\d\d [AP]M \S+\n\n", conversation.begin().preamble
     )
     assert conversation.begin(date=False) == Conversation()
 
@@ -56,21 +61,22 @@ def test_a_conversation_is_a_value():
     assert before.turns == turns
 
 
-def test_nothing_goes_while_all_fits(encode, long_chat):
+def test_nothing_goes_while_all_fits(encode, sizes, long_chat):
     size = len(encode(long_chat))
-    fitted = context.fit(long_chat, encode=encode, context_length=size + 10, max_tokens=10)
+    fitted = context.fit(long_chat, encode=encode, sizes=sizes, context_length=size + 10, max_tokens=10)
     assert (fitted.conversation, fitted.dropped, len(fitted.tokens)) == (long_chat, 0, size)
-    assert context.fit(long_chat, encode=encode, context_length=None, max_tokens=10**9).dropped == 0
+    assert context.fit(long_chat, encode=encode, sizes=sizes, context_length=None, max_tokens=10**9).dropped == 0
 
 
-def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, long_chat):
+def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, sizes, long_chat):
     size = len(encode(long_chat))
-    fitted = context.fit(long_chat, encode=encode, context_length=size + 9, max_tokens=10)
-    assert fitted.dropped == 1
-    assert [turn.text for turn in fitted.conversation.turns][:2] == ["question 1", "answer 1"]
+    fitted = context.fit(long_chat, encode=encode, sizes=sizes, context_length=size + 9, max_tokens=10)
+    # One pair would have been enough; the cut moves by a quarter of the room at once.
+    assert fitted.dropped == 2
+    assert [turn.text for turn in fitted.conversation.turns][:2] == ["question 2", "answer 2"]
     assert fitted.tokens == encode(fitted.conversation)
     least = len(encode(Conversation(system="Be kind.").asked("the last question", ["a passage"])))
-    fitted = context.fit(long_chat, encode=encode, context_length=least + 10, max_tokens=10)
+    fitted = context.fit(long_chat, encode=encode, sizes=sizes, context_length=least + 10, max_tokens=10)
     assert fitted.dropped == 4
     assert chat.render_text(fitted.conversation.turns) == (
         "<human>: Passages:\n> a passage\n\nthe last question\n<bot>:"
@@ -78,4 +84,4 @@ def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, long_cha
     with pytest.raises(
         UserError, match=f"this needs {least} tokens and its reply up to 11 .*more than the {least + 10} "
     ):
-        context.fit(long_chat, encode=encode, context_length=least + 10, max_tokens=11)
+        context.fit(long_chat, encode=encode, sizes=sizes, context_length=least + 10, max_tokens=11)

@@ -78,7 +78,7 @@ def test_special_tokens_that_are_typed_are_text(session):
 
 def test_special_tokens_that_the_model_makes_are_not_shown(session, monkeypatch):
     word = session.responder.tokenizer.encode(["on"])[0]
-    monkeypatch.setattr(session.responder.engine, "generate", lambda *_, **__: iter([*word, 1, *word]))
+    monkeypatch.setattr(session.responder.engine, "generate", lambda *_, **__: (token for token in [*word, 1, *word]))
     assert session.responder.tokenizer.decode([1]) == "<|padding|>"
     assert session.say("hello").text == "onon"
 

@@ -1,0 +1,184 @@
+"""Chats that a user has saved: their place, their names, and what a file of one holds.
+
+    ~/.openchatkit/            or what OPENCHATKIT_HOME names
+      chats/NAME.json          one saved chat, readable by its owner alone
+      history                  the lines that were typed
+
+A chat is one line of JSON, and a training record as it stands, since a record's reader takes `messages` and ignores
+the other keys:
+
+    {"format": "openchatkit.chat", "version": 1, "saved": "2026-11-20T22:35:00+00:00", "model": "...",
+     "messages": [{"role": "system" | "user" | "assistant", "content": "...", "passages": [...]}, ...],
+     "settings": {"temperature": 0.6, ...}}
+
+A user's message may have passages, which no other has. What is read is data that anyone may have written: everything
+that is used of it is checked.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from openchatkit.errors import UserError
+from openchatkit.paths import atomic_path
+
+FORMAT = "openchatkit.chat"
+VERSION = 1
+SIZE_LIMIT = 16 << 20  # bytes, as of a training record
+HOME_VARIABLE = "OPENCHATKIT_HOME"
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_SUFFIX = ".json"
+_ROLES = ("system", "user", "assistant")
+# Control characters but tab, newline and return; halves of surrogate pairs, which JSON can spell and UTF-8 cannot.
+_UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class SavedChat:
+    """What a file holds: messages as they are saved, and how the chat came about."""
+
+    messages: list[dict[str, object]]
+    model: str = ""
+    settings: Mapping[str, object] | None = None
+    saved: str = ""
+
+
+def home() -> Path:
+    """The folder of what the chat keeps for its user; it need not exist."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".openchatkit").expanduser()
+
+
+def history_path() -> Path:
+    """The file of the lines that were typed."""
+    return home() / "history"
+
+
+def chat_path(name: str) -> Path:
+    """The file of the saved chat `name`; UserError for what cannot be a name."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{_shown(name)} cannot be the name of a chat: expected at most 64 letters of a to z, digits, '.', '_' and "
+            "'-', without a '.' at the start"
+        )
+    return home() / "chats" / f"{name}{_SUFFIX}"
+
+
+def list_chats() -> list[str]:
+    """The names of the saved chats, in order."""
+    try:
+        found = [path.name.removesuffix(_SUFFIX) for path in (home() / "chats").glob(f"*{_SUFFIX}")]
+    except OSError:
+        return []
+    return sorted(name for name in found if _NAME.fullmatch(name))
+
+
+def write(
+    name: str,
+    messages: Sequence[Mapping[str, object]],
+    *,
+    model: str = "",
+    settings: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save a chat, whole or not at all; the file that it is in. UserError when it is there already, or cannot be."""
+    path = chat_path(name)
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model,
+        "messages": list(messages),
+        "settings": dict(settings or {}),
+    }
+    # A lone surrogate can come from a name of a file that is no UTF-8; escaped, it would be refused when read.
+    data = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    if len(data) > SIZE_LIMIT:
+        raise UserError(f"this chat is {len(data)} bytes long: a saved one holds at most {SIZE_LIMIT}")
+    if not overwrite and os.path.lexists(path):
+        raise UserError(f"there is a chat {name} already: save under another name, or replace it with {name}!")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            os.chmod(temporary, 0o600)
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"the chat cannot be saved as {path}: {error.strerror}") from error
+    return path
+
+
+def read(name: str) -> SavedChat:
+    """A saved chat; UserError in one line when there is none, or when the file is not one of ours, whole and right."""
+    path = chat_path(name)
+    try:
+        record = json.loads(_bytes(path, name).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _wrong(path, f"byte {error.start + 1} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _wrong(path, f"not JSON, or cut short ({error.msg} at character {error.pos + 1})") from error
+    except (ValueError, RecursionError) as error:
+        raise _wrong(path, "its JSON is beyond reading") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise _wrong(path, f"its format is not {FORMAT}")
+    if type(record.get("version")) is not int or record["version"] != VERSION:
+        raise _wrong(path, f"its version is {_shown(record.get('version'))}, this program reads {VERSION}")
+    model, settings, saved = record.get("model", ""), record.get("settings", {}), record.get("saved", "")
+    if not isinstance(model, str) or not isinstance(settings, dict) or not isinstance(saved, str):
+        raise _wrong(path, "its model, settings or time are of the wrong kind")
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _wrong(path, "it has no list of messages")
+    checked = [_message(path, number, message) for number, message in enumerate(messages, 1)]
+    return SavedChat(checked, model, settings, saved)
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        # No link is followed, and a pipe that has no writer does not keep us waiting.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        names = ", ".join(list_chats()[:8]) or "none yet"
+        raise UserError(f"there is no saved chat {name}: there are {names}") from error
+    except OSError as error:
+        raise UserError(f"the chat {path} cannot be read: {os.strerror(error.errno)}") from error
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _wrong(path, "it is no plain file")
+        try:
+            data = file.read(SIZE_LIMIT + 1)
+        except OSError as error:
+            raise UserError(f"the chat {path} cannot be read: {error.strerror}") from error
+    if len(data) > SIZE_LIMIT:
+        raise _wrong(path, f"it is longer than {SIZE_LIMIT} bytes")
+    return data
+
+
+def _message(path: Path, number: int, message: object) -> dict[str, object]:
+    """What is used of a message, each part of it checked."""
+    if not isinstance(message, dict):
+        raise _wrong(path, f"message {number} is no object")
+    role, content, passages = message.get("role"), message.get("content"), message.get("passages", [])
+    if role not in _ROLES:
+        raise _wrong(path, f"message {number} has the role {_shown(role)}: expected {', '.join(_ROLES)}")
+    if not isinstance(passages, list) or (passages and role != "user"):
+        raise _wrong(path, f"message {number} has passages where none can be")
+    for text in (content, *passages):
+        if not isinstance(text, str):
+            raise _wrong(path, f"message {number} holds something that is no text")
+        if found := _UNSAFE.search(text):
+            raise _wrong(path, f"message {number} holds the control character U+{ord(found.group()):04X}")
+    return {"role": role, "content": content, **({"passages": passages} if passages else {})}
+
+
+def _wrong(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is not a chat that this program saved: {reason}")
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:50].encode("ascii", "backslashreplace").decode()

@@ -1,0 +1,86 @@
+"""What of a reply may be shown: all of it as it comes, or, where there is a moderator, what has been judged."""
+
+import re
+from collections.abc import Callable
+
+from openchatkit.inference.moderation.moderator import Moderator, Verdict
+
+Emit = Callable[[str], None]
+
+# A reply is judged when a sentence has ended, or else about this many characters further on.
+STRETCH = 200
+FAILED = "This text could not be judged by the moderation model, so it is not shown or answered."
+_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u0964][\"')\]\u201d\u2019\u300d]*\s|\n|[\u3002\uff01\uff1f]")
+
+
+class Release:
+    """Lets the text of one reply through to `emit`; `text` is what has been.
+
+    With a moderator, text waits until the whole reply up to its end has been judged. Once a judgement is not
+    `allowed`, nothing more of the reply comes out: the judgement's message stands in its place, behind what had been
+    shown before.
+    """
+
+    def __init__(self, emit: Emit, moderator: Moderator | None = None, question: str = "") -> None:
+        self._emit = emit
+        self._moderator = moderator
+        self._question = question
+        self._shown: list[str] = []
+        self._waiting = ""
+        self.verdict: Verdict | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._shown)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a text was not allowed, so that nothing may follow."""
+        return self.verdict is not None and not self.verdict.allowed
+
+    def ask(self) -> None:
+        """Judge the question, if there is a moderator."""
+        if self._moderator is not None:
+            self._obey(judge(self._moderator, self._question))
+
+    def push(self, text: str) -> None:
+        """Take the next piece of the reply."""
+        assert not self.blocked, "a reply goes on that was not allowed"
+        if self._moderator is None:
+            self._show(text)
+            return
+        self._waiting += text
+        if len(self._waiting) >= STRETCH or _SENTENCE_END.search(self._waiting):
+            self.finish()
+
+    def finish(self) -> None:
+        """Judge, and let through, what is still waiting: the reply is whole."""
+        if not self._waiting or self.blocked:
+            return
+        assert self._moderator is not None
+        self._obey(judge(self._moderator, self._question, self.text + self._waiting))
+        if not self.blocked:
+            waiting, self._waiting = self._waiting, ""
+            self._show(waiting)
+
+    def _obey(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        if not verdict.allowed:
+            self._waiting = ""
+            self._show(f"\n\n{verdict.message}" if self._shown else verdict.message)
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._shown.append(text)
+            self._emit(text)
+
+
+def judge(moderator: Moderator, question: str, answer: str | None = None) -> Verdict:
+    """The moderator's verdict; one that is not allowed where it fails, in whatever way."""
+    try:
+        verdict = moderator.check(question, answer)
+    except Exception:  # a model, a library or a policy that fails must never let a text through
+        return Verdict(False, "", FAILED)
+    if not isinstance(verdict, Verdict) or (verdict.allowed is not True and verdict.allowed is not False):
+        return Verdict(False, "", FAILED)
+    return verdict
