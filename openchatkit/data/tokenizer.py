@@ -7,6 +7,7 @@ characters they are written with: end-of-text is what the tokeniser appends, nev
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 class Tokenizer:
     """`vocab_size` is one more than the largest id, `digest` a name for everything that decides a text's ids.
 
-    `end_of_text` and `padding` are ids; a tokenizer without a padding token pads with end-of-text.
+    `end_of_text` and `padding` are ids; a tokenizer without a padding token pads with end-of-text. `chat_template` is
+    the model's own, in Jinja, if it has one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,6 +36,15 @@ class Tokenizer:
                 "expected one of the tokenizers library, a byte-level BPE tokenizer for example"
             )
         self._backend = _plain(backend)
+        self._loaded = loaded
+        self.chat_template: str | dict[str, str] | None = loaded.chat_template
+        self._special = {
+            token.content: (id, token)
+            for id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special and token.content
+        }
+        names = sorted(map(re.escape, self._special), key=len, reverse=True)
+        self._borders = re.compile(f"({'|'.join(names)})")
         if loaded.eos_token_id is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
         self.end_of_text: int = loaded.eos_token_id
@@ -54,6 +65,36 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""
         return _encode(self._backend, texts)
+
+    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        """Ids of a text in pieces, each with whether the special tokens that it spells are meant.
+
+        Where they are not, they are characters, as in `encode`. Text is tokenised across the borders of pieces, so the
+        ids are those of the whole text wherever no piece spells a special token that is not meant.
+        """
+        runs: list[str | int] = [""]
+        for text, meant in pieces:
+            for part in self.split_special(text) if meant else [text]:
+                if isinstance(part, str) and isinstance(runs[-1], str):
+                    runs[-1] += part
+                else:
+                    runs.append(part)
+        encoded = iter(self.encode([run for run in runs if isinstance(run, str)]))
+        return [id for run in runs for id in (next(encoded) if isinstance(run, str) else [run])]
+
+    def split_special(self, text: str) -> list[str | int]:
+        """`text` cut at the special tokens that it spells: their ids, and the texts between them."""
+        parts: list[str | int] = list(self._borders.split(text)) if self._special else [text]
+        for place in range(1, len(parts), 2):
+            parts[place], token = self._special[parts[place]]
+            # Some tokens swallow the space beside them.
+            parts[place - 1] = parts[place - 1].rstrip() if token.lstrip else parts[place - 1]
+            parts[place + 1] = parts[place + 1].lstrip() if token.rstrip else parts[place + 1]
+        return [part for part in parts if part != ""]
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
+        """The text that the model's own template makes of messages; jinja2's errors where it fails or refuses them."""
+        return self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """The text that these ids stand for; `special` tokens are spelled out, or left out."""

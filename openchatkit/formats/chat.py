@@ -88,8 +88,13 @@ def neutralise(text: str) -> str:
 
     Every turn's text and passages go through here as they are rendered, so none of them can forge another turn.
     """
-    seen = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    seen = seen_through(text)
     return _ROLE_TAG.sub("(", seen) if _ROLE_TAG.search(seen) else text
+
+
+def seen_through(text: str) -> str:
+    """`text` as it may look to a reader: compatibility forms of characters made plain, invisible ones taken out."""
+    return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
 
 
 def human_text(turn: Turn) -> str:

@@ -1,9 +1,11 @@
 """From a conversation to the tokens that the model reads: in the kit's own form, or by the model's chat template."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
 from openchatkit.inference.conversation import Conversation
@@ -48,6 +50,23 @@ class KitRendering:
     def sizes(self, turns: Sequence[Turn]) -> list[int]:
         texts = [f"{chat.HUMAN if turn.role == 'human' else chat.BOT} {turn.text}\n" for turn in turns]
         return [len(ids) for ids in self._tokenizer.encode(texts)]
+
+
+def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Rendering:
+    """The rendering that `name` means for the model in `folder`.
+
+    "kit" is this kit's form, "model" the model's own chat template. "auto" is the model's, unless it has none or one
+    that this kit wrote, which says the same as the kit's form. UserError where the template is missing or broken.
+    """
+    from openchatkit.inference.templates import TemplateRendering
+
+    assert name in ("auto", "kit", "model"), name
+    own = tokenizer.chat_template
+    if name == "model" and not own:
+        raise UserError(f"--template model: the model in {folder} has no chat template, use --template kit")
+    if name == "kit" or not own or (name == "auto" and own == chat.CHAT_TEMPLATE):
+        return KitRendering(tokenizer)
+    return TemplateRendering(tokenizer)
 
 
 def encode(tokenizer: Tokenizer, segments: Sequence[chat.Segment]) -> list[int]:

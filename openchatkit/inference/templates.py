@@ -1,0 +1,130 @@
+"""Conversations in the words of a model's own chat template.
+
+A template is a program that anyone may have written, so it never sees what was said: it is given placeholders, and its
+text is cut at them. Special tokens are tokens in the template's parts alone; in questions, replies, passages and system
+texts they are characters. Marks of turns that a template writes in plain characters, [INST] say, are disarmed there.
+
+What a template does with a text beyond putting it somewhere is not done, but for white space around it, which goes.
+The date preamble belongs to the kit's own form and is left out.
+"""
+
+import re
+from collections.abc import Sequence
+
+from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
+from openchatkit.formats import chat
+from openchatkit.formats.chat import Turn
+from openchatkit.inference.conversation import Conversation
+
+_ROLES = {"human": "user", "bot": "assistant"}
+_ADVICE = "use --template kit"
+# What marks a turn in plain characters: something in brackets, or a line such as `### Response:`.
+_BRACKETED = re.compile(r"[<\[{]+[^<>\[\]{}\s]{1,60}[>\]}]+")
+_HEADING = re.compile(r"(?m)^[ \t]*(#.{2,60}?|\S.{0,60}?:)[ \t]*$")
+
+
+class TemplateRendering:
+    """The model's chat template. A template that takes no system text has it in front of the first question."""
+
+    name = "model"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._placeholder = "placeholder0x"
+        while self._placeholder in str(tokenizer.chat_template):
+            self._placeholder = f"0{self._placeholder}"
+        pieces = self._lay_out(["user", "assistant", "user"], open=True)
+        self._takes_system = self._try_system()
+        self._marks = _marks(tokenizer, [*pieces, *(self._lay_out(["system", "user"]) if self._takes_system else ())])
+        self.stop_ids, self.stop_strings = _stops(tokenizer, pieces)
+        # What a template puts around a pair of turns: two more turns, and not what stands at its ends.
+        around = self._count(pieces) - self._count(self._lay_out(["user"], open=True))
+        self._around = -(-around // 2)
+
+    def text(self, conversation: Conversation) -> str:
+        return "".join(text for text, _ in self._pieces(conversation))
+
+    def tokens(self, conversation: Conversation) -> list[int]:
+        return self._tokenizer.encode_pieces(self._pieces(conversation))
+
+    def sizes(self, turns: Sequence[Turn]) -> list[int]:
+        return [len(ids) + self._around for ids in self._tokenizer.encode([turn.text for turn in turns])]
+
+    def _pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        """The prompt in pieces: (text, whether it is the template's own)."""
+        read = conversation.as_read()
+        roles = [_ROLES[turn.role] for turn in read.turns]
+        texts = [
+            self._disarmed(chat.human_text(turn) if turn.role == "human" else chat.neutralise(turn.text).strip())
+            for turn in read.turns
+        ]
+        if system := self._disarmed(chat.neutralise(read.system).strip()):
+            if self._takes_system:
+                roles, texts = ["system", *roles], [system, *texts]
+            elif "user" in roles:
+                first = roles.index("user")
+                texts[first] = f"{system}\n\n{texts[first]}"
+        if not roles:
+            return []
+        pieces = self._lay_out(roles, open=conversation.open)
+        if missing := set(range(len(roles))).difference(piece for piece in pieces if isinstance(piece, int)):
+            number = min(missing)
+            raise UserError(
+                f"the model's chat template leaves out message {number + 1} of {len(roles)}, the {roles[number]}'s: "
+                f"{_ADVICE}"
+            )
+        return [(texts[piece], False) if isinstance(piece, int) else (piece, True) for piece in pieces]
+
+    def _lay_out(self, roles: Sequence[str], *, open: bool = False) -> list[str | int]:
+        """What the template makes of messages of these roles: its own text, and the numbers of the messages."""
+        messages = [{"role": role, "content": f"{self._placeholder}{number}x"} for number, role in enumerate(roles)]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, generation_prompt=open)
+        except Exception as error:  # a template is a program: besides jinja2's errors it can raise any of Python's
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"the model's chat template does not take this conversation ({reason}): {_ADVICE}"
+            ) from error
+        parts = re.split(f"{self._placeholder}([0-9]+)x", text)
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+    def _try_system(self) -> bool:
+        """Whether the template takes a system message, and does not leave it out."""
+        try:
+            return 0 in self._lay_out(["system", "user"])
+        except UserError:
+            return False
+
+    def _count(self, pieces: Sequence[str | int]) -> int:
+        """The number of tokens of the template's own."""
+        return len(self._tokenizer.encode_pieces([(piece, True) for piece in pieces if isinstance(piece, str)]))
+
+    def _disarmed(self, text: str) -> str:
+        """`text` without the template's marks of turns: a space parts the last character of each from the rest."""
+        seen = chat.seen_through(text)
+        if self._marks is None or not self._marks.search(seen):
+            return text
+        return self._marks.sub(lambda found: f"{found[0][:-1]} {found[0][-1]}", seen)
+
+
+def _marks(tokenizer: Tokenizer, pieces: Sequence[str | int]) -> re.Pattern[str] | None:
+    """What would open or close a turn if a text could write it, special tokens aside, which it cannot."""
+    plain = [
+        part
+        for piece in pieces
+        if isinstance(piece, str)
+        for part in tokenizer.split_special(piece)
+        if isinstance(part, str)
+    ]
+    found = {mark for part in plain for pattern in (_BRACKETED, _HEADING) for mark in pattern.findall(part)}
+    seen = sorted({mark for text in found if len(mark := chat.seen_through(text).strip()) > 2}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, seen)), re.IGNORECASE) if seen else None
+
+
+def _stops(tokenizer: Tokenizer, pieces: Sequence[str | int]) -> tuple[frozenset[int], tuple[str, ...]]:
+    """What the template puts between a reply (message 1) and the next question: special tokens, or else its text."""
+    behind = pieces[pieces.index(1) + 1] if 1 in pieces else ""
+    ids = frozenset(part for part in tokenizer.split_special(behind) if isinstance(part, int))
+    mark = behind.rstrip().lstrip(" ")
+    return ids, (mark,) if mark.strip() and not ids else ()
