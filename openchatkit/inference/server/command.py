@@ -1,0 +1,217 @@
+"""The command `inference/server.py`: its flags, and a server over the model that they name."""
+
+import argparse
+import importlib.util
+import logging
+import os
+import re
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from loguru import logger
+
+from openchatkit import cli
+from openchatkit.errors import UserError
+from openchatkit.inference import flags
+from openchatkit.inference.server.guard import is_loopback
+
+TOKEN_VARIABLE = "OPENCHATKIT_TOKEN"
+DEFAULT_MAX_NEW_TOKENS = 2048
+_SHORTEST_TOKEN = 16
+_MAKE_TOKEN = "python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
+
+
+def parser() -> cli.Parser:
+    """The flags of a model and of sampling, and those of a server."""
+    given = cli.Parser(
+        prog="inference/server.py",
+        description="Serve a model by OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models), and a page to "
+        "chat in at /. Other machines need a token to use it.",
+    )
+    flags.add_model_flags(given)
+    flags.add_sampling_flags(given)
+    given.add_argument(
+        "--host", default="127.0.0.1", help=f"the address to listen on; any other needs {TOKEN_VARIABLE}"
+    )
+    given.add_argument("--port", type=_port, default=8000, help="the port to listen on; 0 takes a free one")
+    given.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help="names that clients call it by")
+    given.add_argument("--token-file", type=Path, help=f"a file with the token that {TOKEN_VARIABLE} gives otherwise")
+    refused = f"refused: other users see command lines; set {TOKEN_VARIABLE}, or use --token-file"
+    given.add_argument("--token", "--api-key", nargs="?", action=_Secret, help=refused)
+    given.add_argument("--max-queue", type=cli.natural, default=16, help="requests that may wait for their turn")
+    given.add_argument("--max-body", type=cli.positive_int, default=1 << 20, help="bytes that a request may have")
+    longest = (
+        f"the most tokens that a request may ask for; {DEFAULT_MAX_NEW_TOKENS}, or what the model can, if not given"
+    )
+    given.add_argument("--max-new-tokens", type=cli.positive_int, help=longest)
+    given.add_argument(
+        "--timeout", type=_seconds, default=600.0, help="seconds that a request may take, waiting included"
+    )
+    kept = "conversations whose reading is kept, so that their next question need not read them again"
+    given.add_argument("--cached-conversations", type=cli.positive_int, default=4, help=kept)
+    given.add_argument("--access-log", action="store_true", help="log a line for each request")
+    return given
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the model, then answer requests until Ctrl-C or SIGTERM."""
+    given = parser().parse_args(argv)
+    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+        raise UserError("the server needs starlette and uvicorn, which are not installed: pip install -e '.[server]'")
+    token = read_token(given.token_file, given.host)
+    listener = bind(given.host, given.port)  # before the minutes that a model takes to load
+    with listener:
+        responder = flags.responder(given, logger.info, slots=given.cached_conversations)
+        _serve(given, responder, listener, token)
+    return 0
+
+
+def read_token(file: Path | None, host: str) -> str | None:
+    """The token that clients must send, from a file or the environment; UserError where there must be one."""
+    place = f"the token in {file}" if file else f"the token in {TOKEN_VARIABLE}"
+    try:
+        token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE, "").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--token-file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not token and (file or not is_loopback(host)):
+        what = (
+            f"--token-file {file} is empty" if file else f"--host {host} lets other machines in, and there is no token"
+        )
+        raise UserError(f"{what}: set {TOKEN_VARIABLE} in the environment, or pass --token-file; {_MAKE_TOKEN}")
+    if token and not re.fullmatch(rf"[!-~]{{{_SHORTEST_TOKEN},}}", token):
+        expected = f"at least {_SHORTEST_TOKEN} printable ASCII characters without spaces"
+        raise UserError(f"{place} has {len(token)} characters or others than expected: {expected}; {_MAKE_TOKEN}")
+    return token or None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, not yet open to anyone; UserError when it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--host {host} --port {port} cannot be listened on: {reason}; --port 0 takes a free port"
+        ) from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.socket, token: str | None) -> None:  # noqa: F821
+    import uvicorn
+
+    from openchatkit.inference.server.app import Options, create_app
+    from openchatkit.inference.server.schema import Served
+    from openchatkit.inference.server.worker import Worker
+
+    folder = Path(given.model).expanduser()
+    name = folder.resolve().name if folder.is_dir() else given.model
+    longest = longest_reply(given.max_tokens, given.max_new_tokens, responder.engine.context_length)
+    options = Options(
+        Served(name, flags.sampling(given), longest),
+        host=given.host,
+        names=given.allow_host,
+        token=token,
+        max_body=given.max_body,
+        timeout=given.timeout,
+    )
+    with Worker(max_waiting=given.max_queue, stopping=lambda: server.should_exit) as worker:
+        server = uvicorn.Server(settings(create_app(responder, worker, options), access_log=given.access_log))
+        if given.access_log:
+            _log_access()
+        try:
+            listener.listen()
+        except OSError as error:
+            raise UserError(f"--port {given.port} was taken by another server meanwhile: {error.strerror}") from error
+        logger.info(_welcome(address_of(listener), name, token))
+        # uvicorn ends in its own way at SIGTERM and then sends it once more: that one is not to kill.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        server.run(sockets=[listener])
+
+
+def settings(app: object, *, access_log: bool = False) -> "uvicorn.Config":  # noqa: F821
+    """How uvicorn runs the application: quiet, plain HTTP, and no more connections than can be of use."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=None if access_log else "critical",
+        access_log=access_log,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=500,
+        timeout_graceful_shutdown=10,
+    )
+
+
+def longest_reply(default: int, most: int | None, context_length: int | None) -> int:
+    """The most tokens that a request may ask for; UserError when that leaves no room for a question, or no default."""
+    room = DEFAULT_MAX_NEW_TOKENS if context_length is None else context_length - 1
+    if most is not None and context_length is not None and most > room:
+        raise UserError(
+            f"--max-new-tokens {most} leaves no room for a question: expected at most {room}, for this model"
+        )
+    longest = min(DEFAULT_MAX_NEW_TOKENS, room) if most is None else most
+    if default > longest:
+        raise UserError(f"--max-tokens {default} is more than a request may ask for, {longest}: give less of it")
+    return longest
+
+
+def _welcome(address: str, name: str, token: str | None) -> str:
+    key = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if token else ""
+    message = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    return (
+        f"{name} is at {address}/ - chat there, or try: curl {address}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d '{message}'"
+    )
+
+
+def _log_access() -> None:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logger.info(record.getMessage())
+
+    access = logging.getLogger("uvicorn.access")
+    access.setLevel(logging.INFO)
+    access.handlers = [Handler()]
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+
+class _Secret(argparse.Action):
+    """A flag that would take a secret: the variable that takes it is said, the secret is not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        raise UserError(
+            f"{'/'.join(self.option_strings)} is not taken, since other users see command lines: set {TOKEN_VARIABLE} "
+            "in the environment or pass --token-file FILE, and take another token if it was typed here"
+        )
+
+
+def _port(text: str) -> int:
+    port = cli.natural(text)
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return port
+
+
+def _seconds(text: str) -> float:
+    seconds = cli.non_negative_float(text)
+    if seconds == 0:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return seconds

@@ -1,0 +1,114 @@
+"""Who may ask: checks of Host, Origin and token that every request passes before anything else looks at it.
+
+A page on the web can make a visitor's browser send requests to this machine, with a name of the page's own that was
+made to mean 127.0.0.1 (DNS rebinding), so being reachable by nobody else is not enough: a request must name a host of
+ours, and what asks for work must come from our own page or from no page at all. No CORS header is ever sent.
+"""
+
+import hmac
+import ipaddress
+import json
+import re
+from collections.abc import Collection
+from typing import Any
+
+from openchatkit.inference.server.errors import ApiError
+
+# Messages of ASGI.
+Scope = dict[str, Any]
+
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+# A name or IPv4 address, or an IPv6 address in brackets; then a port or none.
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::\d{1,5})?", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class Guard:
+    """An ASGI application around another. `host` is what the server listens on, `names` other names it is called by.
+
+    With a `token`, every path under /v1 needs it as `Authorization: Bearer`.
+    """
+
+    def __init__(self, app: Any, *, host: str, names: Collection[str] = (), token: str | None = None) -> None:
+        self._app = app
+        self._names = {name.lower() for name in (*_LOCAL_NAMES, host, *names)}
+        self._any_address = host in ("0.0.0.0", "::")
+        self._token = None if token is None else token.encode()
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Pass a request on, or answer it with what is wrong with it."""
+
+        async def send_guarded(message: Scope) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+            await send(message)
+
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await send_error(error, send_guarded)
+        else:
+            await self._app(scope, receive, send_guarded)
+
+    def _check(self, scope: Scope) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if not self._is_ours(host):
+            message = f"this server does not go by the Host {host[:100]!r}: --allow-host adds a name"
+            raise ApiError(403, message, code="wrong_host")
+        origin = headers.get(b"origin")
+        if origin is not None and scope["method"] not in ("GET", "HEAD"):
+            scheme, _, place = origin.partition("://")
+            if scheme not in ("http", "https") or place.lower() != host.lower():
+                raise ApiError(403, "pages of other origins may not use this server", code="wrong_origin")
+        if self._token is not None and scope["path"].startswith("/v1"):
+            self._check_token(headers.get(b"authorization", ""))
+
+    def _is_ours(self, host: str) -> bool:
+        match = _HOST.fullmatch(host)
+        if not match:
+            return False
+        name = (match[1] or match[2]).lower()
+        return name in self._names or (self._any_address and _is_address(name))
+
+    def _check_token(self, authorization: str) -> None:
+        scheme, _, given = authorization.partition(" ")
+        # In constant time, so that how long a refusal takes says nothing about the token.
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
+            message = "this server needs its token: send it as the API key (Authorization: Bearer ...)"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def send_error(error: ApiError, send: Any) -> None:
+    """Answer with an error; the connection ends with it where the body may not have been read."""
+    await send_json(error.body, send, status=error.status, headers={**error.headers, "Connection": "close"})
+
+
+async def send_json(body: object, send: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    """Answer with a JSON object that no cache keeps."""
+    data = json.dumps(body).encode()
+    fields = {"Content-Type": "application/json", "Content-Length": str(len(data)), "Cache-Control": "no-store"}
+    pairs = [(name.lower().encode(), value.encode()) for name, value in {**fields, **(headers or {})}.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": data})
+
+
+def _is_address(name: str) -> bool:
+    # Rebinding needs a name: no page elsewhere can be at an address of this machine.
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,184 @@
+"""What a client may ask: the requests of OpenAI's API, checked and turned into what a responder takes.
+
+Every field is honoured, or does nothing here by its nature, or is refused by name: none is silently left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openchatkit.inference.conversation import Conversation, from_messages
+from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.server.errors import ApiError
+from openchatkit.inference.server.fields import Fields, shown, text, texts, wrong
+
+MOST_MESSAGES = 1000
+MOST_PASSAGES = 100
+MOST_STOPS = 4
+MOST_PENALTY = 100
+
+# They name, group or price a request and change nothing of the reply.
+_IGNORED = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "user",
+)
+# What is not supported may still be sent with the value that asks for nothing.
+_DEFAULTS: Mapping[str, Sequence[object]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+# A reply of ours comes back as a message with these, empty.
+_MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "tool_calls": ([],)}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is offered: the model's name, the settings of a request that names none, and the longest reply."""
+
+    model: str
+    sampling: Sampling
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: a conversation to answer, or a prompt to go on from, and how."""
+
+    subject: Conversation | str
+    sampling: Sampling
+    seed: int | None
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+
+
+def chat(body: Mapping[str, object], served: Served) -> Ask:
+    """A request to /v1/chat/completions. ApiError 400 or 404 for what is wrong with it."""
+    fields = Fields(body)
+    _check_model(fields, served)
+    subject = conversation(fields.take("messages"), _passages(fields, "passages"))
+    return _ask(subject, fields, served, ("max_completion_tokens", "max_tokens"))
+
+
+def completion(body: Mapping[str, object], served: Served) -> Ask:
+    """A request to /v1/completions. ApiError 400 or 404 for what is wrong with it."""
+    fields = Fields(body)
+    _check_model(fields, served)
+    prompt = fields.take("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str) or not prompt:
+        raise wrong("prompt", prompt, "a string that is not empty, or a list with one")
+    return _ask(text("prompt", prompt), fields, served, ("max_tokens",))
+
+
+def conversation(messages: object, passages: Sequence[str] = ()) -> Conversation:
+    """The conversation of a list of messages, whose last is the user's; `passages` belong to that one."""
+    if not isinstance(messages, list) or not 1 <= len(messages) <= MOST_MESSAGES:
+        raise wrong("messages", messages, f"a list of 1 to {MOST_MESSAGES} messages")
+    read = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    last = read[-1]
+    if last["role"] != "user" or not last["content"].strip():
+        what = "is empty" if last["role"] == "user" else f"is the {last['role']}'s"
+        message = f"the last message {what}: expected the user's question"
+        raise ApiError(400, message, param="messages", code="invalid_value")
+    last["passages"] = (*last["passages"], *passages)
+    return from_messages(read)
+
+
+def _message(message: object, name: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise wrong(name, message, "an object with role and content")
+    fields = Fields(message, f"{name}.")
+    role = fields.take("role")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise wrong(f"{name}.role", role, "system, developer, user or assistant")
+    content = fields.take("content")
+    if isinstance(content, list):
+        content = "\n".join(_part(part, f"{name}.content[{number}]") for number, part in enumerate(content))
+    if not isinstance(content, str):
+        raise wrong(f"{name}.content", content, "a string or a list of text parts")
+    read: dict[str, Any] = {"role": role, "content": text(f"{name}.content", content)}
+    if role == "user":
+        read["passages"] = _passages(fields, f"{name}.passages")
+    fields.refuse(_MESSAGE_DEFAULTS)
+    return read
+
+
+def _passages(fields: Fields, name: str) -> tuple[str, ...]:
+    passages = fields.take("passages")
+    return () if passages is None else texts(name, passages, most=MOST_PASSAGES)
+
+
+def _part(part: object, name: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        raise wrong(name, part, 'a text part, {"type": "text", "text": ...}')
+    return text(f"{name}.text", part.get("text"))
+
+
+def _check_model(fields: Fields, served: Served) -> None:
+    name = fields.take("model")
+    if name not in (None, served.model):
+        raise no_model(name, served)
+
+
+def no_model(name: object, served: Served) -> ApiError:
+    """The error for a model that is not served here."""
+    message = f"there is no model {shown(name)}: this server has {shown(served.model)}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def _ask(subject: Conversation | str, fields: Fields, served: Served, lengths: Sequence[str]) -> Ask:
+    sampling, seed = _sampling(fields, served, lengths), fields.whole("seed", -(1 << 63), (1 << 63) - 1)
+    stop, stream = fields.take("stop"), fields.truth("stream")
+    if stop is not None:
+        stop = texts("stop", [stop] if isinstance(stop, str) else stop, most=MOST_STOPS)
+    include_usage = _include_usage(fields.take("stream_options"), stream)
+    fields.refuse(_DEFAULTS, _IGNORED)
+    return Ask(subject, sampling, seed, stop or (), stream, include_usage)
+
+
+def _sampling(fields: Fields, served: Served, lengths: Sequence[str]) -> Sampling:
+    given = [(name, value) for name in lengths if (value := fields.whole(name, 1, served.max_new_tokens)) is not None]
+    if len({value for _, value in given}) > 1:
+        raise wrong(*given[1], f"the same as {given[0][0]}, {given[0][1]}, or only one of the two")
+    asked: dict[str, object] = {
+        "max_tokens": given[0][1] if given else None,
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1, above=True),
+        "top_k": fields.whole("top_k", 0, (1 << 31) - 1),
+        "min_p": fields.number("min_p", 0, 1),
+        "repetition_penalty": fields.number("repetition_penalty", 0, MOST_PENALTY, above=True),
+    }
+    if asked["temperature"] is not None:
+        asked["sample"] = True  # whatever the server's own default is
+    return replace(served.sampling, **{name: value for name, value in asked.items() if value is not None})
+
+
+def _include_usage(options: object, stream: bool) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict) or not stream:
+        raise wrong("stream_options", options, "an object, together with stream: true")
+    fields = Fields(options, "stream_options.")
+    include = fields.truth("include_usage")
+    fields.refuse({"include_obfuscation": (False,)})
+    return include

@@ -1,0 +1,260 @@
+"""What OpenAI's own client is answered: replies, streams, and errors of the classes that it knows."""
+
+import json
+
+import openai
+import pytest
+from served import CHAT, HELLO, Running, post
+
+from openchatkit.inference.sampling import Sampling
+
+
+@pytest.fixture(scope="session")
+def random_server(serve, random_models):
+    with serve(random_models["neox"], sampling=Sampling(max_tokens=12)) as running:
+        yield running
+
+
+def say(running: Running, *contents: object, **fields: object):
+    """A whole reply to a chat of these contents, the user's and the assistant's in alternation."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
+    return running.client().chat.completions.create(model="tiny", messages=messages, **fields)
+
+
+# -- replies
+
+
+def test_a_reply_says_what_it_took(trained):
+    reply = say(trained, "hello")
+    (choice,) = reply.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "first", "stop")
+    assert reply.usage.prompt_tokens == 13
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    assert say(trained, "hello").usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_the_conversation_is_the_clients_and_its_replies_can_be_sent_back_as_they_came(trained):
+    message = say(trained, "hello").choices[0].message.model_dump()
+    messages = [*HELLO, message, *HELLO]
+    reply = trained.client().chat.completions.create(model="tiny", messages=messages)
+    assert reply.choices[0].message.content == "again"
+    assert say(trained, "hello").choices[0].message.content == "first"
+
+
+def test_a_content_may_be_text_parts(trained):
+    assert say(trained, [{"type": "text", "text": "hello"}]).choices[0].message.content == "first"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_text_is_read_first(trained, role):
+    messages = [{"role": role, "content": "Be brief."}, *HELLO]
+    reply = trained.client().chat.completions.create(model="tiny", messages=messages)
+    assert reply.usage.prompt_tokens > 13
+
+
+def test_passages_belong_to_the_last_question(trained):
+    assert say(trained, "say it", extra_body={"passages": ["red"]}).choices[0].message.content == "日本 red"
+    body = {"messages": [{"role": "user", "content": "say it", "passages": ["blue"]}]}
+    status, answer = trained.ask(CHAT, body)
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, "日本 blue")
+
+
+def test_a_stream_is_the_reply_in_pieces(trained):
+    stream = trained.client().chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "say it"}],
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"passages": ["red"]},
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content for chunk in chunks[1:-2]]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(pieces) == "日本 red"
+    assert len(pieces) > 2
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens > 2
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_ends_with_done_and_has_no_usage_unless_asked(trained):
+    body = {"messages": HELLO, "stream": True}
+    answer = trained.send(post(CHAT, body)).decode()
+    assert "content-type: text/event-stream" in answer.lower()
+    assert "data: [DONE]\n\n" in answer
+    assert "usage" not in answer
+
+
+def test_a_completion_goes_on_from_a_text_as_it_stands(trained):
+    prompt = "<human>: hello\n<bot>:"
+    client = trained.client()
+    for given in (prompt, [prompt]):
+        whole = client.completions.create(model="tiny", prompt=given)
+        assert (whole.choices[0].text, whole.choices[0].finish_reason) == (" first", "stop")
+    stream = client.completions.create(model="tiny", prompt=prompt, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == " first"
+
+
+def test_a_reply_ends_at_its_longest_length_and_at_stop_strings(trained):
+    short = say(trained, "hello", max_tokens=2).choices[0]
+    assert short.finish_reason == "length"
+    assert "first".startswith(short.message.content)
+    assert say(trained, "hello", max_completion_tokens=2).usage.completion_tokens == 2
+    for stop in ("rs", ["nothing", "rs"]):
+        reply = say(trained, "hello", stop=stop).choices[0]
+        assert (reply.message.content, reply.finish_reason) == ("fi", "stop")
+
+
+def test_a_seed_repeats_a_reply(random_server):
+    texts = [say(random_server, "hello", seed=seed, temperature=2).choices[0].message.content for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_settings_of_a_request_are_used(random_server):
+    greedy = say(random_server, "hello", temperature=0).choices[0].message.content
+    for name, value in (("top_k", 1), ("min_p", 1), ("temperature", 0)):
+        reply = say(random_server, "hello", extra_body={name: value}, seed=5)
+        assert reply.choices[0].message.content == greedy
+    assert say(random_server, "hello", top_p=1e-9, seed=5).choices[0].message.content == greedy
+    extra = {"repetition_penalty": 100}
+    assert say(random_server, "hello", temperature=0, extra_body=extra).choices[0].message.content != greedy
+
+
+def test_what_asks_for_nothing_is_accepted(trained):
+    nothing = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "logprobs": False}
+    nothing |= {"tools": [], "response_format": {"type": "text"}, "stop": None, "seed": None, "user": "someone"}
+    status, answer = trained.ask(CHAT, {"messages": HELLO, **nothing})
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, "first")
+
+
+def test_a_long_conversation_loses_its_oldest_questions_and_says_so(trained):
+    reply = say(trained, *(["hello", "first"] * 30), "hello")
+    assert reply.usage.dropped_pairs > 10
+
+
+def test_the_model_can_be_looked_up(trained):
+    client = trained.client()
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "openchatkit"
+    with pytest.raises(openai.NotFoundError, match=r'there is no model \\"an/other\\"|there is no model "an/other"'):
+        client.models.retrieve("an/other")
+
+
+# -- errors
+
+
+def test_errors_are_of_the_clients_own_classes(trained):
+    with pytest.raises(openai.BadRequestError) as caught:
+        say(trained, "hello", n=2)
+    assert (caught.value.param, caught.value.code) == ("n", "unsupported_parameter")
+    with pytest.raises(openai.NotFoundError) as caught:
+        trained.client().chat.completions.create(model="gpt-5", messages=HELLO)
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as caught:
+        say(trained, "word " * 300)
+    assert caught.value.code == "context_length_exceeded"
+    stream = {"stream": True, "model": "tiny", "messages": [{"role": "user", "content": "word " * 300}]}
+    with pytest.raises(openai.BadRequestError):
+        trained.client().chat.completions.create(**stream)
+    with pytest.raises(openai.BadRequestError):
+        trained.client().completions.create(model="tiny", prompt="word " * 300)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1: expected a number from 0 to 2"),
+        ({"temperature": 2.1}, "temperature is 2.1: expected a number from 0 to 2"),
+        ({"temperature": "hot"}, 'temperature is "hot": expected a number from 0 to 2'),
+        ({"temperature": True}, "temperature is true: expected a number from 0 to 2"),
+        ({"top_p": 0}, "top_p is 0: expected a number above 0 to 1"),
+        ({"min_p": 2}, "min_p is 2: expected a number from 0 to 1"),
+        ({"top_k": 1.5}, "top_k is 1.5: expected a whole number from 0 to 2147483647"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0: expected a number above 0 to 100"),
+        ({"max_tokens": 0}, "max_tokens is 0: expected a whole number from 1 to 100"),
+        ({"max_tokens": 101}, "max_tokens is 101: expected a whole number from 1 to 100"),
+        (
+            {"max_tokens": 2, "max_completion_tokens": 3},
+            "max_tokens is 2: expected the same as max_completion_tokens, 3, or only one of the two",
+        ),
+        ({"seed": 1 << 63}, f"seed is {1 << 63}: expected a whole number from {-(1 << 63)} to {(1 << 63) - 1}"),
+        ({"stop": [""]}, 'stop is [""]: expected strings that are not empty'),
+        ({"stop": 5}, "stop is 5: expected a list of at most 4 strings"),
+        ({"stop": list("abcde")}, 'stop is ["a", "b", "c", "d", "e"]: expected a list of at most 4 strings'),
+        ({"stop": [5]}, "stop[0] is 5: expected a string"),
+        ({"stream": 1}, "stream is 1: expected true or false"),
+        ({"stream_options": {}}, "stream_options is {}: expected an object, together with stream: true"),
+        ({"n": 2}, "n is not supported but as 1"),
+        ({"n": True}, "n is not supported but as 1"),
+        ({"presence_penalty": 0.5}, "presence_penalty is not supported but as 0"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported but as 0"),
+        ({"logit_bias": {"1": 2}}, "logit_bias is not supported but as {}"),
+        ({"logprobs": True}, "logprobs is not supported but as false"),
+        ({"tools": [{}]}, "tools is not supported but as []"),
+        (
+            {"response_format": {"type": "json_object"}},
+            'response_format is not supported but as {"type": "text"}',
+        ),
+        ({"temprature": 1}, "temprature is not supported"),
+        ({"passages": "red"}, 'passages is "red": expected a list of at most 100 strings'),
+        ({"messages": None}, "messages is null: expected a list of 1 to 1000 messages"),
+        ({"messages": []}, "messages is []: expected a list of 1 to 1000 messages"),
+        ({"messages": ["hello"]}, 'messages[0] is "hello": expected an object with role and content'),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            'messages[0].role is "tool": expected system, developer, user or assistant',
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content is 5: expected a string or a list of text parts",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'messages[0].content[0] is {"type": "image_url"}: expected a text part, {"type": "text", "text": ...}',
+        ),
+        (
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            'messages[0].content is "\\ud800": expected a string without lone surrogates',
+        ),
+        ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages[0].name is not supported"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "content": "first"}]},
+            "the last message is the assistant's: expected the user's question",
+        ),
+        ({"messages": [{"role": "user", "content": " "}]}, "the last message is empty: expected the user's question"),
+    ],
+    ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
+)
+def test_a_field_that_cannot_be_is_named(trained, fields, message):
+    status, answer = trained.ask(CHAT, {"model": "tiny", "messages": HELLO, **fields})
+    assert answer["error"]["message"] == message
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("prompt", [None, "", 5, [], ["a", "b"], [[1, 2]]])
+def test_a_prompt_is_one_text(trained, prompt):
+    status, answer = trained.ask("/v1/completions", {"prompt": prompt})
+    assert status == 400
+    assert answer["error"]["message"].endswith("expected a string that is not empty, or a list with one")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is not JSON: Expecting value"),
+        (b"{", "the body is not JSON: Expecting property name"),
+        (b"\xff", "the body is not JSON: "),
+        (b"[1]", "the body is [1]: expected a JSON object"),
+        (b"[" * 100_000, "the body is not JSON: it is nested too deeply"),
+        (b'{"temperature": NaN}', "the body is not JSON: NaN is no JSON number"),
+        (b'{"seed": ' + b"9" * 10_000 + b"}", "the body is not JSON: "),
+    ],
+    ids=range(7),
+)
+def test_a_body_that_is_no_json_object_is_refused(trained, body, message):
+    status, answer = trained.ask(CHAT, body)
+    assert status == 400
+    assert answer["error"]["message"].startswith(message)
+    assert answer["error"]["code"] == "invalid_json"
