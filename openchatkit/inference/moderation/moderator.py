@@ -6,11 +6,19 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judgement: `allowed` or not, the `label` that decided, and what is shown instead if it is not allowed."""
+    """A judgement: `allowed` or not, the `label` that decided, and what is shown.
+
+    The `message` stands in the place of what is not allowed; with the `action` "warn" it is shown beside what is.
+    `action` is "allow", "warn" or "block". `probability` is the label's; both are nothing ("" and 0) when no judgement
+    could be made, and `reason` then says why, which is for the log and not for who asked.
+    """
 
     allowed: bool
     label: str = ""
     message: str = ""
+    action: str = ""
+    probability: float = 0.0
+    reason: str = ""
 
 
 class Moderator(Protocol):
