@@ -139,24 +139,23 @@ def read(name: str) -> SavedChat:
 
 def _bytes(path: Path, name: str) -> bytes:
     try:
-        # No link is followed, and a pipe that has no writer does not keep us waiting.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(path, "rb", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise _wrong(path, "it is no plain file")
+            data = file.read(SIZE_LIMIT + 1)
     except FileNotFoundError as error:
         names = ", ".join(list_chats()[:8]) or "none yet"
         raise UserError(f"there is no saved chat {name}: there are {names}") from error
     except OSError as error:
         raise UserError(f"the chat {path} cannot be read: {os.strerror(error.errno)}") from error
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _wrong(path, "it is no plain file")
-        try:
-            data = file.read(SIZE_LIMIT + 1)
-        except OSError as error:
-            raise UserError(f"the chat {path} cannot be read: {error.strerror}") from error
     if len(data) > SIZE_LIMIT:
         raise _wrong(path, f"it is longer than {SIZE_LIMIT} bytes")
     return data
+
+
+def _open(path: str, flags: int) -> int:
+    # No link is followed, and a pipe that has no writer does not keep us waiting.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _message(path: Path, number: int, message: object) -> dict[str, object]:
