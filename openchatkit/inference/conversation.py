@@ -5,6 +5,7 @@ is `rendering`'s. A conversation is a value: asking and answering make a new one
 keeping the old.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -60,7 +61,7 @@ class Conversation:
     def exchanges(self) -> list[tuple[Turn, ...]]:
         """The turns in pairs, each a question and its reply; a reply that opens the conversation stands alone."""
         starts = [place for place, turn in enumerate(self.turns) if turn.role == "human" or place == 0]
-        return [self.turns[start:end] for start, end in zip(starts, [*starts[1:], len(self.turns)], strict=True)]
+        return [self.turns[start:end] for start, end in itertools.pairwise([*starts, len(self.turns)])]
 
     def without_oldest(self, count: int) -> "Conversation":
         """This conversation without its first `count` pairs of turns."""

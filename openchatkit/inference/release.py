@@ -18,7 +18,8 @@ class Release:
 
     With a moderator, text waits until the whole reply up to its end has been judged. Once a judgement is not
     `allowed`, nothing more of the reply comes out: the judgement's message stands in its place, behind what had been
-    shown before.
+    shown before. `verdict` is the judgement that counts: the one that is not allowed, else the first warning, else the
+    last.
     """
 
     def __init__(self, emit: Emit, moderator: Moderator | None = None, question: str = "") -> None:
@@ -64,7 +65,8 @@ class Release:
             self._show(waiting)
 
     def _obey(self, verdict: Verdict) -> None:
-        self.verdict = verdict
+        if self.verdict is None or self.verdict.action != "warn" or not verdict.allowed:
+            self.verdict = verdict
         if not verdict.allowed:
             self._waiting = ""
             self._show(f"\n\n{verdict.message}" if self._shown else verdict.message)

@@ -30,8 +30,8 @@ class Reply:
 
     `finish` is "end" (the model's own end of turn, or a stop string), "length" (`max_tokens`), "interrupted" or
     "moderated". `dropped` counts the pairs of turns that were left out for want of room, `passages` are those that the
-    model read with the question. `verdict` is the moderator's last. `refused` says that it was about the question,
-    which was then not answered at all: `text` is the moderator's message.
+    model read with the question. `verdict` is the moderator's: what it did not allow, else its first warning, else its
+    last judgement. `refused` says that the question was not allowed and so not answered: `text` is the message instead.
     """
 
     text: str

@@ -1,5 +1,6 @@
 """Turns, the prompt made of them, and what of it fits into the context."""
 
+import itertools
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
+from openchatkit.formats.chat import Turn
 from openchatkit.inference import context, conversation
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.rendering import KitRendering
@@ -58,7 +60,78 @@ def test_a_conversation_is_a_value():
     before = Conversation().asked("Hi").answered("Hello")
     turns = before.turns
     before.asked("More").answered("No")
+    before.undone()
     assert before.turns == turns
+
+
+def test_the_last_question_can_be_taken_back_with_its_passages_or_without_a_reply():
+    talk = Conversation("s").asked("one").answered("1").asked("two", ["passage"])
+    for asked in (talk, talk.answered("2")):
+        assert asked.last_question == Turn("human", "two", ("passage",))
+        assert asked.undone() == Conversation("s").asked("one").answered("1")
+    greeting = Conversation(turns=(Turn("bot", "Welcome"),))
+    assert (greeting.last_question, greeting.undone()) == (None, greeting)
+
+
+def test_a_system_text_is_changed_under_the_same_turns(rendering):
+    talk = Conversation("Be kind.", preamble="Current Date: today\n\n").asked("Hi")
+    assert rendering.text(talk) == "Current Date: today\n\nBe kind.\n\n<human>: Hi\n<bot>:"
+    assert rendering.text(talk.with_system(" Be brief.\n")) == (
+        "Current Date: today\n\nBe brief.\n\n<human>: Hi\n<bot>:"
+    )
+    assert rendering.text(talk.with_system("")) == "Current Date: today\n\n<human>: Hi\n<bot>:"
+
+
+def test_messages_make_a_conversation_and_are_made_of_it():
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi", "passages": ["one"]},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    talk = conversation.from_messages(messages, preamble="today")
+    assert talk == Conversation("Be kind.", preamble="today").asked("Hi", ["one"]).answered("Hello")
+    assert talk.messages() == messages
+    assert Conversation(preamble="today").messages() == []
+
+
+def test_messages_that_do_not_alternate_are_joined():
+    messages = [
+        {"role": "assistant", "content": "Welcome"},
+        {"role": "user", "content": "one", "passages": ["p"], "name": "x"},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "two", "passages": ["q"]},
+        {"role": "system", "content": "Be kind."},
+        {"role": "system", "content": " "},
+    ]
+    assert conversation.from_messages(messages) == Conversation(
+        "Be brief.\n\nBe kind.", (Turn("bot", "Welcome"), Turn("human", "one\n\ntwo", ("p", "q")))
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ("hi", "message 2 is no object"),
+        ({"role": "user"}, "the content of message 2 is no text"),
+        ({"role": "user", "content": [{"type": "text", "text": "hi"}]}, "the content of message 2 is no text"),
+        ({"role": "tool", "content": ""}, "message 2 has the role 'tool': expected system, user or assistant"),
+        ({"role": ["user"], "content": ""}, "message 2 has the role"),
+        ({"content": ""}, "message 2 has the role 'None'"),
+        ({"role": "assistant", "content": "", "passages": ["p"]}, "message 2 of the assistant has passages"),
+        ({"role": "user", "content": "", "passages": "p"}, "the passages of message 2 are no list of strings"),
+        ({"role": "user", "content": "", "passages": [None]}, "the passages of message 2 are no list of strings"),
+    ],
+)
+def test_messages_that_are_none_are_named(message, error):
+    with pytest.raises(UserError, match=error):
+        conversation.from_messages([{"role": "system", "content": "s"}, message])
+
+
+def test_pairs_begin_with_questions():
+    greeted = Conversation(turns=(Turn("bot", "Welcome"),)).asked("one").answered("1").asked("two")
+    assert [[turn.text for turn in pair] for pair in greeted.exchanges()] == [["Welcome"], ["one", "1"], ["two"]]
+    assert [turn.text for turn in greeted.without_oldest(1).turns] == ["one", "1", "two"]
+    assert Conversation().exchanges() == []
 
 
 def test_nothing_goes_while_all_fits(encode, sizes, long_chat):
@@ -85,3 +158,56 @@ def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, sizes, l
         UserError, match=f"this needs {least} tokens and its reply up to 11 .*more than the {least + 10} "
     ):
         context.fit(long_chat, encode=encode, sizes=sizes, context_length=least + 10, max_tokens=11)
+
+
+def test_the_cut_moves_only_once_in_a_while_and_every_prompt_in_between_adds_to_the_one_before(encode, sizes):
+    talk, cuts, before, kept = Conversation(system="Be kind."), [], [], 0
+    for number in range(120):
+        asked = talk.asked(f"question {number} " + "on " * (number % 5))
+        fitted = context.fit(asked, encode=encode, sizes=sizes, context_length=1200, max_tokens=100)
+        assert len(fitted.tokens) <= 1100
+        assert fitted.tokens == encode(fitted.conversation)
+        if cuts and fitted.dropped == cuts[-1]:
+            kept += fitted.tokens[: len(before)] == before
+        cuts.append(fitted.dropped)
+        before = fitted.tokens
+        talk = asked.answered(f"the answer is {number}")
+    moves = [later - earlier for earlier, later in itertools.pairwise(cuts)]
+    assert min(moves) == 0
+    # A pair takes about 50 tokens, a stride 275.
+    assert 10 < sum(move > 0 for move in moves) < 30
+    assert kept == len(moves) - sum(move > 0 for move in moves)
+    # A function of the conversation alone: whoever asks about the middle of it gets the same answer.
+    again = context.fit(talk, encode=encode, sizes=sizes, context_length=1200, max_tokens=100)
+    assert again == context.fit(talk, encode=encode, sizes=sizes, context_length=1200, max_tokens=100)
+
+
+def test_fitting_a_long_conversation_reads_each_turn_a_few_times_only(rendering):
+    talk = Conversation()
+    for number in range(500):
+        talk = talk.asked(f"question {number}").answered(f"answer {number}")
+    read = []
+
+    def counted(encode):
+        def encoded(what):
+            read.append(len(what.turns) if isinstance(what, Conversation) else len(what))
+            return encode(what)
+
+        return encoded
+
+    fitted = context.fit(
+        talk.asked("the last"),
+        encode=counted(rendering.tokens),
+        sizes=counted(rendering.sizes),
+        context_length=300,
+        max_tokens=50,
+    )
+    assert fitted.dropped > 450
+    assert sum(read) < 2.2 * 1001
+
+
+def test_a_size_that_was_guessed_too_large_only_costs_another_look(encode, long_chat):
+    limits = {"context_length": len(encode(long_chat)) - 40, "max_tokens": 1}
+    fitted = context.fit(long_chat, encode=encode, sizes=lambda turns: [1000] * len(turns), **limits)
+    assert 1 < fitted.dropped < 4
+    assert len(fitted.tokens) + 1 <= limits["context_length"]
