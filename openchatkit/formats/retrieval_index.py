@@ -1,0 +1,250 @@
+"""The folder of a retrieval index: its files' names, and the manifest that alone says which of them belong to it.
+
+An index is rewritten whole, as a generation: files are named `<role>-<generation>.<ending>` and never change once the
+manifest names them. A manifest is put in place last, so that until then the generation before it is what the folder
+holds, and whoever has that one open keeps it. Files that the manifest does not name are left-overs of a kill.
+
+    table.arrow       the passages, a row each: see `retrieval.table`
+    vectors.npy       float16 [rows, dimension], in the order of the table
+    dense.faiss       the same vectors, for searching
+    scores.npy        float32 [entries]: BM25 scores, of one word after another
+    postings.npy      int32 [entries]: the rows they are of, ascending for each word
+    starts.npy        int64 [words + 1]: where each word's entries begin
+    words.arrow       the words, sorted, with the highest score and the weight of each
+    sources.jsonl     what the passages were read from: a `SourceRecord` a line
+    skipped.jsonl     what could not be read: {"source", "reason"} a line
+
+The vectors' files and dense.faiss are missing where there is no encoder. scores, postings and starts are the arrays
+that bm25s keeps. The manifest is that of `formats.manifest`; its facts are an `IndexRecord`.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openchatkit.formats import manifest
+from openchatkit.formats.manifest import DamagedError, FileRecord
+from openchatkit.paths import write_text
+
+FORMAT = "openchatkit retrieval index"
+VERSION = 1
+MANIFEST = manifest.MANIFEST
+ROLES = {
+    "table": ".arrow",
+    "vectors": ".npy",
+    "dense": ".faiss",
+    "scores": ".npy",
+    "postings": ".npy",
+    "starts": ".npy",
+    "words": ".arrow",
+    "sources": ".jsonl",
+    "skipped": ".jsonl",
+}
+_SPILL = "spill"  # while a generation is written
+_PARTIAL = "partial"
+_OURS = re.compile(
+    rf"({'|'.join([*ROLES, _SPILL])})-\d{{6,}}\.(arrow|npy|faiss|jsonl|bin)|\.{re.escape(MANIFEST)}\..*\.tmp"
+)
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """Whose vectors an index holds; `digest` is of its weights and tokenizer, `metric` is "cosine" or "dot"."""
+
+    name: str
+    digest: str
+    dimension: int
+    metric: str
+    max_tokens: int
+    pooling: str = ""
+
+
+@dataclass(frozen=True)
+class DenseRecord:
+    """How vectors are searched: `type` is faiss's; `probes` of `lists` are looked at (0: all rows are), `candidates`
+    for each wanted row are scored again by the kept vectors; `recall` is the recall@10 that was measured with that."""
+
+    type: str
+    lists: int = 0
+    probes: int = 0
+    candidates: int = 1
+    recall: float = 1.0
+
+
+@dataclass(frozen=True)
+class SparseRecord:
+    """BM25's settings and counts."""
+
+    k1: float
+    b: float
+    words: int
+    entries: int
+    mean_words: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a passage must show to be found: see `retrieval.fusion`."""
+
+    cosine: float
+    weak_cosine: float
+    share: float
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """A file or address, the SHA-256 of its bytes, its size and time stamp, and its rows: so many from `first` on."""
+
+    source: str
+    digest: str
+    size: int
+    mtime_ns: int
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source that gave no passage, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """What the manifest says of an index; `time_stamps` are of its files by name, in nanoseconds."""
+
+    generation: int
+    rows: int
+    sources: int
+    skipped: int
+    encoder: EncoderRecord | None
+    dense: DenseRecord | None
+    sparse: SparseRecord
+    floor: Floor
+    chunking: dict[str, Any] = field(default_factory=dict)
+    time_stamps: dict[str, int] = field(default_factory=dict)
+
+
+def file_name(role: str, generation: int) -> str:
+    """The name of a file of a generation."""
+    return f"{role}-{generation:06d}{ROLES[role]}"
+
+
+def spill_path(folder: Path, generation: int) -> Path:
+    """Where words are kept while a generation is written."""
+    return folder / f"{_SPILL}-{generation:06d}.bin"
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where whoever builds an index keeps what it has embedded until a generation holds it; never taken for litter."""
+    return folder / _PARTIAL
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is an index, whole or not."""
+    return (folder / MANIFEST).is_file()
+
+
+def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> IndexRecord:
+    """Put the manifest in place, with the files' present time stamps: from here on this is what the folder holds."""
+    files = list(files)
+    stamps = {file.name: (folder / file.name).stat().st_mtime_ns for file in files}
+    record = dataclasses.replace(record, time_stamps=stamps)
+    manifest.write(folder, files, about={"format": FORMAT, "version": VERSION, **asdict(record)})
+    return record
+
+
+def read(folder: Path) -> tuple[IndexRecord, dict[str, FileRecord]]:
+    """The record of an index, and its files by name; DamagedError where there is none, or none that can be read."""
+    about, files = _facts(folder)
+    if about.pop("format", None) != FORMAT:
+        raise DamagedError(f"{folder / MANIFEST} is of another kind of folder: expected a retrieval index")
+    if (version := about.pop("version", None)) != VERSION:
+        raise DamagedError(f"{folder} is a retrieval index of version {version}: this program reads version {VERSION}")
+    try:
+        record = _record(about)
+    except (TypeError, KeyError, ValueError) as error:
+        raise DamagedError(f"{folder / MANIFEST} is damaged: {error}") from error
+    # The names follow from the generation, so that no manifest leads out of its folder.
+    expected = {file_name(role, record.generation) for role in roles(record)}
+    if set(files) != expected or set(record.time_stamps) != expected:
+        names = ", ".join(sorted(expected ^ set(files) | expected ^ set(record.time_stamps)))
+        raise DamagedError(f"{folder / MANIFEST} is damaged: it should name one file for each part, but for {names}")
+    return record, files
+
+
+def roles(record: IndexRecord) -> list[str]:
+    """The roles that an index has files for."""
+    return [role for role in ROLES if record.encoder is not None or role not in ("vectors", "dense")]
+
+
+def check_files(folder: Path, record: IndexRecord, files: dict[str, FileRecord]) -> None:
+    """DamagedError for the first file that is missing or has another size or time stamp than the manifest says."""
+    manifest.check_sizes(folder, manifest.Manifest(files, {}))
+    for name, stamp in record.time_stamps.items():
+        if (folder / name).stat().st_mtime_ns != stamp:
+            raise DamagedError(
+                f"{folder / name} was written to or copied since the index was made, by its time stamp: "
+                "`python retrieval/build_index.py info --verify` hashes all files and, if they are whole, takes the "
+                "new time stamps"
+            )
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> int:
+    """Write dataclasses as JSON, one a line; how many."""
+    lines = [json.dumps(asdict(record)) + "\n" for record in records]
+    write_text(path, "".join(lines))
+    return len(lines)
+
+
+def read_sources(folder: Path, record: IndexRecord) -> list[SourceRecord]:
+    """What the passages were read from."""
+    return [SourceRecord(**row) for row in _lines(folder / file_name("sources", record.generation))]
+
+
+def read_skipped(folder: Path, record: IndexRecord) -> list[Skipped]:
+    """What could not be read."""
+    return [Skipped(**row) for row in _lines(folder / file_name("skipped", record.generation))]
+
+
+def litter(folder: Path) -> list[Path]:
+    """Files of this format that the manifest does not name: what a kill, or the generation before, left."""
+    try:
+        names = set(read(folder)[1])
+    except DamagedError:
+        if exists(folder):
+            return []  # what a damaged manifest meant to name may still be wanted
+        names = set()
+    return [path for path in sorted(folder.glob("*")) if _OURS.fullmatch(path.name) and path.name not in names]
+
+
+def _facts(folder: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+    if not exists(folder):
+        found = f"{folder} has no {MANIFEST}" if folder.is_dir() else f"{folder} is not a folder"
+        raise DamagedError(f"{found}: expected a retrieval index, as retrieval/build_index.py makes")
+    read = manifest.read(folder)
+    return dict(read.about), read.files
+
+
+def _record(about: dict[str, Any]) -> IndexRecord:
+    nested = {"encoder": EncoderRecord, "dense": DenseRecord, "sparse": SparseRecord, "floor": Floor}
+    parts = {key: kind(**about[key]) if about[key] is not None else None for key, kind in nested.items()}
+    record = IndexRecord(**{**about, **parts})
+    if record.sparse is None or record.floor is None or (record.encoder is None) != (record.dense is None):
+        raise ValueError("a part of the record is missing")
+    return record
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DamagedError(f"{path}:{number} is damaged: {error}") from error

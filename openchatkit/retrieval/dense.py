@@ -1,0 +1,234 @@
+"""Searching vectors with faiss: which index is built for how many rows, and what is taken from a file.
+
+Up to 50,000 rows all are compared, as float16. Above that, rows lie in lists by their nearest centre (IVF) and only some
+lists are looked at, as bytes (or, from 20 million rows on, as product-quantised codes); the candidates that this gives
+are then scored by the kept vectors. How many lists is measured when the index is built. Files are read by memory map.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.formats.retrieval_index import DenseRecord
+from openchatkit.retrieval import vectors as kept
+
+FLAT, LISTS, CODES = "IndexScalarQuantizer", "IndexIVFScalarQuantizer", "IndexIVFPQ"
+MAX_FLAT = 50_000  # rows; one core looks at so many of 384 numbers in 1 to 2 ms
+MIN_CODES = 20_000_000  # rows
+RECALL = 0.97
+_MIN_CANDIDATES = 100
+_SAMPLE = 200  # vectors that the search is measured with
+_NEARNESS = 0.7  # their cosine to a row: that of a question to the passage that answers it, with MiniLM
+_TRAINED_ON = 40  # rows a list
+_PIECE = 1 << 14  # rows added at a time
+
+
+def import_faiss() -> ModuleType:
+    """faiss; UserError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            "searching vectors needs faiss, which is not installed: pip install 'openchatkit[retrieval]'"
+        ) from error
+    return faiss
+
+
+def kind_for(rows: int) -> str:
+    """The faiss type that is built for so many rows."""
+    return FLAT if rows <= MAX_FLAT else LISTS if rows < MIN_CODES else CODES
+
+
+def build(
+    vectors: np.ndarray, path: Path, *, kind: str | None = None, lists: int | None = None, seed: int = 0
+) -> DenseRecord:
+    """Build the index of vectors [n, d] for their inner product and write it; returns how it is to be searched.
+
+    `kind` is a faiss type (default: by size); `lists` defaults to 4 sqrt(n), as faiss advises. The rows trained and
+    measured on are drawn with `seed`. The recall it returns is that of the ten nearest rows of 200 vectors, each at a
+    cosine of 0.7 to a row, since rows themselves are found more easily than what people ask.
+    """
+    faiss = import_faiss()
+    rows, dimension = vectors.shape
+    kind = kind or kind_for(rows)
+    random = np.random.default_rng(seed)
+    index, lists = _empty(faiss, kind, rows, dimension, lists)
+    if not index.is_trained:
+        count = min(rows, max(_TRAINED_ON * lists, 256 * _TRAINED_ON if kind == CODES else 0))
+        index.train(vectors[np.sort(random.choice(rows, count, replace=False))].astype(np.float32))
+    with progress.bar(rows, "vectors indexed", unit="row") as bar:
+        for first in range(0, rows, _PIECE):
+            index.add(vectors[first : first + _PIECE].astype(np.float32))
+            bar.update(min(_PIECE, rows - first))
+    faiss.write_index(index, str(path))
+    if kind == FLAT:
+        return DenseRecord(kind)
+    # Codes of a quarter of a byte a number tell less about the order than bytes do.
+    record = DenseRecord(kind, lists=lists, probes=1, candidates=40 if kind == CODES else 4)
+    return _measured(Dense(index, record, vectors), random)
+
+
+def _empty(faiss: ModuleType, kind: str, rows: int, dimension: int, lists: int | None) -> tuple[Any, int]:
+    """An index without rows, and its number of lists."""
+    metric = faiss.METRIC_INNER_PRODUCT
+    if kind == FLAT:
+        return faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, metric), 0
+    lists = min(lists or int(4 * rows**0.5), rows)
+    centres = faiss.IndexFlatIP(dimension)
+    if kind == LISTS:
+        index = faiss.IndexIVFScalarQuantizer(centres, dimension, lists, faiss.ScalarQuantizer.QT_8bit, metric)
+    else:
+        assert kind == CODES, kind
+        # A byte for four numbers, where the dimension can be cut so.
+        parts = max(part for part in range(1, dimension // 4 + 1) if dimension % part == 0) if dimension >= 4 else 1
+        index = faiss.IndexIVFPQ(centres, dimension, lists, parts, 8 if rows >= 256 else 4, metric)
+    index.cp.niter = 8
+    index.cp.spherical = True  # else long centres would draw every vector under an inner product
+    index.cp.min_points_per_centroid = 1  # no advice on stderr for what was chosen
+    index.own_fields = True
+    centres.this.disown()
+    return index, lists
+
+
+def _measured(dense: "Dense", random: np.random.Generator) -> DenseRecord:
+    """The record with the fewest probes that reach the recall wanted, all lists at most."""
+    vectors, record = dense.vectors, dense.record
+    count = min(_SAMPLE, len(vectors))
+    queries = vectors[np.sort(random.choice(len(vectors), count, replace=False))].astype(np.float32)
+    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+    noise = random.standard_normal(queries.shape).astype(np.float32)
+    noise *= lengths / np.linalg.norm(noise, axis=1, keepdims=True)
+    queries = _NEARNESS * queries + (1 - _NEARNESS**2) ** 0.5 * noise
+    k = min(10, len(vectors))
+    wanted = kept.exact(vectors, queries, k)[1]
+    probes = 16
+    while True:
+        probes = min(probes, record.lists)
+        dense.record = DenseRecord(record.type, record.lists, probes, record.candidates)
+        found = [dense.search(query, k)[1] for query in queries]
+        recall = sum(len(np.intersect1d(a, b)) for a, b in zip(found, wanted, strict=True)) / wanted.size
+        if recall >= RECALL or probes == record.lists:
+            return DenseRecord(record.type, record.lists, probes, record.candidates, round(recall, 4))
+        probes *= 2
+
+
+class Dense:
+    """A faiss index and the vectors [n, d] that it was made of; read by several threads at once, if need be."""
+
+    def __init__(self, index: Any, record: DenseRecord, vectors: np.ndarray) -> None:
+        self.index = index
+        self.record = record
+        self.vectors = vectors
+        self._on_gpus = False
+
+    @classmethod
+    def open(cls, path: Path, record: DenseRecord, vectors: np.ndarray) -> "Dense":
+        """Open what `build` wrote; UserError where it is not of the type, rows or dimension that the record says."""
+        index = read_index(path, types={record.type})
+        faiss = import_faiss()
+        expected = {"rows": len(vectors), "numbers a vector": vectors.shape[1], "metric": faiss.METRIC_INNER_PRODUCT}
+        found = {"rows": index.ntotal, "numbers a vector": index.d, "metric": index.metric_type}
+        if record.lists:
+            expected["lists"], found["lists"] = record.lists, index.nlist
+        for what, value in expected.items():
+            if found[what] != value:
+                raise UserError(f"{path} has {what} {found[what]}, the manifest says {value}: build the index again")
+        return cls(index, record, vectors)
+
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k rows (fewer if there are fewer) nearest to a query float32 [d], the best first: scores, row numbers.
+
+        Scores are inner products with the kept vectors.
+        """
+        k = min(k, len(self.vectors))
+        if k <= 0:
+            return np.empty(0, np.float32), np.empty(0, np.int64)
+        rows = self._candidates(query, k, self.record.probes)
+        if len(rows) < k:  # the lists nearest to it do not hold so many
+            rows = self._candidates(query, k, self.record.lists)
+        scores = kept.scores(self.vectors, query, rows)
+        order = np.argsort(-scores, kind="stable")[:k]
+        return scores[order], rows[order]
+
+    def to_gpus(self) -> None:
+        """Spread the lists over all GPUs, where faiss has them; UserError where not. A flat index stays where it is."""
+        faiss = import_faiss()
+        if not hasattr(faiss, "index_cpu_to_all_gpus") or faiss.get_num_gpus() == 0:
+            raise UserError(
+                "faiss finds no GPU here: install faiss-gpu on a machine that has one, or search on the CPU"
+            )
+        if self.record.lists:
+            options = faiss.GpuMultipleClonerOptions()
+            options.shard = True
+            self.index = faiss.index_cpu_to_all_gpus(self.index, co=options)
+            faiss.GpuParameterSpace().set_index_parameter(self.index, "nprobe", self.record.probes)
+            self._on_gpus = True
+
+    def _candidates(self, query: np.ndarray, k: int, probes: int) -> np.ndarray:
+        """Rows [any] that faiss holds for the nearest; enough to find k among, where the lists hold as many."""
+        faiss = import_faiss()
+        wanted, options = k, {}
+        if self.record.lists:
+            wanted = min(max(_MIN_CANDIDATES, self.record.candidates * k), len(self.vectors))
+            # An object for each call, not the index's own setting: another thread may be searching.
+            options = {} if self._on_gpus else {"params": faiss.SearchParametersIVF(nprobe=probes)}
+        rows = self.index.search(query[None], wanted, **options)[1][0]
+        return rows[(rows >= 0) & (rows < len(self.vectors))]  # -1 fills up what the lists did not hold
+
+
+def read_index(path: Path, *, types: set[str]) -> Any:
+    """A faiss index by memory map; UserError where faiss cannot read it or it, or one within it, is of another type.
+
+    The quantiser of an IVF index may be a flat or HNSW index besides. Nothing in it may take more memory than the file
+    has bytes.
+    """
+    faiss = import_faiss()
+    with _byte_limit(faiss, path.stat().st_size):
+        try:
+            # The one maps flat codes, the other inverted lists; each leaves the other kind in memory. A table that
+            # only speeds up distances, and grows with lists times codes, is not made.
+            flags = faiss.IO_FLAG_MMAP_IFC if _is_flat(path) else faiss.IO_FLAG_MMAP
+            index = faiss.read_index(str(path), flags | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+        except RuntimeError as error:
+            reason = str(error).rsplit("Error: ", 1)[-1].strip()
+            raise UserError(f"faiss cannot read {path}: {reason}; build or download the index again") from error
+    for part, allowed in _parts(faiss, index, types):
+        if (name := type(part).__name__) not in allowed:
+            raise UserError(f"{path} is a faiss {name}: expected {' or '.join(sorted(types))}")
+    return index
+
+
+def _parts(faiss: ModuleType, index: Any, types: set[str]) -> Iterator[tuple[Any, set[str]]]:
+    """An index and those within it, each with the types it may have."""
+    yield index, types
+    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap | faiss.IndexIDMap2):
+        yield from _parts(faiss, faiss.downcast_index(index.index), types)
+    elif isinstance(index, faiss.IndexRefine):
+        yield from _parts(faiss, faiss.downcast_index(index.base_index), types)
+        yield faiss.downcast_index(index.refine_index), types | {"IndexFlat"}
+    elif isinstance(index, faiss.IndexIVF):
+        yield faiss.downcast_index(index.quantizer), {"IndexFlat", "IndexFlatIP", "IndexFlatL2", "IndexHNSWFlat"}
+        lists = faiss.downcast_InvertedLists(index.invlists)
+        if hasattr(lists, "prefetch_nthread"):
+            lists.prefetch_nthread = 0  # else every search starts 32 threads, which cost more than they bring
+
+
+def _is_flat(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"IxSQ", b"IxFI", b"IxF2")
+
+
+@contextlib.contextmanager
+def _byte_limit(faiss: ModuleType, size: int) -> Iterator[None]:
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(size)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
