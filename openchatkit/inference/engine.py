@@ -1,20 +1,27 @@
 """The decode loop: prompt token ids in, reply token ids out, one at a time.
 
-Owns the key-value cache, the choice of the next token, and what ends a reply by token. Text, stop strings and turns
-are not known here. The model is any causal language model of transformers; its `generate()` is the test oracle.
+Owns what is read when, the choice of the next token, and what ends a reply by token. Text, stop strings and turns are
+not known here. The model is any causal language model of transformers; its `generate()` is the test oracle.
+
+What was read stays read: a prompt that begins as an earlier text did, reply included, is read from where they part.
+So undoing, regenerating and editing need no call, and a turn costs its own tokens.
 """
 
 import contextlib
-import inspect
 import time
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from loguru import logger
+from transformers import PreTrainedModel
 
 from openchatkit.errors import UserError
-from openchatkit.inference.sampling import Sampling, choose
+from openchatkit.inference import static
+from openchatkit.inference.lookup import Lookup
+from openchatkit.inference.reading import Pool, Reader, Slot
+from openchatkit.inference.sampling import Sampling, check_finite, choose, mark_seen
 
 
 class OutOfMemory(UserError):
@@ -23,7 +30,10 @@ class OutOfMemory(UserError):
 
 @dataclass
 class Statistics:
-    """What one reply took. Times are seconds of wall clock; `cached_tokens` of the prompt had been read before."""
+    """What one reply took. Times are seconds of wall clock; `cached_tokens` of the prompt had been read before.
+
+    `accepted_tokens` of the `drafted_tokens` guessed by prompt lookup were right.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -38,7 +48,8 @@ class Engine:
     """A loaded model and how to make it go on. `device` is where its inputs belong.
 
     Keys and values of what it has read are kept between calls, for up to `slots` different texts, in `cache_dtype`
-    (None: the model's). `compile` asks for the compiled one-token step (None: where it pays).
+    (None: the model's). `compile` asks for the compiled step of static.py, which keeps one text whatever `slots` says
+    (None: where a GPU runs it and the model allows it). One reply at a time: beginning another ends the one before.
     """
 
     def __init__(
@@ -50,13 +61,21 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         slots: int = 1,
         compile: bool | None = None,
+        compile_options: dict[str, object] | None = None,
     ) -> None:
         self._model = model
         self._eos_ids = frozenset(eos_ids)
         self._device = device
-        # The prompt's logits but the last are not needed, and at 50,000 words of vocabulary they are large.
-        narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._options = {"logits_to_keep": 1} if narrow else {}
+        suits = compile is not False and static.suits(model, self.context_length)
+        if compile and not suits:
+            logger.warning("this model cannot be compiled as a whole and runs uncompiled")
+        if suits and (compile or device.type == "cuda"):
+            self._reader = static.StaticReader(model, device=device, limit=self.context_length, options=compile_options)
+            # Each cache of fixed place would be compiled for anew.
+            slots = 1
+        else:
+            self._reader = Reader(model, device=device, dtype=cache_dtype, limit=self.context_length)
+        self._pool = Pool(self._reader, slots)
 
     @property
     def context_length(self) -> int | None:
@@ -74,65 +93,110 @@ class Engine:
     ) -> Iterator[int]:
         """Yield at most `sampling.max_tokens` new token ids; end-of-text ends them and is not yielded.
 
-        `generator` is a CPU generator, so that a seed means the same draws on every device. `statistics` is filled in
-        as tokens come. `lookup` guesses tokens ahead from the prompt, which pays when the reply quotes it; it changes
-        the speed alone. Raises OutOfMemory, and UserError when the model's output is not a number.
+        The context's end ends them too. `generator` is a CPU generator, so that a seed means the same draws on every
+        device. `statistics` is filled in as tokens come. `lookup` guesses tokens ahead from the prompt, which pays when
+        the reply quotes it; it changes the speed alone, but for the rounding of several tokens computed at once. Raises
+        OutOfMemory, and UserError when the model's output is not a number.
         """
         statistics = statistics or Statistics()
         statistics.prompt_tokens = len(prompt)
         started = time.perf_counter()
-        cache, unread = self._begin(prompt)
-        for _ in range(sampling.max_tokens):
-            with _memory_errors():
-                token = choose(self._read(unread, cache), sampling, generator)
+        slot = self._begin(prompt)
+        user = slot.user = object()
+        statistics.cached_tokens = len(slot.tokens)
+        limit = self.context_length
+        most = sampling.max_tokens if limit is None else min(sampling.max_tokens, limit - len(prompt) + 1)
+        guesses = Lookup(prompt, length=self._reader.draft_length) if lookup and self._reader.croppable else None
+        draft: list[int] = []
+        row = 0
+        with self._freeing():
+            logits = slot.read(prompt[len(slot.tokens) :])  # [1 + draft, vocabulary]
+        seen = None if sampling.repetition_penalty == 1 else mark_seen(prompt, logits)
+        while True:
+            with self._freeing():
+                token = choose(logits[row], sampling, generator, seen)
             statistics.seconds = time.perf_counter() - started
             statistics.first_token_seconds = statistics.first_token_seconds or statistics.seconds
             if token in self._eos_ids:
                 return
+            guessed = row < len(draft) and token == draft[row]
+            statistics.accepted_tokens += guessed
             statistics.new_tokens += 1
             yield token
-            unread = [token]
+            if statistics.new_tokens >= most:
+                return
+            if seen is not None:
+                seen[token] = True
+            if guesses is not None:
+                guesses.append(token)
+            if guessed:
+                row += 1
+                continue
+            if draft:
+                guesses.judge(len(draft), row)
+            if guesses is not None:
+                draft = guesses.draft(most - statistics.new_tokens - 1)
+                statistics.drafted_tokens += len(draft)
+            assert slot.user is user, "another reply was begun before this one was done"
+            # What was guessed wrongly stands behind what was right.
+            slot.truncate(len(prompt) + statistics.new_tokens - 1)
+            with self._freeing():
+                logits, row = slot.read([token, *draft], 1 + len(draft)), 0
 
     def log_likelihoods(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
-        """For each continuation, the sum over its tokens of log p(token | prompt and the tokens before it)."""
-        sums = []
-        for continuation in continuations:
-            cache = DynamicCache(config=self._model.config)
-            logits, total = self._read(prompt, cache), 0.0
-            for number, token in enumerate(continuation):
-                total += torch.log_softmax(logits, dim=-1)[token].item()
-                if number + 1 < len(continuation):
-                    logits = self._read([token], cache)
-            sums.append(total)
-        return sums
+        """For each continuation, the sum over its tokens of log p(token | prompt and the tokens before it).
+
+        The prompt is read once. A continuation is a few tokens, at least one. Raises as `generate` does.
+        """
+        slot = self._begin(prompt)
+        slot.user = None
+        with self._freeing():
+            first = slot.read(prompt[len(slot.tokens) :])
+            return [self._log_likelihood(slot, prompt, first, continuation) for continuation in continuations]
+
+    def _log_likelihood(
+        self, slot: Slot, prompt: Sequence[int], first: torch.Tensor, continuation: Sequence[int]
+    ) -> float:
+        length, count = len(prompt), len(continuation)
+        assert count > 0, "an empty continuation"
+        assert self.context_length is None or length + count - 1 <= self.context_length, f"{length} + {count} tokens"
+        logits = first  # [count, vocabulary]
+        if count > 1:
+            slot.truncate(length)
+            unread = [*prompt, *continuation[:-1]][len(slot.tokens) :]
+            logits = torch.cat([first, slot.read(unread, keep=count - 1)])
+        check_finite(logits.max().item())
+        likely = torch.log_softmax(logits.double(), dim=-1)
+        return sum(likely[row, token].item() for row, token in enumerate(continuation))
 
     def forget(self) -> None:
         """Free the memory of everything that was read; the next prompt is read from its start."""
+        self._pool.drop()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def _begin(self, prompt: Sequence[int]) -> tuple[DynamicCache, Sequence[int]]:
-        """A cache, and the part of the prompt that it does not hold: all of it, since each reply starts afresh."""
+    def _begin(self, prompt: Sequence[int]) -> Slot:
+        """A slot that holds as much of the prompt's beginning as is known already."""
         assert len(prompt) > 0, "an empty prompt"
-        return DynamicCache(config=self._model.config), prompt
+        limit = self.context_length
+        assert limit is None or len(prompt) <= limit, f"a prompt of {len(prompt)} tokens in a context of {limit}"
+        return self._pool.take(prompt)
 
-    @torch.inference_mode()
-    def _read(self, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-        """Append tokens to the cache; the logits behind the last, float32 [vocabulary]."""
-        input_ids = torch.tensor([tokens], device=self._device)  # [1, new]
-        output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._options)
-        return output.logits[0, -1].float()
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            "out of memory: this turn was undone; /reset for a shorter conversation, or start with a smaller "
-            "--max-tokens, or with -g and -r"
-        ) from error
+    @contextlib.contextmanager
+    def _freeing(self) -> Iterator[None]:
+        """Where there is no memory, free what is kept before saying so: a shorter text then finds some."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # The frames that the error passed through hold keys and values too.
+            traceback.clear_frames(error.__traceback__)
+            self.forget()
+            raise OutOfMemory(
+                "out of memory: this turn was undone; /reset for a shorter conversation, or start with a smaller "
+                "--max-tokens, or with -g and -r"
+            ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

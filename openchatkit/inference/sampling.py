@@ -78,7 +78,7 @@ def choose(
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.greedy or sampling.top_k == 1:
         best, token = logits.max(dim=-1)
-        _check_finite(best.item())
+        check_finite(best.item())
         return int(token)
     tokens, weights = _candidates(logits, sampling)
     drawn = torch.multinomial(weights, 1, generator=generator).item()
@@ -103,7 +103,7 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor 
         logits, tokens = torch.topk(logits, count)  # the largest first
     values = logits.cpu().double()
     largest = values[0] if tokens is not None else values.max()
-    _check_finite(largest.item())
+    check_finite(largest.item())
     # The largest is taken off first, in float64: a tiny temperature must make no infinities and no zero to divide by.
     weights = torch.softmax((values - largest) / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
@@ -114,7 +114,8 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor 
     return tokens, weights
 
 
-def _check_finite(largest: float) -> None:
+def check_finite(largest: float) -> None:
+    """UserError unless the largest of the model's logits is a number."""
     # Not-a-number counts as the largest of all in torch, so looking at the largest is enough.
     if not math.isfinite(largest):
         raise UserError(

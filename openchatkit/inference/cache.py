@@ -1,0 +1,101 @@
+"""Keys and values of what a model has read, in buffers that are appended to in place.
+
+transformers' DynamicCache concatenates, hence copies, all that it holds at every token: at 1,000 tokens that is a
+large part of decoding. Here a token costs its own keys and values, and forgetting tokens costs nothing.
+"""
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+# The least that a buffer is made for, in tokens; a power of two suits the allocators.
+SMALLEST = 64
+
+
+class GrowingLayer(CacheLayerMixin):
+    """One layer's keys and values, each [batch, heads, tokens, size of a head], in `dtype` (None: as they come).
+
+    `limit` is the most tokens that will ever be held, or None.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, dtype: torch.dtype | None = None, limit: int | None = None) -> None:
+        super().__init__()
+        self._kept_dtype = dtype
+        self._limit = limit
+        self._length = 0
+        # Replaced in one go, so that an interrupt finds both the old or both the new.
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values; all that are held, as views."""
+        new = key_states.shape[-2]
+        start, end = self._length, self._length + new
+        if self._buffers is None or end > self._buffers[0].shape[-2]:
+            self._grow(end, key_states, value_states)
+        keys, values = self._buffers
+        keys.narrow(2, start, new).copy_(key_states)
+        values.narrow(2, start, new).copy_(value_states)
+        self._length = end
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+
+    def truncate(self, length: int) -> None:
+        """Hold the first `length` tokens alone; what an interrupted pass left behind them goes too."""
+        held = 0 if self._buffers is None else self._buffers[0].shape[-2]
+        assert 0 <= length <= held, f"{length} tokens of a buffer for {held}"
+        self._length = length
+
+    def reset(self) -> None:
+        """Hold nothing, and free the buffers."""
+        self._length, self._buffers = 0, None
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the buffers are made by the first update, which knows how much it needs."""
+
+    def _grow(self, needed: int, *states: torch.Tensor) -> None:
+        # By half each time, so that all the copying together costs a few tokens each, however long the text becomes.
+        capacity = max(needed + needed // 2, SMALLEST)
+        if self._limit is not None:
+            capacity = max(min(capacity, self._limit), needed)
+        grown = []
+        for index, state in enumerate(states):
+            shape = (*state.shape[:2], capacity, state.shape[3])
+            buffer = torch.empty(shape, dtype=self._kept_dtype or state.dtype, device=state.device)
+            if self._length:
+                buffer.narrow(2, 0, self._length).copy_(self._buffers[index].narrow(2, 0, self._length))
+            grown.append(buffer)
+        self._buffers = (grown[0], grown[1])
+
+
+class GrowingCache(Cache):
+    """A `GrowingLayer` for each of `num_layers` layers, as transformers' models take it for `past_key_values`."""
+
+    def __init__(self, num_layers: int, *, dtype: torch.dtype | None = None, limit: int | None = None) -> None:
+        super().__init__(layers=[GrowingLayer(dtype, limit) for _ in range(num_layers)])
+
+    def truncate(self, length: int) -> None:
+        """Hold the first `length` tokens alone, in every layer."""
+        for layer in self.layers:
+            layer.truncate(length)
+
+
+def new_cache(config: PreTrainedConfig, *, dtype: torch.dtype | None = None, limit: int | None = None) -> Cache:
+    """A `GrowingCache` where every layer of the model attends to all tokens, else the cache that transformers has."""
+    cache = DynamicCache(config=config)
+    # Sliding windows, recurrent states and shared layers forget, or hold more than keys and values.
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return cache
+    return GrowingCache(len(cache.layers), dtype=dtype, limit=limit)
