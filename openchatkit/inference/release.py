@@ -10,7 +10,7 @@ Emit = Callable[[str], None]
 # A reply is judged when a sentence has ended, or else about this many characters further on.
 STRETCH = 200
 FAILED = "This text could not be judged by the moderation model, so it is not shown or answered."
-_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u0964][\"')\]\u201d\u2019\u300d]*\s|\n|[\u3002\uff01\uff1f]")
+_SENTENCE_END = re.compile(r"[.!?\u0964][\"')\]\u201d\u2019]*(?=\s)|[\u3002\uff01\uff1f]|.(?=\n)")
 
 
 class Release:
@@ -51,18 +51,24 @@ class Release:
             self._show(text)
             return
         self._waiting += text
-        if len(self._waiting) >= STRETCH or _SENTENCE_END.search(self._waiting):
-            self.finish()
+        ends = [found.end() for found in _SENTENCE_END.finditer(self._waiting)]
+        self._judge(len(self._waiting) if len(self._waiting) >= STRETCH else max(ends, default=0))
 
     def finish(self) -> None:
         """Judge, and let through, what is still waiting: the reply is whole."""
-        if not self._waiting or self.blocked:
+        if not self.blocked:
+            self._judge(len(self._waiting))
+
+    def _judge(self, end: int) -> None:
+        """Judge the reply up to so many characters of what is waiting, and let them through."""
+        if end == 0:
             return
         assert self._moderator is not None
-        self._obey(judge(self._moderator, self._question, self.text + self._waiting))
+        stretch = self._waiting[:end]
+        self._obey(judge(self._moderator, self._question, self.text + stretch))
         if not self.blocked:
-            waiting, self._waiting = self._waiting, ""
-            self._show(waiting)
+            self._waiting = self._waiting[end:]
+            self._show(stretch)
 
     def _obey(self, verdict: Verdict) -> None:
         if self.verdict is None or self.verdict.action != "warn" or not verdict.allowed:

@@ -1,0 +1,196 @@
+"""Replies to conversations: what ends them, what stops them early, and what a moderator lets through."""
+
+import pytest
+import torch
+
+from openchatkit.errors import UserError
+from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.moderation.moderator import Verdict
+from openchatkit.inference.rendering import KitRendering
+from openchatkit.inference.responder import Responder
+from openchatkit.inference.sampling import Sampling
+
+GREEDY = Sampling(max_tokens=30, sample=False)
+HELLO = Conversation().asked("hello")
+
+
+class Script:
+    """An engine that says what it is told, token by token, and knows whether it was closed."""
+
+    context_length = None
+
+    def __init__(self, tokens):
+        self.tokens, self.closed, self.prompts = tokens, False, []
+
+    def generate(self, prompt, sampling, generator=None, *, statistics=None, lookup=False):
+        self.prompts.append((list(prompt), lookup))
+        try:
+            yield from self.tokens[: sampling.max_tokens]
+        finally:
+            self.closed = True
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    from openchatkit.data.tokenizer import Tokenizer
+
+    return Tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture
+def says(tokenizer):
+    """A responder whose model says a text."""
+
+    def make(text, moderator=None, **changes):
+        pieces = [token for character in text for token in tokenizer.encode([character])[0]]
+        rendering = KitRendering(tokenizer)
+        for name, value in changes.items():
+            setattr(rendering, name, value)
+        return Responder(Script(pieces), tokenizer, rendering, moderator=moderator)
+
+    return make
+
+
+LONG = Sampling(max_tokens=1000, sample=False)
+
+
+def test_stop_strings_of_the_callers_end_a_reply_too(says):
+    stops = ["never", "END", "\n\n", "x" * 50, "ND"]
+    reply = says("so it is EEND of it").answer(HELLO, LONG, stop=stops)
+    assert (reply.text, reply.finish) == ("so it is E", "end")
+    assert says("one\n\ntwo").answer(HELLO, LONG, stop=stops).text == "one"
+    assert says("one\n<human>: two").answer(HELLO, LONG, stop=stops).text == "one"
+    assert says("one\n<human").answer(HELLO, LONG).text == "one\n<human"
+    with pytest.raises(UserError, match="a stop string is empty"):
+        says("one").answer(HELLO, LONG, stop=["a", ""])
+    with pytest.raises(UserError, match="a stop string is empty"):
+        says("one").complete("hello", LONG, stop=[""])
+
+
+def test_a_special_token_of_the_rendering_ends_a_reply(says):
+    responder = says("one", stop_ids=frozenset({1}))
+    responder.engine.tokens += [1, *responder.engine.tokens]
+    reply = responder.answer(HELLO, LONG)
+    assert (reply.text, reply.finish, reply.tokens[-1]) == ("one", "end", 1)
+    assert responder.engine.closed
+
+
+def test_the_length_ends_a_reply(says):
+    reply = says("abcdef").answer(HELLO, Sampling(max_tokens=3))
+    assert (reply.text, reply.finish) == ("abc", "length")
+
+
+def test_a_conversation_that_ends_with_a_reply_cannot_be_answered(says):
+    for talk in (Conversation(), HELLO.answered("yes")):
+        with pytest.raises(UserError, match="the conversation ends with a reply: expected a question"):
+            says("one").answer(talk, GREEDY)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        says("one").complete("", GREEDY)
+
+
+def test_passages_are_told_and_looked_up(says):
+    responder = says("one")
+    reply = responder.answer(HELLO.answered("yes").asked("and?", ["p"]), LONG)
+    assert reply.passages == ("p",)
+    assert responder.answer(HELLO, LONG).passages == ()
+    assert [lookup for _, lookup in responder.engine.prompts] == [True, False]
+
+
+def test_a_reply_that_was_cancelled_before_it_began_reads_nothing(says):
+    responder = says("one")
+    reply = responder.answer(HELLO, LONG, cancelled=lambda: True)
+    assert (reply.text, reply.finish, reply.tokens) == ("", "interrupted", ())
+    assert responder.engine.prompts == []
+
+
+def test_a_reply_that_is_cancelled_ends_with_its_token(says):
+    responder, seen = says("abcdef"), []
+    reply = responder.answer(HELLO, LONG, emit=seen.append, cancelled=lambda: len(seen) == 2)
+    assert (reply.text, reply.finish, "".join(seen)) == ("ab", "interrupted", "ab")
+    assert responder.engine.closed
+
+
+def test_an_emit_that_fails_closes_the_engine(says):
+    def fail(text):
+        raise BrokenPipeError
+
+    responder = says("abc")
+    with pytest.raises(BrokenPipeError):
+        responder.answer(HELLO, LONG, emit=fail)
+    assert responder.engine.closed
+
+
+class Forbidding:
+    """Forbids what has a word in it; answers are forbidden by the message of the word alone."""
+
+    def __init__(self, word):
+        self.word, self.asked = word, []
+
+    def check(self, question, answer=None):
+        self.asked.append((question, answer))
+        return Verdict(self.word not in (question if answer is None else answer), "label", "Not this.")
+
+
+def test_a_question_that_is_not_allowed_is_not_answered(says):
+    responder, seen = says("one", Forbidding("hello")), []
+    for reply in (
+        responder.answer(HELLO, LONG, emit=seen.append),
+        responder.answer(Conversation().asked("and?", ["hello"]), LONG, emit=seen.append),
+        responder.complete("hello", LONG, emit=seen.append),
+    ):
+        assert (reply.text, reply.finish, reply.refused, reply.tokens) == ("Not this.", "moderated", True, ())
+        assert reply.verdict.label == "label"
+    assert seen == ["Not this."] * 3
+    assert responder.engine.prompts == []
+
+
+def test_a_reply_that_is_not_allowed_ends_where_it_is_judged(says):
+    responder, seen = says("It is good. It is bad. It goes on.", Forbidding("bad")), []
+    reply = responder.answer(HELLO, LONG, emit=seen.append)
+    assert (reply.text, reply.finish, reply.refused) == ("It is good.\n\nNot this.", "moderated", False)
+    assert "".join(seen) == reply.text
+    assert len(reply.tokens) < len(responder.engine.tokens)
+    assert responder.engine.closed
+    reply = says(" It is bad", Forbidding("bad")).complete("hello", LONG)
+    assert (reply.text, reply.finish) == ("Not this.", "moderated")
+
+
+def test_a_reply_that_is_allowed_is_whole_and_was_judged_whole(says):
+    moderator, seen = Forbidding("bad"), []
+    reply = says("One. Two.\nthree\n<human>: bad", moderator).answer(HELLO, LONG, emit=seen.append)
+    assert (reply.text, reply.finish, "".join(seen)) == ("One. Two.\nthree", "end", "One. Two.\nthree")
+    assert moderator.asked[0] == ("hello", None)
+    assert moderator.asked[-1] == ("hello", "One. Two.\nthree")
+    assert len(seen) > 1
+    assert says("abcdef", moderator).answer(HELLO, Sampling(max_tokens=3)).finish == "length"
+
+
+def test_what_was_not_judged_when_a_reply_is_interrupted_is_not_shown(says):
+    calls = []
+    reply = says("One. Two th", Forbidding("x")).answer(
+        HELLO, LONG, cancelled=lambda: calls.append(1) or len(calls) > 8
+    )
+    assert (reply.text, reply.finish) == ("One.", "interrupted")
+
+    class Interrupting:
+        def check(self, question, answer=None):
+            if answer:
+                raise KeyboardInterrupt
+            return Verdict(True)
+
+    reply = says("One. Two", Interrupting()).answer(HELLO, LONG)
+    assert (reply.text, reply.finish) == ("", "interrupted")
+
+
+def test_a_long_line_is_refused_or_read_without_trouble(trained_model, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from openchatkit.inference.engine import Engine
+
+    model = AutoModelForCausalLM.from_pretrained(trained_model).eval()
+    engine = Engine(model, eos_ids=[0], device=torch.device("cpu"))
+    responder = Responder(engine, tokenizer, KitRendering(tokenizer))
+    with pytest.raises(UserError, match=r"this needs \d+ tokens and its reply up to 30"):
+        responder.answer(HELLO.answered("first").asked("word " * 200_000), GREEDY)
+    with pytest.raises(UserError, match=r"this needs \d+ tokens and its reply up to 30"):
+        responder.answer(HELLO.answered("word " * 200_000).asked("word " * 200_000), GREEDY)
