@@ -2,7 +2,7 @@
 # Make .venv if it is not there, check the style, run the tests.
 #
 #   bash test.sh              all but the long proofs
-#   bash test.sh --long       the long proofs too
+#   bash test.sh --long       the long proofs too; the browser that some need is installed where apt and root are there
 #   bash test.sh -k chat      other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -19,6 +19,11 @@ for argument in "$@"; do
 done
 
 make_environment dev
+if [ "${#selection[@]}" = 0 ] && ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$EUID" = 0 ]; then
+    echo "Installing chromium-driver, with Chromium, to test the chat page (once)"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-driver; } \
+        >/dev/null || echo "note: apt could not install chromium-driver; the chat page is not tested in a browser" >&2
+fi
 # Two workers, and ranks within them, share the machine: one thread each is the fastest.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

@@ -83,7 +83,7 @@ def read_token(file: Path | None, host: str) -> str | None:
         raise UserError(f"{what}: set {TOKEN_VARIABLE} in the environment, or pass --token-file; {_MAKE_TOKEN}")
     if token and not re.fullmatch(rf"[!-~]{{{_SHORTEST_TOKEN},}}", token):
         expected = f"at least {_SHORTEST_TOKEN} printable ASCII characters without spaces"
-        raise UserError(f"{place} has {len(token)} characters or others than expected: {expected}; {_MAKE_TOKEN}")
+        raise UserError(f"{place} cannot be used: expected {expected}; {_MAKE_TOKEN}")
     return token or None
 
 
@@ -119,7 +119,7 @@ def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.s
     name = folder.resolve().name if folder.is_dir() else given.model
     longest = longest_reply(given.max_tokens, given.max_new_tokens, responder.engine.context_length)
     options = Options(
-        Served(name, flags.sampling(given), longest),
+        Served(name, flags.sampling(given), longest, given.seed),
         host=given.host,
         names=given.allow_host,
         token=token,

@@ -51,11 +51,12 @@ _MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "tool
 
 @dataclass(frozen=True)
 class Served:
-    """What is offered: the model's name, the settings of a request that names none, and the longest reply."""
+    """What is offered: the model's name, the settings and seed of a request that names none, and the longest reply."""
 
     model: str
     sampling: Sampling
     max_new_tokens: int
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def no_model(name: object, served: Served) -> ApiError:
 
 def _ask(subject: Conversation | str, fields: Fields, served: Served, lengths: Sequence[str]) -> Ask:
     sampling, seed = _sampling(fields, served, lengths), fields.whole("seed", -(1 << 63), (1 << 63) - 1)
+    seed = served.seed if seed is None else seed
     stop, stream = fields.take("stop"), fields.truth("stream")
     if stop is not None:
         stop = texts("stop", [stop] if isinstance(stop, str) else stop, most=MOST_STOPS)

@@ -1,0 +1,213 @@
+"""The chat page: what it is made of, and what it does in a real browser."""
+
+import base64
+import hashlib
+import re
+import shutil
+
+import pytest
+from served import Running
+
+PATIENCE = 60  # seconds that the browser may take to come to a state; a test that passes does not wait for them
+
+
+def page_of(running: Running) -> tuple[str, str]:
+    """The head of the answer, and the page."""
+    answer = running.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").decode()
+    head, _, page = answer.partition("\r\n\r\n")
+    return head, page
+
+
+def test_the_page_fetches_nothing_from_elsewhere_and_never_sets_markup(trained):
+    _, page = page_of(trained)
+    assert re.findall(r"https?:|//\w+\.|@import|url\(|<link[^>]*href=\"(?!data:)|\bsrc=", page) == []
+    assert (
+        re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\son\w+=|localStorage", page) == []
+    )
+
+
+def test_the_page_may_run_its_own_script_and_style_alone(trained):
+    head, page = page_of(trained)
+    policy = re.search(r"(?i)content-security-policy: (.*)\r\n", head + "\r\n")[1]
+    assert "unsafe" not in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert "frame-ancestors 'none'" in policy
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "x-content-type-options: nosniff" in head.lower()
+
+
+# -- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, driven through its own driver."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the dev extra has it)")
+    program, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("chromium and chromedriver are not installed (Debian, Ubuntu: apt install chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=390,844"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+class Page:
+    """The page in a browser: what it shows, and what its user does."""
+
+    def __init__(self, browser, running: Running) -> None:
+        self._browser = browser
+        browser.get(running.address)
+        browser.execute_script("sessionStorage.clear()")
+        self.reload()
+
+    def reload(self) -> None:
+        self._browser.refresh()
+
+    def at(self, element: str):
+        return self._browser.find_element("id", element)
+
+    def shown(self, kind: str) -> list[str]:
+        """The texts of the turns of a kind: user, assistant or note."""
+        script = "return [...document.querySelectorAll(`.${arguments[0]} p`)].map((turn) => turn.textContent)"
+        return self._browser.execute_script(script, kind)
+
+    def wait(self, state) -> object:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self._browser, PATIENCE, poll_frequency=0.02).until(lambda _: state())
+
+    def type(self, *keys: str) -> None:
+        self.at("question").send_keys(*keys)
+
+    def ask(self, text: str) -> None:
+        """Ask with Enter, and wait until the reply is whole."""
+        from selenium.webdriver.common.keys import Keys
+
+        self.type(text, Keys.ENTER)
+        self.wait(lambda: self.at("send").is_displayed() and not self.at("question").get_property("value"))
+
+    def set(self, **settings: str) -> None:
+        if not self.at("settings").is_displayed():
+            self.at("toggle").click()
+        for name, value in settings.items():
+            self.at(name).clear()
+            self.at(name).send_keys(value)
+        self.at("toggle").click()
+
+    def complaints(self) -> list[str]:
+        """What the browser's console complains of, such as scripts that the page's policy stopped."""
+        return [entry["message"] for entry in self._browser.get_log("browser") if entry["level"] != "VERBOSE"]
+
+
+@pytest.mark.long
+def test_a_chat_in_the_page(browser, trained):
+    page = Page(browser, trained)
+    page.wait(lambda: page.at("model").text == "tiny")
+    page.ask("hello")
+    page.ask("hello")
+    assert (page.shown("user"), page.shown("assistant")) == (["hello", "hello"], ["first", "again"])
+    page.reload()
+    page.wait(lambda: page.shown("assistant") == ["first", "again"])
+    page.at("new").click()
+    page.wait(lambda: page.shown("user") == [])
+    page.ask("lines")
+    assert page.shown("assistant") == ["two\nlines"]
+    # The page is no wider than a phone.
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.complaints() == []
+
+
+@pytest.mark.long
+def test_a_new_line_is_no_question_and_an_empty_one_is_none(browser, trained):
+    from selenium.webdriver.common.keys import Keys
+
+    page = Page(browser, trained)
+    page.type(Keys.ENTER, " ", Keys.ENTER)
+    page.at("question").clear()
+    page.type("one", Keys.SHIFT, Keys.ENTER, Keys.NULL, "two")
+    assert page.at("question").get_property("value") == "one\ntwo"
+    assert page.shown("user") == []
+
+
+@pytest.mark.long
+def test_text_grows_and_stop_keeps_what_was_said(browser, endless):
+    from selenium.webdriver.common.keys import Keys
+
+    page = Page(browser, endless)
+    page.set(max_tokens="1000000")
+    page.type("go on", Keys.ENTER)
+    first = page.wait(lambda: page.shown("assistant")[0])
+    second = page.wait(lambda: len(text := page.shown("assistant")[0]) > len(first) and text)
+    assert second.startswith(first)
+    page.at("stop").click()
+    page.wait(lambda: page.at("send").is_displayed())
+    page.wait(lambda: not endless.worker.busy)
+    kept = page.shown("assistant")
+    assert kept[0].startswith(second)
+    page.reload()
+    page.wait(lambda: page.shown("assistant") == kept)
+    page.set(max_tokens="4")
+    page.ask("and more")
+    page.wait(lambda: page.shown("note") == ["The reply reached its longest length."])
+
+
+@pytest.mark.long
+def test_markup_is_shown_as_text_on_both_sides(browser, serve, endless_model, responder_of):
+    evil = "<img src=x onerror=\"document.title='forged'\"><script>document.title='forged'</script>"
+    responder = responder_of(endless_model)
+
+    def generate(*arguments: object, **options: object):
+        """A model that says the same, whatever it is asked."""
+        yield from responder.tokenizer.encode([evil])[0]
+
+    responder.engine.generate = generate
+    with serve(responder) as running:
+        page = Page(browser, running)
+        page.ask(evil)
+        assert (page.shown("user"), page.shown("assistant")) == ([evil], [evil])
+        page.reload()
+        page.wait(lambda: page.shown("assistant") == [evil])
+        assert browser.title == "OpenChatKit"
+        assert browser.execute_script("return document.querySelectorAll('img').length") == 0
+        assert page.complaints() == []
+
+
+@pytest.mark.long
+def test_an_error_is_shown_and_its_question_can_be_sent_again(browser, trained):
+    page = Page(browser, trained)
+    page.set(max_tokens="190")
+    from selenium.webdriver.common.keys import Keys
+
+    page.type("word " * 60, Keys.ENTER)
+    page.wait(lambda: page.at("error").is_displayed())
+    assert "max_tokens" in page.at("error").text
+    assert page.shown("user") == []
+    assert page.at("question").get_property("value") == "word " * 60
+    page.set(max_tokens="20")
+    page.at("question").clear()
+    page.ask("hello")
+    assert page.shown("assistant") == ["first"]
+    assert not page.at("error").is_displayed()
+
+
+@pytest.mark.long
+def test_the_token_is_asked_for_and_kept_for_the_tab(browser, serve, trained):
+    with serve(trained.responder, token="a-token-of-the-tests") as running:
+        page = Page(browser, running)
+        page.wait(lambda: "needs its token" in page.at("error").text)
+        assert page.at("token").is_displayed()
+        page.set(token="a-token-of-the-tests")
+        page.wait(lambda: page.at("model").text == "tiny")
+        page.ask("hello")
+        assert page.shown("assistant") == ["first"]
+        page.reload()
+        page.wait(lambda: page.at("model").text == "tiny")
+        assert "a-token" not in browser.current_url
