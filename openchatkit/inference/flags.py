@@ -4,26 +4,37 @@ import argparse
 from collections.abc import Callable
 
 from openchatkit import cli
+from openchatkit.inference.moderation import flags as moderation
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 DEFAULT_MODEL = HUGGINGFACE_MODELS / "GPT-NeoXT-Chat-Base-20B"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """--model, --gpu-id, --dtype, -g and -r: what is loaded, where to and how precise."""
+    """--model and what goes with it: where to, how precise, in which form it reads a chat; and who moderates it."""
     flags.add_argument(
         "--model",
         default=str(DEFAULT_MODEL),
         help="folder or hub name of a Hugging Face model; the default is the one that the original kit documents",
     )
     flags.add_argument("--gpu-id", type=cli.natural, default=0, help="the GPU to run on, where there is one")
-    flags.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=_DTYPE)
+    flags.add_argument("--dtype", choices=DTYPES, default="auto", help=_DTYPE)
+    quantised = flags.add_mutually_exclusive_group()
+    quantised.add_argument("--load-8bit", dest="bits", action="store_const", const=8, default=None, help=_BITS)
+    quantised.add_argument("--load-4bit", dest="bits", action="store_const", const=4, default=None, help=_BITS)
     flags.add_argument("-g", "--gpu-vram", nargs="+", type=_gpu_share, metavar="ID:GiB", help=_GPU_VRAM)
     flags.add_argument("-r", "--cpu-ram", type=_gib, metavar="GiB", help=_CPU_RAM)
+    flags.add_argument(
+        "--threads", type=cli.positive_int, metavar="N", help="processor cores to use; torch's own choice if not given"
+    )
+    flags.add_argument("--no-compile", action="store_true", help="run uncompiled on a GPU: starts sooner, runs slower")
+    flags.add_argument("--template", choices=("auto", "kit", "model"), default="auto", help=_TEMPLATE)
+    moderation.add_flags(flags)
 
 
 def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
-    """--max-tokens, --sample, --temperature, --top-k and --seed: how replies are drawn."""
+    """--max-tokens, --seed and the rest: how replies are drawn. `sampling` checks what the parser cannot."""
     flags.add_argument("--max-tokens", type=cli.positive_int, default=128, help="the longest reply, in tokens")
     flags.add_argument(
         "--sample",
@@ -32,40 +43,83 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
         help="draw each token by its probability; --no-sample always takes the most probable",
     )
     flags.add_argument("--temperature", type=cli.non_negative_float, default=0.6, help="0 is the same as --no-sample")
-    flags.add_argument("--top-k", type=cli.positive_int, default=40, help="draw among this many most probable tokens")
+    flags.add_argument(
+        "--top-k", type=cli.natural, default=40, help="draw among this many most probable tokens; 0 takes all"
+    )
+    for name, default, meaning in _FRACTIONS:
+        flags.add_argument(name, type=cli.non_negative_float, default=default, help=meaning)
     flags.add_argument("--seed", type=_seed, help="makes the draws repeat, from the start and from each /reset")
 
 
 def sampling(given: argparse.Namespace) -> "Sampling":  # noqa: F821
-    """The settings that the flags ask for."""
-    from openchatkit.inference.sampling import Sampling
+    """The settings that the flags ask for; UserError, naming the flag, for one that makes no sense."""
+    from openchatkit.inference import sampling
 
-    return Sampling(given.max_tokens, given.sample, given.temperature, given.top_k)
+    settings = sampling.Sampling(
+        max_tokens=given.max_tokens,
+        sample=given.sample,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
+    )
+    sampling.check(settings)
+    return settings
 
 
-def responder(given: argparse.Namespace, announce: Callable[[str], None]) -> "Responder":  # noqa: F821
-    """Load the model that the flags name; `announce` is told in one line what is being loaded."""
-    from openchatkit.inference import loader
+def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slots: int = 1) -> "Responder":  # noqa: F821
+    """Load the models that the flags name; `announce` is told in one line what is being loaded.
+
+    `slots` is how many conversations the engine keeps what it read of. Raises UserError for flags that make no sense,
+    before anything is loaded, and as `loader.load`, `rendering.choose` and `moderation.flags.moderator` do.
+    """
+    sampling(given)
+    import torch
+
+    from openchatkit.inference import loader, rendering
     from openchatkit.inference.engine import Engine
-    from openchatkit.inference.rendering import KitRendering
     from openchatkit.inference.responder import Responder
 
     loader.quiet()
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    moderator = moderation.moderator(given, announce)
     loaded = loader.load(
         given.model,
         gpu_id=given.gpu_id,
         dtype=given.dtype,
+        bits=given.bits,
         gpu_gib=dict(given.gpu_vram) if given.gpu_vram else None,
         cpu_gib=given.cpu_ram,
         announce=announce,
     )
-    engine = Engine(loaded.model, eos_ids=loaded.eos_ids, device=loaded.device)
-    return Responder(engine, loaded.tokenizer, KitRendering(loaded.tokenizer))
+    engine = Engine(
+        loaded.model,
+        eos_ids=loaded.eos_ids,
+        device=loaded.device,
+        cache_dtype=loaded.cache_dtype,
+        slots=slots,
+        compile=False if given.no_compile else None,
+    )
+    form = rendering.choose(given.template, loaded.tokenizer, loaded.folder)
+    return Responder(engine, loaded.tokenizer, form, moderator=moderator)
 
 
 _DTYPE = (
     "precision; auto is bfloat16 on a GPU that has it, else float16, and on the CPU float32 up to a billion "
-    "parameters, bfloat16 above"
+    "parameters, bfloat16 above; int8 keeps the weights of linear layers in 8 bits: half of bfloat16's memory, and the "
+    "fastest on the CPU"
+)
+_BITS = "quantise with bitsandbytes (pip install bitsandbytes accelerate)"
+_TEMPLATE = (
+    "how a chat is written for the model: kit is this kit's form, model the model's own chat template, auto the "
+    "model's where it has one"
+)
+_FRACTIONS = (
+    ("--top-p", 1.0, "draw among the fewest tokens that together reach this probability; 1 takes all"),
+    ("--min-p", 0.0, "draw among tokens at least this share of the most probable one's probability; 0 takes all"),
+    ("--repetition-penalty", 1.0, "above 1, makes tokens that the model has seen less probable"),
 )
 _GPU_VRAM = "GiB of each GPU to fill with the model, in the order of their numbers; must name --gpu-id"
 _CPU_RAM = "GiB of main memory for what the GPUs do not hold; what is left stays on disk"

@@ -1,10 +1,13 @@
 """A model and its tokenizer from a folder or the hub, on the device and in the precision that were asked for.
 
-Owns finding the model, saying what a folder is that is none, and placing it. What the model's files look like is
-`formats`', how they are downloaded `download`'s.
+Owns finding the model, saying what a folder is that is none, and loading it. Where its weights go is `placement`'s, how
+fast layers are made of them `linear`'s and `attention`'s; what the model's files look like is `formats`', how they are
+downloaded `download`'s.
+
+Weights are memory-mapped: nothing is read before it is used, and main memory holds what is used most. What computes
+faster in another form is copied, layer by layer, if memory allows.
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,24 +22,28 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.download import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
+from openchatkit.inference import attention, linear, placement
 from openchatkit.inference.engine import is_out_of_memory
 from openchatkit.paths import HUGGINGFACE_MODELS
 
-GIB = 1 << 30
-# Up to this many parameters the CPU computes in float32, which is exact; above, reading the weights is what takes time.
-SMALL = 10**9
 EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to go on from tokens: its tokenizer, where its inputs belong, and the ids that end a reply."""
+    """A model ready to go on from tokens: its tokenizer, where its inputs belong, and the ids that end a reply.
+
+    `dtype` is what it computes in, `folder` where it came from, and `cache_dtype` the precision that its keys and
+    values are best kept in (None: what they come in).
+    """
 
     model: PreTrainedModel
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
     eos_ids: frozenset[int]
+    folder: Path
+    cache_dtype: torch.dtype | None = None
 
 
 def load(
@@ -44,16 +51,19 @@ def load(
     *,
     gpu_id: int = 0,
     dtype: str = "auto",
+    bits: int | None = None,
     gpu_gib: Mapping[int, float] | None = None,
     cpu_gib: float | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Loaded:
     """Load the model that `name` means, a folder or a hub name.
 
-    `gpu_gib` (by GPU) and `cpu_gib` limit what the weights fill; what they leave stays on disk. `announce` is told in
-    one line what is being loaded. UserError when it is no model, or does not fit together or on the device.
+    `dtype` "int8" is this kit's own quantising, `bits` 8 or 4 is bitsandbytes'. `gpu_gib` (by GPU) and `cpu_gib` limit
+    what the weights fill; what they leave stays on disk. `announce` is told in one line what is being loaded.
+    UserError when it is no model, or does not fit together or on the device.
     """
-    device = choose_device(gpu_id, gpu_gib)
+    placement.check_combination(dtype, bits, gpu_gib, cpu_gib)
+    device = placement.choose_device(gpu_id, gpu_gib)
     folder = find_model(name)
     tokenizer = Tokenizer(folder)
     config = _read(lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder)
@@ -62,15 +72,25 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they do not "
             "belong together, copy the tokenizer that the model was trained with"
         )
-    precision = choose_dtype(dtype, device, lambda: _parameters(config))
-    announce(f"loading {name} on {device} in {str(precision).removeprefix('torch.')}")
-    options = placement(device, gpu_gib, cpu_gib)
-    model = _load_model(folder, precision, options)
-    if not options:
-        model = _read(lambda: model.to(device), folder)
+    precision = placement.choose_dtype(dtype, device, lambda: _parameters(config))
+    stored = "int8" if dtype == "int8" else f"{bits} bits" if bits else str(precision).removeprefix("torch.")
+    announce(f"loading {name} on {device} in {stored}")
+    if dtype == "int8":
+        model = _read(lambda: _quantise(_load_model(folder, "auto", {}), device, precision), folder)
+    else:
+        spread = placement.placement(device, gpu_gib, cpu_gib) if bits is None else None
+        options = placement.quantised(bits, precision, device, gpu_gib) if bits else spread
+        model = _load_model(folder, precision, options)
+        if bits == 4:
+            placement.check_four_bits(model, device)
+        if not options:
+            model = _read(lambda: _settle(model, device, precision), folder)
     eos = model.generation_config.eos_token_id
     eos_ids = [tokenizer.end_of_text] if eos is None else [eos] if isinstance(eos, int) else eos
-    return Loaded(model.eval(), tokenizer, device, precision, frozenset(eos_ids))
+    # Where the model is spread over several devices, its attention is left alone.
+    fast = device.type == "cpu" and attention.use(model)
+    cache_dtype = attention.CACHE_DTYPE if fast else None
+    return Loaded(model.eval(), tokenizer, device, precision, frozenset(eos_ids), folder, cache_dtype)
 
 
 def quiet() -> None:
@@ -126,50 +146,8 @@ def check_folder(path: Path) -> None:
     )
 
 
-def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.device:
-    """CUDA's `gpu_id`, else Apple's MPS, else the CPU; UserError for GPUs that are not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu_gib is not None and not count:
-        raise UserError("-g names GPUs, and torch finds none here: leave it out, -r limits main memory alone")
-    if gpu_gib is not None and gpu_id not in gpu_gib:
-        raise UserError(f"-g must give --gpu-id {gpu_id} its share, it names {', '.join(map(str, gpu_gib))}")
-    if count and (unknown := [number for number in (gpu_id, *(gpu_gib or ())) if number >= count]):
-        raise UserError(f"there is no GPU {unknown[0]}: torch finds {count}, numbered from 0")
-    if count:
-        return torch.device("cuda", gpu_id)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(name: str, device: torch.device, parameters: Callable[[], int]) -> torch.dtype:
-    """The precision that `name` means; "auto" looks at the device, and on the CPU at the number of `parameters`."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    return torch.float32 if parameters() <= SMALL else torch.bfloat16
-
-
-def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib: float | None) -> dict[str, object]:
-    """The options of `from_pretrained` that put weights where they belong; none leaves them in main memory."""
-    has_accelerate = importlib.util.find_spec("accelerate") is not None
-    if gpu_gib is None and cpu_gib is None:
-        # Straight to the GPU, so that main memory need not hold the model too.
-        return {"device_map": {"": device}} if device.type == "cuda" and has_accelerate else {}
-    if not has_accelerate:
-        raise UserError("-g and -r need accelerate, which is not installed: pip install accelerate")
-    import psutil  # accelerate needs it, so it is there
-
-    limits: dict[int | str, int] = {number: int(gib * GIB) for number, gib in (gpu_gib or {}).items()}
-    if gpu_gib is None and device.type == "cuda":
-        limits[device.index] = int(0.9 * torch.cuda.mem_get_info(device)[0])
-    limits["cpu"] = int(0.9 * psutil.virtual_memory().available if cpu_gib is None else cpu_gib * GIB)
-    # Layers fill the devices in this order. What is left over is read from the model's own files as it is needed.
-    return {"device_map": "sequential", "max_memory": limits, "offload_folder": None}
-
-
-def _load_model(folder: Path, dtype: torch.dtype, options: Mapping[str, object]) -> PreTrainedModel:
+def _load_model(folder: Path, dtype: torch.dtype | str, options: Mapping[str, object]) -> PreTrainedModel:
+    """The model as transformers loads it: without `options`, mapped if it is stored in `dtype` ("auto" is that)."""
     model, info = _read(
         lambda: AutoModelForCausalLM.from_pretrained(
             folder,
@@ -189,6 +167,29 @@ def _load_model(folder: Path, dtype: torch.dtype, options: Mapping[str, object])
     return model
 
 
+def _settle(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on its device, and on a CPU that gains by it and has room for them, with packed weights.
+
+    Without the room, weights stay in the mapped files, so that a model larger than memory still runs, if slowly.
+    """
+    # What is packed may come from mapped files, so that nothing is freed for it; a fifth of memory is for the rest.
+    room = 0.8 * placement.available_memory()
+    if device.type == "cpu" and linear.can_pack(dtype) and linear.linear_bytes(model) < room:
+        linear.replace(model, linear.PackedLinear, "loading")
+    return model.to(device)
+
+
+def _quantise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on its device with linear layers of 8 bits and all else in `dtype`.
+
+    It comes in the precision that it is stored in, mapped, so that main memory and the GPU's hold 8 bits alone.
+    """
+    linear.replace(model, lambda layer: linear.Int8Linear(layer, device=device, dtype=dtype), "loading")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+    return model.to(device)
+
+
 def _parameters(config: object) -> int:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
@@ -201,7 +202,8 @@ def _read(action: Callable[[], object], folder: Path) -> object:
     except Exception as error:  # they raise OSError, ValueError, RuntimeError, KeyError and errors of their own
         if is_out_of_memory(error):
             raise UserError(
-                f"{folder} does not fit into memory: spread it with -g ID:GiB ... and -r GiB, or try --dtype bfloat16"
+                f"{folder} does not fit into memory: spread it with -g ID:GiB ... and -r GiB, or try --dtype bfloat16 "
+                "or int8"
             ) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"the model in {folder} cannot be loaded: {reason}") from error

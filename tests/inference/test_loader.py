@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
-from openchatkit.inference import loader
+from openchatkit.inference import linear, loader, placement
 from openchatkit.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -65,11 +67,12 @@ def test_a_precision_that_is_named_is_used(random_models, dtype):
 
 
 def test_the_precision_follows_device_and_size(monkeypatch):
-    def chosen(device, parameters=0):
-        return loader.choose_dtype("auto", torch.device(device), lambda: parameters)
+    def chosen(device, parameters=0, name="auto"):
+        return placement.choose_dtype(name, torch.device(device), lambda: parameters)
 
     assert chosen("cpu", 10**9) == torch.float32
     assert chosen("cpu", 7 * 10**9) == torch.bfloat16
+    assert chosen("cpu", name="int8") == torch.bfloat16
     assert chosen("mps") == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert chosen("cuda") == torch.float16
@@ -78,35 +81,125 @@ def test_the_precision_follows_device_and_size(monkeypatch):
 
 
 def test_the_size_of_a_model_is_known_before_it_is_loaded(random_models):
-    loaded = loader.load(str(random_models["gptj"]))
-    assert loader._parameters(AutoConfig.from_pretrained(random_models["gptj"])) == loaded.model.num_parameters()
+    model = AutoModelForCausalLM.from_pretrained(random_models["gptj"])
+    assert loader._parameters(AutoConfig.from_pretrained(random_models["gptj"])) == model.num_parameters()
 
 
 def test_a_model_that_does_not_fit_into_memory_is_read_from_disk_as_it_is_needed(random_models):
     name = str(random_models["neox"])
-    whole, spread = loader.load(name), loader.load(name, cpu_gib=80_000 / loader.GIB)
+    whole, spread = loader.load(name), loader.load(name, cpu_gib=80_000 / placement.GIB)
     assert "disk" in spread.model.hf_device_map.values()
     tokens = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
-        assert torch.equal(whole.model(tokens).logits, spread.model(tokens).logits)
+        torch.testing.assert_close(whole.model(tokens).logits, spread.model(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_packed_where_memory_allows_and_else_stay_in_the_mapped_file(random_models, monkeypatch, dtype):
+    packed = loader.load(str(random_models["neox"]), dtype=dtype).model
+    monkeypatch.setattr(placement, "available_memory", lambda: 0)
+    mapped = loader.load(str(random_models["neox"]), dtype=dtype).model
+    kinds = {type(module) for module in mapped.modules()}
+    assert nn.Linear in kinds
+    assert linear.PackedLinear not in kinds
+    assert linear.can_pack(getattr(torch, dtype)) == isinstance(packed.lm_head, linear.PackedLinear)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if hf_model.WEIGHTS in line]
+    addresses = [range(*(int(end, 16) for end in line[0].split("-"))) for line in maps]
+    assert any(mapped.lm_head.weight.data_ptr() in held for held in addresses) == (dtype == "float32")
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(tokens).logits, mapped(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["neox", "gptj"])
+def test_int8_is_near_the_model_and_leaves_the_embedding(random_models, no_gpu, name):
+    said = []
+    loaded = loader.load(str(random_models[name]), dtype="int8", announce=said.append)
+    assert said == [f"loading {random_models[name]} on cpu in int8"]
+    assert loaded.dtype == loaded.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert not [module for module in loaded.model.modules() if isinstance(module, nn.Linear)]
+    whole = AutoModelForCausalLM.from_pretrained(random_models[name])
+    tokens = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        expected, got = whole(tokens).logits, loaded.model(tokens).logits.float()
+    assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_int8_costs_a_trained_model_less_than_a_percent_of_perplexity(trained_model):
+    texts = ["<human>: first\n<bot>: first\n<human>: then\n<bot>: again\n", "<human>: lines\n<bot>: two\nlines\n"]
+    losses = {}
+    for dtype in ("bfloat16", "int8"):
+        loaded = loader.load(str(trained_model), dtype=dtype)
+        with torch.inference_mode():
+            rows = [torch.tensor([ids]) for ids in loaded.tokenizer.encode(texts)]
+            losses[dtype] = sum(loaded.model(row, labels=row).loss.item() for row in rows) / len(rows)
+    assert abs(losses["int8"] - losses["bfloat16"]) < 0.01
+
+
+def test_an_output_layer_that_shares_the_embedding_is_quantised_and_the_embedding_is_not(tmp_path, tiny_tokenizer):
+    config = GPTNeoXConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=384,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+    )
+    GPTNeoXForCausalLM(config).to(torch.float16).save_pretrained(tmp_path)
+    for file in tiny_tokenizer.iterdir():
+        shutil.copy(file, tmp_path)
+    model = loader.load(str(tmp_path), dtype="int8").model
+    assert (model.lm_head.weight.dtype, model.gpt_neox.embed_in.weight.dtype) == (torch.int8, torch.bfloat16)
+    stored = load_file(tmp_path / hf_model.WEIGHTS)["gpt_neox.embed_in.weight"]
+    assert torch.equal(model.gpt_neox.embed_in.weight, stored.to(torch.bfloat16))
+    packed = loader.load(str(tmp_path), dtype="bfloat16").model
+    assert torch.equal(packed.gpt_neox.embed_in.weight, stored.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("name", "bits"), [("neox", 8), ("gptj", 8), ("trained", 8), ("trained", 4)])
+def test_bitsandbytes_quantises(random_models, trained_model, no_gpu, name, bits):
+    pytest.importorskip("bitsandbytes")
+    folder = {**random_models, "trained": trained_model}[name]
+    loaded = loader.load(str(folder), bits=bits)
+    assert (loaded.device, loaded.model.is_quantized) == (CPU, True)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(2, 12)[None]
+    with torch.inference_mode():
+        expected, got = whole(tokens).logits, loaded.model(tokens).logits.float()
+    assert 0 < (got - expected).norm() < {8: 0.1, 4: 0.3}[bits] * expected.norm()
+
+
+def test_four_bits_of_layers_that_bitsandbytes_cannot_pack(random_models, no_gpu):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(
+        UserError, match="multiples of 64 inputs and 32 outputs on the CPU, this model has one of 32 and 96"
+    ):
+        loader.load(str(random_models["neox"]), bits=4)
+
+
+def test_the_cache_is_kept_in_the_precision_that_attention_is_fast_in(random_models, two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded = loader.load(str(random_models["gptj"]), dtype="bfloat16")
+    assert (loaded.cache_dtype, loaded.folder) == (torch.float32, random_models["gptj"])
 
 
 def test_weights_fill_the_devices_that_are_named(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
-    assert loader.placement(GPU, {0: 1.5, 1: 2}, 3)["max_memory"] == {0: 3 << 29, 1: 2 << 30, "cpu": 3 << 30}
-    assert loader.placement(GPU, None, 3)["max_memory"] == {0: 90, "cpu": 3 << 30}
-    assert loader.placement(CPU, None, 3)["max_memory"] == {"cpu": 3 << 30}
-    assert loader.placement(GPU, {0: 1}, None)["max_memory"]["cpu"] > 1 << 20
-    assert loader.placement(GPU, None, None) == {"device_map": {"": GPU}}
-    assert loader.placement(CPU, None, None) == {}
+    assert placement.placement(GPU, {0: 1.5, 1: 2}, 3)["max_memory"] == {0: 3 << 29, 1: 2 << 30, "cpu": 3 << 30}
+    assert placement.placement(GPU, None, 3)["max_memory"] == {0: 90, "cpu": 3 << 30}
+    assert placement.placement(CPU, None, 3)["max_memory"] == {"cpu": 3 << 30}
+    assert placement.placement(GPU, {0: 1}, None)["max_memory"]["cpu"] > 1 << 20
+    assert placement.placement(GPU, None, None) == {"device_map": {"": GPU}}
+    assert placement.placement(CPU, None, None) == {}
 
 
 def test_the_device_is_the_gpu_that_is_named_else_the_cpu(two_gpus, monkeypatch):
-    assert loader.choose_device(1, None) == torch.device("cuda", 1)
-    assert loader.choose_device(1, {0: 1, 1: 1}) == torch.device("cuda", 1)
+    assert placement.choose_device(1, None) == torch.device("cuda", 1)
+    assert placement.choose_device(1, {0: 1, 1: 1}) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert loader.choose_device(1, None) == CPU
+    assert placement.choose_device(1, None) == CPU
 
 
 # -- what there is not
@@ -115,19 +208,61 @@ def test_the_device_is_the_gpu_that_is_named_else_the_cpu(two_gpus, monkeypatch)
 def test_gpus_that_are_not_there(two_gpus, monkeypatch):
     for gpu_id, shares in ((2, None), (0, {0: 1, 2: 1})):
         with pytest.raises(UserError, match="there is no GPU 2: torch finds 2, numbered from 0"):
-            loader.choose_device(gpu_id, shares)
+            placement.choose_device(gpu_id, shares)
     with pytest.raises(UserError, match="-g must give --gpu-id 0 its share, it names 1"):
-        loader.choose_device(0, {1: 10})
+        placement.choose_device(0, {1: 10})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="-g names GPUs, and torch finds none here: leave it out, -r limits"):
-        loader.choose_device(0, {0: 10})
+        placement.choose_device(0, {0: 10})
 
 
 def test_shares_without_accelerate(monkeypatch):
-    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="-g and -r need accelerate, which is not installed: pip install accelerate"):
-        loader.placement(CPU, None, 3)
-    assert loader.placement(GPU, None, None) == {}
+        placement.placement(CPU, None, 3)
+    assert placement.placement(GPU, None, None) == {}
+
+
+def test_ways_to_quantise_and_to_spread_that_do_not_go_together(random_models):
+    def check(message, **options):
+        with pytest.raises(UserError, match=message):
+            loader.load(str(random_models["neox"]), **options)
+
+    check("--dtype int8 and --load-8bit both quantise: give one of them", dtype="int8", bits=8)
+    check("--dtype int8 keeps the model on one device: leave out -g and -r", dtype="int8", cpu_gib=1.0)
+    check("--load-4bit keeps weights where they are computed with: leave out -r", bits=4, cpu_gib=1.0)
+
+
+def test_quantising_without_bitsandbytes(random_models, monkeypatch):
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--load-8bit needs bitsandbytes, which is not installed: pip install bitsand"):
+        placement.quantised(8, torch.float32, CPU, None)
+
+
+def test_quantised_models_are_spread_over_the_gpus_alone():
+    options = placement.quantised(4, torch.float16, GPU, {0: 1.0, 1: 2.0})
+    assert options["max_memory"] == {0: 1 << 30, 1: 2 << 30}
+    assert options["quantization_config"].bnb_4bit_compute_dtype == torch.float16
+    assert placement.quantised(8, torch.float16, GPU, None)["device_map"] == {"": GPU}
+
+
+def test_the_memory_that_is_left_is_what_the_system_or_the_container_says(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
+    group = "/sys/fs/cgroup/memory"
+
+    def read(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return files[path]
+
+    monkeypatch.setattr(placement, "_text", read)
+    assert placement.available_memory() == 8000 << 10
+    files |= {f"{group}.max": "max\n", f"{group}.current": "5000\n", f"{group}.stat": "anon 1\nfile 3000\n"}
+    assert placement.available_memory() == 8000 << 10
+    files[f"{group}.max"] = "6000\n"
+    assert placement.available_memory() == 4000
+    del files["/proc/meminfo"]
+    assert placement.available_memory() == 0
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
