@@ -5,7 +5,7 @@
       history                  the lines that were typed
 
 A chat is one line of JSON, and a training record as it stands, since a record's reader takes `messages` and ignores
-the other keys:
+the other keys; `cat chats/*.json > chats.jsonl` makes a file to train on:
 
     {"format": "openchatkit.chat", "version": 1, "saved": "2026-11-20T22:35:00+00:00", "model": "...",
      "messages": [{"role": "system" | "user" | "assistant", "content": "...", "passages": [...]}, ...],

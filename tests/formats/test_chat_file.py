@@ -54,13 +54,13 @@ def test_a_chat_comes_back_as_it_was_saved(home):
     assert saved.saved.endswith("+00:00")
 
 
-def test_a_saved_chat_is_a_training_record():
-    path = chat_file.write("first", MESSAGES)
-    segments = document.decode(path.read_bytes())
-    assert "".join(segment.text for segment in segments) == (
-        "Be kind.\n\n<human>: 日本?\n\tyes\n<bot>: It is.\n(human>: no\n"
-    )
-    assert [segment.trained for segment in segments] == [False, True]
+def test_saved_chats_are_training_records(tmp_path):
+    paths = [chat_file.write("first", MESSAGES, settings={"text": 1}), chat_file.write("second", MESSAGES[1:])]
+    joined = tmp_path / "chats.jsonl"
+    joined.write_bytes(b"".join(path.read_bytes() for path in paths))
+    turns = "<human>: 日本?\n\tyes\n<bot>: It is.\n(human>: no\n"
+    assert list(document.texts(joined)) == [f"Be kind.\n\n{turns}", turns]
+    assert [segment.trained for segment in document.decode(paths[0].read_bytes())] == [False, True]
 
 
 def test_nothing_is_replaced_unless_asked_for():

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
+from openchatkit.formats.tokenizer_files import add_chat_template
 from openchatkit.inference import context, rendering
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.templates import TemplateRendering
@@ -184,10 +185,14 @@ def test_a_long_conversation_is_cut_in_the_models_form_too(made):
     assert own.text(fitted.conversation).startswith("<|endoftext|>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nquestion ")
 
 
-def test_auto_is_the_models_template_unless_it_is_none_or_the_kits_own(made, tiny_tokenizer):
+def test_auto_is_the_models_template_unless_it_is_none_or_the_kits_own(made, tiny_tokenizer, tmp_path):
     without = Tokenizer(tiny_tokenizer)
     assert rendering.choose("auto", without, tiny_tokenizer).name == "kit"
     assert rendering.choose("auto", made(chat.CHAT_TEMPLATE), tiny_tokenizer).name == "kit"
+    converted = tmp_path / "converted"
+    shutil.copytree(tiny_tokenizer, converted)
+    add_chat_template(converted)
+    assert rendering.choose("auto", Tokenizer(converted), converted).name == "kit"
     assert rendering.choose("auto", made(CHATML), tiny_tokenizer).name == "model"
     assert rendering.choose("kit", made(CHATML), tiny_tokenizer).name == "kit"
     assert rendering.choose("model", made(chat.CHAT_TEMPLATE), tiny_tokenizer).name == "model"
