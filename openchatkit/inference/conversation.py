@@ -41,8 +41,10 @@ class Conversation:
         return bool(self.turns) and self.turns[-1].role == "human"
 
     def asked(self, text: str, passages: Sequence[str] = ()) -> "Conversation":
-        """This conversation with a question, open for the bot's reply."""
-        return replace(self, turns=(*self.turns, Turn("human", text, tuple(passages))))
+        """This conversation with a question, open for the bot's reply; it is added to one that has no reply yet."""
+        turns = list(self.turns)
+        _add(turns, Turn("human", text, tuple(passages)))
+        return replace(self, turns=tuple(turns))
 
     def answered(self, text: str) -> "Conversation":
         """This conversation with the reply to its last question."""

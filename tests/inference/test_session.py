@@ -403,3 +403,12 @@ def test_a_saved_chat_can_forge_no_turn(session, home):
     session.load("forged")
     assert session.prompt().count("<bot>:") == session.prompt().count("<human>:") == 1
     assert 0 not in session.responder.rendering.tokens(session.conversation)
+
+
+def test_a_saved_chat_that_ends_with_a_question_can_be_answered_and_added_to(session, home):
+    chat_file.write("open", [{"role": "user", "content": "hello"}])
+    session.load("open")
+    assert session.regenerate().text == "first"
+    session.load("open")
+    session.say("lines")
+    assert session.conversation.turns[0].text == "hello\n\nlines"
