@@ -21,6 +21,7 @@ from openchatkit.inference.server import answers, delivery, schema
 from openchatkit.inference.server.errors import ApiError, defect
 from openchatkit.inference.server.fields import parse
 from openchatkit.inference.server.guard import Guard, send_error, send_json
+from openchatkit.inference.server.rate import Rate
 from openchatkit.inference.server.worker import Job, Worker
 
 BODY_SECONDS = 30.0
@@ -33,12 +34,17 @@ Asgi = Callable[[dict[str, Any], Any, Any], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is served and its limits: bytes of a request's body, seconds of a request, seconds between heartbeats."""
+    """What is served, and its limits.
+
+    `max_rate` requests a minute from one address (0: any number), `max_body` bytes of a request, `timeout` seconds of
+    one, `heartbeat` seconds between signs of life while a client waits.
+    """
 
     served: schema.Served
     host: str = "127.0.0.1"
     names: Collection[str] = ()
     token: str | None = None
+    max_rate: int = 0
     max_body: int = 1 << 20
     timeout: float = 600.0
     heartbeat: float = delivery.HEARTBEAT_SECONDS
@@ -68,7 +74,8 @@ def create_app(responder: Responder, worker: Worker, options: Options) -> Asgi:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Guard(app, host=options.host, names=options.names, token=options.token)
+    rate = Rate(options.max_rate) if options.max_rate else None
+    return Guard(app, host=options.host, names=options.names, token=options.token, rate=rate)
 
 
 class Api:

@@ -41,6 +41,8 @@ def parser() -> cli.Parser:
     refused = f"refused: other users see command lines; set {TOKEN_VARIABLE}, or use --token-file"
     given.add_argument("--token", "--api-key", nargs="?", action=_Secret, help=refused)
     given.add_argument("--max-queue", type=cli.natural, default=16, help="requests that may wait for their turn")
+    often = "requests a minute from one address; 0 is no limit"
+    given.add_argument("--max-rate", type=cli.natural, default=300, help=often)
     given.add_argument("--max-body", type=cli.positive_int, default=1 << 20, help="bytes that a request may have")
     longest = (
         f"the most tokens that a request may ask for; {DEFAULT_MAX_NEW_TOKENS}, or what the model can, if not given"
@@ -123,6 +125,7 @@ def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.s
         host=given.host,
         names=given.allow_host,
         token=token,
+        max_rate=given.max_rate,
         max_body=given.max_body,
         timeout=given.timeout,
     )

@@ -1,4 +1,4 @@
-"""Who may ask: checks of Host, Origin and token that every request passes before anything else looks at it.
+"""Who may ask: checks of Host, Origin, rate and token that every request passes before anything else looks at it.
 
 A page on the web can make a visitor's browser send requests to this machine, with a name of the page's own that was
 made to mean 127.0.0.1 (DNS rebinding), so being reachable by nobody else is not enough: a request must name a host of
@@ -8,11 +8,13 @@ ours, and what asks for work must come from our own page or from no page at all.
 import hmac
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Collection
 from typing import Any
 
 from openchatkit.inference.server.errors import ApiError
+from openchatkit.inference.server.rate import Rate
 
 # Messages of ASGI.
 Scope = dict[str, Any]
@@ -38,11 +40,21 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """An ASGI application around another. `host` is what the server listens on, `names` other names it is called by.
 
-    With a `token`, every path under /v1 needs it as `Authorization: Bearer`.
+    With a `token`, every path under /v1 needs it as `Authorization: Bearer`; the `rate` counts requests there, those
+    without the token too.
     """
 
-    def __init__(self, app: Any, *, host: str, names: Collection[str] = (), token: str | None = None) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        host: str,
+        names: Collection[str] = (),
+        token: str | None = None,
+        rate: Rate | None = None,
+    ) -> None:
         self._app = app
+        self._rate = rate
         self._names = {name.lower() for name in (*_LOCAL_NAMES, host, *names)}
         self._any_address = host in ("0.0.0.0", "::")
         self._token = None if token is None else token.encode()
@@ -73,7 +85,8 @@ class Guard:
             scheme, _, place = origin.partition("://")
             if scheme not in ("http", "https") or place.lower() != host.lower():
                 raise ApiError(403, "pages of other origins may not use this server", code="wrong_origin")
-        if self._token is not None and scope["path"].startswith("/v1"):
+        if scope["path"].startswith("/v1"):
+            self._check_rate(scope["client"])
             self._check_token(headers.get(b"authorization", ""))
 
     def _is_ours(self, host: str) -> bool:
@@ -83,7 +96,16 @@ class Guard:
         name = (match[1] or match[2]).lower()
         return name in self._names or (self._any_address and _is_address(name))
 
+    def _check_rate(self, client: tuple[str, int] | None) -> None:
+        wait = self._rate.take(client[0] if client else "") if self._rate else 0
+        if wait:
+            message = "too many requests in a minute from this address: slow down"
+            headers = {"Retry-After": str(math.ceil(wait))}
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+
     def _check_token(self, authorization: str) -> None:
+        if self._token is None:
+            return
         scheme, _, given = authorization.partition(" ")
         # In constant time, so that how long a refusal takes says nothing about the token.
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):

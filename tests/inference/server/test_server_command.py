@@ -159,10 +159,12 @@ def test_without_its_packages_the_server_says_what_to_install(monkeypatch, capsy
 
 
 def test_the_readme_names_every_flag_of_the_server():
-    readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8").partition("## Server")[2]
+    readme = (
+        (ROOT / "inference" / "README.md").read_text(encoding="utf-8").partition("\n## Server")[2].partition("\n## ")[0]
+    )
     shared = {"--model", "--max-tokens"}
     flags = {flag for action in command.parser()._actions for flag in action.option_strings}
     documented = set(re.findall(r"`(--[\w-]+)", readme))
     own = {"--host", "--port", "--allow-host", "--token-file", "--max-queue", "--max-body", "--max-new-tokens"}
-    own |= {"--timeout", "--cached-conversations", "--access-log"}
+    own |= {"--max-rate", "--timeout", "--cached-conversations", "--access-log"}
     assert own <= documented <= flags | shared

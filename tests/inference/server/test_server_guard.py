@@ -11,6 +11,7 @@ import pytest
 from served import CHAT, HELLO, Running, parsed, post
 
 from openchatkit.inference.engine import OutOfMemory
+from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
 from openchatkit.inference.server.worker import Worker
 
 TOKEN = "a-token-of-the-tests"
@@ -109,6 +110,39 @@ def test_without_the_token_only_the_page_and_health_are_there(guarded):
 def test_with_the_token_everything_is(guarded):
     reply = guarded.client().chat.completions.create(model="tiny", messages=HELLO)
     assert reply.choices[0].message.content == "first"
+
+
+# -- rate
+
+
+def test_an_address_that_asks_too_often_must_wait_and_others_need_not():
+    now = [0.0]
+    rate = Rate(120, clock=lambda: now[0])
+    assert [rate.take("a") for _ in range(121)] == [0] * 120 + [0.5]
+    assert rate.take("b") == 0
+    now[0] = 0.4
+    assert rate.take("a") == pytest.approx(0.1)
+    now[0] = 1.0
+    assert [rate.take("a") for _ in range(3)] == [0, 0, pytest.approx(0.5)]
+    now[0] = 1e6
+    assert [rate.take("a") for _ in range(121)].count(0) == 120
+
+
+def test_addresses_are_not_kept_without_limit():
+    rate = Rate(1, clock=lambda: 0.0)
+    for number in range(MOST_ADDRESSES + 1):
+        assert rate.take(str(number)) == 0
+    assert rate.take(str(MOST_ADDRESSES)) == 60
+    assert rate.take("0") == 0
+
+
+def test_too_many_requests_in_a_minute_are_refused_before_the_token_is_looked_at(serve, trained):
+    with serve(trained.responder, max_rate=2, token=TOKEN) as running:
+        assert [parsed(get(running, "/v1/models"))[0] for _ in range(2)] == [401, 401]
+        answer = get(running, "/v1/models", Authorization=f"Bearer {TOKEN}")
+        assert parsed(answer)[1]["error"]["code"] == "rate_limit_exceeded"
+        assert re.search(rb"retry-after: [1-9]", answer)
+        assert parsed(get(running, "/health"))[0] == 200
 
 
 # -- paths and bodies
