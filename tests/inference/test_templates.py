@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
@@ -15,6 +16,10 @@ from openchatkit.formats.chat import Turn
 from openchatkit.formats.tokenizer_files import add_chat_template
 from openchatkit.inference import context, rendering
 from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.engine import Engine
+from openchatkit.inference.responder import Responder
+from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.session import Session
 from openchatkit.inference.templates import TemplateRendering
 
 CHATML = (
@@ -242,3 +247,21 @@ def test_special_tokens_that_take_the_space_beside_them(tiny_tokenizer, tmp_path
         1,
         *tokenizer.encode(["b"])[0],
     ]
+
+
+def test_a_chat_in_the_models_form_is_what_transformers_generates(made, random_models):
+    model = AutoModelForCausalLM.from_pretrained(random_models["neox"]).eval()
+    tokenizer = made(CHATML)
+    engine = Engine(model, eos_ids=[0], device=torch.device("cpu"))
+    responder = Responder(engine, tokenizer, TemplateRendering(tokenizer))
+    session = Session(responder, Sampling(max_tokens=12, sample=False))
+    for question in ("What is it?", "And then?"):
+        ids = by_transformers(CHATML, tokenizer, session.conversation.asked(question))
+        made_by_transformers = model.generate(
+            torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=[0, *responder.rendering.stop_ids]
+        )[0, len(ids) :].tolist()
+        reply = session.say(question)
+        assert list(reply.tokens) == made_by_transformers
+    # The first question at least; what this model says is hardly text, and not made of the same tokens when read.
+    assert reply.statistics.cached_tokens >= 20
+    assert session.prompt().startswith("<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")
