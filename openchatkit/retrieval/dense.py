@@ -1,8 +1,9 @@
 """Searching vectors with faiss: which index is built for how many rows, and what is taken from a file.
 
-Up to 50,000 rows all are compared, as float16. Above that, rows lie in lists by their nearest centre (IVF) and only some
-lists are looked at, as bytes (or, from 20 million rows on, as product-quantised codes); the candidates that this gives
-are then scored by the kept vectors. How many lists is measured when the index is built. Files are read by memory map.
+Up to 50,000 rows all are compared, as float16. Above that, rows lie in lists by their nearest centre (IVF) and only
+some lists are looked at, as bytes (or, from 20 million rows on, as product-quantised codes); the candidates that this
+gives are then scored by the kept vectors. How many lists is measured when the index is built. Files are read by memory
+map.
 """
 
 import contextlib

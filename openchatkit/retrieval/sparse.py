@@ -1,0 +1,243 @@
+"""BM25: finding passages by their words.
+
+A row's score for a word is that of Lucene's BM25, reckoned when the index is built:
+
+    idf * f / (f + k1 * (1 - b + b * length / mean length)),    idf = log(1 + (N - n + 0.5) / (n + 0.5))
+
+with f how often the word is in the row, n in how many of N rows it is, and lengths in words. The scores lie word by
+word in arrays as bm25s (https://github.com/xhluca/bm25s, method "lucene") keeps them, and bm25s can open them. Its
+search adds up an array as long as the index for every question; `Sparse.search` takes the rarest words first and stops
+looking for further rows once the words that are left cannot lift one into the best k (MaxScore: Turtle and Flood, Query
+evaluation: strategies and optimizations, 1995). The result is the same.
+"""
+
+import bisect
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.formats.retrieval_index import SparseRecord
+from openchatkit.retrieval.words import words
+
+K1, B = 1.5, 0.75
+_PIECE = 8192  # rows at a time
+_SCORE, _ROW, _START = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<i8")
+_ENTRY = np.dtype([("word", "<i4"), ("row", "<i4"), ("count", "<i4")])
+_WORDS = pa.schema([("word", pa.large_string()), ("weight", pa.float32()), ("highest", pa.float32())])
+
+
+@dataclass(frozen=True)
+class SparsePaths:
+    """Where the files of a BM25 index are; see `formats.retrieval_index`."""
+
+    scores: Path
+    postings: Path
+    starts: Path
+    words: Path
+
+
+def build(texts: Iterable[str], paths: SparsePaths, *, rows: int, spill: Path) -> SparseRecord:
+    """Write the index of so many texts; `spill` is a file for use meanwhile, of 12 bytes a distinct word of a text.
+
+    Memory grows with the vocabulary, not with the texts.
+    """
+    numbers: dict[str, int] = {}
+    lengths = np.zeros(rows, np.int32)
+    sizes = []
+    try:
+        with open(spill, "wb") as file, progress.bar(rows, "words counted", unit="row") as bar:
+            for first, entries in _counted(texts, numbers, lengths):
+                file.write(entries.tobytes())
+                sizes.append(len(entries))
+                bar.update(min(_PIECE, rows - first))
+        return _arranged(spill, sizes, numbers, lengths, paths)
+    finally:
+        spill.unlink(missing_ok=True)
+
+
+def _counted(texts: Iterable[str], numbers: dict[str, int], lengths: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Entries of a piece of texts and the number of its first; gives words numbers, notes lengths."""
+    texts = iter(texts)
+    first = 0
+    while piece := [words(text) for text in islice(texts, _PIECE)]:
+        lengths[first : first + len(piece)] = sizes = [len(text) for text in piece]
+        flat = np.fromiter(
+            (numbers.setdefault(word, len(numbers)) for text in piece for word in text), np.int64, sum(sizes)
+        )
+        keys, counts = np.unique(np.repeat(np.arange(len(piece)), sizes) << 32 | flat, return_counts=True)
+        entries = np.empty(len(keys), _ENTRY)
+        entries["word"], entries["row"], entries["count"] = keys & 0xFFFFFFFF, first + (keys >> 32), counts
+        yield first, entries
+        first += len(piece)
+    assert first == len(lengths), (first, len(lengths))
+
+
+def _arranged(
+    spill: Path, sizes: list[int], numbers: dict[str, int], lengths: np.ndarray, paths: SparsePaths
+) -> SparseRecord:
+    """Sort the entries by word, then row, a piece at a time into its places; score them."""
+    rows, mean = len(lengths), max(float(lengths.mean()), 1e-9)
+    vocabulary = sorted(numbers)
+    ranks = np.empty(len(numbers), np.int64)
+    ranks[[numbers[word] for word in vocabulary]] = np.arange(len(vocabulary))
+    found_in = np.zeros(len(vocabulary), np.int64)
+    for entries in _pieces(spill, sizes):
+        found_in += np.bincount(ranks[entries["word"]], minlength=len(vocabulary))
+    weights = np.log(1 + (rows - found_in + 0.5) / (found_in + 0.5)).astype(_SCORE)
+    starts = np.concatenate([[0], np.cumsum(found_in)]).astype(_START)
+    heads, highest = starts[:-1].copy(), np.zeros(len(vocabulary), _SCORE)
+    scores, postings = _create(paths.scores, _SCORE, starts[-1]), _create(paths.postings, _ROW, starts[-1])
+    with progress.bar(int(starts[-1]), "words arranged", unit="entry") as bar:
+        for entries in _pieces(spill, sizes):
+            ranked = ranks[entries["word"]]
+            order = np.argsort(ranked, kind="stable")
+            entries, ranked = entries[order], ranked[order]
+            present, begin, count = np.unique(ranked, return_index=True, return_counts=True)
+            places = np.repeat(heads[present] - begin, count) + np.arange(len(entries))
+            often = entries["count"].astype(_SCORE)
+            fullness = often / (often + K1 * (1 - B + B * lengths[entries["row"]] / mean))
+            scored = (weights[ranked] * fullness).astype(_SCORE)
+            scores[places], postings[places] = scored, entries["row"]
+            heads[present] += count
+            if len(present):
+                highest[present] = np.maximum(highest[present], np.maximum.reduceat(scored, begin))
+            bar.update(len(entries))
+    for array in (scores, postings):
+        if isinstance(array, np.memmap):
+            array.flush()
+    np.save(paths.starts, starts, allow_pickle=False)
+    table = pa.record_batch([pa.array(vocabulary, pa.large_string()), weights, highest], schema=_WORDS)
+    with pa.OSFile(str(paths.words), "wb") as file, pa.ipc.new_file(file, _WORDS) as writer:
+        writer.write_batch(table)
+    return SparseRecord(K1, B, len(vocabulary), int(starts[-1]), round(mean, 3))
+
+
+def _pieces(spill: Path, sizes: list[int]) -> Iterator[np.ndarray]:
+    with open(spill, "rb") as file:
+        for size in sizes:
+            yield np.frombuffer(file.read(size * _ENTRY.itemsize), _ENTRY)
+
+
+def _create(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    if size:
+        return np.lib.format.open_memmap(path, "w+", dtype, (int(size),))
+    np.save(path, np.empty(0, dtype), allow_pickle=False)  # which cannot be mapped
+    return np.empty(0, dtype)
+
+
+class Sparse:
+    """A BM25 index by memory map; read by several threads at once, if need be.
+
+    UserError where a file is not of the kind and size that the record says.
+    """
+
+    def __init__(self, paths: SparsePaths, record: SparseRecord, rows: int) -> None:
+        self._rows = rows
+        self._scores = _open(paths.scores, _SCORE, record.entries)
+        self._postings = _open(paths.postings, _ROW, record.entries)
+        self._starts = _open(paths.starts, _START, record.words + 1)
+        try:
+            self._file = pa.memory_map(str(paths.words), "r")
+            batch = pa.ipc.open_file(self._file).get_batch(0)
+            if batch.schema != _WORDS or batch.num_rows != record.words:
+                raise ValueError(f"it holds {batch.num_rows:,} words, the manifest says {record.words:,}")
+        except (ValueError, OSError) as error:
+            raise UserError(f"{paths.words} is no table of words: {error}; build the index again") from error
+        self._words, self._weights, self._highest = batch.columns
+
+    def search(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """The k rows of the highest scores above 0, the best first: scores, row numbers; and the highest that a row
+        could have, for it to be seen how much of the question a row holds."""
+        known, possible = self._known(query)
+        known.sort(key=lambda word: -self._highest[word].as_py())
+        above = [self._highest[word].as_py() for word in known]
+        rows, scores = np.empty(0, np.int64), np.empty(0, _SCORE)
+        for number, word in enumerate(known):
+            left = sum(above[number:])
+            enough = _kth(scores, k)
+            if enough >= left:  # a row that has none of the words before cannot be among the best
+                kept = scores + left >= enough
+                rows, scores = self._added(word, rows[kept], scores[kept])
+            else:
+                rows, scores = _merged(rows, scores, *self._entries(word))
+        order = np.lexsort((rows, -scores))[:k] if len(rows) <= 4 * k else _best(rows, scores, k)
+        return scores[order], rows[order], possible
+
+    def scores(self, query: str, rows: np.ndarray) -> np.ndarray:
+        """The scores of these rows, 0 without a word in common: float32, one for each."""
+        order = np.argsort(rows, kind="stable")
+        ranked, found = rows[order], np.zeros(len(rows), _SCORE)
+        for word in self._known(query)[0]:
+            found = self._added(word, ranked, found)[1]
+        result = np.empty_like(found)
+        result[order] = found
+        return result
+
+    def close(self) -> None:
+        """Give the map of the words back; those of the arrays go with the last reference."""
+        self._words = self._weights = self._highest = None
+        self._file.close()
+
+    def _known(self, query: str) -> tuple[list[int], float]:
+        """The numbers of a question's words that are in the index, and the sum of the weights of all."""
+        known, possible = [], 0.0
+        for word in dict.fromkeys(words(query)):
+            number = bisect.bisect_left(range(len(self._words)), word, key=lambda at: self._words[at].as_py())
+            if number < len(self._words) and self._words[number].as_py() == word:
+                known.append(number)
+                possible += self._weights[number].as_py()
+            else:
+                possible += math.log(1 + (self._rows + 0.5) / 0.5)
+        return known, possible
+
+    def _entries(self, word: int) -> tuple[np.ndarray, np.ndarray]:
+        first, end = int(self._starts[word]), int(self._starts[word + 1])
+        return self._postings[first:end], self._scores[first:end]
+
+    def _added(self, word: int, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ascending rows, and their scores with those for a word."""
+        postings, values = self._entries(word)
+        at = np.minimum(np.searchsorted(postings, rows), len(postings) - 1)
+        return rows, scores + np.where(postings[at] == rows, values[at], np.float32(0))
+
+
+def _open(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r" if size else None, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}; build the index again") from error
+    if array.shape != (size,) or array.dtype != dtype:
+        raise UserError(
+            f"{path} holds {array.dtype} {array.shape}, the manifest says {dtype} {(size,)}: build the index again"
+        )
+    return np.asarray(array)
+
+
+def _kth(scores: np.ndarray, k: int) -> float:
+    """The k-th highest score; below any where there are fewer."""
+    return float(np.partition(scores, len(scores) - k)[len(scores) - k]) if len(scores) >= k else -1.0
+
+
+def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
+    some = np.flatnonzero(scores >= _kth(scores, k))
+    return some[np.lexsort((rows[some], -scores[some]))[:k]]
+
+
+def _merged(
+    rows: np.ndarray, scores: np.ndarray, more: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two ascending lists of rows as one, the scores of rows in both added."""
+    if not len(rows):
+        return more.astype(np.int64), values.astype(_SCORE)
+    every = np.concatenate([rows, more])
+    order = np.argsort(every, kind="stable")
+    every = every[order]
+    first = np.flatnonzero(np.concatenate([[True], every[1:] != every[:-1]]))
+    return every[first], np.add.reduceat(np.concatenate([scores, values])[order], first)

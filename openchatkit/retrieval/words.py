@@ -1,0 +1,47 @@
+"""What counts as a word for BM25: the same in an index and in a question.
+
+Text is taken as NFKC, cut at what is no letter or digit, and case-folded. A word in camel case counts whole and in its
+parts, so that `getObject` is found by "get object" and `GitHub` by "github". Chinese and Japanese, which part no words,
+count as pairs of characters. English words that say nothing about a subject are left out.
+"""
+
+import re
+import unicodedata
+
+LONGEST = 64  # characters; what is longer is no word: an encoded file, say
+_RUNS = re.compile(r"[^\W_]+")
+_HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_UNPARTED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)")
+_EMPTY_WORDS = """
+a about am an and are as at be been but by can could d did do does for from had has have he her his how i if in into is
+it its ll m me my no not of on or our re s she should so such t than that the their them then there these they this to
+too us ve very was we were what when where which who why will with would you your
+"""
+_EMPTY = frozenset(_EMPTY_WORDS.split())
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in order, repeated ones too."""
+    found = []
+    for run in _RUNS.findall(unicodedata.normalize("NFKC", text)):
+        if not run.isascii():
+            found += _of_unparted(run)
+            continue
+        word = run.lower()
+        if word in _EMPTY or len(word) > LONGEST:
+            continue
+        found.append(word)
+        if not (word == run or run[1:] == word[1:] or run.isupper()):
+            parts = _HUMPS.split(run)
+            found += [part.lower() for part in parts] if len(parts) > 1 else []
+    return found
+
+
+def _of_unparted(run: str) -> list[str]:
+    found = []
+    for piece in _UNPARTED.split(run):
+        if _UNPARTED.fullmatch(piece):
+            found += [piece[at : at + 2] for at in range(max(1, len(piece) - 1))]
+        elif piece and len(piece) <= LONGEST:
+            found.append(piece.casefold())
+    return [word for word in found if word not in _EMPTY]
