@@ -1,11 +1,20 @@
-"""The command `inference/bot.py`: its flags, and a chat shell over the model that they name."""
+"""The command `inference/bot.py`: its flags, and what they ask for: a chat shell, one question, or a batch."""
 
+import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from openchatkit import cli
 from openchatkit.errors import UserError
+from openchatkit.formats import chat_file
 from openchatkit.inference import flags
+
+# What changes how replies are shown, or how fast they come, and not what they say.
+_PRESENTATION = (
+    *("batch", "output", "json", "verbose", "no_stream", "no_date", "prompt", "load", "retrieval"),
+    *("gpu_id", "gpu_vram", "cpu_ram", "threads", "no_compile", "moderation_gpu_id"),
+)
 
 
 def parser() -> cli.Parser:
@@ -13,10 +22,17 @@ def parser() -> cli.Parser:
     given = cli.Parser(
         prog="inference/bot.py",
         description="Chat with a model. On a terminal this is a shell; from a pipe, each line is a question or a "
-        "command, and only replies are printed.",
+        "command, and only replies are printed. --prompt asks one question, --batch a file of them.",
     )
     flags.add_model_flags(given)
     flags.add_sampling_flags(given)
+    given.add_argument("--system", metavar="TEXT", help="open the conversation with this text")
+    given.add_argument("--load", metavar="NAME", help="go on with a saved chat; see /save and /chats")
+    given.add_argument("--prompt", metavar="TEXT", help="ask this and leave; piped text goes with it as a passage")
+    given.add_argument("--batch", metavar="IN.jsonl", help="answer each row of a file by itself; - is standard input")
+    given.add_argument("--output", metavar="OUT.jsonl", help="where the replies of --batch go; - is standard output")
+    given.add_argument("--json", action="store_true", help="print each reply as a JSON object on one line")
+    given.add_argument("--verbose", action="store_true", help="print tokens, tokens/s and seconds after each reply")
     given.add_argument("--no-stream", action="store_true", help="print each reply when it is whole")
     given.add_argument("--no-date", action="store_true", help="do not open the chat with date and time")
     given.add_argument("--retrieval", action="store_true", help="not in this version yet")
@@ -25,23 +41,96 @@ def parser() -> cli.Parser:
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model and chat until the end of input."""
+    """Load the model and chat until the end of input, or answer what the flags give."""
     given = parser().parse_args(argv)
+    _check(given)
+    # Bytes that are no UTF-8 come through as lone surrogates, which the shell reports and replaces.
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout.reconfigure(errors="replace", **({"encoding": "utf-8"} if given.json or given.batch else {}))
+    if given.batch:
+        return _batch(given)
+    return _chat(given)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """UserError for flags that do not go together, before a model is loaded for nothing."""
     if given.retrieval:
         raise UserError("--retrieval is not in this version yet: leave it out, and give passages with /passage TEXT")
-    if sys.stdin is None:
+    if given.batch and not given.output:
+        raise UserError("--batch needs --output OUT.jsonl for its replies, or --output - for standard output")
+    if given.output and not given.batch:
+        raise UserError("--output is where the replies of --batch go: expected --batch IN.jsonl with it")
+    if given.batch and (given.prompt is not None or given.load):
+        raise UserError("--batch answers each row by itself: leave out --prompt and --load")
+    if given.prompt is not None and not given.prompt.strip():
+        raise UserError("--prompt is empty: expected a question")
+    if sys.stdin is None and given.prompt is None and given.batch in (None, "-"):
         raise UserError("standard input is closed: expected a terminal, a pipe or a file to read questions from")
+    if given.load:
+        chat_file.read(given.load)
+
+
+def _chat(given: argparse.Namespace) -> int:
+    from openchatkit.inference.shell.commands import Shell
+    from openchatkit.inference.shell.lines import piped
+    from openchatkit.inference.shell.output import Output
+
+    asked = given.prompt is not None
+    output = Output(
+        sys.stdout,
+        sys.stderr,
+        interactive=not asked and sys.stdin.isatty(),
+        stream=not given.no_stream,
+        as_json=given.json,
+        verbose=given.verbose,
+    )
+    passages = piped(sys.stdin, output) if asked else []
+    session = _session(given)
+    shell = Shell(session, output, stdin=sys.stdin, stdout=sys.stdout, about=_about(given, session))
+    if asked:
+        shell.ask(given.prompt, passages)
+    else:
+        shell.cmdloop()
+    return output.status
+
+
+def _batch(given: argparse.Namespace) -> int:
+    from openchatkit.inference.batch.files import Batch
+
+    settings = {name: value for name, value in vars(given).items() if name not in _PRESENTATION}
+    with Batch(given.batch, given.output, settings) as batch:
+        if not batch.finished:
+            from openchatkit.inference.batch.answering import answer
+
+            session = _session(given)
+            answer(batch, session.responder, session.sampling, seed=given.seed, system=given.system or "")
+        batch.conclude()
+    return 0
+
+
+def _session(given: argparse.Namespace) -> "Session":  # noqa: F821
     responder = flags.responder(given, _announce)
     from openchatkit.inference.session import Session
-    from openchatkit.inference.shell import Shell
 
-    session = Session(responder, flags.sampling(given), date=not given.no_date, seed=given.seed)
-    # Bytes that are no UTF-8 come through as lone surrogates, which the shell reports and replaces.
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stdout.reconfigure(errors="replace")
-    shell = Shell(session, stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr, stream=not given.no_stream)
-    shell.cmdloop()
-    return shell.status
+    session = Session(
+        responder, flags.sampling(given), date=not given.no_date, seed=given.seed, model=Path(given.model).name
+    )
+    if given.load:
+        session.load(given.load)
+    if given.system is not None:
+        session.system = given.system
+    return session
+
+
+def _about(given: argparse.Namespace, session: "Session") -> str:  # noqa: F821
+    """What was loaded, in one line; where to and how precise was said as it was."""
+    responder = session.responder
+    length = responder.engine.context_length
+    reads = "" if length is None else f", reads {length:,} tokens at once"
+    form = "the kit's form" if responder.rendering.name == "kit" else "its own chat template"
+    judged = "" if responder.moderator is None else f", moderated by {given.moderation_model}"
+    return f"{given.model}{reads}, in {form}{judged}"
 
 
 def _announce(text: str) -> None:

@@ -22,6 +22,13 @@ BOT = ROOT / "inference" / "bot.py"
 SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0}
 
 
+@pytest.fixture(autouse=True)
+def chat_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of saved chats and history, for this test alone."""
+    monkeypatch.setenv("OPENCHATKIT_HOME", str(tmp_path / "chat_home"))
+    return tmp_path / "chat_home"
+
+
 @pytest.fixture(scope="session")
 def random_models(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a GPT-NeoX and a GPT-J with random weights; they say anything and hardly ever end by themselves."""

@@ -1,22 +1,22 @@
-"""The real command, driven through a pipe and through a pseudo-terminal."""
+"""What each line does: through a pipe into the real command, and in this process for the many small cases."""
 
-import os
 import re
 import subprocess
 import sys
 
-import pexpect
 import pytest
+import torch
+from transformers import GPTNeoXForCausalLM
 
-from openchatkit.inference import bot
-from openchatkit.inference.shell import MAX_LINE
+from openchatkit.inference.shell.lines import MAX_LINE
 from openchatkit.paths import ROOT
 
 BOT = ROOT / "inference" / "bot.py"
-COMMANDS = "/help, /hyperparameters, /passage, /quit, /raw_prompt, /raw_say, /reset, /say"
-
-
-# -- a pipe
+COMMANDS = (
+    "chats help hyperparameters load passage quit raw_prompt raw_say regen reset retrieval save say set stats system "
+    "undo"
+)
+LISTED = "/help lists the commands, /say TEXT says a text with a slash"
 
 
 def test_a_pipe_gets_replies_and_nothing_else(pipe, trained_model):
@@ -92,13 +92,29 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_question(piped,
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/nosuch thing", f"unknown command /nosuch: there are {COMMANDS}; /say TEXT says a text with a slash"),
-        ("/", f"unknown command /: there are {COMMANDS}; /say TEXT says a text with a slash"),
-        ("/__class__", f"unknown command /__class__: there are {COMMANDS}; /say TEXT says a text with a slash"),
+        ("/nosuch thing", f"unknown command /nosuch: {LISTED}"),
+        ("/", f"unknown command /: {LISTED}"),
+        ("/__class__", f"unknown command /__class__: {LISTED}"),
+        ("/rest", f"unknown command /rest: did you mean /reset? {LISTED}"),
+        ("/e\x1b[31mvil", f"unknown command /evil: {LISTED}"),
         ("/say", "/say needs a text behind it"),
         ("/passage", "/passage needs a text behind it"),
         ("/raw_say  ", "/raw_say needs a text behind it"),
         (f"/raw_say {'word ' * 300}", "this needs "),
+        ("/set temprature 1", "unknown setting temprature: did you mean temperature? there are max_tokens, sample, "),
+        ("/set temperature nan", "temperature nan: expected a number from 0"),
+        ("/set top_p -1", "top_p -1.0: expected a number above 0"),
+        ("/set top_k many", "top_k 'many': expected a whole number of at least 0"),
+        ("/set max_tokens 5000", "--max-tokens 5000 leaves no room for a question"),
+        ("/set verbose maybe", "verbose 'maybe': expected on or off"),
+        ("/save", "/save needs the name to save under"),
+        ("/save a", "there is nothing to save yet: ask something first"),
+        ("/load", "/load needs the name of a saved chat; /chats lists them"),
+        ("/load nosuch", "there is no saved chat nosuch: there are none yet"),
+        ("/load ../secret", "'../secret' cannot be the name of a chat: expected at most 64 letters"),
+        ("/undo", "nothing to undo: no question has been asked yet"),
+        ("/retrieval on", "there is no index to retrieve passages from: give passages with /passage TEXT"),
+        ("/retrieval maybe", "/retrieval 'maybe': expected on or off"),
     ],
 )
 def test_a_command_that_cannot_be_obeyed_is_one_line_and_the_shell_lives_on(piped, trained_model, line, message):
@@ -109,6 +125,53 @@ def test_a_command_that_cannot_be_obeyed_is_one_line_and_the_shell_lives_on(pipe
     assert done.status == 2
 
 
+def test_a_question_to_ask_again_that_is_not_there_leaves_an_empty_line(piped, trained_model):
+    done = piped("/regen\nhello\n", trained_model, "--no-sample", "--no-date")
+    assert done.lines == ["", "first"]
+    assert done.notes == ["error: nothing to answer again: no question has been asked yet"]
+
+
+def test_a_chat_file_that_is_not_ours_is_one_line(piped, trained_model, chat_home):
+    (chat_home / "chats").mkdir(parents=True)
+    (chat_home / "chats" / "foreign.json").write_text('{"messages": []}')
+    done = piped("/load foreign\nhello\n", trained_model, "--no-sample", "--no-date")
+    assert re.fullmatch(r"error: \S+foreign.json is not a chat that this program saved: .+", done.notes[0])
+    assert (done.lines, done.status) == (["first"], 2)
+
+
+def test_a_disk_that_refuses_a_chat_is_one_line(piped, trained_model, chat_home):
+    chat_home.write_text("a file where the folder should be")
+    done = piped("hello\n/save a\nhello\n", trained_model, "--no-sample", "--no-date")
+    assert done.lines == ["first", "again"]
+    assert len(done.notes) == 1
+    assert done.notes[0].startswith("error: the chat cannot be saved as ")
+
+
+def test_out_of_memory_undoes_the_turn_and_the_shell_lives_on(piped, trained_model, monkeypatch):
+    forward = GPTNeoXForCausalLM.forward
+    prompts = []
+
+    def read(self, input_ids, **options):
+        # Of the first three prompts, the second finds no memory.
+        prompts.extend([input_ids.shape] if input_ids.shape[1] > 3 else [])
+        if input_ids.shape[1] > 3 and len(prompts) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(GPTNeoXForCausalLM, "forward", read)
+    done = piped("hello\nhello\nhello\n", trained_model, "--no-sample", "--no-date")
+    assert done.lines == ["first", "", "again"]
+    assert done.notes[0].startswith("error: out of memory: this turn was undone")
+    assert (len(done.notes), done.status) == (1, 2)
+
+
+def test_undo_and_regen_take_back_and_repeat(piped, trained_model):
+    asked = "hello\nhello\n/undo\nhello\n/regen\n/passage red\nsay it\n/regen\n"
+    done = piped(asked + "/undo\n" * 4 + "hello\n", trained_model, "--no-sample", "--no-date", "--max-tokens", "20")
+    assert done.lines == ["first", "again", "again", "again", "日本 red", "日本 red", "first"]
+    assert done.notes == ["error: nothing to undo: no question has been asked yet"]
+
+
 def test_the_other_commands(piped, trained_model):
     script = "/hyperparameters\n/help\n/?\n/raw_prompt\n/passage red\n/raw_prompt say it\n/raw_say hello\n"
     done = piped(
@@ -116,12 +179,75 @@ def test_the_other_commands(piped, trained_model):
     )
     shown = done.stdout.decode()
     assert shown.startswith(
-        "Hyperparameters:\n  max_tokens: 9\n  sample: True\n  temperature: 0.0\n  top_k: 5\n  top_p: 1.0\n  min_p: 0.0\n"
-        "  repetition_penalty: 1.0\n  seed: 3\n/help "
+        "Hyperparameters:\n  max_tokens: 9\n  sample: True\n  temperature: 0.0\n  top_k: 5\n  top_p: 1.0\n"
+        "  min_p: 0.0\n  repetition_penalty: 1.0\n  seed: 3\n/chats "
     )
-    assert shown.count("/passage TEXT       give the next question a passage to answer from") == 2
+    assert shown.count("/passage TEXT        give the next question a passage to answer from") == 2
     assert "\n\n<human>: Passages:\n> red\n\nsay it\n<bot>:\n" in shown
     assert done.status == 0
+
+
+def test_settings_are_changed_shown_and_heeded(piped, trained_model):
+    script = (
+        '/set\n/set top-k 7\n/set top_k\n/set stop ["o"]\n/set sample off\n/set stop\nlines\n/reset\n'
+        "/set stop none\nlines\n/reset\n/set max_tokens 1\nlines\n"
+    )
+    done = piped(script, trained_model, "--no-date", "--seed", "4")
+    assert done.stdout.decode().startswith(
+        "max_tokens: 128\nsample: on\ntemperature: 0.6\ntop_k: 40\ntop_p: 1.0\nmin_p: 0.0\nrepetition_penalty: 1.0\n"
+        'seed: 4\nstop: none\nverbose: off\ntop_k: 7\nstop: ["o"]\ntw\ntwo\nlines\n'
+    )
+    assert done.notes == ["note: the reply was cut after 1 token (--max-tokens, /set max_tokens)"]
+
+
+def test_the_system_text_opens_the_conversation_and_goes(piped, trained_model):
+    script = "/system Be  kind.\n/system\n/raw_prompt hi\n/system -\n/raw_prompt hi\n/system\n"
+    done = piped(script, trained_model, "--no-date", "--system", "At first.")
+    assert done.stdout.decode() == ("Be  kind.\nBe  kind.\n\n<human>: hi\n<bot>:\n<human>: hi\n<bot>:\n\n")
+    assert piped("/system", trained_model, "--system", "At first.").stdout == b"At first.\n"
+
+
+def test_a_chat_is_saved_listed_and_gone_on_with(piped, trained_model, chat_home):
+    flags = ("--no-sample", "--no-date")
+    done = piped("hello\n/save a\n/save a\n/save a!\n/save b\n/chats\n", trained_model, *flags)
+    assert done.lines == ["first", "a", "b"]
+    assert done.notes == [
+        "error: there is a chat a already: save under another name, or replace it with a!",
+    ]
+    assert sorted(path.name for path in (chat_home / "chats").iterdir()) == ["a.json", "b.json"]
+    assert piped("/load a\nhello\n", trained_model, *flags).lines == ["again"]
+    assert piped("hello\n", trained_model, *flags, "--load", "b").lines == ["again"]
+
+
+def test_what_was_said_cannot_reach_the_terminal_as_control_sequences(piped, trained_model):
+    script = (
+        "/system \x1b]0;title\x07 \x9b31mred\n/system\n/raw_prompt \x1b[2Jgone\n/set nosuch\x1b[31m 1\n/load \x1b[31m\n"
+    )
+    done = piped(script, trained_model, "--no-date")
+    assert re.search(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]", done.stdout + done.stderr) is None
+    assert len(done.notes) == 2
+
+
+def test_statistics_are_printed_on_request(piped, trained_model):
+    done = piped("/stats\nhello\n/stats\n/set verbose on\nhello\n", trained_model, "--no-sample", "--no-date")
+    assert done.lines[:2] == ["no reply yet", "first"]
+    last, every = done.lines[2:4]
+    figures = (
+        r"[\d,]+ tokens, ([\d.]+ tokens/s, )?the first after [\d.]+ s, "
+        r"[\d,]+ tokens of prompt, \d+ % of them kept from before"
+    )
+    assert re.fullmatch(f"last reply: {figures}", last)
+    assert re.fullmatch(r"all replies: [\d,]+ tokens in .+; prompts of [\d,]+ tokens, \d+ of them kept .+", every)
+    assert done.lines[4:] == ["again"]
+    assert len(done.notes) == 1
+    assert re.fullmatch(figures, done.notes[0])
+    assert piped("hello\n", trained_model, "--verbose", "--no-sample").notes != []
+
+
+def test_help_lists_every_command(piped, trained_model):
+    shown = piped("/help\n/?\n", trained_model).stdout.decode()
+    names = re.findall(r"^/(\w+)", shown, re.MULTILINE)
+    assert sorted(set(names)) == names[: len(names) // 2] == COMMANDS.split()
 
 
 def test_the_date_opens_the_chat_unless_told_not_to(piped, random_models):
@@ -143,8 +269,8 @@ def test_a_gptj_chats_too_and_a_seed_repeats_it(piped, random_models):
 def test_forgotten_turns_and_cut_replies_are_noted(piped, random_models):
     done = piped(f"{'hello ' * 50}\n" * 3, random_models["neox"], "--max-tokens", "100", "--seed", "1", "--no-date")
     notes = done.notes
-    assert "note: the reply was cut after 100 tokens (--max-tokens)" in notes
-    assert "note: the oldest turn was forgotten to make room" in notes
+    assert "note: the reply was cut after 100 tokens (--max-tokens, /set max_tokens)" in notes
+    assert "note: the oldest turn was left out to make room" in notes
     assert done.status == 0
 
 
@@ -153,151 +279,3 @@ def test_a_reader_that_leaves_early_is_no_traceback(trained_model):
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, check=True)
     assert done.stdout == b"first\n"
     assert b"Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--top-k", "0"], "argument --top-k: expected a whole number of at least 1, got '0'"),
-        (["--top-k", "many"], "argument --top-k: expected a whole number of at least 1, got 'many'"),
-        (["--max-tokens", "-3"], "argument --max-tokens: expected a whole number of at least 1, got '-3'"),
-        (["--temperature", "nan"], "argument --temperature: expected a number of at least 0, got 'nan'"),
-        (["--temperature", "-0.5"], "argument --temperature: expected a number of at least 0, got '-0.5'"),
-        (["--temperature", "inf"], "argument --temperature: expected a number of at least 0, got 'inf'"),
-        (["--seed", "-1"], "argument --seed: expected a whole number of at least 0, got '-1'"),
-        (["--seed", str(1 << 63)], "argument --seed: expected a whole number below 2**63"),
-        (["--gpu-id", "x"], "argument --gpu-id: expected a whole number of at least 0, got 'x'"),
-        (["-g", "10"], "argument -g/--gpu-vram: expected ID:GiB such as 0:10, got '10'"),
-        (["-g", "a:10"], "argument -g/--gpu-vram: expected ID:GiB such as 0:10, got 'a:10'"),
-        (["-g", "0:ten"], "argument -g/--gpu-vram: expected a number of at least 0, got 'ten'"),
-        (["-r", "0"], "argument -r/--cpu-ram: expected GiB above 0, got '0'"),
-        (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
-        (["--retrieval"], "--retrieval is not in this version yet: leave it out, and give passages with /passage TEXT"),
-        (["--max-tokens", "999"], "--max-tokens 999 leaves no room for a question: expected fewer than the 192 tokens"),
-    ],
-)
-def test_a_flag_that_cannot_be_is_one_line_and_status_2(piped, trained_model, flags, message):
-    done = piped("hello\n", trained_model, *flags)
-    assert done.stderr.decode().startswith(f"error: {message}")
-    assert len(done.notes) == 1
-    assert (done.stdout, done.status) == (b"", 2)
-
-
-def test_a_closed_input_is_one_line():
-    done = subprocess.run(["bash", "-c", f"{sys.executable} {BOT} <&-"], capture_output=True, timeout=60, check=False)
-    assert done.stderr.decode().startswith("error: standard input is closed: expected a terminal, a pipe or a file")
-    assert done.returncode == 2
-
-
-def test_help_names_every_flag_of_the_original(piped, trained_model):
-    shown = piped("", trained_model, "--help").stdout.decode()
-    names = "gpu-id model max-tokens sample no-stream temperature top-k retrieval gpu-vram cpu-ram"
-    assert [name for name in names.split() if f"--{name}" not in shown] == []
-    assert "GPT-NeoXT-Chat-Base-20B" in "".join(shown.split())
-
-
-def test_the_readme_names_every_flag_and_command():
-    readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8")
-    flags = {flag for action in bot.parser()._actions for flag in action.option_strings} - {"-h", "--help"}
-    documented = re.findall(r"^\| (`-.*?) \|", readme, re.MULTILINE)
-    assert set(re.findall(r"`(-[\w-]+)`", " ".join(documented))) == flags
-    assert re.findall(r"^\| `/(\w+)", readme, re.MULTILINE) != []
-    assert sorted(re.findall(r"^\| `/(\w+)", readme, re.MULTILINE)) == sorted(COMMANDS.replace("/", "").split(", "))
-
-
-def test_the_readmes_pipe_runs(trained_model):
-    readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"^printf .*?```", readme, re.MULTILINE | re.DOTALL)[0].rstrip("`")
-    command = command.replace("huggingface_models/NAME", str(trained_model)).replace("python ", f"{sys.executable} ")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120, check=True)
-    assert len(done.stdout.splitlines()) >= 2
-
-
-# -- a terminal
-
-
-@pytest.fixture
-def terminal():
-    started = []
-
-    def start(model, *flags: str) -> pexpect.spawn:
-        shell = pexpect.spawn(
-            sys.executable,
-            [str(BOT), "--model", str(model), *flags],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "INPUTRC": "/dev/null"},
-            encoding="utf-8",
-            dimensions=(40, 200),
-            timeout=60,
-        )
-        started.append(shell)
-        return shell
-
-    yield start
-    for shell in started:
-        shell.close(force=True)
-
-
-def test_a_terminal_gets_a_welcome_a_prompt_and_replies(terminal, trained_model):
-    shell = terminal(trained_model, "--no-sample", "--no-date")
-    shell.expect(r"loading \S+ on \S+ in float32\r\n")
-    shell.expect_exact("Welcome to OpenChatKit shell.   Type /help or /? to list commands.\r\n")
-    shell.expect_exact(">>> ")
-    shell.sendline("hello")
-    shell.expect_exact("first\r\n>>> ")
-    shell.sendline("/passage red")
-    shell.expect_exact(">>> ")
-    shell.sendline("/reset")
-    shell.expect_exact(">>> ")
-    shell.sendline("lines")
-    shell.expect_exact("two\r\nlines\r\n>>> ")
-    shell.sendline("/nosuch")
-    shell.expect_exact(f"error: unknown command /nosuch: there are {COMMANDS}")
-    shell.expect_exact(">>> ")
-    shell.sendeof()
-    shell.expect(pexpect.EOF)
-    shell.wait()
-    assert shell.exitstatus == 0
-
-
-def test_quit_leaves(terminal, trained_model):
-    shell = terminal(trained_model, "--no-stream")
-    shell.expect_exact(">>> ")
-    shell.sendline("/quit")
-    shell.expect(pexpect.EOF)
-    shell.wait()
-    assert shell.exitstatus == 0
-
-
-def test_ctrl_c_ends_the_reply_and_not_the_program(terminal, endless_model):
-    shell = terminal(endless_model, "--no-date", "--max-tokens", "100000")
-    shell.expect_exact(">>> ")
-    shell.sendline("go on")
-    shell.expect("la la la la la la")
-    shell.sendintr()
-    shell.expect_exact(">>> ")
-    shell.sendline("/raw_prompt")
-    shell.expect(r"<human>: go on\r\n<bot>: (la ?){6,}")
-    shell.expect_exact(">>> ")
-    shell.sendintr()
-    shell.expect_exact("note: Ctrl-D or /quit leaves")
-    shell.expect_exact(">>> ")
-    shell.sendeof()
-    shell.expect(pexpect.EOF)
-    shell.wait()
-    assert shell.exitstatus == 0
-
-
-def test_ctrl_c_ends_a_piped_run(endless_model):
-    shell = subprocess.Popen(
-        [sys.executable, BOT, "--model", endless_model, "--max-tokens", "100000", "--no-date"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    # The first reply proves that the program is up; the second would not end within the test.
-    shell.stdin.write(b"/raw_prompt\ngo on\n")
-    shell.stdin.flush()
-    shell.stdout.readline()
-    shell.send_signal(2)
-    out, err = shell.communicate(timeout=60)
-    assert (out, err, shell.returncode) == (b"", b"interrupted\n", 130)

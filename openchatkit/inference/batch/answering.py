@@ -1,0 +1,55 @@
+"""Going through a batch: each row is a conversation of its own, and no row's failure is another's."""
+
+import hashlib
+from dataclasses import replace
+
+import torch
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.inference import report
+from openchatkit.inference.batch import rows
+from openchatkit.inference.batch.files import Batch
+from openchatkit.inference.batch.rows import Row
+from openchatkit.inference.responder import Responder
+from openchatkit.inference.sampling import Sampling
+
+
+def answer(batch: Batch, responder: Responder, sampling: Sampling, *, seed: int | None, system: str) -> None:
+    """Answer the rows that have no line yet.
+
+    With a `seed`, what is drawn for a row depends on it and on the number of the row's line alone, so it does not
+    matter where a run was stopped. Raises KeyboardInterrupt after Ctrl-C; the row it came in will be answered anew.
+    """
+    with progress.bar(batch.total, "replies", unit="row", initial=batch.done) as bar:
+        for row in batch.rows():
+            batch.write(row, _told(row, responder, sampling, seed, system))
+            bar.update()
+
+
+def _told(row: Row, responder: Responder, sampling: Sampling, seed: int | None, system: str) -> dict[str, object]:
+    """The object of a row's reply, or of the error in its place."""
+    name: dict[str, object] = {}
+    text = ""
+    try:
+        given = rows.decode(row)
+        name = {"id": given["id"]} if isinstance(given.get("id"), str | int) else {}
+        asked = rows.question(given, system=system)
+        text = asked.conversation.turns[-1].text
+        wanted = sampling if asked.max_tokens is None else replace(sampling, max_tokens=asked.max_tokens)
+        reply = responder.answer(asked.conversation, wanted, generator=_generator(seed, row.number))
+    except UserError as error:
+        return {**name, **report.as_error(text, error)}
+    if reply.finish == "interrupted":
+        raise KeyboardInterrupt
+    return {**name, **report.as_object(text, reply)}
+
+
+def _generator(seed: int | None, line: int) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        digest = hashlib.sha256(f"{seed}:{line}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return generator

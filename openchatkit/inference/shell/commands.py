@@ -1,0 +1,302 @@
+"""The chat shell: what a line does.
+
+On a terminal it prompts, streams the replies and lives through Ctrl-C. From a pipe it reads one question or command a
+line and prints nothing but replies; notes and errors go to stderr in both. A question that got no reply leaves an
+empty line there, so that replies stay in step with questions, and makes the exit status 2.
+"""
+
+import cmd
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from openchatkit.errors import UserError
+from openchatkit.formats import chat_file
+from openchatkit.inference import report
+from openchatkit.inference.responder import Emit, Reply
+from openchatkit.inference.session import Session
+from openchatkit.inference.shell.editing import Editing
+from openchatkit.inference.shell.lines import PROMPT, Lines
+from openchatkit.inference.shell.output import Output, Unwritable
+from openchatkit.inference.shell.style import Style
+from openchatkit.inference.streaming import clean
+
+_ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+
+
+class Shell(cmd.Cmd):
+    """Reads lines until the end of input or /quit; `output.status` is the exit status at the end.
+
+    `about` is what the welcome says of the model.
+    """
+
+    intro = "Welcome to OpenChatKit shell.   Type /help or /? to list commands.\n"
+    prompt = PROMPT
+
+    def __init__(
+        self, session: Session, output: Output, *, stdin: TextIO | None, stdout: TextIO, about: str = ""
+    ) -> None:
+        super().__init__(stdin=stdin, stdout=stdout)
+        self._about = about
+        self._session = session
+        self._output = output
+        self._editing = None
+        if output.interactive and stdout.isatty():
+            path = chat_file.history_path()
+            self._editing = Editing(self.candidates, path=path, style=Style(stdout), note=output.note)
+        self._lines = Lines(stdin, output, editing=self._editing)
+        self._passages: list[str] = []
+        self._reading = False
+        self._pressed = False
+
+    # -- the loop
+
+    def cmdloop(self) -> None:
+        """Read and obey. Ours, because cmd.Cmd cannot tell the end of input from a line that says EOF.
+
+        Raises KeyboardInterrupt when Ctrl-C is pressed twice at the prompt, or once where nobody types.
+        """
+        if self._editing:
+            if self._about:
+                self._output.tell(self._about)
+            self._output.write(self.intro)
+            self._editing.start()
+        while True:
+            try:
+                line = self._read()
+                if line is None or self.onecmd(line):
+                    return
+            except Unwritable:
+                raise
+            except UserError as error:
+                self._output.complain(error)
+            except KeyboardInterrupt:
+                self._interrupted()
+
+    def _read(self) -> str | None:
+        self._reading = True
+        line = self._lines.read()
+        self._reading = self._pressed = False
+        return line
+
+    def _interrupted(self) -> None:
+        """Ctrl-C: at the prompt it clears the line, and leaves when it was pressed there before and nothing typed."""
+        if not self._output.interactive:
+            raise KeyboardInterrupt
+        self._output.write("\n")
+        if not self._reading:
+            self._output.note("interrupted")
+        elif self._pressed and not self._lines.typed():
+            raise KeyboardInterrupt
+        else:
+            self._pressed = True
+            self._output.note("Ctrl-D or /quit leaves, and so does Ctrl-C pressed again")
+        self._reading = False
+
+    def onecmd(self, line: str) -> bool:
+        """Obey one line; true when it was the last. A line without a slash is said."""
+        line = line.strip()
+        if not line:
+            return False
+        if not line.startswith("/"):
+            return self.do_say(line)
+        name, *rest = line[1:].split(maxsplit=1) or [""]
+        handler = getattr(self, f"do_{'help' if name == '?' else name}", None)
+        if handler is None:
+            meant = _nearest(name, self.commands())
+            raise UserError(
+                f"unknown command /{clean(name)[:40]}: {f'did you mean /{meant}? ' if meant else ''}/help lists the "
+                "commands, /say TEXT says a text with a slash"
+            )
+        return bool(handler(rest[0] if rest else ""))
+
+    def ask(self, question: str, passages: Sequence[str] = ()) -> None:
+        """Ask, and print the reply. Raises UserError."""
+        self._answer(question, lambda emit: self._session.say(question, passages, emit=emit))
+
+    def commands(self) -> list[str]:
+        """The commands' names, without the slash."""
+        return sorted(name.removeprefix("do_") for name in self.get_names() if name.startswith("do_"))
+
+    # -- the commands; a docstring is what /help prints
+
+    def do_say(self, text: str) -> bool:
+        """/say TEXT  ask; a line without a slash does the same"""
+        self._needs(text, "/say")
+        passages, self._passages = self._passages, []
+        self.ask(text, passages)
+        return False
+
+    def do_passage(self, text: str) -> bool:
+        """/passage TEXT  give the next question a passage to answer from; several add up"""
+        self._needs(text, "/passage")
+        self._passages.append(text)
+        return False
+
+    def do_regen(self, _: str) -> bool:
+        """/regen  answer the last question again; the new reply takes the place of the old"""
+        asked = self._session.conversation.last_question
+        self._answer(asked.text if asked else "", lambda emit: self._session.regenerate(emit=emit))
+        return False
+
+    def do_undo(self, _: str) -> bool:
+        """/undo  take back the last question and its reply"""
+        self._output.tell(f"taken back: {_short(self._session.undo())}")
+        return False
+
+    def do_reset(self, _: str) -> bool:
+        """/reset  forget the conversation"""
+        self._passages = []
+        self._session.reset()
+        return False
+
+    def do_system(self, text: str) -> bool:
+        """/system [TEXT|-]  open the conversation with TEXT, or with none (-); alone, print the text in use"""
+        if text:
+            self._session.system = "" if text == "-" else text
+        else:
+            self._output.show(clean(self._session.system).rstrip("\n") + "\n")
+        return False
+
+    def do_set(self, text: str) -> bool:
+        """/set [NAME VALUE]  change a setting; alone, print the settings in use"""
+        name, *rest = text.split(maxsplit=1) or [""]
+        name = name.replace("-", "_")
+        settings = self._settings()
+        if name and name not in settings:
+            meant = _nearest(name, settings)
+            raise UserError(
+                f"unknown setting {clean(name)[:40]}: {f'did you mean {meant}? ' if meant else ''}there are "
+                f"{', '.join(settings)}"
+            )
+        if not rest:
+            shown = {name: settings[name]} if name else settings
+            self._output.show("".join(f"{name}: {_plain(value)}\n" for name, value in shown.items()))
+        elif name == "verbose":
+            self._output.verbose = _on_off(rest[0], "verbose")
+        else:
+            self._session.set(name, rest[0])
+            self._output.tell(f"{name} is now {_plain(self._settings()[name])}")
+        return False
+
+    def do_hyperparameters(self, _: str) -> bool:
+        """/hyperparameters  print the settings in use"""
+        settings = self._session.hyperparameters()
+        self._output.show("Hyperparameters:\n" + "".join(f"  {name}: {value}\n" for name, value in settings.items()))
+        return False
+
+    def do_stats(self, _: str) -> bool:
+        """/stats  print what the last reply took, and all replies together"""
+        last = self._session.last
+        if last is None:
+            self._output.show("no reply yet\n")
+            return False
+        self._output.show(f"last reply: {report.figures(last.statistics)}\n")
+        self._output.show(f"all replies: {report.sums(self._session.totals)}\n")
+        return False
+
+    def do_save(self, text: str) -> bool:
+        """/save NAME[!]  save the conversation; with ! also over a saved one"""
+        self._needs(text, "/save", "the name to save under")
+        path = self._session.save(text.removesuffix("!"), overwrite=text.endswith("!"))
+        self._output.tell(f"saved as {path}")
+        return False
+
+    def do_load(self, text: str) -> bool:
+        """/load NAME  go on with a saved conversation, in the place of this one"""
+        self._needs(text, "/load", "the name of a saved chat; /chats lists them")
+        self._session.load(text)
+        self._passages = []
+        turns = len(self._session.conversation.turns)
+        asked = self._session.conversation.last_question
+        self._output.tell(f"{text}: {turns} turns" + (f"; the last question: {_short(asked.text)}" if asked else ""))
+        return False
+
+    def do_chats(self, _: str) -> bool:
+        """/chats  list the saved conversations"""
+        self._output.show("".join(f"{name}\n" for name in chat_file.list_chats()))
+        return False
+
+    def do_retrieval(self, text: str) -> bool:
+        """/retrieval [on|off]  look for passages to each question, or not; alone, say which"""
+        if text:
+            self._session.retrieval = _on_off(text, "/retrieval")
+        else:
+            self._output.show(f"retrieval: {'on' if self._session.retrieval else 'off'}\n")
+        return False
+
+    def do_raw_say(self, text: str) -> bool:
+        """/raw_say TEXT  let the model go on from TEXT as it stands, outside the conversation"""
+        self._needs(text, "/raw_say")
+        self._answer(text, lambda emit: self._session.complete(text, emit=emit))
+        return False
+
+    def do_raw_prompt(self, text: str) -> bool:
+        """/raw_prompt [TEXT]  print the conversation as the model reads it, or as it would if TEXT were said next"""
+        self._output.show(clean(self._session.prompt(text, self._passages)).rstrip("\n") + "\n")
+        return False
+
+    def do_quit(self, _: str) -> bool:
+        """/quit  leave; so does Ctrl-D"""
+        return True
+
+    def do_help(self, _: str) -> bool:
+        """/help  print this list; so does /?"""
+        uses = [getattr(self, f"do_{name}").__doc__.split("  ", 1) for name in self.commands()]
+        width = max(len(use) for use, _ in uses)
+        self._output.show("".join(f"{use:{width}}  {meaning}\n" for use, meaning in uses))
+        return False
+
+    # -- Tab
+
+    def candidates(self, head: str, word: str) -> list[str]:
+        """What the word behind `head` can become."""
+        before = head.split()
+        if not before:
+            names = [f"/{name} " for name in self.commands()] if word[:1] in ("", "/") else []
+        elif before == ["/set"]:
+            names = [f"{name} " for name in self._settings()]
+        elif before in (["/load"], ["/save"]):
+            names = chat_file.list_chats()
+        elif before in (["/retrieval"], ["/set", "verbose"], ["/set", "sample"]):
+            names = ["on", "off"]
+        else:
+            names = []
+        return [name for name in names if name.startswith(word)]
+
+    # -- what several share
+
+    def _answer(self, question: str, ask: Callable[[Emit], Reply]) -> None:
+        self._output.answer(question, ask, max_tokens=self._session.sampling.max_tokens)
+
+    def _settings(self) -> dict[str, object]:
+        return {**self._session.settings(), "verbose": self._output.verbose}
+
+    def _needs(self, text: str, command: str, what: str = "a text behind it") -> None:
+        if not text:
+            raise UserError(f"{command} needs {what}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    return next(iter(difflib.get_close_matches(name.lower(), names, 1)), "")
+
+
+def _on_off(text: str, name: str) -> bool:
+    if text.lower() not in _ON_OFF:
+        raise UserError(f"{name} {clean(text)[:40]!r}: expected on or off")
+    return _ON_OFF[text.lower()]
+
+
+def _plain(value: object) -> str:
+    """A setting's value as /set takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False) if value else "none"
+    return "none" if value is None else str(value)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
