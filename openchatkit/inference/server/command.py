@@ -130,7 +130,8 @@ def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.s
         timeout=given.timeout,
     )
     with Worker(max_waiting=given.max_queue, stopping=lambda: server.should_exit) as worker:
-        server = uvicorn.Server(settings(create_app(responder, worker, options), access_log=given.access_log))
+        app = create_app(responder, worker, options)
+        server = uvicorn.Server(settings(app, connections=given.max_queue + 500, access_log=given.access_log))
         if given.access_log:
             _log_access()
         try:
@@ -143,8 +144,8 @@ def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.s
         server.run(sockets=[listener])
 
 
-def settings(app: object, *, access_log: bool = False) -> "uvicorn.Config":  # noqa: F821
-    """How uvicorn runs the application: quiet, plain HTTP, and no more connections than can be of use."""
+def settings(app: object, *, connections: int = 500, access_log: bool = False) -> "uvicorn.Config":  # noqa: F821
+    """How uvicorn runs the application: quiet, plain HTTP, and no more `connections` at a time than can be of use."""
     import uvicorn
 
     return uvicorn.Config(
@@ -158,7 +159,7 @@ def settings(app: object, *, access_log: bool = False) -> "uvicorn.Config":  # n
         access_log=access_log,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=500,
+        limit_concurrency=connections,
         timeout_graceful_shutdown=10,
     )
 

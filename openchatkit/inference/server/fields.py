@@ -25,7 +25,10 @@ def wrong(name: str, value: object, expected: str) -> ApiError:
 
 def shown(value: object) -> str:
     """A value as JSON, cut to a length that fits into a message."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # it was read with less of the stack in use
+        text = "nested too deeply"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -97,7 +100,8 @@ class Fields:
             if name in ignored or any(_same(value, default) for default in allowed):
                 continue
             known = f"is not supported but as {' or '.join(map(shown, allowed))}" if allowed else "is not supported"
-            raise ApiError(400, f"{self._name}{name} {known}", param=self._name + name, code="unsupported_parameter")
+            param = self._name + name[:60]  # whatever a client makes up is shown no longer than that
+            raise ApiError(400, f"{param} {known}", param=param, code="unsupported_parameter")
 
 
 def _same(value: object, default: object) -> bool:

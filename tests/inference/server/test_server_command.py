@@ -158,10 +158,19 @@ def test_without_its_packages_the_server_says_what_to_install(monkeypatch, capsy
     )
 
 
+def server_section() -> str:
+    readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8")
+    return readme.partition("\n## Server\n")[2].partition("\n## ")[0]
+
+
+def test_the_readmes_client_gets_a_reply(trained, capsys):
+    example = re.search(r"```python\n(.*?)```", server_section(), re.DOTALL)[1]
+    exec(example.replace("http://127.0.0.1:8000", trained.address).replace("NAME", "tiny").replace("Hello", "hello"))
+    assert capsys.readouterr().out == "first"
+
+
 def test_the_readme_names_every_flag_of_the_server():
-    readme = (
-        (ROOT / "inference" / "README.md").read_text(encoding="utf-8").partition("\n## Server")[2].partition("\n## ")[0]
-    )
+    readme = server_section()
     shared = {"--model", "--max-tokens"}
     flags = {flag for action in command.parser()._actions for flag in action.option_strings}
     documented = set(re.findall(r"`(--[\w-]+)", readme))
