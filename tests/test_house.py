@@ -24,6 +24,7 @@ LEVELS = {
 OPTIONAL = (
     "accelerate",
     "bitsandbytes",
+    "bm25s",
     "boto3",
     "cupy",
     "faiss",
@@ -33,6 +34,7 @@ OPTIONAL = (
     "openai",
     "psutil",
     "pydantic",
+    "pypdf",
     "pytest",
     "sentence_transformers",
     "sentencepiece",

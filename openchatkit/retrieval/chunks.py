@@ -1,0 +1,188 @@
+"""Documents -> chunks: pieces that fit an encoder, cut where a text allows it best, each with its place.
+
+A chunk never reaches over a heading. Within a section, paragraphs and code are put together until they would be too
+long; one that is too long by itself is cut into sentences (code into lines), a sentence into words, a word only where
+it is too long alone. The next chunk of a section repeats the last sentences of the one before, as far as they fit into
+the overlap. The same document and settings give the same chunks.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from openchatkit.errors import UserError
+from openchatkit.retrieval.reading import Block, Document, place
+
+Count = Callable[[Sequence[str]], Sequence[int]]
+
+DEFAULT_TOKENS = 200
+DEFAULT_OVERLAP = 30
+# Encoders make one unknown token of a word that is too long for them: so many characters count as one at least.
+_CHARACTERS = 16
+_AT_ONCE = 256  # blocks whose tokens are counted in one call
+_TITLE_SHARE = 4  # a title takes at most this part of the room of a chunk
+# Behind a sentence's end and the quotes that close it; Chinese and Japanese put no space there.
+_SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*(\s+)(?=[\w\"'“‘(\[`*])|(?<=[。！？])[」』”）]*()")  # noqa: RUF001
+_WORD = re.compile(r"(?<=\S)(\s+)(?=\S)")
+_LINE = re.compile(r"(\n)")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a document; `title` is the document's and the headings above it, joined by ` > `."""
+
+    text: str
+    title: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """The longest chunk, and what is repeated of the one before, in tokens of the encoder, special ones aside."""
+
+    tokens: int = DEFAULT_TOKENS
+    overlap: int = DEFAULT_OVERLAP
+
+    def check(self, limit: int) -> None:
+        """UserError where an encoder that takes `limit` tokens would not see whole chunks, or chunks would not end."""
+        if not 0 <= self.overlap <= self.tokens // 2:
+            raise UserError(f"--overlap {self.overlap}: expected at most half of --chunk-tokens, {self.tokens // 2}")
+        if self.tokens > limit:
+            raise UserError(f"--chunk-tokens {self.tokens}: the encoder sees {limit} tokens, pass at most {limit}")
+
+
+@dataclass(frozen=True)
+class _Atom:
+    """What is not cut any more: characters of a block, what stands before them if something does, their tokens."""
+
+    block: Block
+    start: int
+    end: int
+    before: str
+    weight: int
+
+    @property
+    def text(self) -> str:
+        return self.block.text[self.start : self.end]
+
+
+def embedded(title: str, text: str) -> str:
+    """What the encoder is shown of a passage."""
+    return f"{title}\n{text}" if title else text
+
+
+def chunks(document: Document, chunking: Chunking, count: Count) -> Iterator[Chunk]:
+    """The chunks of a document; `count` says of texts how many tokens the encoder makes of each."""
+    headings: list[Block] = []
+    packer = _Packer(document, chunking, count)
+    while blocks := list(itertools.islice(document.blocks, _AT_ONCE)):
+        for block, weight in zip(blocks, packer.weigh([block.text for block in blocks]), strict=True):
+            if not block.level:
+                yield from packer.add(block, weight)
+                continue
+            yield from packer.end()
+            headings = [*(each for each in headings if each.level < block.level), block]
+            packer.section([heading.text for heading in headings])
+    yield from packer.end()
+
+
+class _Packer:
+    """Puts atoms together into chunks."""
+
+    def __init__(self, document: Document, chunking: Chunking, count: Count) -> None:
+        self._document, self._chunking, self._count = document, chunking, count
+        self._atoms: list[_Atom] = []
+        self._weight = 0  # of the atoms
+        self._fresh = False  # whether one of them was not in the chunk before
+        self.section([])
+
+    def section(self, headings: list[str]) -> None:
+        """Begin a section under these headings. A heading that says what the document's title does is not repeated."""
+        title = " > ".join(dict.fromkeys(name for name in (self._document.title, *headings) if name))
+        most = self._chunking.tokens // _TITLE_SHARE
+        while title and (weight := self.weigh([title])[0]) > most:
+            title = title[: len(title) * most // weight].rstrip()
+        self._title = title
+        self._room = max(self._chunking.tokens - (self.weigh([title])[0] if title else 0), 1)
+
+    def weigh(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, at least one for every so many characters."""
+        counts = self._count(texts) if texts else ()
+        return [max(tokens, -(-len(text) // _CHARACTERS)) for text, tokens in zip(texts, counts, strict=True)]
+
+    def add(self, block: Block, weight: int) -> Iterator[Chunk]:
+        """Take a block in; chunks that are full come out."""
+        whole = _Atom(block, 0, len(block.text.rstrip()), "\n\n", weight)
+        for atom in self._fitting(whole, [_LINE, _WORD] if block.code else [_SENTENCE, _WORD]):
+            if self._atoms and self._weight + atom.weight > self._room:
+                yield from self._cut(atom.weight)
+            self._atoms.append(atom)
+            self._weight += atom.weight
+            self._fresh = True
+
+    def end(self) -> Iterator[Chunk]:
+        """What is left, at a section's end."""
+        if self._fresh:
+            yield self._chunk()
+        self._atoms, self._weight, self._fresh = [], 0, False
+
+    def _chunk(self) -> Chunk:
+        first, last = self._atoms[0], self._atoms[-1]
+        text = first.text + "".join(atom.before + atom.text for atom in self._atoms[1:])
+        begin, end = first.block.lines(first.start, first.end)[0], last.block.lines(last.start, last.end)[1]
+        return Chunk(text, self._title, place(self._document.unit, begin, end))
+
+    def _cut(self, needed: int) -> Iterator[Chunk]:
+        """End a chunk, and begin the next with what it repeats, where that leaves room for what is `needed`."""
+        repeated = self._end_of(self._atoms, min(self._chunking.overlap, self._room - needed))
+        yield from self.end()
+        self._atoms, self._weight = repeated, sum(atom.weight for atom in repeated)
+
+    def _end_of(self, atoms: list[_Atom], most: int) -> list[_Atom]:
+        """The last atoms, or else the last sentences of the last one, that weigh at most so much; never all."""
+        if len(atoms) == 1 or atoms[-1].weight > most:
+            last = atoms[-1]
+            atoms = [] if last.block.code else list(self._parts(last, _SENTENCE))
+        found: list[_Atom] = []
+        for atom in reversed(atoms[1:]):
+            most -= atom.weight
+            if most < 0:
+                break
+            found.insert(0, atom)
+        return found
+
+    def _fitting(self, atom: _Atom, cuts: Sequence[re.Pattern[str]]) -> Iterator[_Atom]:
+        """An atom, or what it has to be cut into; by the first of the cuts, what is too long still by the next."""
+        if atom.weight <= self._room:
+            yield atom
+        elif cuts:
+            for part in self._parts(atom, cuts[0]):
+                yield from self._fitting(part, cuts[1:])
+        else:
+            yield from self._characters(atom)
+
+    def _parts(self, atom: _Atom, cut: re.Pattern[str]) -> Iterator[_Atom]:
+        """The pieces between the matches of a cut, whose group is what they are joined by."""
+        spans, start, before = [], atom.start, atom.before
+        for match in cut.finditer(atom.block.text, atom.start, atom.end):
+            group = match.lastindex or 1
+            spans.append((start, match.start(group), before))
+            start, before = match.end(group), match[group]
+        spans.append((start, atom.end, before))
+        weights = self.weigh([atom.block.text[start:end] for start, end, _ in spans])
+        for (start, end, before), weight in zip(spans, weights, strict=True):
+            if not atom.block.text[start:end].isspace() and start < end:
+                yield _Atom(atom.block, start, end, before, weight)
+
+    def _characters(self, atom: _Atom) -> Iterator[_Atom]:
+        """A word too long for a chunk, in pieces that fit."""
+        start, before = atom.start, atom.before
+        while start < atom.end:
+            end, weight = atom.end, atom.weight
+            while weight > self._room and end - start > 1:
+                end = start + max(min((end - start) * self._room // weight, end - start - 1), 1)
+                weight = self.weigh([atom.block.text[start:end]])[0]
+            if not atom.block.text[start:end].isspace():
+                yield _Atom(atom.block, start, end, before, weight)
+            start, before = end, ""

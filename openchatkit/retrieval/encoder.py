@@ -1,0 +1,181 @@
+"""Texts -> vectors, by an encoder of sentence-transformers, which is imported when the first text is embedded.
+
+Importing it takes seconds and half a gigabyte; counting tokens and telling one encoder from another need neither. A
+plain BERT, such as contriever-msmarco, is taken as its makers use it: the mean over tokens, not normalised, compared by
+inner product.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openchatkit.errors import UserError
+from openchatkit.formats import sentence_encoder
+from openchatkit.formats.retrieval_index import EncoderRecord
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_WINDOW = 1024  # texts between two signs of progress
+_BATCH = 32  # texts of about one length that go through the network together; on a GPU more
+_BATCH_ON_GPU = 256
+_TOKENS = 512  # that are seen where neither the encoder nor its network says how many
+_COUNTED = 4096  # texts tokenised at a time to be counted
+
+
+class Encoder:
+    """An encoder of a folder or of the hub. `name` is its absolute path or its name on the hub.
+
+    `max_tokens` cuts texts shorter than the encoder's own limit, or longer as far as its network goes. Nothing is read
+    before something is asked for; the first thing that needs the folder raises UserError where there is none.
+    """
+
+    def __init__(self, name: str | Path, device: str = "auto", max_tokens: int | None = None) -> None:
+        folder = Path(name).expanduser()
+        self.name = str(folder.resolve()) if folder.is_dir() else str(name)
+        self._device, self._max_tokens = device, max_tokens
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where its files are; fetched if need be."""
+        return sentence_encoder.fetch(self.name)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that vectors depend on: weights, tokenizer, pooling."""
+        return sentence_encoder.digest(self.folder)
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        return self._model.get_embedding_dimension()
+
+    @functools.cached_property
+    def metric(self) -> str:
+        """How vectors are compared: "cosine" (they have length 1) or "dot"."""
+        found = sentence_encoder.similarity(self.folder)
+        if found not in ("cosine", "dot"):
+            raise UserError(f"{self.name} compares vectors by {found}: expected an encoder for cosine or dot")
+        return found
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a text that are seen, special ones among them."""
+        return self._model.max_seq_length
+
+    @property
+    def pooling(self) -> str:
+        """How a text's vector is made of those of its tokens: "mean", "cls", ..."""
+        modes = (getattr(module, "pooling_mode", None) for module in self._model)
+        return next((str(mode) for mode in modes if mode), "")
+
+    def record(self) -> EncoderRecord:
+        """What an index says of the encoder that it was made with."""
+        return EncoderRecord(self.name, self.digest, self.dimension, self.metric, self.max_tokens, self.pooling)
+
+    def encode(
+        self, texts: Sequence[str], *, query: bool = False, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """float32 [texts, dimension]; `progress` is told how many texts were done since it was last told.
+
+        Texts that are a `query` get what the encoder wants before questions, all others what it wants before passages.
+        UserError: a vector with numbers that are not finite.
+        """
+        vectors = np.empty((len(texts), self.dimension), np.float32)
+        # Texts of about one length go together, so that little is computed for padding.
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        encode = self._model.encode_query if query else self._model.encode_document
+        for first in range(0, len(order), _WINDOW):
+            some = order[first : first + _WINDOW]
+            vectors[some] = encode(
+                [texts[number] for number in some],
+                batch_size=_BATCH if self._model.device.type == "cpu" else _BATCH_ON_GPU,
+                show_progress_bar=False,
+                normalize_embeddings=self.metric == "cosine",
+            )
+            if progress:
+                progress(len(some))
+        if not (finite := np.isfinite(vectors).all(axis=1)).all():
+            text = texts[int(finite.argmin())]
+            raise UserError(
+                f"{self.name} makes numbers that are not finite of {text[:60]!r}: its weights are damaged, or it needs "
+                "another precision; fetch it again"
+            )
+        return vectors
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, special ones aside."""
+        return [
+            size for first in range(0, len(texts), _COUNTED) for size in self._counted(texts[first : first + _COUNTED])
+        ]
+
+    def _counted(self, texts: Sequence[str]) -> list[int]:
+        if hasattr(self._tokenizer, "encode_batch_fast"):
+            return [len(each) for each in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        """The tokenizers library's own, which loads in no time; transformers' where there is only an older file."""
+        if path := sentence_encoder.vocabulary(self.folder):
+            from tokenizers import Tokenizer
+
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises nothing more exact
+                raise UserError(f"cannot read {path}: {error}; fetch or copy the encoder again") from error
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return tokenizer
+        from transformers import AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()  # of texts longer than the network takes
+        return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+
+    @functools.cached_property
+    def _model(self) -> "SentenceTransformer":
+        library, device = import_sentence_transformers(), choose_device(self._device)
+        try:
+            # A folder without modules becomes a transformer with the mean over its tokens.
+            model = library.SentenceTransformer(str(self.folder), device=device, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{self.folder} cannot be loaded: {error}; fetch or copy the encoder again") from error
+        most = getattr(model[0].auto_model.config, "max_position_embeddings", None)
+        wanted = self._max_tokens or model.max_seq_length or most or _TOKENS
+        if most and self._max_tokens and self._max_tokens > most:
+            raise UserError(f"{self._max_tokens} tokens: {self.name} takes at most {most}")
+        model.max_seq_length = min(wanted, most) if most else wanted
+        return model
+
+
+def import_sentence_transformers() -> Any:
+    """sentence-transformers, made quiet; UserError where it is not installed."""
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise UserError(
+            "embedding needs sentence-transformers, which is not installed: pip install 'openchatkit[retrieval]'"
+        ) from error
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # of tensors that an encoder has and does not need
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # it warns of folders without modules
+    return sentence_transformers
+
+
+def choose_device(device: str) -> str:
+    """`device` itself; for `auto` the GPU of this process's local rank, a Mac's, or else the CPU."""
+    if device != "auto":
+        return device
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

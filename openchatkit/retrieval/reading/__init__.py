@@ -1,0 +1,55 @@
+"""Files as documents: what kinds there are, which files a folder offers, and why one is left out.
+
+`find` says which files there are, `digest` looks through one, `read` gives its documents. Nothing here fetches, runs or
+follows anything that lies in a file, and only HTML and PDF are read whole, up to a limit.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from openchatkit.retrieval.reading import pdf, prose, rows, streams, web
+from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, place
+from openchatkit.retrieval.reading.walk import find
+
+__all__ = ["KINDS", "Block", "Document", "Options", "Unreadable", "digest", "find", "kind", "place", "read"]
+
+Reader = Callable[[Path, Options], Iterator[Document]]
+
+KINDS: dict[str, Reader] = {
+    **dict.fromkeys((".txt", ".text"), prose.text),
+    **dict.fromkeys((".md", ".markdown"), prose.markdown),
+    ".rst": prose.restructured,
+    **dict.fromkeys((".html", ".htm", ".xhtml"), web.html),
+    ".pdf": pdf.pdf,
+    **dict.fromkeys((".jsonl", ".ndjson"), rows.jsonl),
+    **dict.fromkeys((".csv", ".tsv"), rows.table),
+}
+_BINARY = (".pdf",)
+
+
+def kind(path: Path) -> str | None:
+    """The ending that says how a file is read, without that of gzip; None where it is of no kind that can be read."""
+    name = path.name.lower()
+    ending = Path(name.removesuffix(streams.GZIP)).suffix
+    if ending not in KINDS or (ending in _BINARY and name.endswith(streams.GZIP)):
+        return None
+    return ending
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes. Unreadable: it is of no kind that can be read, cannot be opened, or is no text."""
+    ending = kind(path)
+    if ending is None:
+        raise Unreadable(f"of no kind that is read ({', '.join(KINDS)}, and these packed as .gz but for PDF)")
+    # The encoding of an HTML page may be named inside it: only reading it tells.
+    return streams.digest(path, text=ending not in _BINARY and KINDS[ending] is not web.html)
+
+
+def read(path: Path, options: Options) -> Iterator[Document]:
+    """The documents of a file, one after the other; each is to be read before the next. Unreadable, also half way."""
+    ending = kind(path)
+    assert ending is not None, path
+    try:
+        yield from KINDS[ending](path, options)
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror or error}") from error

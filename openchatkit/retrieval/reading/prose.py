@@ -1,0 +1,192 @@
+"""Plain text, Markdown and reStructuredText as blocks: headings, paragraphs and code with their lines.
+
+All three are read line by line, so that a file of any size takes little memory. Markup inside a paragraph stays as it
+is written: it is what its reader knows it by, and an encoder does not mind.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from openchatkit.retrieval.reading import streams
+from openchatkit.retrieval.reading.document import Block, Document, Options, clean, one_line, pieces
+
+Lines = Iterator[tuple[int, str]]
+
+_MOST_LINES = 400  # of a paragraph: a log has no empty lines
+_MOST_FRONT_LINES = 200
+_ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
+_SETEXT = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_NO_TITLE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|$)")
+_FRONT_TITLE = re.compile(r"title:\s*(['\"]?)(.+?)\1\s*")
+# reStructuredText: an underline is the same mark over and over; and the directives whose content is code.
+_ADORNMENT = re.compile(r"([!-/:-@\[-`{-~])\1+\s*")
+_CODE = re.compile(r"\s*\.\. (code|code-block|sourcecode|parsed-literal|highlight)::.*")
+_DIRECTIVE = re.compile(r"\s*\.\. [\w-]+::")
+
+
+def text(path: Path, _: Options) -> Iterator[Document]:
+    """A plain text, titled by its file's name."""
+    yield Document(_paragraphs(_cleaned(path)), "line", streams.stem(path))
+
+
+def markdown(path: Path, _: Options) -> Iterator[Document]:
+    """A Markdown text, titled by its front matter, by the heading that it begins with, or by its file's name."""
+    title, lines = _front_matter(_cleaned(path))
+    yield _titled(title, _markdown(lines), path)
+
+
+def restructured(path: Path, _: Options) -> Iterator[Document]:
+    """A text in reStructuredText, titled by the heading that it begins with, or by its file's name."""
+    yield _titled("", _restructured(_cleaned(path)), path)
+
+
+def _cleaned(path: Path) -> Lines:
+    return ((number, clean(line)) for number, line in streams.lines(path))
+
+
+def _titled(title: str, blocks: Iterator[Block], path: Path) -> Document:
+    first = list(itertools.islice(blocks, 1))
+    if first and first[0].level:
+        title = title or first[0].text
+    return Document(itertools.chain(first, blocks), "line", one_line(title) or streams.stem(path))
+
+
+class _Gathering:
+    """The lines of a paragraph, or of a piece of code, so far."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+
+    def add(self, number: int, line: str, *, code: bool = False) -> Iterator[Block]:
+        """Take a line in; what has grown too long comes out."""
+        if len(self.lines) == _MOST_LINES:
+            yield from self.take(code=code)
+        self.lines.append((number, line.rstrip()))
+
+    def take(self, *, code: bool = False) -> Iterator[Block]:
+        """What has been gathered, as blocks; none where that is nothing but space."""
+        lines, self.lines = self.lines, []
+        while lines and not lines[-1][1]:
+            lines.pop()
+        while lines and not lines[0][1]:
+            lines.pop(0)
+        if lines:
+            yield from pieces(Block("\n".join(line for _, line in lines), lines[0][0], lines[-1][0], code=code))
+
+
+def _paragraphs(lines: Lines) -> Iterator[Block]:
+    gathered = _Gathering()
+    for number, line in lines:
+        yield from gathered.add(number, line) if line.strip() else gathered.take()
+    yield from gathered.take()
+
+
+def _front_matter(lines: Lines) -> tuple[str, Lines]:
+    """The title in the lines between `---` that a text may begin with, and the lines behind them."""
+    held = list(itertools.islice(lines, 1))
+    if not held or held[0][1].rstrip() != "---":
+        return "", itertools.chain(held, lines)
+    title = ""
+    for number, line in lines:
+        held.append((number, line))
+        if line.rstrip() in ("---", "..."):
+            return title, lines
+        if found := _FRONT_TITLE.fullmatch(line):
+            title = found[2]
+        if len(held) > _MOST_FRONT_LINES:
+            break
+    return "", itertools.chain(held, lines)  # it was a rule, not front matter
+
+
+def _markdown(lines: Lines) -> Iterator[Block]:
+    gathered, fence = _Gathering(), ""
+    for number, line in lines:
+        mark = _FENCE.match(line)
+        if fence:
+            if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
+                fence = ""
+                yield from gathered.take(code=True)
+            else:
+                yield from gathered.add(number, line, code=True)
+        elif mark:
+            yield from gathered.take()
+            fence = mark[1]
+        elif heading := _ATX.fullmatch(line):
+            yield from gathered.take()
+            if heading[2]:
+                yield Block(one_line(heading[2]), number, number, level=len(heading[1]))
+        elif (under := _SETEXT.fullmatch(line)) and _is_title(gathered):
+            [(first, title)], gathered.lines = gathered.lines, []
+            yield Block(one_line(title), first, number, level=1 if under[1][0] == "=" else 2)
+        else:
+            yield from gathered.add(number, line) if line.strip() else gathered.take()
+    yield from gathered.take(code=bool(fence))
+
+
+def _is_title(gathered: _Gathering) -> bool:
+    """Whether what stands above a line of dashes is one line of prose, not the end of a list or of a table."""
+    return len(gathered.lines) == 1 and not _NO_TITLE.match(gathered.lines[0][1])
+
+
+def _restructured(lines: Lines) -> Iterator[Block]:
+    gathered = _Gathering()
+    levels: list[tuple[str, bool]] = []  # (mark, whether there is one above too), in the order of their first use
+    base: int | None = None  # the indentation of what announced code, while what follows may be code
+    in_code = False
+    for number, line in lines:
+        indent = len(line) - len(line.lstrip())
+        if base is not None and line.strip():
+            if indent > base and not gathered.lines:
+                in_code = True
+            elif in_code and indent <= base:
+                yield from gathered.take(code=True)
+                in_code, base = False, None
+            elif not in_code:
+                base = None
+        if in_code:
+            yield from gathered.add(number, line, code=True)
+        elif not line.strip():
+            base = _announces_code(gathered)
+            yield from _prose(gathered)
+        elif heading := _heading(gathered, line):
+            title, style, first = heading
+            gathered.lines = []
+            if style not in levels:
+                levels.append(style)
+            yield Block(title, first, number, level=levels.index(style) + 1)
+        else:
+            yield from gathered.add(number, line)
+    yield from gathered.take(code=True) if in_code else _prose(gathered)
+
+
+def _heading(gathered: _Gathering, line: str) -> tuple[str, tuple[str, bool], int] | None:
+    """(title, style, first line) where `line` is the underline of what has been gathered."""
+    if not _ADORNMENT.fullmatch(line) or not 1 <= len(gathered.lines) <= 2:
+        return None
+    (first, above), (_, title) = gathered.lines[0], gathered.lines[-1]
+    overlined = len(gathered.lines) == 2
+    if overlined and above != line.rstrip():
+        return None
+    if _ADORNMENT.fullmatch(title) or len(line.rstrip()) < len(title.strip()):
+        return None
+    return one_line(title), (line[0], overlined), first
+
+
+def _announces_code(gathered: _Gathering) -> int | None:
+    """The indentation of a paragraph that what is indented further below it is the code of."""
+    if not gathered.lines:
+        return None
+    first, last = gathered.lines[0][1], gathered.lines[-1][1]
+    if _CODE.match(first) or (last.endswith("::") and not _DIRECTIVE.match(first)):
+        return len(first) - len(first.lstrip())
+    return None
+
+
+def _prose(gathered: _Gathering) -> Iterator[Block]:
+    """A paragraph of reStructuredText; a line of marks alone is a rule, and nothing to be found."""
+    if len(gathered.lines) == 1 and _ADORNMENT.fullmatch(gathered.lines[0][1]):
+        gathered.lines = []
+    yield from gathered.take()

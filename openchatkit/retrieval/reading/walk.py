@@ -1,0 +1,62 @@
+"""Which files lie under the paths that a user names: in a fixed order, and none that is not really there."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from openchatkit.errors import UserError
+from openchatkit.formats.retrieval_index import Skipped
+
+
+def find(paths: Sequence[Path], *, leave_out: Sequence[Path] = ()) -> tuple[list[Path], list[Skipped]]:
+    """All files under `paths`, absolute and sorted, and what was left out: hidden names, links, what is no file.
+
+    A path that is named itself is taken whatever it is called, links included; `leave_out` are folders that belong to
+    the index. UserError: a path that is not there.
+    """
+    files: set[Path] = set()
+    skipped: list[Skipped] = []
+    barred = {path.resolve() for path in leave_out}
+    for path in paths:
+        real = Path(path).expanduser().resolve()
+        if real.is_dir():
+            for found in _under(real, real, barred):
+                files.add(found) if isinstance(found, Path) else skipped.append(found)
+        elif real.is_file():
+            files.add(real)
+        else:
+            raise UserError(f"{path}: no such file or folder; pass what the index is to be made from")
+    return sorted(files), sorted(set(skipped), key=lambda each: each.source)
+
+
+def _under(folder: Path, root: Path, barred: set[Path]) -> Iterator[Path | Skipped]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        yield Skipped(str(folder), f"cannot be read: {error.strerror}")
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if path in barred:
+            continue
+        reason = _unwanted(entry, path, root)
+        if reason:
+            yield Skipped(str(path), reason)
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _under(path, root, barred)
+        else:
+            yield path
+
+
+def _unwanted(entry: os.DirEntry[str], path: Path, root: Path) -> str:
+    """Why an entry of a folder is left out; empty where it is not."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if not entry.name.isprintable():
+        return "its name cannot be shown"
+    if entry.is_symlink():
+        inside = path.resolve(strict=False).is_relative_to(root)
+        return "a link to what is met there itself" if inside else "a link out of the folder"
+    mode = entry.stat(follow_symlinks=False).st_mode
+    return "" if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else "no ordinary file"

@@ -1,0 +1,113 @@
+"""HTML as blocks, by the parser of the standard library: no network, no scripts, nothing that is not shown as text."""
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+from openchatkit.retrieval.reading import streams
+from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, clean, one_line, pieces
+
+_DROPPED = {
+    *("canvas", "iframe", "math", "noscript", "object", "script", "select", "style", "svg", "template", "textarea"),
+}
+_INLINE = {
+    *("a", "abbr", "acronym", "b", "bdi", "bdo", "big", "button", "cite", "code", "data", "del", "dfn", "em", "font"),
+    *("i", "img", "input", "ins", "kbd", "label", "mark", "meter", "output", "picture", "progress", "q", "ruby", "rp"),
+    *("rt", "s", "samp", "small", "source", "span", "strike", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"),
+}
+_CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+_SNIFFED = 4096  # bytes in which an encoding may be named
+
+
+def html(path: Path, options: Options) -> Iterator[Document]:
+    """An HTML page, titled by its title, its first heading, or its file's name; lines are those of its source."""
+    parser = _Parser()
+    parser.feed(_decoded(streams.whole(path, options.max_bytes)))
+    parser.close()
+    parser.end_block()
+    heading = next((block.text for block in parser.blocks if block.level), "")
+    yield Document(iter(parser.blocks), "line", one_line(parser.title) or heading or streams.stem(path))
+
+
+def _decoded(data: bytes) -> str:
+    named = _CHARSET.search(data[:_SNIFFED])
+    encoding = streams.marked(data) or (named[1].decode("ascii") if named else "utf-8")
+    try:
+        return data.decode(encoding)
+    except LookupError:
+        raise Unreadable(f"names an encoding that is not known, {encoding}: save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise Unreadable(streams.undecodable(encoding)) from None
+
+
+class _Parser(HTMLParser):
+    """Collects `blocks` and the `title`."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.blocks: list[Block] = []
+        self.title = ""
+        self._text: list[str] = []
+        self._first = self._last = 0
+        self._level = 0
+        self._code = 0  # how many <pre> are open
+        self._dropped: list[str] = []
+        self._in_title = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if self._dropped or tag in _DROPPED:
+            if tag in _DROPPED:
+                self._dropped.append(tag)
+        elif tag == "title":
+            self._in_title = not self.title
+        elif tag == "br":
+            self._text.append("\n")
+        elif tag in ("td", "th"):
+            self._text.append(" | " if "".join(self._text).strip() else "")
+        elif tag not in _INLINE:
+            self.end_block()
+            self._code += tag == "pre"
+            self._level = int(tag[1]) if re.fullmatch("h[1-6]", tag) else 0
+            if tag == "li":
+                self._text.append("- ")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        # In HTML the slash says nothing, but <script/> of XHTML must not swallow the rest of the page.
+        if tag not in _DROPPED and tag != "title":
+            self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._dropped:
+            if tag in self._dropped:
+                del self._dropped[self._dropped.index(tag) :]
+        elif tag == "title":
+            self._in_title = False
+        elif tag not in _INLINE and tag not in ("td", "th", "br"):
+            self.end_block()
+            self._code = max(self._code - (tag == "pre"), 0)
+            self._level = 0
+
+    def handle_data(self, data: str) -> None:
+        if self._dropped:
+            return
+        if self._in_title:
+            self.title += data
+            return
+        if data.strip():
+            start = self.getpos()[0]
+            self._first = self._first or start + data[: len(data) - len(data.lstrip())].count("\n")
+            self._last = start + data.rstrip().count("\n")
+        self._text.append(data if self._code else " ".join(re.split(r"[\r\n]", data)))
+
+    def end_block(self) -> None:
+        """Make a block of the text since the last one."""
+        text, self._text = clean("".join(self._text)), []
+        if self._code:
+            text = text.strip("\n").rstrip()
+        else:
+            text = "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
+        if text.strip(" -|\n") and self._first:
+            block = Block(text, self._first, self._last, level=self._level, code=bool(self._code))
+            self.blocks += [block] if self._level else pieces(block)
+        self._first = self._last = 0

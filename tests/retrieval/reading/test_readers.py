@@ -1,0 +1,367 @@
+"""Files as documents: what each kind gives, with titles and places, and what is skipped and why."""
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from openchatkit.errors import UserError
+from openchatkit.retrieval import reading
+from openchatkit.retrieval.reading import Block, Options, Unreadable, streams
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def documents(path: Path, options: Options | None = None) -> list[tuple[str, list[Block]]]:
+    return [(each.title, list(each.blocks)) for each in reading.read(path, options or Options())]
+
+
+def unreadable(path: Path, options: Options | None = None) -> str:
+    try:
+        reading.digest(path)
+        documents(path, options)
+    except Unreadable as error:
+        return str(error)
+    pytest.fail(f"{path} was read")
+
+
+def test_text_is_cut_at_empty_lines(tmp_path):
+    path = write(tmp_path / "note.txt", "one\r\ntwo\x1b[31m \n\n \n\n  three\n")
+    assert documents(path) == [("note", [Block("one\ntwo [31m", 1, 2), Block("  three", 6, 6)])]
+
+
+def test_a_text_may_begin_with_the_mark_of_its_encoding(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16"):
+        path = write(tmp_path / f"{encoding}.txt", "ein Gruß".encode(encoding))
+        reading.digest(path)
+        assert documents(path)[0][1] == [Block("ein Gruß", 1, 1)]
+
+
+def test_a_long_line_and_a_long_paragraph_come_in_pieces(tmp_path):
+    line = "word " * (streams.LINE_LIMIT // 2)
+    [(_, blocks)] = documents(write(tmp_path / "line.txt", f"{line}\nnext\n"))
+    assert len(blocks) > 2
+    assert {block.first for block in blocks[:-1]} == {1}
+    assert blocks[-1].last == 2
+    assert sum(len(block.text.split()) for block in blocks) == len(line.split()) + 1
+    [(_, blocks)] = documents(write(tmp_path / "log.txt", "".join(f"line {number}\n" for number in range(1, 1001))))
+    assert [(block.first, block.last) for block in blocks] == [(1, 400), (401, 800), (801, 1000)]
+    assert all(block.text.startswith(f"line {block.first}\n") for block in blocks)
+
+
+def test_markdown(tmp_path):
+    text = """\
+---
+title: "The whole"
+---
+Intro.
+
+# First #
+text `code`
+- item
+
+## Second
+```python
+x = 1
+
+# no heading
+```
+Under
+=====
+~~~
+left open
+"""
+    assert documents(write(tmp_path / "a.md", text)) == [
+        (
+            "The whole",
+            [
+                Block("Intro.", 4, 4),
+                Block("First", 6, 6, level=1),
+                Block("text `code`\n- item", 7, 8),
+                Block("Second", 10, 10, level=2),
+                Block("x = 1\n\n# no heading", 12, 14, code=True),
+                Block("Under", 16, 17, level=1),
+                Block("left open", 19, 19, code=True),
+            ],
+        )
+    ]
+
+
+def test_markdown_is_titled_by_the_heading_it_begins_with(tmp_path):
+    assert documents(write(tmp_path / "a.md", "# Kit\n\ntext"))[0][0] == "Kit"
+    assert documents(write(tmp_path / "b.md", "text\n\n# Kit\n"))[0][0] == "b"
+    # A rule at the start that nothing closes is no front matter.
+    assert documents(write(tmp_path / "c.md", "---\ntext\n"))[0][1] == [Block("---\ntext", 1, 2)]
+
+
+def test_restructured_text(tmp_path):
+    text = """\
+=====
+Title
+=====
+
+Intro::
+
+    code 1
+
+      code 2
+
+Part
+----
+Text.
+
+.. note:: Take care.
+
+.. code-block:: sh
+
+    run
+
+----
+
+Deep
+~~~~
+End.
+"""
+    assert documents(write(tmp_path / "a.rst", text)) == [
+        (
+            "Title",
+            [
+                Block("Title", 1, 3, level=1),
+                Block("Intro::", 5, 5),
+                Block("    code 1\n\n      code 2", 7, 9, code=True),
+                Block("Part", 11, 12, level=2),
+                Block("Text.", 13, 13),
+                Block(".. note:: Take care.", 15, 15),
+                Block(".. code-block:: sh", 17, 17),
+                Block("    run", 19, 19, code=True),
+                Block("Deep", 23, 24, level=3),
+                Block("End.", 25, 25),
+            ],
+        )
+    ]
+
+
+def test_html(tmp_path):
+    text = """\
+<html><head><title>A &amp; B</title><style>p {}</style>
+<script>document.write("<p>never</p>")</script></head>
+<body><h1>Head
+ line</h1><p>Some <b>bold</b> text
+goes on.<br>Then<ul><li>item</ul>
+<svg><text>drawn</text></svg>
+<pre>a
+  b</pre><table><tr><td>x<td>y</tr></table>
+<template><p>no</p></template> tail
+"""
+    assert documents(write(tmp_path / "a.html", text)) == [
+        (
+            "A & B",
+            [
+                Block("Head line", 3, 4, level=1),
+                Block("Some bold text goes on.\nThen", 4, 5),
+                Block("- item", 5, 5),
+                Block("a\n  b", 7, 8, code=True),
+                Block("x | y", 8, 8),
+                Block("tail", 9, 9),
+            ],
+        )
+    ]
+
+
+def test_html_says_its_own_encoding(tmp_path):
+    page = '<meta charset="{}"><p>Gruß</p>'
+    assert documents(write(tmp_path / "a.htm", page.format("latin-1").encode("latin-1")))[0][1][0].text == "Gruß"
+    assert unreadable(write(tmp_path / "b.htm", page.format("utf-8").encode("latin-1"))).startswith(
+        "holds bytes that are no UTF-8"
+    )
+    assert "an encoding that is not known, klingon" in unreadable(write(tmp_path / "c.htm", page.format("klingon")))
+
+
+def test_rows_of_json(tmp_path):
+    first = '{"text": "one\\u0000\\ud800", "title": "T", "url": "http://a/b"}'
+    rows = f'{first}\n\n[]\nno\n{{"text": " "}}\n{{"text": "two\\n\\n3"}}\n'
+    options = Options()
+    found = list(reading.read(write(tmp_path / "a.jsonl", rows), options))
+    assert [(each.title, each.source, each.unit) for each in found] == [("T", "http://a/b", "row"), ("a", "", "row")]
+    assert [list(each.blocks) for each in found] == [[Block("one ?", 1, 1)], [Block("two", 6, 6), Block("3", 6, 6)]]
+    assert options.notes == ["3 rows without a text, the first of them row 3"]
+
+
+def test_the_field_of_the_text_can_be_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"body_text": "one", "kind": "x"}\n')
+    assert unreadable(path) == "no row has a field 'text' (its fields: body_text, kind); see --text-field"
+    assert documents(path, Options(text_field="body_text", title_field="kind")) == [("x", [Block("one", 1, 1)])]
+
+
+def test_tables(tmp_path):
+    path = write(tmp_path / "a.csv", 'name,what\nfox,"red\nand quick"\n,\n')
+    options = Options()
+    assert documents(path, options) == [("fox", [Block("name: fox\nwhat: red\nand quick", 1, 1)])]
+    assert options.notes == ["1 rows without a text, the first of them row 2"]
+    assert documents(path, Options(text_field="what"))[0][1] == [Block("red\nand quick", 1, 1)]
+    path = write(tmp_path / "b.tsv", "text\turl\nhello\tx\n")
+    assert [(each.source, [*each.blocks]) for each in reading.read(path, Options())] == [("x", [Block("hello", 1, 1)])]
+    assert "no row has a field 'what' (its fields: text, url)" in unreadable(path, Options(text_field="what"))
+    assert "holds no header" in unreadable(write(tmp_path / "c.csv", ""))
+
+
+def test_a_row_without_end_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "ROW_LIMIT", 64)
+    path = write(tmp_path / "a.jsonl", '{"text": "short"}\n{"text": "' + "x" * 64 + '"}\n')
+    assert unreadable(path) == "line 2 is longer than 64 characters"
+
+
+def test_what_is_packed_is_read_too(tmp_path):
+    path = write(tmp_path / "a.MD.gz", gzip.compress(b"# Kit\n\ntext\n"))
+    assert documents(path) == [("Kit", [Block("Kit", 1, 1, level=1), Block("text", 3, 3)])]
+    whole = path.read_bytes()
+    assert "cut short or damaged" in unreadable(write(tmp_path / "cut.md.gz", whole[:-9]))
+    assert "cut short or damaged" in unreadable(write(tmp_path / "no.md.gz", b"# Kit\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.txt", b"\xff\xfe\x01", "holds bytes that are no UTF-16: save it as UTF-8"),
+        ("a.txt", b"caf\xe9", "holds bytes that are no UTF-8: save it as UTF-8"),
+        ("a.md", b"a\0b", "holds zero bytes, so it is no text"),
+        ("a.bin", b"text", "of no kind that is read"),
+        ("a.pdf.gz", b"", "of no kind that is read"),
+        ("a.pdf", b"%PDF-1.4\nno more", "broken: "),
+    ],
+)
+def test_what_cannot_be_read_is_told(tmp_path, name, data, reason):
+    assert unreadable(write(tmp_path / name, data)).startswith(reason)
+
+
+def test_a_file_that_is_read_whole_has_a_limit(tmp_path):
+    small = Options(max_bytes=10)
+    for name in ("a.html", "a.pdf"):
+        assert unreadable(write(tmp_path / name, "<p>more than ten"), small).startswith("too large: more than 10 bytes")
+    assert "too large" in unreadable(write(tmp_path / "a.html.gz", gzip.compress(b"<p>" * 99)), small)
+
+
+def test_a_file_that_may_not_be_opened(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "text")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(streams, "open", refuse, raising=False)
+    assert unreadable(path) == "cannot be read: Permission denied"
+
+
+class TestPDF:
+    """PDF files that pypdf writes; their text is drawn by hand."""
+
+    @staticmethod
+    def make(path: Path, pages: list[str], *, title: str = "", password: str | None = None) -> Path:
+        from pypdf import PdfWriter
+        from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+
+        writer = PdfWriter()
+        font = DictionaryObject(
+            {NameObject("/Type"): NameObject("/Font"), NameObject("/Subtype"): NameObject("/Type1")}
+        )
+        font[NameObject("/BaseFont")] = NameObject("/Helvetica")
+        for text in pages:
+            page = writer.add_blank_page(200, 200)
+            fonts = DictionaryObject({NameObject("/F1"): writer._add_object(font)})
+            page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
+            stream = DecodedStreamObject()
+            stream.set_data(f"BT /F1 12 Tf 10 100 Td ({text}) Tj ET".encode())
+            page[NameObject("/Contents")] = writer._add_object(stream)
+        if title:
+            writer.add_metadata({"/Title": title})
+        if password is not None:
+            writer.encrypt(password, "owner", algorithm="RC4-128")
+        writer.write(str(path))
+        return path
+
+    def test_pages_are_places(self, tmp_path):
+        path = self.make(tmp_path / "a.pdf", ["First page", "", "Third page"], title="Report\n of pages")
+        [document] = reading.read(path, Options())
+        assert (document.title, document.unit) == ("Report of pages", "page")
+        assert list(document.blocks) == [Block("First page", 1, 1), Block("Third page", 3, 3)]
+
+    def test_a_password_is_asked_for_by_nobody(self, tmp_path):
+        assert unreadable(self.make(tmp_path / "a.pdf", ["x"], password="secret")).startswith("encrypted: ")
+        assert documents(self.make(tmp_path / "b.pdf", ["open"], password="")) == [("b", [Block("open", 1, 1)])]
+
+    def test_pages_without_text_and_too_many_pages(self, tmp_path):
+        assert unreadable(self.make(tmp_path / "a.pdf", [""])).startswith("holds no text")
+        options = Options(max_pages=1)
+        assert documents(self.make(tmp_path / "b.pdf", ["one", "two"]), options) == [("b", [Block("one", 1, 1)])]
+        assert options.notes == ["only 1 of 2 pages (see --max-pages)"]
+
+    def test_a_broken_file_gives_what_can_be_read_or_a_reason(self, tmp_path):
+        data = self.make(tmp_path / "a.pdf", ["one", "two"]).read_bytes()
+        reasons = set()
+        for cut in range(100, len(data), 101):
+            write(tmp_path / "cut.pdf", data[:cut])
+            try:
+                documents(tmp_path / "cut.pdf")
+            except Unreadable as error:
+                reasons.add(str(error).partition(":")[0])
+        assert reasons <= {"broken", "holds no text"}
+        assert "broken" in reasons
+
+    def test_a_broken_page_is_noted(self, tmp_path, monkeypatch):
+        import pypdf
+
+        extract = pypdf.PageObject.extract_text
+
+        def break_second(page: pypdf.PageObject) -> str:
+            if page.page_number == 1:
+                raise KeyError("/Font")
+            return extract(page)
+
+        monkeypatch.setattr(pypdf.PageObject, "extract_text", break_second)
+        options = Options()
+        assert documents(self.make(tmp_path / "a.pdf", ["one", "two"]), options)[0][1] == [Block("one", 1, 1)]
+        assert options.notes == ["page 2 is broken: '/Font'"]
+
+    def test_a_missing_package_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "pypdf", None)
+        with pytest.raises(UserError, match="reading PDF needs a package"):
+            documents(write(tmp_path / "a.pdf", b""))
+
+
+class TestWalk:
+    """Which files lie under a folder."""
+
+    def test_files_come_sorted_and_what_is_left_out_is_listed(self, tmp_path):
+        root = tmp_path / "root"
+        outside = write(tmp_path / "outside.txt", "x")
+        kept = [write(root / name, "x") for name in ("b.txt", "sub/a.txt", "a.txt")]
+        write(root / ".hidden" / "a.txt", "x")
+        write(root / "index" / "a.txt", "x")
+        (root / "in.txt").symlink_to(root / "a.txt")
+        (root / "out.txt").symlink_to(outside)
+        (root / "gone.txt").symlink_to(root / "nothing" / ".." / ".." / "nothing")
+        (root / "loop").symlink_to(root, target_is_directory=True)
+        (root / "over").symlink_to(tmp_path, target_is_directory=True)
+        os.mkfifo(root / "pipe.txt")
+        files, skipped = reading.find([root], leave_out=[root / "index"])
+        assert files == sorted(kept)
+        assert [(Path(each.source).name, each.reason) for each in skipped] == [
+            (".hidden", "hidden"),
+            ("gone.txt", "a link out of the folder"),
+            ("in.txt", "a link to what is met there itself"),
+            ("loop", "a link to what is met there itself"),
+            ("out.txt", "a link out of the folder"),
+            ("over", "a link out of the folder"),
+            ("pipe.txt", "no ordinary file"),
+        ]
+
+    def test_what_is_named_itself_is_taken_once(self, tmp_path):
+        hidden = write(tmp_path / ".notes.txt", "x")
+        (tmp_path / "link.txt").symlink_to(hidden)
+        assert reading.find([hidden, tmp_path / "link.txt"]) == ([hidden], [])
+        with pytest.raises(UserError, match="nothing: no such file or folder"):
+            reading.find([tmp_path / "nothing"])
