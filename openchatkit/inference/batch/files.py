@@ -18,6 +18,7 @@ from openchatkit.inference.batch.rows import Row, read_row
 from openchatkit.paths import try_lock
 
 _STANDARD = "-"
+_BEGINNING = b'{"line": '
 
 
 class Batch:
@@ -91,6 +92,9 @@ class Batch:
             while (line := file.readline()).endswith(b"\n"):
                 self._check(line, target)
                 end = file.tell()
+            # Only what this program began to write is cut off.
+            if line and not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+                raise _foreign(self.done + 1, target)
             file.truncate(end)
             file.seek(end)
         except OSError as error:
@@ -101,12 +105,16 @@ class Batch:
         row = next(self.rows(), None)
         told = _object(line)
         if row is None or told.get("line") != row.number or told.get("row") != self._digest(row):
-            raise UserError(
-                f"line {self.done + 1} of {target} is no reply to this input with these settings: give the input and "
-                "flags that it was made with, or another --output"
-            )
+            raise _foreign(self.done + 1, target)
         self.done += 1
         self.failed += "error" in told
+
+
+def _foreign(line: int, target: Path) -> UserError:
+    return UserError(
+        f"line {line} of {target} is no reply to this input with these settings: give the input and flags that it was "
+        "made with, or another --output"
+    )
 
 
 def _open_input(source: str, opened: contextlib.ExitStack) -> BinaryIO:

@@ -6,8 +6,6 @@ empty line there, so that replies stay in step with questions, and makes the exi
 """
 
 import cmd
-import difflib
-import json
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
@@ -16,13 +14,12 @@ from openchatkit.formats import chat_file
 from openchatkit.inference import report
 from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.session import Session
+from openchatkit.inference.shell import words
 from openchatkit.inference.shell.editing import Editing
 from openchatkit.inference.shell.lines import PROMPT, Lines
 from openchatkit.inference.shell.output import Output, Unwritable
 from openchatkit.inference.shell.style import Style
 from openchatkit.inference.streaming import clean
-
-_ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 
 class Shell(cmd.Cmd):
@@ -104,7 +101,7 @@ class Shell(cmd.Cmd):
         name, *rest = line[1:].split(maxsplit=1) or [""]
         handler = getattr(self, f"do_{'help' if name == '?' else name}", None)
         if handler is None:
-            meant = _nearest(name, self.commands())
+            meant = words.nearest(name, self.commands())
             raise UserError(
                 f"unknown command /{clean(name)[:40]}: {f'did you mean /{meant}? ' if meant else ''}/help lists the "
                 "commands, /say TEXT says a text with a slash"
@@ -142,7 +139,7 @@ class Shell(cmd.Cmd):
 
     def do_undo(self, _: str) -> bool:
         """/undo  take back the last question and its reply"""
-        self._output.tell(f"taken back: {_short(self._session.undo())}")
+        self._output.tell(f"taken back: {words.short(self._session.undo())}")
         return False
 
     def do_reset(self, _: str) -> bool:
@@ -165,19 +162,19 @@ class Shell(cmd.Cmd):
         name = name.replace("-", "_")
         settings = self._settings()
         if name and name not in settings:
-            meant = _nearest(name, settings)
+            meant = words.nearest(name, settings)
             raise UserError(
                 f"unknown setting {clean(name)[:40]}: {f'did you mean {meant}? ' if meant else ''}there are "
                 f"{', '.join(settings)}"
             )
         if not rest:
             shown = {name: settings[name]} if name else settings
-            self._output.show("".join(f"{name}: {_plain(value)}\n" for name, value in shown.items()))
+            self._output.show("".join(f"{name}: {words.plain(value)}\n" for name, value in shown.items()))
         elif name == "verbose":
-            self._output.verbose = _on_off(rest[0], "verbose")
+            self._output.verbose = words.on_off(rest[0], "verbose")
         else:
             self._session.set(name, rest[0])
-            self._output.tell(f"{name} is now {_plain(self._settings()[name])}")
+            self._output.tell(f"{name} is now {words.plain(self._settings()[name])}")
         return False
 
     def do_hyperparameters(self, _: str) -> bool:
@@ -191,9 +188,9 @@ class Shell(cmd.Cmd):
         last = self._session.last
         if last is None:
             self._output.show("no reply yet\n")
-            return False
-        self._output.show(f"last reply: {report.figures(last.statistics)}\n")
-        self._output.show(f"all replies: {report.sums(self._session.totals)}\n")
+        else:
+            self._output.show(f"last reply: {report.figures(last.statistics)}\n")
+            self._output.show(f"all replies: {report.sums(self._session.totals)}\n")
         return False
 
     def do_save(self, text: str) -> bool:
@@ -208,9 +205,11 @@ class Shell(cmd.Cmd):
         self._needs(text, "/load", "the name of a saved chat; /chats lists them")
         self._session.load(text)
         self._passages = []
-        turns = len(self._session.conversation.turns)
-        asked = self._session.conversation.last_question
-        self._output.tell(f"{text}: {turns} turns" + (f"; the last question: {_short(asked.text)}" if asked else ""))
+        conversation = self._session.conversation
+        asked = (
+            f"; the last question: {words.short(conversation.last_question.text)}" if conversation.last_question else ""
+        )
+        self._output.tell(f"{text}: {report.count(len(conversation.turns), 'turn')}{asked}")
         return False
 
     def do_chats(self, _: str) -> bool:
@@ -221,7 +220,7 @@ class Shell(cmd.Cmd):
     def do_retrieval(self, text: str) -> bool:
         """/retrieval [on|off]  look for passages to each question, or not; alone, say which"""
         if text:
-            self._session.retrieval = _on_off(text, "/retrieval")
+            self._session.retrieval = words.on_off(text, "/retrieval")
         else:
             self._output.show(f"retrieval: {'on' if self._session.retrieval else 'off'}\n")
         return False
@@ -276,27 +275,3 @@ class Shell(cmd.Cmd):
     def _needs(self, text: str, command: str, what: str = "a text behind it") -> None:
         if not text:
             raise UserError(f"{command} needs {what}")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    return next(iter(difflib.get_close_matches(name.lower(), names, 1)), "")
-
-
-def _on_off(text: str, name: str) -> bool:
-    if text.lower() not in _ON_OFF:
-        raise UserError(f"{name} {clean(text)[:40]!r}: expected on or off")
-    return _ON_OFF[text.lower()]
-
-
-def _plain(value: object) -> str:
-    """A setting's value as /set takes it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return json.dumps(value, ensure_ascii=False) if value else "none"
-    return "none" if value is None else str(value)
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
