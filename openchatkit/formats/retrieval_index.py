@@ -92,7 +92,8 @@ class Floor:
 
     cosine: float
     weak_cosine: float
-    share: float
+    strength: float
+    strength_alone: float
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ class Passage:
 class Hit(Passage):
     """A passage that an index found.
 
-    `dense` is the similarity of its vector to the question's (the cosine, where the encoder's metric is that);
-    `sparse` its BM25 score; None where that kind of search was not made. `sparse` is 0 without a common word.
+    `dense` is the similarity of its vector to the question's: the cosine, where the encoder's metric is that; None
+    where only words were searched. `sparse` is its BM25 score: 0 without a word in common.
     """
 
     dense: float | None = None
-    sparse: float | None = None
+    sparse: float = 0.0
 
 
 class Searcher(Protocol):

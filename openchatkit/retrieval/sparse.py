@@ -28,6 +28,7 @@ from openchatkit.retrieval.words import words
 
 K1, B = 1.5, 0.75
 _PIECE = 8192  # rows at a time
+_MOST_WORDS = 64  # of a question: a pasted page is told from others by fewer
 _SCORE, _ROW, _START = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<i8")
 _ENTRY = np.dtype([("word", "<i4"), ("row", "<i4"), ("count", "<i4")])
 _WORDS = pa.schema([("word", pa.large_string()), ("weight", pa.float32()), ("highest", pa.float32())])
@@ -152,11 +153,9 @@ class Sparse:
             raise UserError(f"{paths.words} is no table of words: {error}; build the index again") from error
         self._words, self._weights, self._highest = batch.columns
 
-    def search(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """The k rows of the highest scores above 0, the best first: scores, row numbers; and the highest that a row
-        could have, for it to be seen how much of the question a row holds."""
-        known, possible = self._known(query)
-        known.sort(key=lambda word: -self._highest[word].as_py())
+    def search(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k rows of the highest scores, fewer if fewer have a word in common: scores, row numbers, best first."""
+        known = sorted(self._known(query), key=lambda word: -self._highest[word].as_py())
         above = [self._highest[word].as_py() for word in known]
         rows, scores = np.empty(0, np.int64), np.empty(0, _SCORE)
         for number, word in enumerate(known):
@@ -168,13 +167,13 @@ class Sparse:
             else:
                 rows, scores = _merged(rows, scores, *self._entries(word))
         order = np.lexsort((rows, -scores))[:k] if len(rows) <= 4 * k else _best(rows, scores, k)
-        return scores[order], rows[order], possible
+        return scores[order], rows[order]
 
     def scores(self, query: str, rows: np.ndarray) -> np.ndarray:
         """The scores of these rows, 0 without a word in common: float32, one for each."""
         order = np.argsort(rows, kind="stable")
         ranked, found = rows[order], np.zeros(len(rows), _SCORE)
-        for word in self._known(query)[0]:
+        for word in self._known(query):
             found = self._added(word, ranked, found)[1]
         result = np.empty_like(found)
         result[order] = found
@@ -185,17 +184,19 @@ class Sparse:
         self._words = self._weights = self._highest = None
         self._file.close()
 
-    def _known(self, query: str) -> tuple[list[int], float]:
-        """The numbers of a question's words that are in the index, and the sum of the weights of all."""
-        known, possible = [], 0.0
+    @property
+    def rarest(self) -> float:
+        """The weight that a word would have that is in no row, which no score for one word reaches."""
+        return math.log(1 + (self._rows + 0.5) / 0.5)
+
+    def _known(self, query: str) -> list[int]:
+        """The numbers of a question's words that are in the index; of a long one's, the 64 of most weight."""
+        known = []
         for word in dict.fromkeys(words(query)):
             number = bisect.bisect_left(range(len(self._words)), word, key=lambda at: self._words[at].as_py())
             if number < len(self._words) and self._words[number].as_py() == word:
                 known.append(number)
-                possible += self._weights[number].as_py()
-            else:
-                possible += math.log(1 + (self._rows + 0.5) / 0.5)
-        return known, possible
+        return sorted(known, key=lambda number: -self._weights[number].as_py())[:_MOST_WORDS]
 
     def _entries(self, word: int) -> tuple[np.ndarray, np.ndarray]:
         first, end = int(self._starts[word]), int(self._starts[word + 1])

@@ -103,11 +103,12 @@ class Table:
             yield from (Row(*values) for values in zip(*columns, strict=True))
             first += size
 
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """Title and text of every row, in order."""
+    def texts(self) -> Iterator[str]:
+        """What the words of every row are taken from, in order: its title and its text."""
         for number in range((self._rows + BLOCK - 1) // BLOCK):
             block = self._block(number)
-            yield from zip(block.column("title").to_pylist(), block.column("text").to_pylist(), strict=True)
+            titles, texts = block.column("title").to_pylist(), block.column("text").to_pylist()
+            yield from (f"{title}\n{text}" for title, text in zip(titles, texts, strict=True))
 
     def digests(self) -> Iterator[bytes]:
         """The digest of every row, in order."""

@@ -3,7 +3,7 @@
 From these everything else about vectors can be made again: the faiss index, and the exact order of its candidates.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +103,17 @@ def _top(values: np.ndarray, k: int) -> np.ndarray:
     some = np.argpartition(-values, k - 1, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
     return np.take_along_axis(some, order, axis=1)
+
+
+def gather(sources: Sequence[np.ndarray], which: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Vectors from several arrays of one dimension as parts in a new order: row `rows[i]` of source `which[i]`.
+
+    How the vectors of an older generation and those that several processes have made become those of a new one; a
+    piece of 16,384 rows is in memory at a time.
+    """
+    for first in range(0, len(rows), _PIECE):
+        here, wanted = which[first : first + _PIECE], rows[first : first + _PIECE]
+        part = np.empty((len(wanted), sources[0].shape[1]), np.float32)
+        for number in np.unique(here):
+            part[here == number] = sources[number][wanted[here == number]]
+        yield part

@@ -1,0 +1,135 @@
+"""Writing an index: all files of a new generation, then its manifest, then away with the generation before.
+
+A kill at any moment leaves the generation before as it was; what was written by then is removed by the next writer.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loguru import logger
+
+from openchatkit import paths, progress
+from openchatkit.errors import UserError
+from openchatkit.formats import manifest
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.formats.retrieval_index import (
+    DenseRecord,
+    EncoderRecord,
+    Floor,
+    IndexRecord,
+    Skipped,
+    SourceRecord,
+    SparseRecord,
+)
+from openchatkit.retrieval import dense, fusion, sparse, table
+from openchatkit.retrieval import vectors as kept
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold an index for writing: who comes second waits. The folder is made; what a kill left in it is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with paths.locked(paths.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
+        remove_litter(folder)
+        yield
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove files of generations that the manifest does not name. Whoever has them open keeps them."""
+    for path in layout.litter(folder):
+        path.unlink(missing_ok=True)
+
+
+def write_generation(
+    folder: Path,
+    *,
+    rows: Iterable[table.Row],
+    vectors: Iterable[np.ndarray] | None,
+    encoder: EncoderRecord | None,
+    sources: Iterable[SourceRecord] = (),
+    skipped: Iterable[Skipped] = (),
+    chunking: Mapping[str, Any] | None = None,
+    floor: Floor | None = None,
+    dense_options: Mapping[str, Any] | None = None,
+) -> IndexRecord:
+    """Write an index of these rows, and put it in the place of the one before; the caller is in `writing(folder)`.
+
+    `vectors` are parts [any, dimension] in the order of the rows, as many in all, made by `encoder`; both are None for
+    an index that is searched by words alone. `rows` and `vectors` are read once, one after the other, and may come from
+    the generation that is replaced. `floor` defaults to `fusion.default_floor`; `dense_options` go to `dense.build`.
+    UserError where there are no rows, or where vectors are missing or not finite.
+    """
+    assert (vectors is None) == (encoder is None), encoder
+    if encoder is not None and encoder.metric not in (kept.COSINE, kept.DOT):
+        raise UserError(
+            f"{encoder.name} compares by {encoder.metric!r}: expected an encoder for cosine or dot products"
+        )
+    generation = layout.read(folder)[0].generation + 1 if layout.exists(folder) else 1
+    try:
+        count = table.write(folder / layout.file_name("table", generation), rows)
+        if count == 0:
+            raise UserError(f"there is no passage to put into {folder}: give files that hold text")
+        searched = _dense(folder, generation, count, vectors, encoder, dict(dense_options or {}))
+        counted = _sparse(folder, generation, count)
+        record = IndexRecord(
+            generation,
+            count,
+            layout.write_lines(folder / layout.file_name("sources", generation), sources),
+            layout.write_lines(folder / layout.file_name("skipped", generation), skipped),
+            encoder,
+            searched,
+            counted,
+            floor or fusion.default_floor(encoder),
+            dict(chunking or {}),
+        )
+        return _publish(folder, record)
+    finally:
+        remove_litter(folder)  # the generation before, or, where this one failed, this one
+
+
+def _dense(
+    folder: Path,
+    generation: int,
+    count: int,
+    vectors: Iterable[np.ndarray] | None,
+    encoder: EncoderRecord | None,
+    options: dict[str, Any],
+) -> DenseRecord | None:
+    if vectors is None or encoder is None:
+        return None
+    path = folder / layout.file_name("vectors", generation)
+    kept.write(path, vectors, rows=count, dimension=encoder.dimension, metric=encoder.metric)
+    written = kept.open_array(path, rows=count, dimension=encoder.dimension)
+    return dense.build(written, folder / layout.file_name("dense", generation), **options)
+
+
+def _sparse(folder: Path, generation: int, count: int) -> SparseRecord:
+    spill = layout.spill_path(folder, generation)
+    with table.Table(folder / layout.file_name("table", generation), count) as written:
+        return sparse.build(written.texts(), sparse_paths(folder, generation), rows=count, spill=spill)
+
+
+def sparse_paths(folder: Path, generation: int) -> sparse.SparsePaths:
+    """Where the BM25 index of a generation is."""
+    return sparse.SparsePaths(
+        *(folder / layout.file_name(role, generation) for role in ("scores", "postings", "starts", "words"))
+    )
+
+
+def _publish(folder: Path, record: IndexRecord) -> IndexRecord:
+    """Force the files to disk, hash them, and name them in the manifest."""
+    names = [layout.file_name(role, record.generation) for role in layout.roles(record)]
+    files = []
+    with progress.bar(len(names), "files hashed", unit="file") as bar:
+        for name in names:
+            paths.sync(folder / name)
+            files.append(manifest.record(folder / name))
+            bar.update()
+    paths.sync(folder)
+    record = layout.write(folder, record, files)
+    size = sum(file.size for file in files)
+    logger.info(f"{folder}: {record.rows:,} passages, {size / 1e6:,.1f} MB, generation {record.generation}")
+    return record

@@ -1,0 +1,256 @@
+"""An index opened for searching: in a moment whatever its size, since files are mapped and not read.
+
+Opening compares each file's size and time stamp with the manifest, and its header with what belongs there; `verify`
+hashes everything. What does not match is refused by name. The encoder is loaded when a question needs it.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from openchatkit import paths, progress
+from openchatkit.errors import UserError
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.formats.manifest import DamagedError, FileRecord
+from openchatkit.formats.retrieval_index import EncoderRecord, Floor, IndexRecord
+from openchatkit.retrieval import fusion
+from openchatkit.retrieval import vectors as kept
+from openchatkit.retrieval.dense import Dense
+from openchatkit.retrieval.generation import sparse_paths
+from openchatkit.retrieval.passage import Hit
+from openchatkit.retrieval.sparse import Sparse
+from openchatkit.retrieval.table import Table
+
+Mode = Literal["fused", "dense", "sparse"]
+_ATTEMPTS = 5  # a writer may replace the generation while it is being opened
+
+
+class QueryEncoder(Protocol):
+    """What an index asks of an encoder."""
+
+    name: str
+    digest: str
+
+    def encode(self, texts: list[str], *, query: bool) -> np.ndarray:
+        """float32 [n, dimension]; `query` tells questions from passages, for encoders that want to know."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Rows in order, the best first, with their fused, dense and sparse scores: arrays of one length.
+
+    `dense` is None where no vector was compared.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    dense: np.ndarray | None
+    sparse: np.ndarray
+
+    def only(self, chosen: np.ndarray | slice) -> "Ranking":
+        """Some of the rows."""
+        dense = None if self.dense is None else self.dense[chosen]
+        return Ranking(self.rows[chosen], self.scores[chosen], dense, self.sparse[chosen])
+
+
+class Index:
+    """See `open`. Searching changes nothing, so several threads may do it at once."""
+
+    def __init__(self, folder: Path, record: IndexRecord, encoder: QueryEncoder | None) -> None:
+        self.folder, self.record = folder, record
+
+        def path(role: str) -> Path:
+            return folder / layout.file_name(role, record.generation)
+
+        self.table = Table(path("table"), record.rows)
+        try:
+            self.vectors, self.dense = None, None
+            if record.encoder is not None and record.dense is not None:
+                self.vectors = kept.open_array(path("vectors"), rows=record.rows, dimension=record.encoder.dimension)
+                self.dense = Dense.open(path("dense"), record.dense, self.vectors)
+            self.sparse = Sparse(sparse_paths(folder, record.generation), record.sparse, record.rows)
+        except BaseException:
+            self.table.close()
+            raise
+        self._given = encoder
+
+    @classmethod
+    def open(cls, folder: Path | str, encoder: QueryEncoder | None = None) -> "Index":
+        """Open the index of a folder. `encoder` defaults to the one it was made with, by its name, loaded when needed.
+
+        UserError where there is none, where a file is missing, cut, written to since or of another kind, and where
+        `encoder` is another than the index was made with.
+        """
+        folder = Path(folder)
+        for attempt in range(_ATTEMPTS):
+            record, files = layout.read(folder)
+            try:
+                layout.check_files(folder, record, files)
+                index = cls(folder, record, encoder)
+            except (UserError, OSError):
+                if attempt + 1 < _ATTEMPTS and layout.read(folder)[0].generation != record.generation:
+                    continue
+                raise
+            try:
+                if encoder is not None:
+                    check_encoder(folder, record.encoder, encoder)
+            except BaseException:
+                index.close()
+                raise
+            return index
+        raise AssertionError("unreachable")
+
+    @functools.cached_property
+    def encoder(self) -> QueryEncoder:
+        """The encoder of questions; UserError where the index has none, or where another one is found by its name."""
+        if self.record.encoder is None:
+            raise UserError(f"{self.folder} was made without an encoder: it can be searched by words alone")
+        if self._given is not None:
+            return self._given
+        from openchatkit.retrieval.encoder import Encoder
+
+        encoder = Encoder(self.record.encoder.name, max_tokens=self.record.encoder.max_tokens)
+        check_encoder(self.folder, self.record.encoder, encoder)
+        return encoder
+
+    def search(self, query: str, k: int = 5, *, mode: Mode = "fused", floor: Floor | bool = True) -> list[Hit]:
+        """The best k passages for a question; none where nothing in the index is about it.
+
+        `mode`: by meaning (dense), by words (sparse), or both. `floor`: what a passage must show, by default what the
+        index says; False asks for nothing.
+        """
+        vector = None if mode == "sparse" or not query.strip() or self._words_alone(mode) else self.encode(query)
+        return self.fetch(self.rank(query, vector, k, mode=mode, floor=floor))
+
+    def encode(self, query: str) -> np.ndarray:
+        """A question's vector: float32 [d]."""
+        return self._prepared(np.asarray(self.encoder.encode([query], query=True)))[0]
+
+    def rank(
+        self, query: str, vector: np.ndarray | None, k: int, *, mode: Mode = "fused", floor: Floor | bool = True
+    ) -> Ranking:
+        """The rows of `search`, for a question that has been encoded; `vector` is None to search by words alone."""
+        if mode not in ("fused", "dense", "sparse"):
+            raise UserError(f"there is no mode {mode!r}: expected fused, dense or sparse")
+        if k <= 0 or not query.strip():
+            return Ranking(np.empty(0, np.int64), np.empty(0), None, np.empty(0))
+        depth = max(k, fusion.DEPTH)
+        orders = []
+        if vector is not None and mode != "sparse":
+            assert self.dense is not None, self.folder
+            orders.append(self.dense.search(vector, depth)[1])
+        if mode != "dense" or vector is None:
+            orders.append(self.sparse.search(query, depth)[1])
+        rows, scores = fusion.fuse(orders)
+        counted = self.sparse.scores(query, rows)
+        similarity = None if vector is None or self.vectors is None else kept.scores(self.vectors, vector, rows)
+        ranking = Ranking(rows, scores, similarity, counted)
+        if floor is not False:
+            chosen = fusion.above(
+                self.record.floor if floor is True else floor,
+                None if similarity is None else self._cosines(similarity, vector, rows),
+                counted / self.sparse.rarest,
+            )
+            ranking = ranking.only(chosen)
+        return ranking.only(slice(k))
+
+    def search_vectors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k rows nearest to each of queries [n, d], without a floor: scores [n, k], row numbers [n, k].
+
+        Where an index has fewer than k rows, k is their number.
+        """
+        if self.dense is None:
+            raise UserError(f"{self.folder} was made without an encoder: it holds no vectors to search")
+        found = [self.dense.search(query, min(k, self.record.rows)) for query in self._prepared(queries)]
+        return np.stack([scores for scores, _ in found]), np.stack([rows for _, rows in found])
+
+    def fetch(self, ranking: Ranking) -> list[Hit]:
+        """The passages of a ranking."""
+        hits = []
+        for at, number in enumerate(ranking.rows.tolist()):
+            row = self.table.row(number)
+            dense = None if ranking.dense is None else float(ranking.dense[at])
+            score, sparse = float(ranking.scores[at]), float(ranking.sparse[at])
+            hits.append(Hit(row.text, row.title, row.source, row.place, score, number, dense=dense, sparse=sparse))
+        return hits
+
+    def info(self) -> dict[str, Any]:
+        """What the manifest says, and `bytes`, the size of all files."""
+        about = dataclasses.asdict(self.record)
+        stamps = about.pop("time_stamps")
+        return {**about, "bytes": sum((self.folder / name).stat().st_size for name in stamps)}
+
+    def verify(self) -> None:
+        """See `verify` of this module."""
+        verify(self.folder)
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.table.close()
+        self.sparse.close()
+        self.vectors = self.dense = None
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _words_alone(self, mode: Mode) -> bool:
+        return self.record.encoder is None and mode == "fused"
+
+    def _prepared(self, queries: np.ndarray) -> np.ndarray:
+        assert self.record.encoder is not None, self.folder
+        return kept.prepared(queries, self.record.encoder.dimension, self.record.encoder.metric)
+
+    def _cosines(self, similarity: np.ndarray, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        if self.record.encoder.metric == kept.COSINE:
+            return similarity
+        lengths = np.linalg.norm(self.vectors[rows].astype(np.float32), axis=1) * np.linalg.norm(vector)
+        return similarity / np.maximum(lengths, 1e-9)
+
+
+def check_encoder(folder: Path, made_with: EncoderRecord | None, encoder: QueryEncoder) -> None:
+    """UserError where an encoder is another than an index was made with: its vectors would mean nothing there."""
+    if made_with is None:
+        raise UserError(f"{folder} was made without an encoder: open it without one, or build it again with one")
+    if encoder.digest != made_with.digest:
+        raise UserError(
+            f"the encoder {encoder.name} (SHA-256 {encoder.digest[:16]}...) is not the one that {folder} was made "
+            f"with, {made_with.name} ({made_with.digest[:16]}...): use that one, or build the index again with this one"
+        )
+
+
+def verify(folder: Path) -> None:
+    """Hash every file of an index; DamagedError names the first that has changed.
+
+    Where all are whole and only time stamps differ, as after copying, the manifest takes the present ones.
+    """
+    record, files = layout.read(folder)
+    with progress.bar(sum(file.size for file in files.values()), "hashed", unit="B", unit_scale=True) as bar:
+        for file in files.values():
+            _verify_file(folder / file.name, file)
+            bar.update(file.size)
+    stamps = {name: (folder / name).stat().st_mtime_ns for name in files}
+    if stamps != record.time_stamps:
+        with paths.locked(paths.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
+            if layout.read(folder)[0].generation == record.generation:
+                layout.write(folder, record, files.values())
+
+
+def _verify_file(path: Path, file: FileRecord) -> None:
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing: build the index again")
+    found = paths.sha256(path)
+    if found != file.sha256:
+        raise DamagedError(
+            f"{path} was altered: its SHA-256 is {found[:16]}..., the manifest says {file.sha256[:16]}...; "
+            "build the index again, or copy it again from where it is whole"
+        )
