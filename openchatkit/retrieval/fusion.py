@@ -20,9 +20,9 @@ RANK_OFFSET = 10
 DEPTH = 100  # rows of each order that are fused
 
 # Of the same passages, the best cosine for 500 titles is above 0.36 in 99 of 100 cases, for 54 remarks of small talk
-# and 20 questions about other things at most 0.31. Words alone tell less: the strength is above 0.5 for 97 of 100
-# titles, and at most 0.54 for small talk, 0.62 for the other questions.
-FLOOR = Floor(cosine=0.33, weak_cosine=0.2, strength=0.65, strength_alone=0.5)
+# and 20 questions about other things at most 0.31. Words alone tell less: the strength is above 0.57 for 97 of 100
+# titles, and at most 0.61 for small talk, 0.7 for the other questions.
+FLOOR = Floor(cosine=0.33, weak_cosine=0.2, strength=0.74, strength_alone=0.57)
 
 
 def default_floor(encoder: EncoderRecord | None) -> Floor:
@@ -52,8 +52,8 @@ def fuse(orders: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def above(floor: Floor, cosines: np.ndarray | None, strengths: np.ndarray) -> np.ndarray:
     """Which of n rows show enough to be found: bool [n].
 
-    A row's strength is its BM25 score over the weight of a word that is in no row: 1 is about what two rare words in
-    common give, whatever the size of the index. A row is found if the cosine of its vector is at least
+    A row's strength is its BM25 score over the weight of a word that is in one row only: 1 is about what two rare words
+    in common give, whatever the size of the index. A row is found if the cosine of its vector is at least
     `floor.cosine`, or that is at least `weak_cosine` and the strength at least `strength`; where there are no vectors,
     if its strength is at least `strength_alone`.
     """

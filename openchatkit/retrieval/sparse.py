@@ -186,8 +186,8 @@ class Sparse:
 
     @property
     def rarest(self) -> float:
-        """The weight that a word would have that is in no row, which no score for one word reaches."""
-        return math.log(1 + (self._rows + 0.5) / 0.5)
+        """The weight of a word that is in one row, which no score for a single word reaches."""
+        return math.log(1 + (self._rows - 0.5) / 1.5)
 
     def _known(self, query: str) -> list[int]:
         """The numbers of a question's words that are in the index; of a long one's, the 64 of most weight."""

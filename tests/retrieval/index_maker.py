@@ -1,0 +1,48 @@
+"""Small indices for tests, with an encoder that needs no network."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord
+from openchatkit.retrieval.generation import write_generation, writing
+from openchatkit.retrieval.table import Row
+from openchatkit.retrieval.words import words
+
+TEXTS = [
+    "The lighthouse keeper lights the lamp every evening.",
+    "A kettle boils water for tea within three minutes.",
+    "getObject returns the bytes of an object by its key.",
+    "Sourdough bread rises overnight in a cool kitchen.",
+    "The moon draws the tides of the sea twice a day.",
+]
+
+
+class WordEncoder:
+    """The sum of a random direction for each word, at length 1: texts with common words are near each other."""
+
+    name, digest, dimension = "words", "d" * 64, 64
+
+    def encode(self, texts: Sequence[str], *, query: bool = False) -> np.ndarray:
+        vectors = np.full((len(texts), self.dimension), 1e-3, np.float32)
+        for number, text in enumerate(texts):
+            for word in words(text):
+                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+                vectors[number] += np.random.default_rng(seed).standard_normal(self.dimension)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def record(self) -> EncoderRecord:
+        return EncoderRecord(self.name, self.digest, self.dimension, "cosine", 128)
+
+
+def make(folder: Path, texts: Sequence[str] = TEXTS, *, encoder: WordEncoder | None = None, **options) -> IndexRecord:
+    rows = [
+        Row(text, f"title {at}", "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)
+    ]
+    vectors = [encoder.encode(texts)] if encoder else None
+    with writing(folder):
+        return write_generation(
+            folder, rows=rows, vectors=vectors, encoder=encoder.record() if encoder else None, **options
+        )

@@ -1,0 +1,99 @@
+"""Searching vectors with faiss: what is found, what is built for how many rows, and what is not read."""
+
+import numpy as np
+import pytest
+
+from openchatkit.errors import UserError
+from openchatkit.retrieval import dense
+from openchatkit.retrieval import vectors as kept
+
+faiss = pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    random = np.random.default_rng(0)
+    made = np.repeat(random.standard_normal((60, 32)), 10, axis=0) + 0.4 * random.standard_normal((600, 32))
+    return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float16)
+
+
+@pytest.mark.parametrize("kind", [dense.FLAT, dense.LISTS, dense.CODES])
+def test_the_nearest_rows_are_found_with_their_products(tmp_path, vectors, kind):
+    record = dense.build(vectors, tmp_path / "d", kind=kind)
+    assert record.type == kind
+    assert record.recall >= dense.RECALL
+    opened = dense.Dense.open(tmp_path / "d", record, vectors)
+    queries = vectors[::20].astype(np.float32)
+    rows = kept.exact(vectors, queries, 10)[1]
+    found = [opened.search(query, 10) for query in queries]
+    assert np.mean([len(np.intersect1d(a, b[1])) / 10 for a, b in zip(rows, found, strict=True)]) > 0.95
+    for query, (products, numbers) in zip(queries, found, strict=True):
+        np.testing.assert_allclose(products, kept.scores(vectors, query, numbers), rtol=1e-5)
+        assert (np.diff(products) <= 0).all()
+
+
+@pytest.mark.parametrize("kind", [dense.FLAT, dense.LISTS])
+def test_more_rows_are_asked_for_than_there_are(tmp_path, vectors, kind):
+    record = dense.build(vectors[:50], tmp_path / "d", kind=kind)
+    opened = dense.Dense.open(tmp_path / "d", record, vectors[:50])
+    rows = opened.search(vectors[3].astype(np.float32), 1000)[1]
+    assert sorted(rows.tolist()) == list(range(50))
+    assert len(opened.search(vectors[3].astype(np.float32), 0)[1]) == 0
+
+
+def test_one_row_is_enough(tmp_path, vectors):
+    for kind in (dense.FLAT, dense.LISTS):
+        record = dense.build(vectors[:1], tmp_path / "d", kind=kind)
+        opened = dense.Dense.open(tmp_path / "d", record, vectors[:1])
+        assert opened.search(vectors[0].astype(np.float32), 5)[1].tolist() == [0]
+
+
+def test_the_kind_goes_by_the_number_of_rows():
+    sizes = (1, 50_000, 50_001, 19_999_999, 20_000_000)
+    assert [dense.kind_for(rows) for rows in sizes] == [dense.FLAT] * 2 + [dense.LISTS] * 2 + [dense.CODES]
+
+
+def test_the_same_vectors_give_the_same_file(tmp_path, vectors):
+    for name in ("a", "b"):
+        dense.build(vectors, tmp_path / name, kind=dense.LISTS)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_index_of_another_shape_than_the_record_says_is_refused(tmp_path, vectors):
+    record = dense.build(vectors, tmp_path / "d", kind=dense.LISTS)
+    with pytest.raises(UserError, match="has rows 600, the manifest says 599"):
+        dense.Dense.open(tmp_path / "d", record, vectors[:599])
+    with pytest.raises(UserError, match="has numbers a vector 32, the manifest says 16"):
+        dense.Dense.open(tmp_path / "d", record, vectors[:, :16])
+    faiss.write_index(faiss.index_factory(32, "HNSW8,Flat"), str(tmp_path / "d"))
+    with pytest.raises(UserError, match="is a faiss IndexHNSWFlat: expected IndexIVFScalarQuantizer"):
+        dense.Dense.open(tmp_path / "d", record, vectors)
+
+
+def test_types_within_an_index_are_looked_at_too(tmp_path):
+    path = tmp_path / "d"
+    faiss.write_index(faiss.index_factory(32, "IDMap,HNSW8,Flat"), str(path))
+    with pytest.raises(UserError, match="is a faiss IndexHNSWFlat"):
+        dense.read_index(path, types={"IndexIDMap", "IndexFlat"})
+    faiss.write_index(faiss.index_factory(32, "IDMap,Flat"), str(path))
+    assert dense.read_index(path, types={"IndexIDMap", "IndexFlatL2"}).ntotal == 0
+
+
+def test_a_cut_file_is_refused_by_name(tmp_path, vectors):
+    path = tmp_path / "d"
+    for kind in (dense.FLAT, dense.LISTS):
+        record = dense.build(vectors, path, kind=kind)
+        whole = path.read_bytes()
+        for size in (0, 3, 20, len(whole) // 2):
+            path.write_bytes(whole[:size])
+            with pytest.raises(UserError, match="faiss cannot read"):
+                dense.Dense.open(path, record, vectors)
+    limit = faiss.get_deserialization_vector_byte_limit()
+    assert limit > 1 << 30, "the limit of one file stayed behind"
+
+
+def test_without_a_gpu_searching_there_is_refused(tmp_path, vectors, monkeypatch):
+    record = dense.build(vectors, tmp_path / "d", kind=dense.LISTS)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    with pytest.raises(UserError, match="install faiss-gpu"):
+        dense.Dense.open(tmp_path / "d", record, vectors).to_gpus()

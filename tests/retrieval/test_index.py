@@ -1,0 +1,216 @@
+"""An index from writing to searching: what is found, what survives a kill, and what is not read."""
+
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from index_maker import TEXTS, WordEncoder, make
+
+from openchatkit.errors import UserError
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.formats.manifest import DamagedError
+from openchatkit.retrieval import generation
+from openchatkit.retrieval.index import Index, verify
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture
+def encoder():
+    return WordEncoder()
+
+
+@pytest.fixture
+def folder(tmp_path, encoder):
+    make(tmp_path / "index", encoder=encoder)
+    return tmp_path / "index"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["fused", "dense", "sparse"])
+def test_the_passage_about_it_is_found_with_its_place(folder, encoder, mode):
+    with Index.open(folder, encoder) as index:
+        hit = index.search("sourdough bread", 3, mode=mode, floor=False)[0]
+    assert (hit.text, hit.title, hit.source, hit.place, hit.id) == (TEXTS[3], "title 3", "notes.txt", "line 4", 3)
+    assert hit.sparse > 0
+    assert hit.dense is None if mode == "sparse" else 0.5 < hit.dense <= 1.001
+
+
+@pytest.mark.parametrize("query", ["hello", "thanks!", "who are you", "", "  ", "?"])
+def test_small_talk_finds_nothing(folder, encoder, query):
+    with Index.open(folder, encoder) as index:
+        for mode in ("fused", "dense", "sparse"):
+            assert index.search(query, mode=mode) == []
+
+
+def test_the_floor_is_the_index_s_own_unless_another_is_given(tmp_path, encoder):
+    high = layout.Floor(cosine=2, weak_cosine=2, strength=9, strength_alone=9)
+    make(tmp_path, encoder=encoder, floor=high)
+    with Index.open(tmp_path, encoder) as index:
+        assert index.search("sourdough bread") == []
+        assert index.search("sourdough bread", floor=False)
+        assert index.search("sourdough bread", floor=layout.Floor(0.3, 0, 1, 1))
+
+
+def test_k_may_be_more_than_there_are_or_nothing(folder, encoder):
+    with Index.open(folder, encoder) as index:
+        assert len(index.search("sourdough bread", 1000, floor=False)) == len(TEXTS)
+        assert index.search("sourdough bread", 0) == []
+        scores, rows = index.search_vectors(encoder.encode(TEXTS), 99)
+        assert rows.shape == scores.shape == (5, 5)
+        assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]
+        with pytest.raises(UserError, match="no mode 'both'"):
+            index.search("x", mode="both")
+        with pytest.raises(UserError, match="not finite"):
+            index.search_vectors(np.full((1, 64), np.nan), 1)
+
+
+def test_without_an_encoder_it_is_searched_by_words(tmp_path):
+    make(tmp_path)
+    with Index.open(tmp_path) as index:
+        hits = index.search("sourdough bread")
+        assert [hit.id for hit in hits] == [3]
+        assert hits[0].dense is None
+        with pytest.raises(UserError, match="searched by words alone"):
+            index.search("bread", mode="dense")
+        with pytest.raises(UserError, match="holds no vectors"):
+            index.search_vectors(np.ones((1, 64)), 1)
+    with pytest.raises(UserError, match="made without an encoder"):
+        Index.open(tmp_path, WordEncoder())
+
+
+def test_another_encoder_is_refused(folder, encoder):
+    encoder.digest = "e" * 64
+    with pytest.raises(UserError, match=r"encoder words \(SHA-256 eeee.*is not the one that .* was made with"):
+        Index.open(folder, encoder)
+
+
+def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened(folder, encoder):
+    with Index.open(folder, encoder) as old:
+        record = make(folder, [*TEXTS, "A violin has four strings."], encoder=encoder)
+        assert record.generation == 2
+        assert all("000002" in name for name in names(folder) if name != layout.MANIFEST)
+        assert old.search("violin strings") == []
+        assert old.search("sourdough bread")[0].id == 3
+    with Index.open(folder, encoder) as new:
+        assert new.search("violin strings")[0].id == 5
+        assert new.info()["generation"] == 2
+
+
+def test_a_generation_may_be_made_from_the_one_before(folder, encoder):
+    with Index.open(folder, encoder) as old, generation.writing(folder):
+        rows, kept = list(old.table.rows(1)), old.vectors[1:]
+        generation.write_generation(folder, rows=iter(rows), vectors=[kept], encoder=old.record.encoder)
+    with Index.open(folder, encoder) as new:
+        assert new.record.rows == 4
+        assert new.search("sourdough bread")[0].id == 2
+        assert new.search("lighthouse keeper") == []
+        np.testing.assert_allclose(new.vectors, kept, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "step", ["table.write", "kept.write", "dense.build", "sparse.build", "_publish", "layout.write"]
+)
+def test_a_failure_at_any_step_leaves_the_old_index_and_nothing_else(folder, encoder, monkeypatch, step):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    owner, _, name = step.rpartition(".")
+    monkeypatch.setattr(getattr(generation, owner) if owner else generation, name, stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, ["something else"], encoder=encoder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_a_kill_left_is_removed_by_the_next_writer(folder, encoder):
+    (folder / layout.file_name("table", 2)).write_bytes(b"half")
+    layout.spill_path(folder, 2).write_bytes(b"half")
+    with Index.open(folder, encoder) as index:
+        assert index.search("sourdough bread")
+    with generation.writing(folder):
+        pass
+    assert all("000001" in name for name in names(folder) if name != layout.MANIFEST)
+
+
+def test_an_index_of_nothing_is_refused(folder, encoder):
+    with pytest.raises(UserError, match="no passage to put into"):
+        make(folder, [], encoder=encoder)
+    Index.open(folder, encoder).close()
+
+
+def test_bad_vectors_and_metrics_are_refused_and_the_old_index_stays(folder, encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "encode", lambda texts: np.full((len(texts), 64), np.nan))
+    with pytest.raises(UserError, match="not finite"):
+        make(folder, encoder=encoder)
+    monkeypatch.setattr(encoder, "record", lambda: layout.EncoderRecord("words", encoder.digest, 64, "manhattan", 128))
+    with pytest.raises(UserError, match="words compares by 'manhattan'"):
+        make(folder, encoder=encoder)
+    assert layout.read(folder)[0].generation == 1
+
+
+def test_two_writers_wait_for_each_other(tmp_path, encoder):
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: make(tmp_path / "index", encoder=encoder).generation, range(2)))
+    assert sorted(done) == [1, 2]
+    Index.open(tmp_path / "index", encoder).close()
+
+
+def test_opening_while_generations_are_written_finds_a_whole_one(folder, encoder):
+    stop = threading.Event()
+
+    def write():
+        for _ in range(8):
+            make(folder, encoder=encoder)
+        stop.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        while not stop.is_set() and not writing.done():
+            with Index.open(folder, encoder) as index:
+                assert index.search("sourdough bread")[0].id == 3
+        writing.result()
+
+
+@pytest.mark.parametrize("role", layout.ROLES)
+def test_any_change_to_any_file_is_refused_by_name(folder, encoder, role):
+    path = folder / layout.file_name(role, 1)
+    whole = path.read_bytes()
+    stamp = path.stat().st_mtime_ns
+    if whole:
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        os.utime(path, ns=(stamp, stamp))  # what only hashing can see
+        with pytest.raises(DamagedError, match=f"{re.escape(path.name)} was altered"):
+            verify(folder)
+    for content, message in ((whole + b"x", "bytes, the manifest says"), (None, "is missing")):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{re.escape(path.name)} (has )?.*{message}"):
+            Index.open(folder, encoder)
+        with pytest.raises(UserError, match=re.escape(path.name)):
+            verify(folder)
+
+
+def test_a_copy_is_opened_once_it_was_verified(folder, encoder):
+    path = folder / layout.file_name("vectors", 1)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"vectors-000001\.npy was written to or copied"):
+        Index.open(folder, encoder)
+    verify(folder)
+    with Index.open(folder, encoder) as index:
+        index.verify()
+        assert index.search("sourdough bread")
+
+
+def test_the_size_of_all_files_is_told(folder, encoder):
+    with Index.open(folder, encoder) as index:
+        info = index.info()
+    sizes = [path.stat().st_size for path in folder.iterdir() if path.name != layout.MANIFEST]
+    assert info["bytes"] == sum(sizes)
+    assert (info["rows"], info["encoder"]["name"], info["dense"]["recall"]) == (5, "words", 1.0)

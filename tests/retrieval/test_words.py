@@ -1,0 +1,36 @@
+"""What counts as a word."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openchatkit.retrieval.words import LONGEST, words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Quick, brown fox", ["quick", "brown", "fox"]),
+        ("getObject", ["getobject", "get", "object"]),
+        ("on GitHub", ["github", "git", "hub"]),
+        ("HTTPServer list_objects_v2", ["httpserver", "http", "server", "list", "objects", "v2"]),
+        ("AWS::S3::Bucket --dry-run", ["aws", "s3", "bucket", "dry", "run"]),
+        ("Ünïcode STRASSE straße", ["ünïcode", "strasse", "strasse"]),
+        ("\ufb01le \uff11\uff12", ["file", "12"]),
+        ("東京都 tower", ["東京", "京都", "tower"]),
+        ("水", ["水"]),
+        ("who are you?", []),
+        ("x" * (LONGEST + 1) + " kept", ["kept"]),
+        ("\0 \n", []),
+    ],
+)
+def test_texts_are_cut_into_words(text, expected):
+    assert words(text) == expected
+
+
+@given(st.text())
+def test_words_do_not_depend_on_case_of_plain_words_or_on_what_is_between(text):
+    for word in words(text):
+        assert word
+        assert not any(character.isspace() for character in word)
+        assert len(word) <= 3 * LONGEST  # case-folding may make one letter three
