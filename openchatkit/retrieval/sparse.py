@@ -179,6 +179,10 @@ class Sparse:
         result[order] = found
         return result
 
+    def vocabulary(self) -> list[str]:
+        """All words, sorted: a word's number in the arrays is its place here."""
+        return self._words.to_pylist()
+
     def close(self) -> None:
         """Give the map of the words back; those of the arrays go with the last reference."""
         self._words = self._weights = self._highest = None
