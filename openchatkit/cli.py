@@ -1,12 +1,14 @@
 """What every command shares: one-line errors, exit statuses, and numbers checked as they are parsed."""
 
 import argparse
+import contextlib
 import functools
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from openchatkit.errors import UserError
@@ -31,9 +33,10 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
         try:
-            _log_to_the_terminal()
-            status = main(argv) or 0
-            sys.stdout.flush()
+            with _noting_interrupts() as pressed:
+                _log_to_the_terminal()
+                status = _called(main, argv, pressed)
+                sys.stdout.flush()
         except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             status = error.exit_status
@@ -98,6 +101,41 @@ def _whole_number(text: str, *, minimum: int) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
     return value
+
+
+def _called(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None, pressed: list[int]) -> int:
+    try:
+        return main(argv) or 0
+    except UserError:
+        raise
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Note Ctrl-C besides raising KeyboardInterrupt, which some libraries swallow as they are imported, to fail later.
+
+    Who goes on after Ctrl-C puts Python's own handler back, since what fails from then on fails for itself.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _log_to_the_terminal() -> None:

@@ -89,7 +89,8 @@ def test_the_readmes_commands_run(random_models, tmp_path):
         done = subprocess.run(
             ["bash", "-c", command], capture_output=True, cwd=tmp_path, text=True, timeout=240, check=False
         )
-        assert (done.returncode, done.stderr) == (0, ""), (command, done)
+        assert done.returncode == 0, (command, done)
+        assert all(line.startswith("note: the reply was cut") for line in done.stderr.splitlines()), (command, done)
         assert done.stdout != "" or "--output" in command
 
 

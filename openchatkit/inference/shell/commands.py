@@ -6,6 +6,7 @@ empty line there, so that replies stay in step with questions, and makes the exi
 """
 
 import cmd
+import signal
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
@@ -59,6 +60,9 @@ class Shell(cmd.Cmd):
                 self._output.tell(self._about)
             self._output.write(self.intro)
             self._editing.start()
+        if self._output.interactive:
+            # From here on Ctrl-C is no end, and no excuse for what fails later.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         while True:
             try:
                 line = self._read()
