@@ -21,7 +21,7 @@ from openchatkit.formats.tokenizer_files import add_chat_template, write_tokeniz
 
 VOCABULARY = 50304
 WORDS = 8192  # tokens that the tokenizer has; the other rows are there to be read
-LENGTH, ROWS = 256, 4
+LENGTH, ROWS = 256, 1  # small batches: in a minute or two, the number of steps is what counts
 HELD_OUT = 20
 CHARACTERS = 12_000_000
 
