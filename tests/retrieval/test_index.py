@@ -2,8 +2,12 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +132,25 @@ def test_a_failure_at_any_step_leaves_the_old_index_and_nothing_else(folder, enc
     with pytest.raises(KeyboardInterrupt):
         make(folder, ["something else"], encoder=encoder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_killed_writer_leaves_the_old_index_and_the_next_one_clears_up(folder, encoder):
+    code = f"""
+import os, pathlib, signal
+from index_maker import WordEncoder, make
+from openchatkit.retrieval import generation
+generation.layout.write = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+make(pathlib.Path({str(folder)!r}), ["something else"], encoder=WordEncoder())
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert layout.litter(folder)
+    with Index.open(folder, encoder) as index:
+        assert index.search("sourdough bread")[0].id == 3
+    assert make(folder, ["A violin has four strings."], encoder=encoder).generation == 2
+    assert not layout.litter(folder)
+    with Index.open(folder, encoder) as index:
+        assert index.search("violin strings")[0].id == 0
 
 
 def test_what_a_kill_left_is_removed_by_the_next_writer(folder, encoder):
