@@ -64,7 +64,7 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
-        with pytest.raises(OSError, match="plain file|directory"):
+        with pytest.raises(OSError, match=r"plain file|directory"):
             history.read(tmp_path / name)
-        with pytest.raises(OSError, match="plain file|directory"):
+        with pytest.raises(OSError, match=r"plain file|directory"):
             history.append(tmp_path / name, "hello")
