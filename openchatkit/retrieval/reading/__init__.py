@@ -40,7 +40,7 @@ def digest(path: Path) -> str:
     """SHA-256 of a file's bytes. Unreadable: it is of no kind that can be read, cannot be opened, or is no text."""
     ending = kind(path)
     if ending is None:
-        raise Unreadable(f"of no kind that is read ({', '.join(KINDS)}, and these packed as .gz but for PDF)")
+        raise Unreadable("of no kind that is read")
     # The encoding of an HTML page may be named inside it: only reading it tells.
     return streams.digest(path, text=ending not in _BINARY and KINDS[ending] is not web.html)
 

@@ -1,0 +1,275 @@
+"""A plan -> the next generation of an index: passages are staged, what has no vector yet is embedded, all is written.
+
+The work lies in the index's partial folder until the new manifest is in place. The first process reads, plans and
+writes; all of them embed, each its part of the texts.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from loguru import logger
+from tqdm import tqdm
+
+from openchatkit import progress
+from openchatkit.download.places import storage_errors
+from openchatkit.errors import UserError
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord, SourceRecord
+from openchatkit.retrieval import chunks, generation, reading, table, vectors
+from openchatkit.retrieval.building import embedded, plan
+from openchatkit.retrieval.building.embedded import Vectors
+from openchatkit.retrieval.building.plan import Plan
+from openchatkit.retrieval.building.ranks import Ranks
+from openchatkit.retrieval.encoder import Encoder
+from openchatkit.retrieval.index import check_encoder
+from openchatkit.retrieval.table import Row, Table
+
+_WINDOW = 1 << 14  # texts that are sorted by length together
+_SLICE = 512  # texts that are embedded between two writes: what a kill loses
+_BLOCK = 1 << 14  # vectors copied at a time
+_TABLE, _MISSING = "staged.arrow", "missing.npy"
+_ADVICE = "make room and run again, what has been embedded is kept"
+
+
+@dataclass
+class Present:
+    """The generation that an index has, open."""
+
+    record: IndexRecord
+    table: Table
+    vectors: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Rows of a source in one of the two tables, the present one or the staged one."""
+
+    source: SourceRecord
+    table: Table
+    digests: np.ndarray  # of all rows of that table
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """All sources of the next generation; `missing` are the rows of `table`, the staged one, that have no vector."""
+
+    table: Table
+    runs: list[_Run]
+    known: Vectors | None
+    encoder: EncoderRecord | None
+    missing: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How many rows the staged table has, and how many of them are to be embedded."""
+
+    rows: int
+    missing: int
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Present | None]:
+    """The present generation, None where there is none; DamagedError where its files are not what they should be."""
+    if not layout.exists(folder):
+        yield None
+        return
+    record, files = layout.read(folder)
+    layout.check_files(folder, record, files)
+
+    def path(role: str) -> Path:
+        return folder / layout.file_name(role, record.generation)
+
+    found = None
+    if record.encoder is not None:
+        found = vectors.open_array(path("vectors"), rows=record.rows, dimension=record.encoder.dimension)
+    with Table(path("table"), record.rows) as rows:
+        yield Present(record, rows, found)
+
+
+def carry_out(
+    folder: Path, encoder: Encoder | None, ranks: Ranks, planned: Callable[[Present | None], Plan]
+) -> IndexRecord | None:
+    """Make the generation that `planned` asks for; the index's record, None in all processes but the first.
+
+    UserError: what `planned` raises, no text at all, a vector that is not finite, a full disk.
+    """
+    if not ranks.first:
+        ranks.agree(None)
+        _embed(layout.partial_folder(folder), encoder, ranks, None)
+        return None
+    empty = not folder.exists()
+    try:
+        with storage_errors(folder, _ADVICE), generation.writing(folder), opened(folder) as present:
+            return _lead(folder, encoder, ranks, present, planned)
+    finally:
+        if empty:
+            with contextlib.suppress(OSError):  # which it is when something has been kept in it
+                folder.rmdir()
+
+
+def _lead(
+    folder: Path,
+    encoder: Encoder | None,
+    ranks: Ranks,
+    present: Present | None,
+    planned: Callable[[Present | None], Plan],
+) -> IndexRecord:
+    partial = layout.partial_folder(folder)
+    with contextlib.ExitStack() as stack:
+        error = staged = None
+        try:
+            wanted = planned(present)
+            if wanted.fresh or present is None or len(wanted.kept) != present.record.sources:
+                staged = _stage(partial, wanted, encoder, present, stack)
+        except UserError as failure:
+            error = failure
+        ranks.agree(error)
+        _embed(partial, encoder, ranks, staged and _Work(len(staged.table), len(staged.missing)))
+        if staged is None:
+            logger.info(f"{folder}: nothing has changed, {present.record.rows:,} passages")
+            record = present.record
+        else:
+            record = _write(folder, wanted, staged)
+    shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def _stage(
+    partial: Path, wanted: Plan, encoder: Encoder | None, present: Present | None, stack: contextlib.ExitStack
+) -> _Staged | None:
+    """Read what is fresh into a table of its own, and list the rows of it that have no vector yet.
+
+    None where the index holds all that there is to be held.
+    """
+    described = None
+    if encoder is not None:
+        described = present.record.encoder if present is not None else encoder.record()
+        embedded.begin(partial, described)
+    partial.mkdir(parents=True, exist_ok=True)
+    records: list[SourceRecord] = []
+    count = table.write(partial / _TABLE, plan.read_all(wanted, records))
+    if not records and not wanted.kept:
+        raise UserError(_nothing(wanted))
+    if not records and present is not None and len(wanted.kept) == present.record.sources:
+        return None
+    staged = stack.enter_context(Table(partial / _TABLE, count))
+    digests = embedded.keys(staged.digests(), count)
+    runs = [_Run(record, staged, digests) for record in records]
+    known = Vectors(described.dimension) if described is not None else None
+    if present is not None:
+        before = embedded.keys(present.table.digests(), present.record.rows)
+        runs += [_Run(record, present.table, before) for record in wanted.kept]
+        if known is not None:
+            known.add(before, present.vectors)
+    runs.sort(key=lambda run: run.source.source)
+    missing = np.empty(0, np.int64)
+    if known is not None:
+        for part in embedded.parts(partial, described.dimension):
+            known.add(*part)
+        missing = _missing(digests, records, known)
+        if present is not None and len(missing):
+            check_encoder(partial.parent, described, encoder)
+        np.save(partial / _MISSING, missing)
+    return _Staged(staged, runs, known, described, missing)
+
+
+def _nothing(wanted: Plan) -> str:
+    """Why there is nothing to make an index of."""
+    left_out = [*wanted.skipped, *wanted.notes]
+    if not left_out:
+        return f"no file to read there: expected files of these kinds: {', '.join(reading.KINDS)}"
+    some = "; ".join(f"{each.source} ({each.reason})" for each in left_out[:3])
+    return f"no text to make an index of; {len(left_out):,} files and folders were left out: {some}"
+
+
+def _missing(digests: np.ndarray, records: list[SourceRecord], known: Vectors) -> np.ndarray:
+    """The first row of each text that has no vector; rows of no source are those of files that cannot be read."""
+    wanted = np.zeros(len(digests), bool)
+    for record in records:
+        wanted[record.first : record.first + record.rows] = True
+    wanted &= known.locate(digests) < 0
+    rows = np.flatnonzero(wanted)
+    return np.sort(rows[np.unique(digests[rows], return_index=True)[1]])
+
+
+def _embed(partial: Path, encoder: Encoder | None, ranks: Ranks, work: _Work | None) -> None:
+    """Embed this process's part of the missing texts; return when all processes have done theirs."""
+    work = ranks.share(work)
+    if work is None or encoder is None or not work.missing:
+        return
+    error = None
+    try:
+        if not (partial / _MISSING).is_file():
+            raise UserError(f"{partial} is not there for process {ranks.rank}: all must see the index's folder")
+        missing = np.load(partial / _MISSING, allow_pickle=False)[ranks.rank :: ranks.size]
+        with (
+            Table(partial / _TABLE, work.rows) as rows,
+            embedded.Writer(partial, ranks.rank, encoder.dimension) as writer,
+            progress.bar(
+                len(missing), "passages embedded", unit="passage", disable=None if ranks.first else True
+            ) as bar,
+        ):
+            _embed_rows(missing, rows, encoder, writer, bar)
+    except KeyboardInterrupt:
+        logger.info("what has been embedded is kept: the same command goes on from there")
+        raise
+    except UserError as failure:
+        error = failure
+    ranks.agree(error)
+
+
+def _embed_rows(missing: np.ndarray, rows: Table, encoder: Encoder, writer: embedded.Writer, bar: tqdm) -> None:
+    for first in range(0, len(missing), _WINDOW):
+        window = [rows.row(number) for number in missing[first : first + _WINDOW].tolist()]
+        # Those of about one length go through the network together, so that little is computed for padding.
+        window.sort(key=lambda row: -len(row.text))
+        for start in range(0, len(window), _SLICE):
+            some = window[start : start + _SLICE]
+            texts = [chunks.embedded(row.title, row.text) for row in some]
+            writer.add([row.digest for row in some], encoder.encode(texts))
+            bar.update(len(some))
+
+
+def _write(folder: Path, wanted: Plan, staged: _Staged) -> IndexRecord:
+    """Write the generation: sources in the order of their names, each row with the vector of its digest."""
+    sources, first = [], 0
+    for run in staged.runs:
+        sources.append(dataclasses.replace(run.source, first=first))
+        first += run.source.rows
+    known = staged.known
+    if known is not None:
+        for part in embedded.parts(layout.partial_folder(folder), staged.encoder.dimension):
+            known.add(*part)
+    return generation.write_generation(
+        folder,
+        rows=_rows(staged.runs),
+        vectors=None if known is None else _vectors(staged.runs, known),
+        encoder=staged.encoder,
+        sources=sources,
+        skipped=sorted({*wanted.skipped, *wanted.notes}, key=lambda each: (each.source, each.reason)),
+        chunking=wanted.about,
+    )
+
+
+def _rows(runs: list[_Run]) -> Iterator[Row]:
+    document = 0
+    with progress.bar(sum(run.source.rows for run in runs), "passages written", unit="passage") as bar:
+        for run in runs:
+            last = None
+            for row in run.table.rows(run.source.first, run.source.first + run.source.rows):
+                document, last = document + (row.document != last), row.document
+                yield dataclasses.replace(row, document=document)
+            bar.update(run.source.rows)
+
+
+def _vectors(runs: list[_Run], known: Vectors) -> Iterator[np.ndarray]:
+    digests = [run.digests[run.source.first : run.source.first + run.source.rows] for run in runs]
+    rows = known.locate(np.concatenate(digests))
+    for first in range(0, len(rows), _BLOCK):
+        yield known.take(rows[first : first + _BLOCK])

@@ -1,0 +1,142 @@
+"""What an index is to hold: which sources stay as they are, which are read anew, and what is left out.
+
+A file is the same while its size and time stamp are, or else its SHA-256; then its passages are taken from the index as
+they are. How files were read and cut stands in the manifest and is the same for all of them.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openchatkit import progress
+from openchatkit.formats.retrieval_index import Skipped, SourceRecord
+from openchatkit.retrieval import chunks, reading
+from openchatkit.retrieval.building import embedded
+from openchatkit.retrieval.chunks import Chunking, Count
+from openchatkit.retrieval.reading import Options, Unreadable
+from openchatkit.retrieval.table import Row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How files become passages: how texts are cut, how rows and files are read; as it stands in the manifest."""
+
+    tokens: int = chunks.DEFAULT_TOKENS
+    overlap: int = chunks.DEFAULT_OVERLAP
+    text_field: str | None = None
+    title_field: str | None = None
+    source_field: str | None = None
+    max_bytes: int = Options.max_bytes
+    max_pages: int = Options.max_pages
+
+    @property
+    def chunking(self) -> Chunking:
+        return Chunking(self.tokens, self.overlap)
+
+    def options(self, notes: list[str]) -> Options:
+        """Options for reading one file; what is left out of it is noted in a list."""
+        return Options(self.text_field, self.title_field, self.source_field, self.max_bytes, self.max_pages, notes)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A source whose passages are made anew.
+
+    `rows` gives them, notes in a list what it has left out, and raises Unreadable, half way too.
+    """
+
+    source: str
+    digest: str
+    size: int
+    mtime_ns: int
+    rows: Callable[[list[str]], Iterator[Row]]
+
+
+@dataclass
+class Plan:
+    """The next generation: sources `kept` from the present one, `fresh` ones, what was `skipped`, and facts to note."""
+
+    kept: list[SourceRecord]
+    fresh: list[Fresh]
+    skipped: list[Skipped]
+    about: dict[str, Any]
+    notes: list[Skipped] = field(default_factory=list)  # of what is fresh; added to while sources are read
+
+
+def compare(
+    files: Iterable[Path], before: Sequence[SourceRecord], settings: Settings, count: Count
+) -> tuple[list[SourceRecord], list[Fresh], list[Skipped]]:
+    """(unchanged, fresh, skipped) of these files; `before` are the sources of the index that the files may be."""
+    known = {record.source: record for record in before}
+    kept: list[SourceRecord] = []
+    fresh: list[Fresh] = []
+    skipped: list[Skipped] = []
+    files = list(files)
+    with progress.bar(len(files), "files looked at", unit="file") as bar:
+        for path in files:
+            try:
+                found = _compared(path, known.get(str(path)), settings, count)
+                kept.append(found) if isinstance(found, SourceRecord) else fresh.append(found)
+            except Unreadable as error:
+                skipped.append(Skipped(str(path), str(error)))
+            bar.update()
+    return kept, fresh, skipped
+
+
+def read_all(plan: Plan, found: list[SourceRecord]) -> Iterator[Row]:
+    """The rows of all fresh sources, one after the other; a record of each is appended to `found` when it is whole.
+
+    Rows of a source that turned out to be unreadable are those between records. Documents are numbered through.
+    """
+    number = document = 0
+    with progress.bar(len(plan.fresh), "files read", unit="file") as bar:
+        for fresh in plan.fresh:
+            first, last, notes = number, -1, []
+            try:
+                for row in fresh.rows(notes):
+                    document, last = document + (row.document != last), row.document
+                    number += 1
+                    yield Row(row.text, row.title, row.source, row.place, row.digest, document, row.position)
+                if number == first:
+                    raise Unreadable("holds no text")
+                found.append(
+                    SourceRecord(fresh.source, fresh.digest, fresh.size, fresh.mtime_ns, first, number - first)
+                )
+            except Unreadable as error:
+                notes = [str(error)]
+            plan.notes += (Skipped(fresh.source, note) for note in notes)
+            bar.update()
+
+
+def row(text: str, title: str, source: str, place: str, document: int, position: int) -> Row:
+    """A row of the table, with the digest of what is embedded of it."""
+    digest = embedded.digest(chunks.embedded(title, text))
+    return Row(text, title, source, place, digest, document, position)
+
+
+def _compared(path: Path, before: SourceRecord | None, settings: Settings, count: Count) -> SourceRecord | Fresh:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from error
+    if before is not None and (before.size, before.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        return before
+    digest = reading.digest(path)
+    if before is not None and before.digest == digest:
+        return SourceRecord(str(path), digest, stat.st_size, stat.st_mtime_ns, before.first, before.rows)
+    stamp = (stat.st_size, stat.st_mtime_ns)
+    return Fresh(str(path), digest, *stamp, functools.partial(_rows, path, stamp, settings, count))
+
+
+def _rows(path: Path, stamp: tuple[int, int], settings: Settings, count: Count, notes: list[str]) -> Iterator[Row]:
+    """The passages of a file. Unreadable, perhaps behind the last of them."""
+    options = settings.options(notes)
+    for number, document in enumerate(reading.read(path, options)):
+        source = document.source or str(path)
+        for position, chunk in enumerate(chunks.chunks(document, settings.chunking, count)):
+            yield row(chunk.text, chunk.title, source, chunk.place, number, position)
+    stat = path.stat()
+    if (stat.st_size, stat.st_mtime_ns) != stamp:
+        raise Unreadable("was changed while it was read: run again when it is complete")

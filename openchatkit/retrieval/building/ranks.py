@@ -1,0 +1,78 @@
+"""Several processes that embed parts of the same texts: started by torchrun, they agree on what to do and how it ended.
+
+Passages and vectors go through files in the index's folder, which all must see; only words go between the processes.
+Who fails says so before the others go on, and who dies closes the connection, so that nobody waits for either.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from openchatkit.errors import Interrupted, UserError
+
+_TIMEOUT = timedelta(days=7)  # the first process reads files while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among so many."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process does what one process must do alone."""
+        return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """What the first process has for `value`, in all."""
+        return self.gather(value)[0]
+
+    def agree(self, error: Exception | None) -> None:
+        """Return when all have come here without an error. UserError: one of them has not, this one perhaps."""
+        found = self.gather(None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(found):
+            if message is not None:
+                raise UserError(f"process {rank} stopped: {message}")
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has for `value`, in the order of their numbers."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value)
+        except RuntimeError as error:
+            raise Interrupted(
+                "another process was lost: run the same command again, what has been embedded is kept"
+            ) from error
+        return found
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun started, or this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    import torch
+
+    from openchatkit.distributed.network import choose_interface
+    from openchatkit.distributed.rendezvous import connect, disconnect
+
+    rank = int(os.environ["RANK"])
+    choose_interface(None, os.environ.get("MASTER_ADDR", ""))
+    connect(None, rank=rank, world_size=size, device=torch.device("cpu"), timeout=_TIMEOUT)
+    try:
+        yield Ranks(rank, size)
+    finally:
+        disconnect()

@@ -1,0 +1,252 @@
+"""The command `retrieval/build_index.py`: its subcommands and flags, and what they print."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from loguru import logger
+
+from openchatkit import cli
+from openchatkit.errors import UserError
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.formats.retrieval_index import IndexRecord
+from openchatkit.retrieval import building, reading, report
+from openchatkit.retrieval.building import ranks
+from openchatkit.retrieval.encoder import Encoder
+from openchatkit.retrieval.index import Index, verify
+from openchatkit.retrieval.rerank import DEPTH, Reranker
+
+_SHOWN = 10  # of the files that were left out
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the subcommand says."""
+    given = parser().parse_args(argv)
+    given.run(given)
+
+
+def parser() -> cli.Parser:
+    """The subcommands and their flags."""
+    whole = cli.Parser(
+        prog="retrieval/build_index.py",
+        description="Make an index of your own files, keep it in step with them, search it, and measure how well it "
+        f"finds. Files are read by their endings: {', '.join(reading.KINDS)}; all but .pdf packed as .gz too.",
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_build(commands)
+    for name, run, text in (
+        ("add", _add, "read files or folders into an index beside what it holds"),
+        ("delete", _delete, "drop files or folders from an index; the files themselves stay"),
+    ):
+        command = _subcommand(commands, name, run, text)
+        command.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with all that lies in them")
+        if name == "add":
+            _device(command)
+    _device(_subcommand(commands, "update", _update, "read again what has changed, and drop what is gone"))
+    _add_search(commands)
+    command = _subcommand(commands, "info", _info, "say what an index holds and how it was made")
+    command.add_argument("--verify", action="store_true", help="hash every file, and compare with the manifest")
+    command.add_argument("--sources", action="store_true", help="list what was read")
+    command.add_argument("--skipped", action="store_true", help="list what was left out, and why")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_evaluate(commands)
+    return whole
+
+
+def _add_build(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
+    command = _subcommand(
+        commands, "build", _build, "make an index of files; run again, it goes on or takes changes in"
+    )
+    command.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with all that lies in them")
+    _device(command)
+    command.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help=f"folder or hub name of a sentence encoder, or `{building.NO_ENCODER}` to search by words alone; of a new "
+        f"index by default {building.DEFAULT_ENCODER}",
+    )
+    group = command.add_argument_group("how files become passages (set when an index is made, and kept)")
+    group.add_argument("--chunk-tokens", dest="tokens", type=cli.positive_int, help="longest passage; by default 200")
+    group.add_argument("--overlap", type=cli.natural, help="tokens that a passage repeats of the one before; 30")
+    group.add_argument("--text-field", metavar="NAME", help="field or column that holds the text of a row")
+    group.add_argument("--title-field", metavar="NAME", help="field or column that holds its title")
+    group.add_argument("--source-field", metavar="NAME", help="field or column that holds its address")
+    group.add_argument("--max-bytes", type=cli.positive_int, help="of an HTML or PDF file; 67108864")
+    group.add_argument("--max-pages", type=cli.positive_int, help="of a PDF file; 5000")
+
+
+def _add_search(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
+    command = _subcommand(commands, "search", _search, "find passages for a question")
+    command.add_argument("query", help="the question")
+    command.add_argument("-k", type=cli.positive_int, default=5, help="passages to find")
+    command.add_argument(
+        "--mode", choices=("fused", "dense", "sparse"), default="fused", help="by meaning, words, both"
+    )
+    command.add_argument("--no-floor", action="store_true", help="show the nearest even if they are far")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _reranker(command)
+    _device(command)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
+    command = _subcommand(commands, "evaluate", _evaluate, "measure recall, MRR, nDCG and times of a search")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--queries", type=Path, metavar="FILE", help='rows {"query": ..., "source": ...} about the index')
+    what.add_argument(
+        "--set",
+        nargs="+",
+        metavar=("NAME", "WHEEL"),
+        help="a set of its own, which --index is made of: `awscli WHEEL`, examples in a wheel of awscli; or `stdlib`",
+    )
+    command.add_argument("--encoder", metavar="NAME", help=f"for --set; by default {building.DEFAULT_ENCODER}")
+    command.add_argument("--questions", type=cli.positive_int, default=500, help="of a set, drawn by --seed")
+    command.add_argument("--seed", type=cli.natural, default=0, help="decides which questions are drawn")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _reranker(command)
+    _device(command)
+
+
+def _subcommand(commands: "argparse._SubParsersAction[cli.Parser]", name: str, run: object, text: str) -> cli.Parser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.add_argument("--index", type=Path, required=True, metavar="DIR", help="folder of the index")
+    command.set_defaults(run=run)
+    return command
+
+
+def _device(command: cli.Parser) -> None:
+    command.add_argument("--device", default="auto", help="where texts are embedded: auto, cpu, cuda, cuda:1, mps")
+
+
+def _reranker(command: cli.Parser) -> None:
+    command.add_argument(
+        "--reranker", metavar="NAME", help=f"folder or hub name of a cross-encoder that orders the best {DEPTH} again"
+    )
+
+
+def _build(given: argparse.Namespace) -> None:
+    settings = {name: getattr(given, name) for name in asdict(building.Settings())}
+    with ranks.joined() as all_ranks, _quiet_but_first(all_ranks):
+        building.build(
+            given.paths,
+            given.index,
+            encoder=given.encoder,
+            device=given.device,
+            settings=settings,
+            ranks=all_ranks,
+        )
+        _tell_skipped(given.index, all_ranks)
+
+
+def _add(given: argparse.Namespace) -> None:
+    with ranks.joined() as all_ranks, _quiet_but_first(all_ranks):
+        building.add(given.paths, given.index, device=given.device, ranks=all_ranks)
+        _tell_skipped(given.index, all_ranks)
+
+
+def _update(given: argparse.Namespace) -> None:
+    with ranks.joined() as all_ranks, _quiet_but_first(all_ranks):
+        building.update(given.index, device=given.device, ranks=all_ranks)
+        _tell_skipped(given.index, all_ranks)
+
+
+def _delete(given: argparse.Namespace) -> None:
+    building.delete(given.paths, given.index)
+
+
+def _search(given: argparse.Namespace) -> None:
+    with _opened(given) as index:
+        count = DEPTH if given.reranker else given.k
+        hits = index.search(given.query, count, mode=given.mode, floor=not given.no_floor)
+        if given.reranker:
+            hits = Reranker(given.reranker, given.device).rerank(given.query, hits, given.k)
+    if given.json:
+        print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False, indent=1))
+    elif hits:
+        report.print_hits(hits)
+    else:
+        print("nothing in the index is about that (--no-floor shows the nearest all the same)", file=sys.stderr)
+
+
+def _info(given: argparse.Namespace) -> None:
+    if given.verify:
+        verify(given.index)
+    with Index.open(given.index) as index:
+        about = index.info()
+        record = index.record
+    if given.sources:
+        about["sources"] = [asdict(each) for each in layout.read_sources(given.index, record)]
+    if given.skipped:
+        about["skipped"] = [asdict(each) for each in layout.read_skipped(given.index, record)]
+    if given.verify:
+        about["verified"] = True
+    print(json.dumps(about, ensure_ascii=False, indent=1)) if given.json else report.print_info(about)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from openchatkit.retrieval import evaluation
+
+    if given.queries:
+        if given.encoder:
+            raise UserError("--encoder goes with --set: an index is searched with the encoder that it was made with")
+        questions = evaluation.read_questions(given.queries)
+    else:
+        questions = _made_set(given)
+    reranker = Reranker(given.reranker, given.device) if given.reranker else None
+    with _opened(given) as index:
+        figures = evaluation.evaluate(index, questions, reranker=reranker)
+        about = f"{len(questions):,} questions, {index.record.rows:,} passages"
+    if given.json:
+        print(json.dumps({name: asdict(each) for name, each in figures.items()}, indent=1))
+    else:
+        print(f"{about}; times are those of 50 % and 99 % of the questions\n\n{evaluation.table(figures)}")
+
+
+def _made_set(given: argparse.Namespace) -> "list[evaluation.Question]":  # noqa: F821
+    """Make --index of a set, unless it is that already; the questions about it."""
+    from openchatkit.retrieval import question_sets
+
+    match given.set:
+        case ["awscli", wheel]:
+            examples = question_sets.awscli(Path(wheel))
+        case ["stdlib"]:
+            examples = question_sets.stdlib()
+        case _:
+            raise UserError(f"--set {' '.join(given.set)}: expected `awscli WHEEL` or `stdlib`")
+    source = question_sets.source(given.set[0], examples)
+    building.build_rows(source, given.index, encoder=given.encoder, device=given.device)
+    return question_sets.questions(examples, count=given.questions, seed=given.seed)
+
+
+def _opened(given: argparse.Namespace) -> Index:
+    """The index, with its encoder where the flags want it."""
+    made_with = layout.read(given.index)[0].encoder
+    if made_with is None or given.device == "auto":
+        return Index.open(given.index)
+    return Index.open(given.index, Encoder(made_with.name, given.device, made_with.max_tokens))
+
+
+@contextlib.contextmanager
+def _quiet_but_first(all_ranks: ranks.Ranks):
+    """One process speaks for all."""
+    if not all_ranks.first:
+        logger.remove()
+    yield
+
+
+def _tell_skipped(folder: Path, all_ranks: ranks.Ranks) -> None:
+    """Say which files were left out, on the first of several processes."""
+    if not all_ranks.first:
+        return
+    record: IndexRecord = layout.read(folder)[0]
+    skipped = layout.read_skipped(folder, record)
+    if skipped:
+        print(f"{len(skipped):,} left out, in part or whole:", file=sys.stderr)
+    for each in skipped[:_SHOWN]:
+        print(f"  {each.source}: {each.reason}", file=sys.stderr)
+    if len(skipped) > _SHOWN:
+        print("  ... (all of them: info --skipped)", file=sys.stderr)

@@ -1,0 +1,204 @@
+"""How well an index finds what it should, and how fast: recall, reciprocal rank, nDCG, and times split by what is done.
+
+A question names its targets; a passage hits a target if all that the target says is true of it. Several passages may
+hit one target, and count once: with the first of them.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.retrieval.index import Index, Mode
+from openchatkit.retrieval.passage import Hit, Passage
+from openchatkit.retrieval.rerank import DEPTH, Reranker
+
+DEPTHS = (1, 5, 10)
+_MOST = max(DEPTHS)
+# The rows of a report: by which parts of the index passages are found.
+MODES: dict[str, Mode] = {"BM25": "sparse", "dense": "dense", "fused": "fused"}
+RERANKED = "reranked"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a passage must be: of this source (or one whose path ends so), title, place, with this text in it."""
+
+    source: str = ""
+    title: str = ""
+    place: str = ""
+    text: str = ""
+
+    def met_by(self, passage: Passage) -> bool:
+        """Whether all that is said here is true of a passage."""
+        source = passage.source == self.source or passage.source.endswith(f"/{self.source}")
+        return (
+            (not self.source or source)
+            and self.title in ("", passage.title)
+            and self.place in ("", passage.place)
+            and self.text in passage.text
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what answers it."""
+
+    query: str
+    targets: tuple[Target, ...]
+
+
+@dataclass
+class Figures:
+    """Means over all questions, and milliseconds a question: 50th and 99th percentile of each part of a search."""
+
+    questions: int
+    recall: dict[int, float]
+    mrr: float
+    ndcg: float
+    milliseconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def gains(passages: Sequence[Passage], targets: Sequence[Target]) -> list[int]:
+    """For each passage in order, how many targets it is the first to hit."""
+    left = list(targets)
+    found = []
+    for passage in passages:
+        hit = [target for target in left if target.met_by(passage)]
+        left = [target for target in left if target not in hit]
+        found.append(len(hit))
+    return found
+
+
+def recall(found: Sequence[int], targets: int, k: int) -> float:
+    """The share of the targets that the first k passages hit."""
+    return sum(found[:k]) / targets
+
+
+def reciprocal_rank(found: Sequence[int], k: int) -> float:
+    """1 / the place, from 1, of the first of k passages that hits a target; 0 where none does."""
+    return next((1 / place for place, gain in enumerate(found[:k], 1) if gain), 0.0)
+
+
+def ndcg(found: Sequence[int], targets: int, k: int) -> float:
+    """Normalised discounted cumulative gain of the first k passages, a gain at place i weighing 1 / log2(i + 1).
+
+    The ideal order has a target at each of the first places (Järvelin and Kekäläinen, 2002).
+    """
+    weights = 1 / np.log2(np.arange(2, k + 2))
+    gained = np.asarray(found[:k], np.float64) @ weights[: len(found[:k])]
+    return float(min(gained / weights[: min(targets, k)].sum(), 1.0))
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a file: rows {"query": ..., "source": ...}, with "title", "place" or "text" beside or instead.
+
+    What is a list holds several targets. UserError: no such file, or a row of another kind.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    found = [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f'{path} holds no questions: expected rows such as {{"query": "...", "source": "..."}}')
+    return found
+
+
+def evaluate(index: Index, questions: Sequence[Question], *, reranker: Reranker | None = None) -> dict[str, Figures]:
+    """Figures by words, by vectors, by both, and reranked: as far as the index has parts for it. No floor is asked."""
+    modes = {name: mode for name, mode in MODES.items() if index.record.encoder is not None or mode == "sparse"}
+    ways = {name: (mode, None) for name, mode in modes.items()}
+    if reranker is not None:
+        ways[RERANKED] = (list(modes.values())[-1], reranker)
+    found: dict[str, list[list[int]]] = {name: [] for name in ways}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
+    for mode, judge in ways.values():
+        _answer(index, questions[0].query, mode, judge, {})  # loads what is loaded when it is first used
+    with progress.bar(len(questions), "questions asked", unit="question") as bar:
+        for question in questions:
+            for name, (mode, judge) in ways.items():
+                hits = _answer(index, question.query, mode, judge, times[name])
+                found[name].append(gains(hits, question.targets))
+            bar.update()
+    targets = [len(question.targets) for question in questions]
+    return {name: _figures(found[name], targets, times[name]) for name in ways}
+
+
+def table(figures: Mapping[str, Figures]) -> str:
+    """A report as a table in Markdown: shares in percent, times in milliseconds as 50th / 99th percentile."""
+    parts = list(dict.fromkeys(part for each in figures.values() for part in each.milliseconds))
+    head = ["", *(f"R@{k}" for k in DEPTHS), f"MRR@{_MOST}", f"nDCG@{_MOST}", *(f"{part} ms" for part in parts)]
+    lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
+    for name, each in figures.items():
+        shares = [f"{100 * each.recall[k]:.1f}" for k in DEPTHS]
+        cells = [name, *shares, f"{each.mrr:.3f}", f"{each.ndcg:.3f}"]
+        cells += ["{:.1f} / {:.1f}".format(*each.milliseconds[p]) if p in each.milliseconds else "" for p in parts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _answer(
+    index: Index, query: str, mode: Mode, reranker: Reranker | None, times: dict[str, list[float]]
+) -> list[Hit]:
+    """The passages for a question, and how long each part of finding them took, in milliseconds."""
+
+    @contextlib.contextmanager
+    def timed(part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        times.setdefault(part, []).append(1000 * (time.perf_counter() - start))
+
+    vector = None
+    if mode != "sparse":
+        with timed("encode"):
+            vector = index.encode(query)
+    with timed("search"):
+        ranking = index.rank(query, vector, DEPTH if reranker else _MOST, mode=mode, floor=False)
+    with timed("fetch"):
+        hits = index.fetch(ranking)
+    if reranker is not None:
+        with timed("rerank"):
+            hits = reranker.rerank(query, hits, _MOST)
+    return hits
+
+
+def _figures(found: list[list[int]], targets: list[int], times: dict[str, list[float]]) -> Figures:
+    pairs = list(zip(found, targets, strict=True))
+    return Figures(
+        len(pairs),
+        {k: float(np.mean([recall(gain, count, k) for gain, count in pairs])) for k in DEPTHS},
+        float(np.mean([reciprocal_rank(gain, _MOST) for gain, _ in pairs])),
+        float(np.mean([ndcg(gain, count, _MOST) for gain, count in pairs])),
+        {part: tuple(np.percentile(values, (50, 99)).tolist()) for part, values in times.items()},
+    )
+
+
+def _question(path: Path, number: int, line: str) -> Question:
+    kinds = [kind.name for kind in fields(Target)]
+    try:
+        row = json.loads(line)
+        query = row["query"]
+        targets = [
+            Target(**{kind: value})
+            for kind in kinds
+            for value in (row[kind] if isinstance(row.get(kind), list) else [])
+        ]
+        one = {kind: row[kind] for kind in kinds if isinstance(row.get(kind), str) and row[kind]}
+        targets += [Target(**one)] if one else []
+        if not isinstance(query, str) or not query.strip() or not targets:
+            raise ValueError("it names no question or no target")
+        if not all(isinstance(value, str) for target in targets for value in astuple(target)):
+            raise ValueError("a target is no text")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}:{number} is no question ({error}): expected "
+            '{"query": "...", "source": "..."}, with "title", "place" or "text" beside or instead'
+        ) from error
+    return Question(query, tuple(dict.fromkeys(targets)))

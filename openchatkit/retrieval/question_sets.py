@@ -1,0 +1,114 @@
+"""Two sets of real texts to evaluate retrieval on, which any machine can make: no hub, nothing installed.
+
+`awscli`: the examples inside one pinned wheel of awscli, read where they lie; a question is an example's title, its
+passage all the rest. `stdlib`: the docstrings of the reader's own Python, parsed, not imported; a question is a
+docstring's first paragraph, its passage the others. Of passages with the same title, the first is in the set.
+"""
+
+import ast
+import hashlib
+import random
+import re
+import sysconfig
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from openchatkit.errors import UserError
+from openchatkit.retrieval.building.plan import Fresh, row
+from openchatkit.retrieval.evaluation import Question, Target
+from openchatkit.retrieval.table import Row
+
+AWSCLI = "1.46.2"
+SETS = ("awscli", "stdlib")
+QUESTIONS, SEED = 500, 0
+_HOW = f"pip download awscli=={AWSCLI} --no-deps"
+_TITLE = re.compile(r"^\s*\*\*(?:Example \d+: *)?(.+?)\*\*\s*$", re.MULTILINE)
+# Tests, bundled tools and other people's packages say little about a library.
+_SKIPPED = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A passage, where it is from, and the title that it is to be found by."""
+
+    source: str
+    title: str
+    text: str
+
+
+def awscli(wheel: Path) -> list[Example]:
+    """The examples of a wheel of awscli, in the order of their names."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(name for name in archive.namelist() if re.fullmatch(r"awscli/examples/.+\.rst", name))
+            found = [_example(name, archive.read(name).decode("utf-8", "replace")) for name in names]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{wheel} cannot be read: {error}; get it with: {_HOW}") from error
+    if not found:
+        raise UserError(f"{wheel} holds no examples: expected a wheel of awscli; get it with: {_HOW}")
+    return _with_own_titles(found)
+
+
+def stdlib(folder: Path | None = None) -> list[Example]:
+    """The docstrings of several paragraphs under a folder of Python sources, by default the standard library's."""
+    folder = folder or Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        if not _SKIPPED.intersection(path.relative_to(folder).parts):
+            found += _docstrings(path, path.relative_to(folder).as_posix())
+    if not found:
+        raise UserError(f"{folder} holds no docstrings: expected a folder of Python sources")
+    return _with_own_titles(found)
+
+
+def source(name: str, examples: list[Example]) -> Fresh:
+    """The passages of a set, each whole, as a source for `building.build_rows`."""
+    whole = hashlib.sha256()
+    for each in examples:
+        whole.update(repr((each.source, each.text)).encode())
+
+    def rows(_: list[str]) -> Iterator[Row]:
+        for number, each in enumerate(examples):
+            yield row(each.text, "", each.source, "", number, 0)
+
+    return Fresh(name, whole.hexdigest(), sum(len(each.text) for each in examples), 0, rows)
+
+
+def questions(examples: list[Example], *, count: int = QUESTIONS, seed: int = SEED) -> list[Question]:
+    """So many titles, drawn by a seed, and the passages that they are of."""
+    drawn = random.Random(seed).sample(examples, min(count, len(examples)))
+    return [Question(each.title, (Target(source=each.source),)) for each in drawn]
+
+
+def _example(name: str, text: str) -> Example:
+    text = text.replace("\r\n", "\n")
+    title = _TITLE.search(text)
+    if title is None:
+        return Example(name, "", text)
+    return Example(name, " ".join(title[1].split()), (text[: title.start()] + text[title.end() :]).strip())
+
+
+def _docstrings(path: Path, name: str) -> Iterator[Example]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's escape sequences
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+            line = getattr(node, "lineno", 1)
+            yield Example(f"{name}:{line}", " ".join(first.split()), rest.strip())
+
+
+def _with_own_titles(examples: Iterable[Example]) -> list[Example]:
+    """Examples that have a title and a text; of those with the same title, the first."""
+    whole: dict[str, Example] = {}
+    for each in examples:
+        if each.title and each.text:
+            whole.setdefault(each.title.casefold(), each)
+    return list(whole.values())

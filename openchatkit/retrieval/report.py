@@ -1,0 +1,69 @@
+"""What a person is shown of an index and of what it finds: tables, in colour on a terminal alone."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from openchatkit.retrieval.passage import Hit
+
+_SNIPPET = 300  # characters
+_NARROWEST = 80  # columns, where the output is no terminal
+
+
+def print_hits(hits: Sequence[Hit]) -> None:
+    """Passages as a table: scores, where each stands, and how it begins."""
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "score", "cosine", "BM25"):
+        table.add_column(name, justify="right", no_wrap=True, style="cyan")
+    table.add_column("passage", ratio=1)
+    for number, hit in enumerate(hits, 1):
+        where = Text(f"{hit.source}, {hit.place}" if hit.place else hit.source, style="green", overflow="fold")
+        title = Text(hit.title, style="bold")
+        text = " ".join(hit.text.split())
+        snippet = Text(text if len(text) <= _SNIPPET else f"{text[:_SNIPPET].rsplit(' ', 1)[0]} ...")
+        cell = Text("\n").join(part for part in (where, title, snippet) if part.plain)
+        table.add_row(str(number), f"{hit.score:.4f}", _score(hit.dense, 3), _score(hit.sparse, 2), cell)
+    console.print(table)
+
+
+def print_info(about: Mapping[str, Any]) -> None:
+    """Facts about an index, a line each; lists below one another."""
+    console = _console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    for name, value in about.items():
+        table.add_row(Text(name), Text(_value(value)))
+    console.print(table)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(each)}" for name, each in value.items() if each not in (None, [], ""))
+    if isinstance(value, list):
+        return "\n".join(_value(each) if isinstance(each, str) else _entry(each) for each in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    """A source or what was left out: its name, then what is said of it."""
+    rows = f"{entry['rows']:,} passages" if "rows" in entry else entry["reason"]
+    return f"{entry['source']}: {rows}"
+
+
+def _score(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = max(shutil.get_terminal_size((120, 24)).columns, _NARROWEST)
+    return console
