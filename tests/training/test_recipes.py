@@ -88,6 +88,16 @@ def test_the_original_recipes_keep_its_hyper_parameters(given, recipe, model_nam
     assert sum(weights.values()) == pytest.approx(1.84)
 
 
+@pytest.mark.parametrize("recipe", ["finetune_GPT-JT-Moderation-6B.sh", "finetune_Pythia-Moderation-1.4B.sh"])
+def test_moderation_models_are_trained_on_labels_as_the_published_one_was(given, recipe):
+    _, arguments = given(recipe)
+    settings = config.parse(arguments)
+    assert settings.batch_size * settings.data_group_size * settings.gradient_accumulate_step == 64
+    assert (settings.lr, settings.warmup_steps) == (1e-5, 100)
+    assert (settings.packing, settings.loss_on) == ("documents", "responses")
+    assert sources(settings) == {"prosocial_plus_regular.jsonl": 1}
+
+
 def test_the_environment_and_further_arguments_win(given):
     _, arguments = given(
         "finetune_Pythia-1.4B.sh",

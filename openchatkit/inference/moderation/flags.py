@@ -28,7 +28,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument(
         "--moderation-dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
         default="auto",
         help="its precision, as --dtype",
     )
@@ -59,9 +59,17 @@ def moderator(given: argparse.Namespace, announce: Callable[[str], None]) -> "Mo
     gpu_id = given.moderation_gpu_id if given.moderation_gpu_id is not None else getattr(given, "gpu_id", 0)
     try:
         loaded = loader.load(given.moderation_model, gpu_id=gpu_id, dtype=given.moderation_dtype, announce=announce)
+        # Uncompiled: judging is reading, and what is compiled is the step that writes.
+        engine = Engine(
+            loaded.model,
+            eos_ids=loaded.eos_ids,
+            device=loaded.device,
+            cache_dtype=loaded.cache_dtype,
+            compile=False,
+        )
+        scorer = Scorer(engine, loaded.tokenizer)
     except UserError as error:
         raise UserError(f"the moderation model: {error}") from error
-    engine = Engine(loaded.model, eos_ids=loaded.eos_ids, device=loaded.device)
-    made = ModelModerator(Scorer(engine, loaded.tokenizer), rules, name=given.moderation_model)
+    made = ModelModerator(scorer, rules, name=given.moderation_model)
     made.try_out()
     return made

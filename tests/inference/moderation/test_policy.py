@@ -1,15 +1,19 @@
 """What labels lead to, and what is said of a policy file that will not do."""
 
 import json
+import re
+import textwrap
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openchatkit.errors import UserError
+from openchatkit.formats import moderation
 from openchatkit.formats.moderation import LABELS
 from openchatkit.inference.moderation import policy
 from openchatkit.inference.moderation.policy import ACTIONS, Policy
+from openchatkit.paths import ROOT
 
 PROBABILITIES = st.lists(st.floats(0.001, 1), min_size=5, max_size=5).map(lambda p: [x / sum(p) for x in p])
 
@@ -78,6 +82,14 @@ def test_a_policy_is_read_back_as_it_is_written(written):
     assert written(json.dumps({"threshold": 1}), "policy.json") == Policy(threshold=1.0)
     assert written("") == Policy()
     assert written(Policy().written()) == Policy()
+
+
+def test_the_documentation_shows_the_default(written):
+    text = (ROOT / "docs" / "moderation.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert written(shown) == Policy()
+    indented = re.search(r"(?m)(^    .*\n|^\n)+(?=\nand the probability)", text)[0]
+    assert textwrap.dedent(indented).strip() == moderation.prompt("the text, on one line")
 
 
 def test_a_policy_in_one_line(written):
