@@ -145,7 +145,7 @@ class Encoder:
             # A folder without modules becomes a transformer with the mean over its tokens.
             model = library.SentenceTransformer(str(self.folder), device=device, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{self.folder} cannot be loaded: {error}; fetch or copy the encoder again") from error
+            raise unloadable(self.folder, error) from error
         most = getattr(model[0].auto_model.config, "max_position_embeddings", None)
         wanted = self._max_tokens or model.max_seq_length or most or _TOKENS
         if most and self._max_tokens and self._max_tokens > most:
@@ -168,6 +168,12 @@ def import_sentence_transformers() -> Any:
     transformers_logging.set_verbosity_error()  # of tensors that an encoder has and does not need
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # it warns of folders without modules
     return sentence_transformers
+
+
+def unloadable(folder: Path, error: Exception) -> UserError:
+    """What to tell where a library cannot load a folder: the first line of what it says, which may be a page."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{folder} cannot be loaded: {reason}; fetch or copy it again")
 
 
 def choose_device(device: str) -> str:

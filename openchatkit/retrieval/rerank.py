@@ -14,7 +14,7 @@ import numpy as np
 from openchatkit.errors import UserError
 from openchatkit.formats import sentence_encoder
 from openchatkit.retrieval.chunks import embedded
-from openchatkit.retrieval.encoder import choose_device, import_sentence_transformers
+from openchatkit.retrieval.encoder import choose_device, import_sentence_transformers, unloadable
 from openchatkit.retrieval.passage import Hit
 
 if TYPE_CHECKING:
@@ -53,4 +53,4 @@ class Reranker:
         try:
             return library.CrossEncoder(str(folder), device=choose_device(self._device), local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder} cannot be loaded: {error}; fetch or copy the cross-encoder again") from error
+            raise unloadable(folder, error) from error

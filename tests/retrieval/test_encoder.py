@@ -135,7 +135,7 @@ def test_what_is_no_encoder_is_refused(tmp_path, folder):
         Encoder(tmp_path).count(["ice"])
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"cannot be loaded: .*; fetch or copy the encoder again"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*; fetch or copy it again"):
         Encoder(tmp_path / "copy").encode(["ice"])
     other = make_encoder(tmp_path / "other", similarity="euclidean")
     with pytest.raises(UserError, match="compares vectors by euclidean: expected an encoder for cosine or dot"):

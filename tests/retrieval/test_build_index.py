@@ -1,0 +1,142 @@
+"""The command `retrieval/build_index.py`, as it is run: what it prints, where, and with which status it ends."""
+
+import json
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_encoder import make_encoder
+
+from openchatkit.paths import ROOT
+from openchatkit.retrieval import command
+
+SCRIPT = ROOT / "retrieval" / "build_index.py"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_encoder(tmp_path_factory.mktemp("encoders") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    (folder / "docs").mkdir()
+    (folder / "docs" / "castle.md").write_text("# Castle\n\nthe old king and queen\n", encoding="utf-8")
+    (folder / "docs" / "sea.txt").write_text("ship and sail", encoding="utf-8")
+    (folder / "docs" / "none.bin").write_bytes(b"x")
+    result = run("build", folder / "docs", "--index", folder / "index", "--encoder", encoder, "--device", "cpu")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert f"left out, in part or whole:\n  {folder}/docs/none.bin: of no kind that is read\n" in result.stderr
+    return folder / "index"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(each) for each in arguments])
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_a_search_prints_scores_and_places(capsys, index):
+    status, out, _ = call(capsys, "search", "old king", "--index", index)
+    assert status == 0
+    assert "castle.md, line 3" in out
+    assert "the old king and queen" in out
+    assert "\x1b[" not in out
+    status, out, _ = call(capsys, "search", "old king", "--index", index, "--json", "-k", 1)
+    [hit] = json.loads(out)
+    assert (hit["title"], hit["place"], hit["text"]) == ("Castle", "line 3", "the old king and queen")
+    assert hit["dense"] > 0.5
+    assert hit["sparse"] > 0
+
+
+def test_there_are_colours_on_a_terminal_alone(index):
+    outer, inner = pty.openpty()
+    with open(outer, "rb", buffering=0) as terminal:
+        subprocess.run([sys.executable, SCRIPT, "search", "old king", "--index", index], stdout=inner, check=True)
+        assert b"\x1b[" in terminal.read(4096)
+
+
+def test_what_nothing_is_about_is_told_aside(capsys, index):
+    status, out, err = call(capsys, "search", "hello", "--index", index, "--mode", "sparse")
+    assert (status, out) == (0, "")
+    assert "nothing in the index is about that" in err
+    status, out, _ = call(capsys, "search", "hello", "--index", index, "--no-floor", "--json")
+    assert len(json.loads(out)) == 2
+
+
+def test_info(capsys, index):
+    status, out, _ = call(capsys, "info", "--index", index, "--verify", "--sources", "--skipped", "--json")
+    about = json.loads(out)
+    assert status == 0
+    assert (about["rows"], about["verified"], about["encoder"]["dimension"]) == (2, True, 32)
+    assert [Path(each["source"]).name for each in about["sources"]] == ["castle.md", "sea.txt"]
+    assert [each["reason"] for each in about["skipped"]] == ["of no kind that is read"]
+    _, out, _ = call(capsys, "info", "--index", index, "--sources", "--skipped")
+    assert "castle.md: 1 passages" in " ".join(out.split())
+    assert "dimension 32" in out
+
+
+def test_an_index_is_changed(capsys, index, tmp_path):
+    (tmp_path / "new.txt").write_text("white snow", encoding="utf-8")
+    assert call(capsys, "add", tmp_path / "new.txt", "--index", index, "--device", "cpu")[0] == 0
+    assert call(capsys, "update", "--index", index)[0] == 0
+    assert "white snow" in call(capsys, "search", "white snow", "--index", index)[1]
+    assert call(capsys, "delete", tmp_path / "new.txt", "--index", index)[0] == 0
+    assert "white snow" not in call(capsys, "search", "white snow", "--index", index)[1]
+
+
+def test_an_evaluation_of_questions(capsys, index, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"query": "old king", "source": "castle.md"}\n{"query": "sail ship", "source": "sea.txt"}\n')
+    status, out, _ = call(capsys, "evaluate", "--index", index, "--queries", path)
+    assert status == 0
+    assert "2 questions, 2 passages" in out
+    assert "| fused | 100.0 | 100.0 | 100.0 | 1.000 | 1.000 |" in out
+    _, out, _ = call(capsys, "evaluate", "--index", index, "--queries", path, "--json", "--device", "cpu")
+    assert json.loads(out)["BM25"]["recall"] == {"1": 1.0, "5": 1.0, "10": 1.0}
+
+
+def test_an_evaluation_of_a_set(capsys, encoder, tmp_path, monkeypatch):
+    from openchatkit.retrieval import question_sets
+
+    code = 'def f{0}():\n    """Find the {0}.\n\n    It is a {0} of {0}.\n    """\n'
+    (tmp_path / "lib.py").write_text("".join(code.format(word) for word in ("apple", "moon", "fox")))
+    docstrings = question_sets.stdlib
+    monkeypatch.setattr(question_sets, "stdlib", lambda: docstrings(tmp_path))
+    flags = ("--index", tmp_path / "set", "--encoder", encoder, "--questions", 2)
+    status, out, _ = call(capsys, "evaluate", "--set", "stdlib", *flags)
+    assert status == 0
+    assert "2 questions, 3 passages" in out
+    assert "| BM25 | 100.0 |" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["search", "x", "--index", "nowhere"], "nowhere is not a folder: expected a retrieval index"),
+        (["search", "x"], "the following arguments are required: --index"),
+        (["search", "x", "--index", "i", "-k", "0"], "expected a whole number of at least 1"),
+        (["evaluate", "--index", "i"], "one of the arguments --queries --set is required"),
+        (["evaluate", "--index", "i", "--set", "awscli"], "--set awscli: expected `awscli WHEEL` or `stdlib`"),
+        (["evaluate", "--index", "i", "--queries", "q", "--encoder", "e"], "--encoder goes with --set"),
+        (["build", "nowhere", "--index", "i", "--encoder", "none"], "nowhere: no such file or folder"),
+        (["build", ".", "--index", "i", "--encoder", "./none"], "no such folder"),
+        (["build", ".", "--index", "i", "--encoder", "none", "--overlap", "150"], "expected at most half of"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, *arguments)
+    assert status == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "i").exists()

@@ -1,0 +1,435 @@
+"""Indices made from files: what is read again and what is not, what is left out, and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_encoder import WORDS, make_encoder
+
+from openchatkit.errors import UserError
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.retrieval import building
+from openchatkit.retrieval.building import assembly, embedded
+from openchatkit.retrieval.encoder import Encoder
+from openchatkit.retrieval.index import Index
+from openchatkit.retrieval.table import Row
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_encoder(tmp_path_factory.mktemp("encoders") / "tiny"))
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    write(folder / "kitchen.md", "# Kitchen\n\nbread in the hot oven\n\n## Table\n\nspoon and cup\n")
+    write(folder / "sea.txt", "the ship and the sail\n\n" + "fish wave salt water " * 15)
+    write(
+        folder / "more" / "rows.jsonl", '{"text": "old castle wall", "url": "http://a/castle"}\n{"text": "red fox"}\n'
+    )
+    write(folder / "broken.pdf", b"%PDF-1.4")
+    return folder
+
+
+@pytest.fixture
+def embeddings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All texts that were embedded, questions aside."""
+    seen: list[str] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, texts: list[str], **options: object) -> np.ndarray:
+        seen.extend([] if options.get("query") else texts)
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    return seen
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def rows_of(folder: Path) -> list[Row]:
+    with Index.open(folder) as index:
+        return list(index.table.rows())
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Passages by file."""
+    record = layout.read(folder)[0]
+    return {Path(each.source).name: each.rows for each in layout.read_sources(folder, record)}
+
+
+def check(folder: Path, encoder: str) -> None:
+    """Each passage has the vector that the encoder makes of it, and each source its rows."""
+    with Index.open(folder) as index:
+        rows = list(index.table.rows())
+        for row, vector in zip(rows, index.vectors, strict=True):
+            text = f"{row.title}\n{row.text}" if row.title else row.text
+            np.testing.assert_allclose(vector, Encoder(encoder).encode([text])[0], atol=2e-3)
+            assert row.digest == embedded.digest(text)
+        for source in layout.read_sources(folder, index.record):
+            own = rows[source.first : source.first + source.rows]
+            assert {row.source for row in own} <= {source.source, "http://a/castle"}
+    assert not layout.litter(folder)
+    assert not layout.partial_folder(folder).exists()
+
+
+def test_a_folder_becomes_an_index_that_finds(docs, tmp_path, encoder, embeddings):
+    record = building.build([docs], tmp_path / "index", encoder=encoder)
+    assert record.rows == len(rows_of(tmp_path / "index")) == len(embeddings)
+    assert files_of(tmp_path / "index") == {"kitchen.md": 2, "rows.jsonl": 2, "sea.txt": record.rows - 4}
+    check(tmp_path / "index", encoder)
+    with Index.open(tmp_path / "index") as index:
+        [hit] = index.search("old castle", 1)
+        assert (hit.text, hit.source, hit.place) == ("old castle wall", "http://a/castle", "row 1")
+        [hit] = index.search("spoon cup", 1)
+        assert (hit.title, hit.place) == ("Kitchen > Table", "line 7")
+        assert hit.source == str(docs / "kitchen.md")
+    [skipped] = layout.read_skipped(tmp_path / "index", record)
+    assert skipped.source == str(docs / "broken.pdf")
+    assert skipped.reason.startswith("broken")
+    # Passages of one document are neighbours, those of another are not.
+    assert [(row.document, row.position) for row in rows_of(tmp_path / "index")[:5]] == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (3, 0),
+        (4, 0),
+    ]
+
+
+def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, encoder, embeddings, monkeypatch):
+    first = building.build([docs], tmp_path / "index", encoder=encoder)
+    embeddings.clear()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert building.build([docs], tmp_path / "index", encoder=encoder).generation == first.generation
+    assert building.update(tmp_path / "index").generation == first.generation
+    assert embeddings == []
+    os.utime(docs / "sea.txt")  # another time stamp, the same bytes
+    assert building.update(tmp_path / "index").generation == first.generation
+
+
+def test_an_update_embeds_what_is_new_and_drops_what_is_gone(docs, tmp_path, encoder, embeddings):
+    index = tmp_path / "index"
+    building.build([docs], index, encoder=encoder)
+    embeddings.clear()
+    write(docs / "kitchen.md", "# Kitchen\n\nbread in the hot oven\n\n## Table\n\nplain glass\n")
+    write(docs / "new.txt", "white snow")
+    (docs / "more" / "rows.jsonl").rename(docs / "rows.jsonl")
+    (docs / "sea.txt").unlink()
+    building.update(index)
+    assert sorted(embeddings) == ["Kitchen > Table\nplain glass", "new\nwhite snow"]
+    assert files_of(index) == {"kitchen.md": 2, "new.txt": 1, "rows.jsonl": 2}
+    check(index, encoder)
+
+
+def test_a_file_that_has_become_unreadable_is_gone(docs, tmp_path, encoder):
+    index = tmp_path / "index"
+    building.build([docs], index, encoder=encoder)
+    write(docs / "sea.txt", b"\xff\xff")
+    write(docs / "kitchen.md", "\n")
+    record = building.update(index)
+    assert files_of(index) == {"rows.jsonl": 2}
+    reasons = {Path(each.source).name: each.reason for each in layout.read_skipped(index, record)}
+    assert reasons["kitchen.md"] == "holds no text"
+    assert "no UTF-8" in reasons["sea.txt"]
+
+
+def test_add_and_delete(docs, tmp_path, encoder, embeddings):
+    index, other = tmp_path / "index", write(tmp_path / "other" / "a.txt", "green grass")
+    building.build([docs], index, encoder=encoder)
+    before = rows_of(index)
+    embeddings.clear()
+    building.add([other.parent], index)
+    assert embeddings == ["a\ngreen grass"]
+    assert len(rows_of(index)) == len(before) + 1
+    assert building.add([other.parent], index).generation == 2
+    building.delete([str(docs / "more"), str(other)], index)
+    assert set(files_of(index)) == {"kitchen.md", "sea.txt"}
+    check(index, encoder)
+    building.update(index)
+    assert set(files_of(index)) == {"kitchen.md", "sea.txt"}, "what was deleted came back"
+    building.add([docs / "more"], index)
+    building.update(index)
+    assert files_of(index)["rows.jsonl"] == 2
+    # What was left out is still told of.
+    assert len(layout.read_skipped(index, layout.read(index)[0])) == 1
+
+
+def test_building_from_other_paths_leaves_nothing_of_the_first(docs, tmp_path, encoder):
+    index, other = tmp_path / "index", write(tmp_path / "a.txt", "green grass")
+    building.build([docs], index, encoder=encoder)
+    building.build([other], index)
+    assert files_of(index) == {"a.txt": 1}
+    assert layout.read_skipped(index, layout.read(index)[0]) == []
+
+
+def test_an_index_inside_of_what_is_read_is_not_read(docs, encoder):
+    building.build([docs], docs / "index", encoder=encoder)
+    record = building.build([docs], docs / "index")
+    assert record.generation == 1
+    assert record.sources == 3
+
+
+def test_an_index_without_an_encoder_is_searched_by_words(docs, tmp_path):
+    record = building.build([docs], tmp_path / "index", encoder=building.NO_ENCODER)
+    assert record.encoder is None
+    with Index.open(tmp_path / "index") as index:
+        assert index.search("castle", 1)[0].text == "old castle wall"
+    write(docs / "a.txt", "green grass")
+    assert building.update(tmp_path / "index").sources == 4
+
+
+def test_settings_are_kept_and_others_refused(docs, tmp_path, encoder):
+    index, settings = tmp_path / "index", {"tokens": 20, "overlap": 0}
+    building.build([docs], index, encoder=encoder, settings=settings)
+    rows = len(rows_of(index))
+    assert layout.read(index)[0].chunking["tokens"] == 20
+    write(docs / "sea.txt", "fish wave salt water " * 20)
+    building.update(index)
+    assert len(rows_of(index)) > rows
+    building.build([docs], index, settings=settings)
+    with pytest.raises(UserError, match=r"was made with tokens 20, not 21; encoder .*tiny, not none: leave these out"):
+        building.build([docs], index, encoder="none", settings={"tokens": 21, "overlap": 0})
+    other = make_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"encoder .*tiny, not .*other"):
+        building.build([docs], index, encoder=str(other))
+    with pytest.raises(UserError, match="sees 62 tokens"):
+        building.build([docs], tmp_path / "new", encoder=encoder, settings={"tokens": 63})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_encoder_that_has_changed_is_refused(docs, tmp_path):
+    folder = make_encoder(tmp_path / "encoder")
+    building.build([docs], tmp_path / "index", encoder=str(folder))
+    make_encoder(folder, seed=1)
+    write(docs / "new.txt", "white snow")
+    with pytest.raises(UserError, match="is not the one that"):
+        building.update(tmp_path / "index")
+
+
+def test_nothing_to_read_is_told(tmp_path, docs, encoder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no file to read there: expected files of these kinds: \.txt"):
+        building.build([tmp_path / "empty"], tmp_path / "index", encoder=encoder)
+    with pytest.raises(
+        UserError, match=r"no text to make an index of; 1 files .* were left out: .*broken\.pdf \(broken"
+    ):
+        building.build([docs / "broken.pdf"], tmp_path / "index", encoder=encoder)
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        building.build([tmp_path / "nowhere"], tmp_path / "index", encoder=encoder)
+    assert not layout.exists(tmp_path / "index")
+    for change in (lambda: building.update(tmp_path / "index"), lambda: building.add([docs], tmp_path / "index")):
+        with pytest.raises(UserError, match="expected a retrieval index"):
+            change()
+
+
+def test_deleting_what_is_not_there_or_all_is_told(docs, tmp_path, encoder):
+    building.build([docs], tmp_path / "index", encoder=encoder)
+    with pytest.raises(UserError, match=r"nothing: the index holds nothing from there; it holds .*kitchen\.md"):
+        building.delete([str(docs / "nothing")], tmp_path / "index")
+    with pytest.raises(UserError, match=r"that is all that .* holds: remove the folder instead"):
+        building.delete([str(docs)], tmp_path / "index")
+
+
+def test_a_root_that_is_gone_is_not_an_empty_one(docs, tmp_path, encoder):
+    building.build([docs], tmp_path / "index", encoder=encoder)
+    docs.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="docs is not there any more: bring it back, or delete it"):
+        building.update(tmp_path / "index")
+    assert len(files_of(tmp_path / "index")) == 3
+
+
+def test_a_damaged_index_is_made_anew_by_build_alone(docs, tmp_path, encoder):
+    index = tmp_path / "index"
+    building.build([docs], index, encoder=encoder)
+    with open(index / layout.file_name("table", 1), "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="it was cut or replaced"):
+        building.update(index)
+    building.build([docs], index, encoder=encoder)
+    check(index, encoder)
+    (index / layout.MANIFEST).write_text("{", encoding="utf-8")
+    building.build([docs], index, encoder=encoder)
+    check(index, encoder)
+
+
+def test_a_file_that_changes_while_it_is_read_is_left_out(docs, tmp_path, encoder, monkeypatch):
+    stage = assembly.plan.read_all
+
+    def change_first(*args: object) -> object:
+        write(docs / "sea.txt", "another text")
+        return stage(*args)
+
+    monkeypatch.setattr(assembly.plan, "read_all", change_first)
+    record = building.build([docs], tmp_path / "index", encoder=encoder)
+    assert "sea.txt" not in files_of(tmp_path / "index")
+    assert any("changed while it was read" in each.reason for each in layout.read_skipped(tmp_path / "index", record))
+
+
+def test_vectors_are_found_by_digest_and_the_first_counts():
+    found = embedded.Vectors(2)
+    assert list(found.locate(np.array([b"a"], embedded.KEYS))) == [-1]
+    digests = [embedded.digest(text) for text in "abc"]
+    found.add(embedded.keys(iter(digests[:2]), 2), np.array([[1, 2], [3, 4]], np.float16))
+    found.add(embedded.keys(iter(digests[1:]), 2), np.array([[5, 6], [7, 8]], np.float16))
+    rows = found.locate(embedded.keys(iter([*digests, b"\0" * 16]), 4))
+    assert rows.tolist() == [0, 1, 3, -1]
+    assert found.take(rows[:3]).tolist() == [[1, 2], [3, 4], [7, 8]]
+
+
+def test_what_was_cut_in_the_middle_of_a_vector_does_not_count(tmp_path, encoder):
+    record = Encoder(encoder).record()
+    embedded.begin(tmp_path / "partial", record)
+    with embedded.Writer(tmp_path / "partial", 0, 32) as writer:
+        writer.add([embedded.digest("a"), embedded.digest("b")], np.ones((2, 32), np.float32))
+    vectors = tmp_path / "partial" / "vectors-0.bin"
+    os.truncate(vectors, 64 + 10)
+    [(found, values)] = embedded.parts(tmp_path / "partial", 32)
+    assert found.tolist() == [embedded.digest("a")]
+    assert values.shape == (1, 32)
+    with embedded.Writer(tmp_path / "partial", 0, 32) as writer:
+        writer.add([embedded.digest("c")], np.zeros((1, 32), np.float32))
+    [(found, values)] = embedded.parts(tmp_path / "partial", 32)
+    assert found.tolist() == [embedded.digest("a"), embedded.digest("c")]
+    assert values[1].any() == np.False_
+
+
+class TestKills:
+    """SIGKILL in the middle: the index before still answers, and the same command goes on."""
+
+    SLOW = """
+import sys, time
+from pathlib import Path
+from openchatkit.retrieval import building
+from openchatkit.retrieval.building import assembly
+from openchatkit.retrieval.encoder import Encoder
+assembly._SLICE = 4
+encode = Encoder.encode
+def slowly(self, texts, **options):
+    time.sleep(0.05)
+    return encode(self, texts, **options)
+Encoder.encode = slowly
+building.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
+"""
+
+    def start(self, docs: Path, index: Path, encoder: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", self.SLOW, docs, index, encoder], env=environment)
+
+    def kept(self, index: Path) -> int:
+        path = layout.partial_folder(index) / "keys-0.bin"
+        return path.stat().st_size // embedded.SIZE if path.exists() else 0
+
+    def test_embedding_goes_on_where_it_was_killed(self, tmp_path, encoder, embeddings):
+        docs, index = tmp_path / "docs", tmp_path / "index"
+        write(docs / "old.txt", "the old text")
+        building.build([docs], index, encoder=encoder)
+        for number in range(200):
+            words = " ".join(WORDS[(number * step) % len(WORDS)] for step in range(1, 9))
+            write(docs / f"{number}.txt", words)
+        process = self.start(docs, index, encoder)
+        try:
+            while self.kept(index) < 20:
+                assert process.poll() is None, "it ended before it could be killed"
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        kept = self.kept(index)
+        with Index.open(index) as before:
+            assert before.search("old text", 1)[0].text == "the old text"
+        embeddings.clear()
+        building.build([docs], index, encoder=encoder)
+        assert len(embeddings) == 200 - kept
+        check(index, encoder)
+
+    def test_vectors_of_another_encoder_are_not_gone_on_with(self, tmp_path, encoder, embeddings):
+        partial = layout.partial_folder(tmp_path / "index")
+        embedded.begin(partial, Encoder(encoder).record())
+        with embedded.Writer(partial, 0, 32) as writer:
+            writer.add([embedded.digest("a\ngreen grass")], np.ones((1, 32), np.float32))
+        other = str(make_encoder(tmp_path / "other", seed=1))
+        building.build([write(tmp_path / "a.txt", "green grass")], tmp_path / "index", encoder=other)
+        assert embeddings == ["a\ngreen grass"]
+        check(tmp_path / "index", other)
+
+
+class TestSeveralProcesses:
+    """The command under torchrun: each process embeds its part, and none is left hanging."""
+
+    def run(self, *arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
+        script = Path(__file__).parents[2] / "retrieval" / "build_index.py"
+        if code:
+            script = write(Path(str(arguments[-1])) / "script.py", code)
+            arguments = arguments[:-1]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+    def test_two_processes_make_the_same_index_as_one(self, docs, tmp_path, encoder):
+        alone, together = tmp_path / "alone", tmp_path / "together"
+        building.build([docs], alone, encoder=encoder)
+        result = self.run("build", docs, "--index", together, "--encoder", encoder, "--device", "cpu")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("broken.pdf") == 1
+        assert rows_of(alone) == rows_of(together)
+        check(together, encoder)
+
+    def test_who_fails_takes_the_others_along(self, docs, tmp_path, encoder):
+        code = f"""
+import os, sys
+from openchatkit.retrieval.encoder import Encoder
+from openchatkit.retrieval.command import main
+from openchatkit.errors import UserError
+def refuse(self, texts, **options):
+    if os.environ["RANK"] == "1":
+        raise UserError("no more memory")
+    return encode(self, texts, **options)
+encode, Encoder.encode = Encoder.encode, refuse
+main(["build", {str(docs)!r}, "--index", {str(tmp_path / "index")!r}, "--encoder", {encoder!r}, "--device", "cpu"])
+"""
+        result = self.run(tmp_path, code=code)
+        assert result.returncode != 0
+        assert "error: process 1 stopped: no more memory" in result.stderr
+        assert not layout.exists(tmp_path / "index")
+
+    def test_what_the_first_cannot_read_all_hear_of(self, tmp_path, encoder):
+        (tmp_path / "empty").mkdir()
+        result = self.run("build", tmp_path / "empty", "--index", tmp_path / "index", "--encoder", encoder)
+        assert result.returncode != 0
+        assert "error: no file to read there" in result.stderr
+
+
+def test_a_second_writer_waits_and_says_so(docs, tmp_path, encoder):
+    index = tmp_path / "index"
+    holder = f"""
+import sys, time
+from pathlib import Path
+from openchatkit.retrieval.generation import writing
+with writing(Path({str(index)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        script = Path(__file__).parents[2] / "retrieval" / "build_index.py"
+        arguments = ["build", docs, "--index", index, "--encoder", encoder]
+        second = subprocess.Popen([sys.executable, script, *arguments], stderr=subprocess.PIPE, text=True)
+        assert second.stderr.readline() == f"{index} is being written to by another process: waiting for it\n"
+        assert not layout.exists(index)
+        process.stdin.close()
+        assert second.wait() == 0
+        second.stderr.close()
+    assert json.loads((index / layout.MANIFEST).read_text())["about"]["rows"] > 0
