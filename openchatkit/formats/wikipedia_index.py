@@ -1,0 +1,72 @@
+"""The folder of the Wikipedia index: its files' names, what they must hash to, and the manifest that vouches for them.
+
+    knn.index                         faiss's, as published: row n is the vector of snippet n
+    wikipedia-en-sentences.parquet    the snippets, as published; not needed once they are converted
+    wikipedia-en-sentences.arrow      the snippets, as `retrieval.wikipedia_table` writes them
+    manifest.json                     sizes and SHA-256 of knn.index and of the Arrow file, their time stamps, the rows
+
+The manifest is that of `formats.manifest` and is written last.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from openchatkit.formats import manifest
+from openchatkit.formats.manifest import DamagedError, FileRecord
+from openchatkit.paths import ROOT
+
+REPOSITORY = "ChristophSchuhmann/wikipedia-3sentence-level-retrieval-index"
+SCRIPT = "data/wikipedia-3sentence-level-retrieval-index/prepare.py"
+FOLDER = (ROOT / SCRIPT).parent / "files"
+INDEX, PUBLISHED, TABLE = "knn.index", "wikipedia-en-sentences.parquet", "wikipedia-en-sentences.arrow"
+# What the hub says of the files of 2023, on which no other commit has followed.
+DIGESTS = {
+    INDEX: "71b4bd2db7b48b80af3dd34c0cd511779da48a4f6af7deedd924594bd1acf218",
+    PUBLISHED: "506a18aa48e928f3d47d76a948943ef72ca804d7f8d5817fd0b224b81d849ba5",
+}
+_FORMAT = "openchatkit Wikipedia index"
+
+
+@dataclass(frozen=True)
+class WikipediaRecord:
+    """The rows of both files, and the columns of the published table by which articles were told apart."""
+
+    rows: int
+    articles_by: tuple[str, ...]
+
+
+def write(folder: Path, record: WikipediaRecord, files: list[FileRecord]) -> None:
+    """Put the manifest in place, with the files' present time stamps."""
+    stamps = {file.name: (folder / file.name).stat().st_mtime_ns for file in files}
+    about = {"format": _FORMAT, "rows": record.rows, "articles_by": list(record.articles_by), "time_stamps": stamps}
+    manifest.write(folder, files, about=about)
+
+
+def check(folder: Path) -> WikipediaRecord:
+    """What the manifest says; DamagedError where it, or a file, is missing, or a size or time stamp is another."""
+    if not (folder / manifest.MANIFEST).is_file():
+        raise DamagedError(f"{folder} holds no Wikipedia index: python {SCRIPT} makes it (14 GB to fetch)")
+    with manifest.advise(f"python {SCRIPT} checks every file and makes what is not whole anew"):
+        read = manifest.read(folder)
+        about = read.about
+        if about.get("format") != _FORMAT or set(read.files) != {INDEX, TABLE}:
+            raise DamagedError(f"{folder / manifest.MANIFEST} is of another kind of folder")
+        manifest.check_sizes(folder, read)
+        for name, stamp in about["time_stamps"].items():
+            if (folder / name).stat().st_mtime_ns != stamp:
+                raise DamagedError(f"{folder / name} was written to or copied since it was checked, by its time stamp")
+    return WikipediaRecord(about["rows"], tuple(about["articles_by"]))
+
+
+def verify(folder: Path) -> None:
+    """Hash both files; DamagedError names the one that has changed."""
+    manifest.verify(folder)
+
+
+def table_record(folder: Path) -> tuple[WikipediaRecord, FileRecord] | None:
+    """What the manifest says of the converted table, whatever has become of the files; None where there is none."""
+    try:
+        read = manifest.read(folder)
+        return WikipediaRecord(read.about["rows"], tuple(read.about["articles_by"])), read.files[TABLE]
+    except (DamagedError, KeyError):
+        return None

@@ -1,0 +1,210 @@
+"""Wikipedia's snippets as an Arrow IPC file: converted once from the published Parquet table, then read by memory map.
+
+The published table has `text_snippet` and `position_in_source_text`, and further columns that its makers do not
+describe. So they are looked at: a new article begins where the position does not rise, or where a column of titles or
+articles' identifiers changes. Articles get numbers, so that reading needs to compare nothing else.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from openchatkit import progress
+from openchatkit.download.places import check_room
+from openchatkit.errors import UserError
+from openchatkit.paths import atomic_path
+
+TEXT, POSITION = "text_snippet", "position_in_source_text"
+_SCHEMA = pa.schema([(TEXT, pa.string()), (POSITION, pa.int64()), ("article", pa.int64()), ("title", pa.string())])
+_BLOCK = 4096  # rows that are read at a time
+_OPEN_BLOCKS = 256
+_PIECE = 1 << 16  # rows converted at a time
+_KEY_PARTS = {"title", "id", "url", "article", "page", "document", "doc"}
+
+
+def convert(published: Path, table: Path) -> tuple[int, tuple[str, ...]]:
+    """Write the Arrow file of a published table, a few megabytes in memory; its rows, and what told articles apart.
+
+    UserError: the table cannot be read or lacks a column, or there is no room.
+    """
+    try:
+        with pq.ParquetFile(published, memory_map=True) as source:
+            keys, title = _columns(published, source)
+            wanted = [TEXT, POSITION, *keys]
+            needed = _size(source, {TEXT, title}) + 24 * source.metadata.num_rows
+            check_room(table.parent, needed, str(table))
+            pieces = _pieces(source, wanted)
+            with (
+                progress.bar(source.metadata.num_rows, "snippets converted", unit="row", unit_scale=True) as bar,
+                atomic_path(table) as temporary,
+                pa.OSFile(str(temporary), "wb") as file,
+                pa.ipc.new_file(file, _SCHEMA) as writer,
+            ):
+                for block in _blocks(_numbered(pieces, keys, title)):
+                    writer.write_batch(block)
+                    bar.update(len(block))
+            return source.metadata.num_rows, tuple(keys)
+    except pa.ArrowException as error:
+        raise UserError(f"{published} cannot be converted: {error}; remove it and run this again") from error
+
+
+class WikipediaTable:
+    """Snippets by row number. Opening reads the footer alone; UserError where the file is none of so many rows."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self._path = path
+        self._rows = rows
+        self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        self._file = pa.memory_map(str(path), "r")
+        try:
+            self._reader = pa.ipc.open_file(self._file)
+            if self._reader.schema != _SCHEMA:
+                raise ValueError(f"its columns are {', '.join(self._reader.schema.names)}")
+            count = self._reader.num_record_batches
+            last = self._reader.get_batch(count - 1).num_rows if count else 0
+            if (found := max(0, count - 1) * _BLOCK + last) != rows:
+                raise ValueError(f"it holds {found:,} rows, {rows:,} were expected")
+        except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
+            self._file.close()
+            raise UserError(f"{path} is no table of snippets: {error}") from error
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def text(self, number: int) -> str:
+        """A snippet."""
+        return self._value(TEXT, number) or ""
+
+    def title(self, number: int) -> str:
+        """The title of a snippet's article, "" where the published table has none."""
+        return self._value("title", number) or ""
+
+    def neighbours(self, number: int, width: int) -> range:
+        """The rows within `width` of one that are of the same article, itself among them."""
+        article = self._value("article", number)
+        first = end = number
+        while first > max(0, number - width) and self._value("article", first - 1) == article:
+            first -= 1
+        while end < min(self._rows - 1, number + width) and self._value("article", end + 1) == article:
+            end += 1
+        return range(first, end + 1)
+
+    def close(self) -> None:
+        """Give the map back."""
+        self._open.clear()
+        self._file.close()
+
+    def _value(self, column: str, number: int) -> object:
+        assert 0 <= number < self._rows, (number, self._rows)
+        return self._block(number // _BLOCK).column(column)[number % _BLOCK].as_py()
+
+    def _block(self, number: int) -> pa.RecordBatch:
+        if (block := self._open.get(number)) is not None:
+            return block
+        try:
+            block = self._reader.get_batch(number)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self._path} is damaged in block {number}: {error}") from error
+        self._open[number] = block
+        while len(self._open) > _OPEN_BLOCKS:
+            self._open.popitem(last=False)
+        return block
+
+
+def _columns(published: Path, source: pq.ParquetFile) -> tuple[list[str], str | None]:
+    """The columns whose change begins an article, and the one with titles, by their names, types and first rows."""
+    schema = source.schema_arrow
+    if lacking := {TEXT, POSITION} - set(schema.names):
+        there = ", ".join(schema.names[:20])
+        raise UserError(f"{published} has no column {min(lacking)}: expected it beside {there}")
+    fields = [field for field in schema if field.name not in (TEXT, POSITION)]
+    keys = [field.name for field in fields if _is_key(field)]
+    for piece in _pieces(source, [POSITION, *keys]):
+        keys = [key for key in keys if not _is_of_rows(piece, key)]
+        break
+    titles = [key for key in keys if "title" in key.lower() and not pa.types.is_integer(schema.field(key).type)]
+    return keys, titles[0] if titles else None
+
+
+def _is_key(field: pa.Field) -> bool:
+    parts = set(field.name.lower().replace("-", "_").split("_"))
+    kinds = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
+    return bool(parts & _KEY_PARTS) and any(kind(field.type) for kind in kinds)
+
+
+def _is_of_rows(piece: pa.Table, key: str) -> bool:
+    """Whether a column changes within articles, as a number of rows does: then it tells nothing about articles."""
+    within = ~_falls(_positions(piece))
+    return bool(within.any()) and bool(_changes(piece, key)[within].mean() > 0.5)
+
+
+def _pieces(source: pq.ParquetFile, columns: list[str]) -> Iterator[pa.Table]:
+    for batch in source.iter_batches(batch_size=_PIECE, columns=columns):
+        yield pa.Table.from_batches([batch])
+
+
+def _size(source: pq.ParquetFile, columns: set[str | None]) -> int:
+    """Bytes of these columns, unpacked."""
+    metadata = source.metadata
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
+
+
+def _numbered(pieces: Iterable[pa.Table], keys: list[str], title: str | None) -> Iterator[pa.Table]:
+    """The pieces in our columns, their articles numbered from 0."""
+    before: pa.Table | None = None
+    article = -1
+    for piece in pieces:
+        # With the last row of the piece before, so that an article can go on over the border.
+        joined = piece if before is None else pa.concat_tables([before, piece])
+        positions = _positions(joined)
+        begins = _falls(positions)
+        for key in keys:
+            begins |= _changes(joined, key)
+        begins = begins if before is not None else np.concatenate([[True], begins])
+        articles = article + np.cumsum(begins)
+        article, before = int(articles[-1]), piece.slice(len(piece) - 1)
+        titles = piece.column(title).cast(pa.string()) if title else pa.nulls(len(piece), pa.string())
+        columns = [piece.column(TEXT).cast(pa.string()), positions[-len(piece) :], articles, titles]
+        yield pa.table(
+            [pa.chunked_array([column]) if isinstance(column, np.ndarray) else column for column in columns],
+            schema=_SCHEMA,
+        )
+
+
+def _positions(piece: pa.Table) -> np.ndarray:
+    return piece.column(POSITION).cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+
+
+def _falls(positions: np.ndarray) -> np.ndarray:
+    """bool [n - 1]: whether the position does not rise from a row to the next."""
+    return positions[1:] <= positions[:-1]
+
+
+def _changes(piece: pa.Table, key: str) -> np.ndarray:
+    """bool [n - 1]: whether a column changes from a row to the next; nothing is known where it is null."""
+    column = piece.column(key).combine_chunks()
+    return pc.fill_null(pc.not_equal(column[1:], column[:-1]), False).to_numpy(zero_copy_only=False)
+
+
+def _blocks(pieces: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
+    """The rows of pieces in blocks of one size, but for the last."""
+    rest: pa.Table | None = None
+    for piece in pieces:
+        rest = piece if rest is None else pa.concat_tables([rest, piece])
+        whole = len(rest) - len(rest) % _BLOCK
+        for first in range(0, whole, _BLOCK):
+            yield _as_batch(rest.slice(first, _BLOCK))
+        rest = rest.slice(whole)
+    if rest is not None and len(rest):
+        yield _as_batch(rest)
+
+
+def _as_batch(rows: pa.Table) -> pa.RecordBatch:
+    return rows.combine_chunks().to_batches()[0]

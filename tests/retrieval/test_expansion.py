@@ -1,0 +1,67 @@
+"""Neighbours are taken in as long as they are about the same, within the article and the table."""
+
+import numpy as np
+import pytest
+
+from openchatkit.retrieval.expansion import expand
+
+
+class Articles:
+    """Two articles of five rows; a text is its row's number."""
+
+    def text(self, number: int) -> str:
+        assert 0 <= number < 10, number
+        return str(number)
+
+    def neighbours(self, number: int, width: int) -> range:
+        first = 5 * (number // 5)
+        return range(max(first, number - width), min(first + 5, number + width + 1))
+
+
+def embedder(far: set[int], calls: list[list[str]]):
+    """All texts have one direction and lengths of their own, but for those that are `far`."""
+
+    def embed(texts: list[str]) -> np.ndarray:
+        calls.append(texts)
+        return np.array([[0, 1] if int(text) in far else [1 + int(text), 0] for text in texts], np.float32)
+
+    return embed
+
+
+@pytest.mark.parametrize(
+    ("row", "width", "far", "expected"),
+    [
+        (2, 1, set(), range(1, 4)),
+        (2, 5, set(), range(0, 5)),
+        (0, 5, set(), range(0, 5)),
+        (5, 5, set(), range(5, 10)),
+        (9, 2, set(), range(7, 10)),
+        (2, 5, {1}, range(2, 5)),
+        (2, 5, {1, 3}, range(2, 3)),
+        (7, 5, {5}, range(6, 10)),
+        (3, 0, set(), range(3, 4)),
+    ],
+)
+def test_which_neighbours_are_shown(row, width, far, expected):
+    assert expand(Articles(), [row], embedder(far, []), width=width, threshold=0.5) == [expected]
+
+
+def test_neighbours_of_all_hits_are_embedded_together_and_once():
+    calls = []
+    shown = expand(Articles(), [1, 2, 8], embedder({4}, calls), width=2, threshold=0.5)
+    assert shown == [range(0, 4), range(0, 4), range(6, 10)]
+    assert calls == [[str(number) for number in (0, 1, 2, 3, 4, 6, 7, 8, 9)]]
+
+
+def test_nothing_is_embedded_without_neighbours():
+    calls = []
+    assert expand(Articles(), [1, 8], embedder(set(), calls), width=0, threshold=0.5) == [range(1, 2), range(8, 9)]
+    assert calls == []
+
+
+def test_a_cosine_at_the_threshold_is_not_enough():
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.ones((len(texts), 2), np.float32) / np.sqrt(2)
+
+    assert expand(Articles(), [2], embed, width=2, threshold=1.0001) == [range(2, 3)]
+    assert expand(Articles(), [2], embed, width=2, threshold=0.999) == [range(0, 5)]
