@@ -1,0 +1,103 @@
+"""Guesses from the text, and replies that are the same with and without them."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from openchatkit.inference.engine import Engine, Statistics
+from openchatkit.inference.lookup import CREDIT, LONGEST, MOST, Lookup
+from openchatkit.inference.sampling import Sampling
+
+
+def test_it_goes_on_as_the_text_did_where_its_end_stood_before():
+    assert Lookup([1, 2, 3, 4, 5, 9, 1, 2]).draft(3) == [3, 4, 5]
+    assert Lookup([1, 2, 3, 4, 5, 9, 1, 2]).draft(100) == [3, 4, 5, 9, 1]
+    assert Lookup([1, 2, 3, 1, 2]).draft(0) == []
+    assert Lookup([1, 2, 3, 4]).draft(5) == []
+    assert Lookup([1]).draft(5) == []
+
+
+def test_the_longest_run_decides_then_the_nearest():
+    text = [7, 1, 2, 50, 8, 1, 2, 60, 9, 1, 2, 70]
+    assert Lookup([*text, 1, 2]).draft(1) == [70]
+    assert Lookup([*text, 8, 1, 2]).draft(1) == [60]
+    assert Lookup([*text, 7, 1, 2]).draft(1) == [50]
+    assert LONGEST >= 3
+
+
+def test_a_text_that_repeats_itself_is_guessed_beyond_its_end():
+    assert Lookup([4, 4, 4]).draft(5) == [4, 4, 4, 4, 4]
+    assert Lookup([1, 2, 3, 1, 2, 3]).draft(5) == [1, 2, 3, 1, 2]
+
+
+def test_tokens_of_the_reply_are_found_too():
+    lookup = Lookup([1, 2, 3])
+    for token in (8, 9, 5, 8, 9):
+        lookup.append(token)
+    assert lookup.draft(1) == [5]
+
+
+def test_drafts_follow_how_many_were_right_and_end_where_none_are():
+    lookup = Lookup([1, 2] * 20)
+    lookup.judge(MOST // 2, MOST // 2)
+    assert len(lookup.draft(100)) == MOST
+    lookup.judge(MOST, 3)
+    assert len(lookup.draft(100)) == 3
+    for _ in range(CREDIT):
+        lookup.judge(3, 0)
+    assert lookup.draft(100) == []
+
+
+def test_drafts_of_one_length_are_that_long_or_none():
+    lookup = Lookup([1, 2, 3, 1, 2], length=7)
+    assert len(lookup.draft(7)) == 7
+    assert lookup.draft(6) == []
+    lookup.judge(7, 1)
+    assert len(lookup.draft(9)) == 7
+
+
+@pytest.mark.parametrize("family", ["neox", "gptj"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=60, sample=False),
+        Sampling(max_tokens=60, sample=False, repetition_penalty=1.05),
+        Sampling(max_tokens=60, temperature=0.3),
+        Sampling(max_tokens=60, temperature=0.5, top_k=0, top_p=0.9, repetition_penalty=0.9),
+    ],
+    ids=repr,
+)
+def test_replies_are_the_same_with_and_without(random_models, family, sampling):
+    model = AutoModelForCausalLM.from_pretrained(random_models[family]).eval()
+    drafted = accepted = 0
+    for start in range(4):
+        free = Engine(model, eos_ids=(), device=torch.device("cpu"))
+        prompt = [10 + start, 20, 30]
+        # A prompt that holds the reply, as a passage does that is quoted.
+        said = list(free.generate(prompt, Sampling(max_tokens=60, sample=False)))
+        prompt = [*prompt, *said, *prompt]
+        replies = []
+        for lookup in (False, True):
+            engine = Engine(model, eos_ids=(), device=torch.device("cpu"))
+            statistics = Statistics()
+            generator = torch.Generator().manual_seed(start)
+            replies.append(list(engine.generate(prompt, sampling, generator, statistics=statistics, lookup=lookup)))
+            # And what the cache holds after guesses, right and wrong, is right for the next turn.
+            longer = [*prompt, *replies[-1], 5]
+            replies[-1] += engine.generate(longer, sampling, generator, statistics=Statistics(), lookup=lookup)
+        assert replies[0] == replies[1]
+        assert statistics.new_tokens == 60
+        drafted += statistics.drafted_tokens
+        accepted += statistics.accepted_tokens
+    assert 0 < accepted < drafted
+
+
+def test_a_draft_never_goes_beyond_what_was_asked_for(random_models):
+    model = AutoModelForCausalLM.from_pretrained(random_models["neox"]).eval()
+    engine = Engine(model, eos_ids=(), device=torch.device("cpu"))
+    limit = engine.context_length
+    for most in (1, 2, 3, 7):
+        assert len(list(engine.generate([3] * 30, Sampling(max_tokens=most, sample=False), lookup=True))) == most
+    for length in (limit - 3, limit):
+        tokens = list(engine.generate([3] * length, Sampling(max_tokens=50, sample=False), lookup=True))
+        assert len(tokens) == limit - length + 1
