@@ -218,7 +218,9 @@ def _made_set(given: argparse.Namespace) -> "list[evaluation.Question]":  # noqa
         case _:
             raise UserError(f"--set {' '.join(given.set)}: expected `awscli WHEEL` or `stdlib`")
     source = question_sets.source(given.set[0], examples)
-    building.build_rows(source, given.index, encoder=given.encoder, device=given.device)
+    building.build_rows(
+        source, given.index, encoder=given.encoder, device=given.device, max_tokens=question_sets.TOKENS
+    )
     return question_sets.questions(examples, count=given.questions, seed=given.seed)
 
 

@@ -31,7 +31,7 @@ _COUNTED = 4096  # texts tokenised at a time to be counted
 class Encoder:
     """An encoder of a folder or of the hub. `name` is its absolute path or its name on the hub.
 
-    `max_tokens` cuts texts shorter than the encoder's own limit, or longer as far as its network goes. Nothing is read
+    `max_tokens` cuts texts shorter than the encoder's own limit, or longer, as far as its network goes. Nothing is read
     before something is asked for; the first thing that needs the folder raises UserError where there is none.
     """
 
@@ -148,8 +148,6 @@ class Encoder:
             raise unloadable(self.folder, error) from error
         most = getattr(model[0].auto_model.config, "max_position_embeddings", None)
         wanted = self._max_tokens or model.max_seq_length or most or _TOKENS
-        if most and self._max_tokens and self._max_tokens > most:
-            raise UserError(f"{self._max_tokens} tokens: {self.name} takes at most {most}")
         model.max_seq_length = min(wanted, most) if most else wanted
         return model
 

@@ -127,9 +127,14 @@ def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
     return carry_out(folder, tools.encoder, _ALONE, planned)
 
 
-def build_rows(source: Fresh, folder: Path, *, encoder: str | None, device: str = "auto") -> IndexRecord | None:
-    """Make an index of passages that are cut already, from one source; the digest says whether it is there already."""
-    tools = _tools(folder, encoder, device, {})
+def build_rows(
+    source: Fresh, folder: Path, *, encoder: str | None, device: str = "auto", max_tokens: int | None = None
+) -> IndexRecord | None:
+    """Make an index of passages that are cut already, from one source; the digest says whether it is there already.
+
+    Of a new index, the encoder sees `max_tokens` of a passage at most.
+    """
+    tools = _tools(folder, encoder, device, {}, max_tokens)
 
     def planned(present: Present | None) -> Plan:
         before = layout.read_sources(folder, present.record) if present is not None else []
@@ -188,7 +193,9 @@ def _before(folder: Path, present: Present | None) -> _Before:
     return _Before(sources, skipped, record.chunking.get("roots", []), record.chunking.get("left_out", []))
 
 
-def _tools(folder: Path, encoder: str | None, device: str, given: Mapping[str, Any]) -> _Tools:
+def _tools(
+    folder: Path, encoder: str | None, device: str, given: Mapping[str, Any], max_tokens: int | None = None
+) -> _Tools:
     """The encoder and the settings of an index; of one that is there, what it was made with.
 
     UserError where that is not what is given.
@@ -196,7 +203,7 @@ def _tools(folder: Path, encoder: str | None, device: str, given: Mapping[str, A
     given = {name: value for name, value in given.items() if value is not None}
     if not layout.exists(folder):
         name = encoder or DEFAULT_ENCODER
-        made = None if name == NO_ENCODER else Encoder(name, device)
+        made = None if name == NO_ENCODER else Encoder(name, device, max_tokens)
         return _Tools(made, _new_settings(made, given))
     record = layout.read(folder)[0]
     settings = Settings(**{name: record.chunking[name] for name in asdict(Settings()) if name in record.chunking})
