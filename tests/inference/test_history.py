@@ -31,6 +31,12 @@ def test_an_entry_that_was_cut_and_one_that_is_too_long_are_left_out(tmp_path):
     assert history.read(path) == ["whole"]
 
 
+def test_zeros_that_a_crash_left_are_not_read(tmp_path):
+    path = tmp_path / "history"
+    path.write_bytes(b"be\0fore\n" + bytes(5) + b"behind\n")
+    assert history.read(path) == ["before", "behind"]
+
+
 def test_a_file_that_becomes_too_large_keeps_its_newer_half(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "SIZE_LIMIT", 100)
     path = tmp_path / "history"

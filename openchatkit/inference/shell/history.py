@@ -29,8 +29,9 @@ def read(path: Path) -> list[str]:
             data = file.read(2 * SIZE_LIMIT)
     except FileNotFoundError:
         return []
-    # What follows the last line end was not written to its end.
-    lines = data.decode("utf-8", "replace").split("\n")[:-1]
+    # What follows the last line end was not written to its end. A crash of the machine can leave zeros, which no line
+    # editor takes.
+    lines = data.replace(b"\0", b"").decode("utf-8", "replace").split("\n")[:-1]
     return [re.sub(r"\\[\\nr]", lambda found: _ESCAPED[found.group()], line) for line in lines]
 
 
