@@ -50,8 +50,14 @@ class SavedChat:
 
 
 def home() -> Path:
-    """The folder of what the chat keeps for its user; it need not exist."""
-    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".openchatkit").expanduser()
+    """The folder of what the chat keeps for its user; it need not exist. UserError when there is no telling where."""
+    try:
+        return Path(os.environ.get(HOME_VARIABLE) or "~/.openchatkit").expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"this user, or the one that {HOME_VARIABLE} names, has no home folder: set {HOME_VARIABLE} to a folder to "
+            "keep chats in"
+        ) from error
 
 
 def history_path() -> Path:

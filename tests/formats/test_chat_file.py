@@ -179,3 +179,13 @@ def test_the_users_home_is_where_chats_are_kept_by_default(monkeypatch, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert chat_file.home() == tmp_path / ".openchatkit"
     assert chat_file.history_path() == tmp_path / ".openchatkit" / "history"
+
+
+@pytest.mark.parametrize("variable", ["HOME", "OPENCHATKIT_HOME"])
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch, variable):
+    monkeypatch.delenv("OPENCHATKIT_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user that the system knows not
+    if variable != "HOME":
+        monkeypatch.setenv(variable, "~nosuchuser/chats")
+    with pytest.raises(UserError, match="has no home folder: set OPENCHATKIT_HOME to a folder"):
+        chat_file.chat_path("a")
