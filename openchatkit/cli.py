@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import IO
 
 from openchatkit.errors import UserError
 
@@ -47,7 +48,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
             status = INTERRUPTED
         except BrokenPipeError:
             # The reader of our output has gone; keep the interpreter from complaining when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            give_up(sys.stdout)
             status = 0
         sys.exit(status)
 
@@ -62,6 +63,11 @@ def one_line(error: BaseException | str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def give_up(stream: IO) -> None:
+    """Let what is still in the buffer of a stream that cannot be written go nowhere: it would fail again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def positive_int(text: str) -> int:

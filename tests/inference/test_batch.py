@@ -1,6 +1,7 @@
 """Batches: rows in, a line each out, stopped and gone on with."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -177,6 +178,8 @@ def test_files_that_cannot_be_are_one_line_each(batch, piped, trained_model, tmp
     assert done.notes == [f"error: --output {tmp_path}/in.jsonl is the input: expected another file"]
     done, _ = batch(given, trained_model, output=tmp_path / "nosuch" / "out.jsonl")
     assert done.notes == [f"error: --output {tmp_path}/nosuch/out.jsonl cannot be written: No such file or directory"]
+    done, _ = batch(given, trained_model, output=tmp_path)
+    assert done.notes == [f"error: --output {tmp_path} is no plain file: expected one, or - for standard output"]
     done = piped("", trained_model, "--batch", str(tmp_path / "none"), "--output", "-")
     assert done.notes == [f"error: --batch {tmp_path}/none cannot be read: No such file or directory"]
     done = piped("", trained_model, "--batch", str(tmp_path), "--output", "-")
@@ -191,6 +194,24 @@ def test_from_standard_input_to_standard_output(piped, trained_model):
     assert [(line["line"], line["reply"]) for line in lines] == [(1, "first"), (3, "two\nlines")]
     assert "日" in done.stdout.decode()
     assert (done.stderr, done.status) == (b"", 0)
+
+
+def test_a_disk_that_is_full_is_one_line_and_what_was_written_is_gone_on_from(batch, trained_model, tmp_path):
+    given = [{"prompt": "hello"}] * 12
+    _, whole = batch(given, trained_model, *GREEDY, output=tmp_path / "whole.jsonl")
+    out = tmp_path / "out.jsonl"
+    flags = ("--batch", tmp_path / "in.jsonl", "--output", out, "--model", trained_model, *GREEDY)
+    done = subprocess.run(
+        [sys.executable, BOT, *flags],
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)),
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr.decode() == f"error: {out} cannot be written: File too large; run again to go on\n"
+    assert (done.returncode, out.stat().st_size) == (2, 1500)
+    _, resumed = batch(given, trained_model, *GREEDY)
+    assert [line["reply"] for line in resumed] == [line["reply"] for line in whole]
 
 
 def test_ctrl_c_ends_a_batch_after_the_last_whole_row(trained_model, endless_model, tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference import report
 from openchatkit.inference.batch.rows import Row, read_row
@@ -66,6 +67,9 @@ class Batch:
         except BrokenPipeError:
             raise
         except OSError as error:
+            cli.give_up(self._out)
+            if self._out is sys.stdout:
+                raise UserError(f"standard output cannot be written: {error.strerror}") from error
             raise UserError(f"{self._target} cannot be written: {error.strerror}; run again to go on") from error
         self.done += 1
         self.failed += "error" in told
@@ -83,6 +87,8 @@ class Batch:
         try:
             if source != _STANDARD and target.exists() and target.samefile(source):
                 raise UserError(f"--output {target} is the input: expected another file")
+            if target.exists() and not target.is_file():
+                raise UserError(f"--output {target} is no plain file: expected one, or - for standard output")
             lock = try_lock(target)
             if lock is None:
                 raise UserError(f"another run is writing {target}: wait for it, or give another --output")
