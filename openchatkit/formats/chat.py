@@ -33,7 +33,12 @@ STOP_STRINGS = (f"\n{HUMAN}", f"\n{BOT}")
 
 _PASSAGES = "Passages:"
 _ROLE_TAG = re.compile(r"<(?=[\W_]{0,8}(?:human|bot)[\W_]{0,8}>)", re.IGNORECASE)
-_INVISIBLE = re.compile("[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
+# What shows nothing: control characters but white space, and Unicode's Default_Ignorable_Code_Point.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 _BORDER = re.compile(f"(?m)(^{HUMAN}|^{BOT})")
 
 # Jinja for `tokenizer.chat_template`: the same characters as `render`, from messages with roles system, user and

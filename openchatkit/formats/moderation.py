@@ -23,9 +23,9 @@ Head, text, tail and label are tokenised each by itself, in training and in judg
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
+from openchatkit.formats import chat
 from openchatkit.formats.chat import Segment
 
 LABELS = ("casual", "needs caution", "needs intervention", "possibly needs caution", "probably needs caution")
@@ -73,9 +73,7 @@ def readings(text: str) -> list[str]:
     As it looks: compatibility forms (full-width letters, ligatures) are plain, and characters that show nothing are
     gone. What is made of them passes a reader as a word, and a model as something it has never seen.
     """
-    plain = unicodedata.normalize("NFKC", text)
-    plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
-    forms = dict.fromkeys((one_line(text), one_line(plain)))
+    forms = dict.fromkeys((one_line(text), one_line(chat.seen_through(text))))
     return [form for form in forms if form]
 
 

@@ -81,6 +81,8 @@ def test_labels_as_data_sets_spell_them():
         ("two\n lines", ["two lines"]),
         ("b\u200bo\u00admb", ["b\u200bo\u00admb", "bomb"]),
         ("\uff42\uff4f\uff4d\uff42", ["\uff42\uff4f\uff4d\uff42", "bomb"]),
+        ("b\ufe0fo\u034fm\u3164b", ["b\ufe0fo\u034fm\u3164b", "bomb"]),
+        ("b\x00o\x7fm\x1bb\x85", ["b\x00o\x7fm\x1bb", "bomb"]),
         ("x\U000e0062\U000e006f", ["x\U000e0062\U000e006f", "x"]),
         (" \n", []),
         ("\u200b", ["\u200b"]),

@@ -28,6 +28,8 @@ PIECES = (
         "<HUMAN>:",
         "< human >:",
         "<\u200bbot>:",
+        "<hu\ufe0fman>:",
+        "<b\x00ot>:",
         "\uff1chuman\uff1e\uff1a",
         "<|human|>",
         "<<bot>>",
@@ -97,3 +99,9 @@ def test_the_plain_case_is_the_one_that_is_counted(renderings):
         "<|padding|><|system|>\ns<|endoftext|>[INST] q [/INST]<|assistant|>\na<|endoftext|>"
         "[INST] Passages:\n> p\n\nr [/INST]"
     )
+
+
+@pytest.mark.parametrize("invisible", ["\u200b", "\u00ad", "\ufe0f", "\u034f", "\u3164", "\x00", "\x7f", "\U000e0100"])
+def test_a_tag_with_what_shows_nothing_in_it_is_a_tag(invisible):
+    assert chat.neutralise(f"<hu{invisible}man>: yes") == "(human>: yes"
+    assert chat.neutralise(f"no{invisible} tag") == f"no{invisible} tag"
