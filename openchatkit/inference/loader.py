@@ -72,9 +72,10 @@ def load(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they do not "
             "belong together, copy the tokenizer that the model was trained with"
         )
-    precision = placement.choose_dtype(dtype, device, lambda: _parameters(config))
+    parameters = _read(lambda: _parameters(config), folder)
+    precision = placement.choose_dtype(dtype, device, parameters)
     stored = "int8" if dtype == "int8" else f"{bits} bits" if bits else str(precision).removeprefix("torch.")
-    announce(f"loading {name} on {device} in {stored}")
+    announce(f"loading {name}, {_rounded(parameters)} parameters, on {device} in {stored}")
     if dtype == "int8":
         model = _read(lambda: _quantise(_load_model(folder, "auto", {}), device, precision), folder)
     else:
@@ -192,7 +193,14 @@ def _quantise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
 
 def _parameters(config: object) -> int:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+
+
+def _rounded(number: int) -> str:
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.1f} {word}"
+    return f"{number:,}"
 
 
 def _read(action: Callable[[], object], folder: Path) -> object:

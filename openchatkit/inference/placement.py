@@ -4,7 +4,7 @@ Owns the choice, and refusing what cannot be; `loader` carries it out.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.dev
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def choose_dtype(name: str, device: torch.device, parameters: Callable[[], int]) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
     """The precision that `name` means to compute in; "auto" looks at the device, on the CPU at the `parameters` too.
 
     "int8" is of the weights alone: it computes as "auto" does, on the CPU in bfloat16, which its operator is made for.
@@ -42,7 +42,7 @@ def choose_dtype(name: str, device: torch.device, parameters: Callable[[], int])
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    return torch.float32 if name == "auto" and parameters() <= SMALL else torch.bfloat16
+    return torch.float32 if name == "auto" and parameters <= SMALL else torch.bfloat16
 
 
 def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib: float | None) -> dict[str, object]:

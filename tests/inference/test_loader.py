@@ -48,7 +48,8 @@ def refused(name, message: str) -> None:
 def test_a_model_is_loaded_with_its_tokenizer_and_its_end(random_models, no_gpu, name):
     said = []
     loaded = loader.load(str(random_models[name]), announce=said.append)
-    assert said == [f"loading {random_models[name]} on {loaded.device} in float32"]
+    count = loader._parameters(AutoConfig.from_pretrained(random_models[name]))
+    assert said == [f"loading {random_models[name]}, {count:,} parameters, on {loaded.device} in float32"]
     assert (loaded.dtype, loaded.model.dtype, loaded.eos_ids) == (torch.float32, torch.float32, {0})
     assert not loaded.model.training
     assert loaded.tokenizer.encode(["a"])[0]
@@ -68,7 +69,7 @@ def test_a_precision_that_is_named_is_used(random_models, dtype):
 
 def test_the_precision_follows_device_and_size(monkeypatch):
     def chosen(device, parameters=0, name="auto"):
-        return placement.choose_dtype(name, torch.device(device), lambda: parameters)
+        return placement.choose_dtype(name, torch.device(device), parameters)
 
     assert chosen("cpu", 10**9) == torch.float32
     assert chosen("cpu", 7 * 10**9) == torch.bfloat16
@@ -83,6 +84,13 @@ def test_the_precision_follows_device_and_size(monkeypatch):
 def test_the_size_of_a_model_is_known_before_it_is_loaded(random_models):
     model = AutoModelForCausalLM.from_pretrained(random_models["gptj"])
     assert loader._parameters(AutoConfig.from_pretrained(random_models["gptj"])) == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(999_999, "999,999"), (123_456_789, "123.5 million"), (20_554_567_680, "20.6 billion")]
+)
+def test_the_size_of_a_model_is_said_in_few_digits(number, said):
+    assert loader._rounded(number) == said
 
 
 def test_a_model_that_does_not_fit_into_memory_is_read_from_disk_as_it_is_needed(random_models):
@@ -115,7 +123,8 @@ def test_weights_are_packed_where_memory_allows_and_else_stay_in_the_mapped_file
 def test_int8_is_near_the_model_and_leaves_the_embedding(random_models, no_gpu, name):
     said = []
     loaded = loader.load(str(random_models[name]), dtype="int8", announce=said.append)
-    assert said == [f"loading {random_models[name]} on cpu in int8"]
+    count = loader._parameters(AutoConfig.from_pretrained(random_models[name]))
+    assert said == [f"loading {random_models[name]}, {count:,} parameters, on cpu in int8"]
     assert loaded.dtype == loaded.model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert not [module for module in loaded.model.modules() if isinstance(module, nn.Linear)]
     whole = AutoModelForCausalLM.from_pretrained(random_models[name])
@@ -369,6 +378,19 @@ def test_a_shard_that_is_missing(copy):
 def test_a_config_that_is_no_json(copy):
     (copy / layer_shards.CONFIG).write_text("{")
     refused(copy, "cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({}, "Unrecognized configuration class .*T5Config"),
+        ({"auto_map": {"AutoModelForCausalLM": "code.M"}}, ".* contains custom code"),
+    ],
+)
+def test_a_model_that_is_no_causal_language_model(copy, own, message):
+    config = {"model_type": "t5", "vocab_size": 384, "d_model": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, **own}
+    (copy / layer_shards.CONFIG).write_text(json.dumps(config))
+    refused(copy, f"the model in {copy} cannot be loaded: {message}")
 
 
 def test_a_model_that_brings_its_own_code_is_refused(copy):

@@ -44,7 +44,7 @@ def ended(shell: pexpect.spawn) -> int | None:
 
 def test_a_terminal_gets_a_welcome_a_prompt_and_replies(terminal, trained_model):
     shell = terminal(trained_model, "--no-sample", "--no-date")
-    shell.expect(r"loading \S+ on \S+ in float32\r\n")
+    shell.expect(r"loading \S+, [\d,]+ parameters, on \S+ in float32\r\n")
     shell.expect(r"trained_model\d+, reads 192 tokens at once, in the kit's form\r\n")
     shell.expect_exact("Welcome to OpenChatKit shell.   Type /help or /? to list commands.\r\n")
     shell.expect_exact(">>> ")
