@@ -58,6 +58,14 @@ def check(folder: Path) -> WikipediaRecord:
     return WikipediaRecord(about["rows"], tuple(about["articles_by"]))
 
 
+def is_one(folder: Path) -> bool:
+    """Whether a folder's manifest says that it holds a Wikipedia index."""
+    try:
+        return manifest.read(folder).about.get("format") == _FORMAT
+    except DamagedError:
+        return False
+
+
 def verify(folder: Path) -> None:
     """Hash both files; DamagedError names the one that has changed."""
     manifest.verify(folder)

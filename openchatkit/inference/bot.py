@@ -9,11 +9,13 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file
 from openchatkit.inference import flags
+from openchatkit.inference.retrieval import flags as retrieval
 
 # What changes how replies are shown, or how fast they come, and not what they say.
 _PRESENTATION = (
-    *("batch", "output", "json", "verbose", "no_stream", "no_date", "prompt", "load", "retrieval"),
+    *("batch", "output", "json", "verbose", "no_stream", "no_date", "prompt", "load"),
     *("gpu_id", "gpu_vram", "cpu_ram", "threads", "no_compile", "moderation_gpu_id"),
+    *("retrieval_device", "no_citations"),
 )
 
 
@@ -35,7 +37,8 @@ def parser() -> cli.Parser:
     given.add_argument("--verbose", action="store_true", help="print tokens, tokens/s and seconds after each reply")
     given.add_argument("--no-stream", action="store_true", help="print each reply when it is whole")
     given.add_argument("--no-date", action="store_true", help="do not open the chat with date and time")
-    given.add_argument("--retrieval", action="store_true", help="not in this version yet")
+    retrieval.add_flags(given)
+    given.add_argument("--no-citations", action="store_true", help="do not list a reply's sources after it")
     return given
 
 
@@ -55,8 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(given: argparse.Namespace) -> None:
     """UserError for flags that do not go together, before a model is loaded for nothing."""
-    if given.retrieval:
-        raise UserError("--retrieval is not in this version yet: leave it out, and give passages with /passage TEXT")
     if given.batch and not given.output:
         raise UserError("--batch needs --output OUT.jsonl for its replies, or --output - for standard output")
     if given.output and not given.batch:
@@ -84,6 +85,7 @@ def _chat(given: argparse.Namespace) -> int:
         stream=not given.no_stream,
         as_json=given.json,
         verbose=given.verbose,
+        citations=not given.no_citations,
     )
     passages = piped(sys.stdin, output) if asked else []
     session = _session(given)
@@ -104,17 +106,30 @@ def _batch(given: argparse.Namespace) -> int:
             from openchatkit.inference.batch.answering import answer
 
             session = _session(given)
-            answer(batch, session.responder, session.sampling, seed=given.seed, system=given.system or "")
+            answer(
+                batch,
+                session.responder,
+                session.sampling,
+                seed=given.seed,
+                system=given.system or "",
+                retriever=session.retriever,
+            )
         batch.conclude()
     return 0
 
 
 def _session(given: argparse.Namespace) -> "Session":  # noqa: F821
+    looking_up = retrieval.retriever(given, _announce)
     responder = flags.responder(given, _announce)
     from openchatkit.inference.session import Session
 
     session = Session(
-        responder, flags.sampling(given), date=not given.no_date, seed=given.seed, model=Path(given.model).name
+        responder,
+        flags.sampling(given),
+        date=not given.no_date,
+        seed=given.seed,
+        retriever=looking_up,
+        model=Path(given.model).name,
     )
     if given.load:
         session.load(given.load)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # both need torch, and a batch that is done does not
     from openchatkit.inference.engine import Statistics
     from openchatkit.inference.responder import Reply
+    from openchatkit.retrieval.passage import Passage
 
 # JSON escapes the control characters below space by itself; a terminal obeys these as well.
 _OBEYED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -24,6 +25,10 @@ def as_object(question: str, reply: "Reply") -> dict[str, object]:
         "dropped": reply.dropped,
         "passages": list(reply.passages),
     }
+    if reply.sources is not None:
+        told["sources"] = sources(reply)
+    if reply.note:
+        told["note"] = reply.note
     if verdict := reply.verdict:
         told["moderation"] = {
             "allowed": verdict.allowed,
@@ -32,6 +37,30 @@ def as_object(question: str, reply: "Reply") -> dict[str, object]:
             "action": verdict.action,
         }
     return told
+
+
+def sources(reply: "Reply") -> list[dict[str, object]]:
+    """Where the passages of a reply are from, in the order in which the model read them, numbered from 1.
+
+    Those that came with the question have neither title nor source; `score` means something within one reply alone.
+    """
+    return [
+        {
+            "number": number,
+            "title": source.title,
+            "source": source.source,
+            "place": source.place,
+            "score": round(source.score, 4),
+            "text": source.text,
+        }
+        for number, source in enumerate(reply.sources or (), 1)
+    ]
+
+
+def citation(number: int, source: "Passage") -> str:
+    """One line: a passage's number, title, place and source."""
+    where = ", ".join(" ".join(part.split()) for part in (source.title, source.place, source.source) if part.strip())
+    return f"[{number}] {where or 'given with the question'}"
 
 
 def as_error(question: str, error: Exception) -> dict[str, object]:

@@ -22,6 +22,7 @@ from openchatkit.inference.release import Emit, Release
 from openchatkit.inference.rendering import Rendering
 from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.streaming import ReplyStream
+from openchatkit.retrieval.passage import Passage
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Reply:
     "moderated". `dropped` counts the pairs of turns that were left out for want of room, `passages` are those that the
     model read with the question. `verdict` is the moderator's: what it did not allow, else its first warning, else its
     last judgement. `refused` says that the question was not allowed and so not answered: `text` is the message instead.
+    `sources` say where each of the `passages` is from, and are None where none were looked for; `note` says what went
+    wrong in looking.
     """
 
     text: str
@@ -42,6 +45,8 @@ class Reply:
     passages: tuple[str, ...] = ()
     verdict: Verdict | None = None
     refused: bool = False
+    sources: tuple[Passage, ...] | None = None
+    note: str = ""
 
 
 class Responder:

@@ -6,7 +6,7 @@ whatever else talks to a model can use it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -18,11 +18,9 @@ from openchatkit.inference import conversation, sampling
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.engine import Statistics
 from openchatkit.inference.responder import Emit, Reply, Responder
+from openchatkit.inference.retrieval.retriever import Found, Retriever
 from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.streaming import clean
-
-# From a question to passages that may hold its answer.
-Retriever = Callable[[str], Sequence[str]]
 
 STOP_LIMIT = 16
 _SEED_LIMIT = 1 << 63
@@ -54,7 +52,7 @@ class Session:
         self._date = date
         self._seed = seed
         self._stop = tuple(stop)
-        self._retriever = retriever
+        self.retriever = retriever
         self._retrieval = retriever is not None
         self._model = model
         self._generator = torch.Generator()
@@ -74,9 +72,7 @@ class Session:
         Ctrl-C ends the reply and keeps what was said. Raises UserError (too long, out of memory, no number) with the
         conversation as it was before.
         """
-        if self.retrieval:
-            passages = (*passages, *self._retriever(text))
-        return self._answer(self.conversation.asked(text, passages), emit)
+        return self._answer(self._looked_up(self.conversation.asked(text, passages)), emit)
 
     def regenerate(self, *, emit: Emit = lambda text: None) -> Reply:
         """Answer the last question, passages included, once more; the old reply stays when no new one comes.
@@ -84,7 +80,9 @@ class Session:
         UserError when there is no question, and as `say`.
         """
         question = self._last_question("nothing to answer again")
-        return self._answer(self.conversation.undone().asked(question.text, question.passages), emit)
+        asked = self.conversation.undone().asked(question.text, question.passages)
+        known = self.last is not None and self.last.passages == question.passages
+        return self._answer(Found(asked, self.last.sources if known else None), emit)
 
     def undo(self) -> str:
         """Take back the last question and its reply; returns the question. UserError when there is none."""
@@ -100,9 +98,10 @@ class Session:
 
     def prompt(self, text: str = "", passages: Sequence[str] = ()) -> str:
         """The conversation as the model would read it; with `text`, as it would be sent if that were said next."""
-        asked = self.conversation.asked(text, passages) if text else self.conversation
-        fitted = self.responder.fit(asked, self.sampling).conversation if text else asked
-        return self.responder.rendering.text(fitted)
+        if not text:
+            return self.responder.rendering.text(self.conversation)
+        asked = self._looked_up(self.conversation.asked(text, passages)).conversation
+        return self.responder.rendering.text(self.responder.fit(asked, self.sampling).conversation)
 
     # -- settings
 
@@ -122,8 +121,10 @@ class Session:
 
     @retrieval.setter
     def retrieval(self, on: bool) -> None:
-        if on and self._retriever is None:
-            raise UserError("there is no index to retrieve passages from: give passages with /passage TEXT")
+        if on and self.retriever is None:
+            raise UserError(
+                "there is no index to look in: start with --retrieval PATH, or give passages with /passage TEXT"
+            )
         self._retrieval = on
 
     def settings(self) -> dict[str, object]:
@@ -174,8 +175,13 @@ class Session:
 
     # -- the rest
 
-    def _answer(self, asked: Conversation, emit: Emit) -> Reply:
+    def _looked_up(self, asked: Conversation) -> Found:
+        return self.retriever.add(asked, self.responder, self.sampling) if self.retrieval else Found(asked)
+
+    def _answer(self, found: Found, emit: Emit) -> Reply:
+        asked = found.conversation
         reply = self.responder.answer(asked, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
+        reply = found.told(reply)
         self._count(reply)
         if not reply.refused and (reply.text or reply.finish != "interrupted"):
             self.conversation = asked.answered(reply.text)

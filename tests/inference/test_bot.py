@@ -34,7 +34,11 @@ BOT = ROOT / "inference" / "bot.py"
         (["-g", "0:ten"], "argument -g/--gpu-vram: expected a number of at least 0, got 'ten'"),
         (["-r", "0"], "argument -r/--cpu-ram: expected GiB above 0, got '0'"),
         (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
-        (["--retrieval"], "--retrieval is not in this version yet: leave it out, and give passages with /passage TEXT"),
+        (
+            ["--retrieval", "/nosuch"],
+            "/nosuch is not a folder: expected a retrieval index, as retrieval/build_index.py",
+        ),
+        (["--retrieval-k", "0"], "argument --retrieval-k: expected a whole number of at least 1, got '0'"),
         (["--prompt", " "], "--prompt is empty: expected a question"),
         (["--batch", "in.jsonl"], "--batch needs --output OUT.jsonl for its replies, or --output - for standard"),
         (["--output", "out.jsonl"], "--output is where the replies of --batch go: expected --batch IN.jsonl with it"),

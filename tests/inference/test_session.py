@@ -13,8 +13,10 @@ from openchatkit.inference.engine import Engine, Statistics
 from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.rendering import KitRendering
 from openchatkit.inference.responder import Responder
+from openchatkit.inference.retrieval.retriever import Retriever
 from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.session import Session
+from openchatkit.retrieval.passage import Passage
 
 GREEDY = Sampling(max_tokens=30, sample=False)
 
@@ -25,6 +27,17 @@ def session_of(folder, sampling=GREEDY, **options) -> Session:
     tokenizer = Tokenizer(folder)
     responder = Responder(engine, tokenizer, KitRendering(tokenizer))
     return Session(responder, sampling, date=options.pop("date", False), **options)
+
+
+class Blue:
+    """Finds one passage for everything."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def search(self, query: str, k: int) -> list[Passage]:
+        self.asked.append(query)
+        return [Passage("blue", source="colours.txt")]
 
 
 class Moderator:
@@ -321,20 +334,17 @@ def test_a_stop_string_and_a_seed_that_were_set_are_used(random_models):
 
 
 def test_passages_are_retrieved_while_retrieval_is_on(trained_model):
-    asked = []
-
-    def retrieve(question):
-        asked.append(question)
-        return ["blue"]
-
-    session = session_of(trained_model, retriever=retrieve)
+    searcher = Blue()
+    session = session_of(trained_model, retriever=Retriever(searcher, k=2))
     assert session.retrieval
     reply = session.say("say it")
     assert (reply.text, reply.passages) == ("日本 blue", ("blue",))
-    assert session.regenerate().text == "日本 blue"
-    assert asked == ["say it"]
+    again = session.regenerate()
+    assert (again.text, again.sources) == (reply.text, reply.sources)
+    assert searcher.asked == ["say it"]
     session.retrieval = False
-    assert session.say("say it").text == "日本 nothing"
+    other = session.say("say it")
+    assert (other.text, other.sources) == ("日本 nothing", None)
     session.retrieval = True
     assert session.say("say it", ["red"]).passages == ("red", "blue")
 
@@ -342,7 +352,10 @@ def test_passages_are_retrieved_while_retrieval_is_on(trained_model):
 def test_retrieval_without_an_index_says_what_to_do_instead(session):
     assert not session.retrieval
     session.retrieval = False
-    with pytest.raises(UserError, match=r"there is no index .*: give passages with /passage TEXT"):
+    with pytest.raises(
+        UserError,
+        match=r"there is no index to look in: start with --retrieval PATH, or give passages with /passage TEXT",
+    ):
         session.retrieval = True
 
 

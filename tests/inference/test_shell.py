@@ -13,8 +13,8 @@ from openchatkit.paths import ROOT
 
 BOT = ROOT / "inference" / "bot.py"
 COMMANDS = (
-    "chats help hyperparameters load passage quit raw_prompt raw_say regen reset retrieval save say set stats system "
-    "undo"
+    "chats help hyperparameters load passage quit raw_prompt raw_say regen reset retrieval save say set sources stats "
+    "system undo"
 )
 LISTED = "/help lists the commands, /say TEXT says a text with a slash"
 
@@ -113,7 +113,7 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_question(piped,
         ("/load nosuch", "there is no saved chat nosuch: there are none yet"),
         ("/load ../secret", "'../secret' cannot be the name of a chat: expected at most 64 letters"),
         ("/undo", "nothing to undo: no question has been asked yet"),
-        ("/retrieval on", "there is no index to retrieve passages from: give passages with /passage TEXT"),
+        ("/retrieval on", "there is no index to look in: start with --retrieval PATH, or give passages with /passage"),
         ("/retrieval maybe", "/retrieval 'maybe': expected on or off"),
     ],
 )

@@ -12,22 +12,38 @@ from openchatkit.inference.batch import rows
 from openchatkit.inference.batch.files import Batch
 from openchatkit.inference.batch.rows import Row
 from openchatkit.inference.responder import Responder
+from openchatkit.inference.retrieval.retriever import Found, Retriever
 from openchatkit.inference.sampling import Sampling
 
 
-def answer(batch: Batch, responder: Responder, sampling: Sampling, *, seed: int | None, system: str) -> None:
-    """Answer the rows that have no line yet.
+def answer(
+    batch: Batch,
+    responder: Responder,
+    sampling: Sampling,
+    *,
+    seed: int | None,
+    system: str,
+    retriever: Retriever | None = None,
+) -> None:
+    """Answer the rows that have no line yet, with passages from the `retriever` if there is one.
 
     With a `seed`, what is drawn for a row depends on it and on the number of the row's line alone, so it does not
     matter where a run was stopped. Raises KeyboardInterrupt after Ctrl-C; the row it came in will be answered anew.
     """
     with progress.bar(batch.total, "replies", unit="row", initial=batch.done) as bar:
         for row in batch.rows():
-            batch.write(row, _told(row, responder, sampling, seed, system))
+            batch.write(row, _told(row, responder, sampling, seed, system, retriever))
             bar.update()
 
 
-def _told(row: Row, responder: Responder, sampling: Sampling, seed: int | None, system: str) -> dict[str, object]:
+def _told(
+    row: Row,
+    responder: Responder,
+    sampling: Sampling,
+    seed: int | None,
+    system: str,
+    retriever: Retriever | None,
+) -> dict[str, object]:
     """The object of a row's reply, or of the error in its place."""
     name: dict[str, object] = {}
     text = ""
@@ -37,7 +53,8 @@ def _told(row: Row, responder: Responder, sampling: Sampling, seed: int | None, 
         asked = rows.question(given, system=system)
         text = asked.conversation.turns[-1].text
         wanted = sampling if asked.max_tokens is None else replace(sampling, max_tokens=asked.max_tokens)
-        reply = responder.answer(asked.conversation, wanted, generator=_generator(seed, row.number))
+        found = retriever.add(asked.conversation, responder, wanted) if retriever else Found(asked.conversation)
+        reply = found.told(responder.answer(found.conversation, wanted, generator=_generator(seed, row.number)))
     except UserError as error:
         return {**name, **report.as_error(text, error)}
     if reply.finish == "interrupted":

@@ -3,6 +3,7 @@
 import secrets
 import time
 
+from openchatkit.inference import report
 from openchatkit.inference.responder import Reply
 
 # An interrupted reply has no reason here: it becomes an error.
@@ -26,6 +27,11 @@ def usage(reply: Reply) -> dict[str, object]:
     return {**counts, "dropped_pairs": reply.dropped} if reply.dropped else counts
 
 
+def _sources(reply: Reply) -> dict[str, object]:
+    """`sources`, ours: where the passages of a reply are from, if any were looked for."""
+    return {} if reply.sources is None else {"sources": report.sources(reply)}
+
+
 class Answer:
     """One answer, whole or in chunks, to a chat or to a plain completion."""
 
@@ -43,7 +49,7 @@ class Answer:
         """The answer as one object."""
         content = {"message": {"role": "assistant", "content": reply.text, "refusal": None}}
         choice = self._choice(content if self._chat else {"text": reply.text}, _FINISH[reply.finish])
-        return {**self._common, "choices": [choice], "usage": usage(reply)}
+        return {**self._common, "choices": [choice], "usage": usage(reply), **_sources(reply)}
 
     def opening(self) -> list[dict[str, object]]:
         """What comes before any text."""
@@ -55,9 +61,10 @@ class Answer:
 
     def closing(self, reply: Reply) -> list[dict[str, object]]:
         """What comes after all text."""
-        chunks = [self._chunk({} if self._chat else "", _FINISH[reply.finish])]
+        last = self._chunk({} if self._chat else "", _FINISH[reply.finish])
+        chunks = [{**last, **_sources(reply)}]
         if self._usage:
-            chunks.append({**chunks[0], "choices": [], "usage": usage(reply)})
+            chunks.append({**last, "choices": [], "usage": usage(reply)})
         return chunks
 
     def _chunk(self, content: object, finish: str | None = None) -> dict[str, object]:

@@ -6,17 +6,19 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 import torch
+from loguru import logger
 
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.inference import context, rendering
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.responder import Emit, Reply, Responder
+from openchatkit.inference.retrieval.retriever import Found, Retriever
 from openchatkit.inference.server import answers, delivery, schema
 from openchatkit.inference.server.errors import ApiError, defect
 from openchatkit.inference.server.fields import parse
@@ -34,7 +36,7 @@ Asgi = Callable[[dict[str, Any], Any, Any], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What is served, and its limits.
+    """What is served, from which index passages come, and limits.
 
     `max_rate` requests a minute from one address (0: any number), `max_body` bytes of a request, `timeout` seconds of
     one, `heartbeat` seconds between signs of life while a client waits.
@@ -48,6 +50,7 @@ class Options:
     max_body: int = 1 << 20
     timeout: float = 600.0
     heartbeat: float = delivery.HEARTBEAT_SECONDS
+    retriever: Retriever | None = None
 
 
 def create_app(responder: Responder, worker: Worker, options: Options) -> Asgi:
@@ -85,7 +88,7 @@ class Api:
         self._responder = responder
         self._worker = worker
         self._options = options
-        self._served = options.served
+        self._served = replace(options.served, retrieval=options.retriever is not None)
         self._created = int(time.time())
 
     async def health(self, request: Any) -> Asgi:
@@ -113,7 +116,8 @@ class Api:
         return self._start(ask, chat=False)
 
     def _start(self, ask: schema.Ask, *, chat: bool) -> Asgi:
-        job = Job(lambda emit, cancelled: generate(self._responder, ask, emit, cancelled))
+        retriever = self._options.retriever if ask.retrieval else None
+        job = Job(lambda emit, cancelled: generate(self._responder, ask, emit, cancelled, retriever))
         answer = answers.Answer(self._served.model, chat=chat, include_usage=ask.include_usage)
         self._worker.submit(job)
         return delivery.Delivery(
@@ -126,16 +130,30 @@ class Api:
         )
 
 
-def generate(responder: Responder, ask: schema.Ask, emit: Emit, cancelled: Callable[[], bool]) -> Reply:
-    """Make the reply to a request. ApiError 400 when it is too long for the model; raises as the responder does."""
+def generate(
+    responder: Responder,
+    ask: schema.Ask,
+    emit: Emit,
+    cancelled: Callable[[], bool],
+    retriever: Retriever | None = None,
+) -> Reply:
+    """Make the reply to a request, with passages from the `retriever` if there is one.
+
+    ApiError 400 when it is too long for the model; raises as the responder does.
+    """
     _check_length(responder, ask)
     generator = torch.Generator()
     if ask.seed is None:
         generator.seed()
     else:
         generator.manual_seed(ask.seed)
-    run = responder.answer if isinstance(ask.subject, Conversation) else responder.complete
-    return run(ask.subject, ask.sampling, generator=generator, stop=ask.stop, emit=emit, cancelled=cancelled)
+    how = {"generator": generator, "stop": ask.stop, "emit": emit, "cancelled": cancelled}
+    if not isinstance(ask.subject, Conversation):
+        return responder.complete(ask.subject, ask.sampling, **how)
+    found = retriever.add(ask.subject, responder, ask.sampling) if retriever else Found(ask.subject)
+    if found.note:
+        logger.warning(found.note)
+    return found.told(responder.answer(found.conversation, ask.sampling, **how))
 
 
 def _check_length(responder: Responder, ask: schema.Ask) -> None:

@@ -15,6 +15,7 @@ from loguru import logger
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference import flags
+from openchatkit.inference.retrieval import flags as retrieval
 from openchatkit.inference.server.guard import is_loopback
 
 TOKEN_VARIABLE = "OPENCHATKIT_TOKEN"
@@ -32,6 +33,7 @@ def parser() -> cli.Parser:
     )
     flags.add_model_flags(given)
     flags.add_sampling_flags(given)
+    retrieval.add_flags(given)
     given.add_argument(
         "--host", default="127.0.0.1", help=f"the address to listen on; any other needs {TOKEN_VARIABLE}"
     )
@@ -66,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     token = read_token(given.token_file, given.host)
     listener = bind(given.host, given.port)  # before the minutes that a model takes to load
     with listener:
+        looking_up = retrieval.retriever(given, logger.info)
         responder = flags.responder(given, logger.info, slots=given.cached_conversations)
-        _serve(given, responder, listener, token)
+        _serve(given, responder, looking_up, listener, token)
     return 0
 
 
@@ -110,7 +113,13 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.socket, token: str | None) -> None:  # noqa: F821
+def _serve(
+    given: argparse.Namespace,
+    responder: "Responder",  # noqa: F821
+    retriever: "Retriever | None",  # noqa: F821
+    listener: socket.socket,
+    token: str | None,
+) -> None:
     import uvicorn
 
     from openchatkit.inference.server.app import Options, create_app
@@ -128,6 +137,7 @@ def _serve(given: argparse.Namespace, responder: "Responder", listener: socket.s
         max_rate=given.max_rate,
         max_body=given.max_body,
         timeout=given.timeout,
+        retriever=retriever,
     )
     with Worker(max_waiting=given.max_queue, stopping=lambda: server.should_exit) as worker:
         app = create_app(responder, worker, options)

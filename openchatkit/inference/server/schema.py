@@ -39,6 +39,7 @@ _DEFAULTS: Mapping[str, Sequence[object]] = {
     "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
+    "retrieval": (False,),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -51,12 +52,14 @@ _MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "tool
 
 @dataclass(frozen=True)
 class Served:
-    """What is offered: the model's name, the settings and seed of a request that names none, and the longest reply."""
+    """What is offered: the model's name, the settings and seed of a request that names none, the longest reply, and
+    whether there is an index to look in."""
 
     model: str
     sampling: Sampling
     max_new_tokens: int
     seed: int | None = None
+    retrieval: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Ask:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    retrieval: bool = False
 
 
 def chat(body: Mapping[str, object], served: Served) -> Ask:
@@ -76,7 +80,8 @@ def chat(body: Mapping[str, object], served: Served) -> Ask:
     fields = Fields(body)
     _check_model(fields, served)
     subject = conversation(fields.take("messages"), _passages(fields, "passages"))
-    return _ask(subject, fields, served, ("max_completion_tokens", "max_tokens"))
+    retrieval = _retrieval(fields.take("retrieval"), served)
+    return replace(_ask(subject, fields, served, ("max_completion_tokens", "max_tokens")), retrieval=retrieval)
 
 
 def completion(body: Mapping[str, object], served: Served) -> Ask:
@@ -127,6 +132,18 @@ def _message(message: object, name: str) -> dict[str, Any]:
 def _passages(fields: Fields, name: str) -> tuple[str, ...]:
     passages = fields.take("passages")
     return () if passages is None else texts(name, passages, most=MOST_PASSAGES)
+
+
+def _retrieval(value: object, served: Served) -> bool:
+    """Whether passages are looked for: wherever there is an index, unless the request says not."""
+    if value is None:
+        return served.retrieval
+    if not isinstance(value, bool):
+        raise wrong("retrieval", value, "true or false")
+    if value and not served.retrieval:
+        message = "retrieval is true: this server was started without --retrieval, so there is nothing to look in"
+        raise ApiError(400, message, param="retrieval", code="unsupported_parameter")
+    return value
 
 
 def _part(part: object, name: str) -> str:

@@ -21,6 +21,7 @@ from openchatkit.inference.shell.lines import PROMPT, Lines
 from openchatkit.inference.shell.output import Output, Unwritable
 from openchatkit.inference.shell.style import Style
 from openchatkit.inference.streaming import clean
+from openchatkit.retrieval.passage import Passage
 
 
 class Shell(cmd.Cmd):
@@ -227,6 +228,18 @@ class Shell(cmd.Cmd):
             self._session.retrieval = words.on_off(text, "/retrieval")
         else:
             self._output.show(f"retrieval: {'on' if self._session.retrieval else 'off'}\n")
+        return False
+
+    def do_sources(self, _: str) -> bool:
+        """/sources  print the passages that the last reply was made from, and where they are from"""
+        last = self._session.last
+        sources = [] if last is None else last.sources or [Passage(text) for text in last.passages]
+        if not sources:
+            self._output.show("no passages\n" if last else "no reply yet\n")
+        for number, source in enumerate(sources, 1):
+            score = f" (score {source.score:.4g})" if source.source else ""
+            text = " ".join(source.text.split())
+            self._output.show(clean(f"{report.citation(number, source)}{score}\n    {text}\n"))
         return False
 
     def do_raw_say(self, text: str) -> bool:

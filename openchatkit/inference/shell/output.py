@@ -18,8 +18,8 @@ class Unwritable(UserError):
 class Output:
     """The two streams. `interactive`: a person types and sees errors, which then do not count in `status`.
 
-    Replies are streamed only to a terminal. With `as_json` every reply is an object on a line of its own, and
-    whatever else commands print goes to stderr.
+    Replies are streamed only to a terminal, and only there followed by their sources. With `as_json` every reply is an
+    object on a line of its own, and whatever else commands print goes to stderr.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Output:
         stream: bool = True,
         as_json: bool = False,
         verbose: bool = False,
+        citations: bool = True,
     ) -> None:
         self.status = 0
         self.verbose = verbose
@@ -39,6 +40,7 @@ class Output:
         self._stderr = stderr
         self._style = Style(stderr)
         self._json = as_json
+        self._cites = citations and stdout.isatty() and not as_json
         self._stream = stream and stdout.isatty() and not as_json
 
     def write(self, text: str) -> None:
@@ -112,6 +114,12 @@ class Output:
         self._notes(reply, max_tokens)
 
     def _notes(self, reply: Reply, max_tokens: int) -> None:
+        if self._cites and reply.sources:
+            for number, source in enumerate(reply.sources, 1):
+                if source.source:
+                    self._say(self._style.dim(cli.one_line(report.citation(number, source))))
+        if reply.note:
+            self.note(reply.note)
         if reply.dropped:
             turns = "turn was" if reply.dropped == 1 else f"{reply.dropped} turns were"
             self.note(f"the oldest {turns} left out to make room")

@@ -1,0 +1,96 @@
+"""The flags that let a chat look things up, and the index that they name."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openchatkit import cli
+from openchatkit.inference.retrieval.queries import telling_words
+from openchatkit.retrieval.passage import Passage
+
+if TYPE_CHECKING:
+    from openchatkit.inference.retrieval.retriever import Retriever
+    from openchatkit.retrieval.wikipedia import WikipediaIndex
+
+DEFAULT_K = 3  # passages
+_STEM = 5  # characters by which two forms of a word are taken for one
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """--retrieval and what goes with it."""
+    flags.add_argument(
+        "--retrieval",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="look each question up and give the model what is found: in the index of this folder, which "
+        "retrieval/build_index.py makes of your own files, or, without PATH, in Wikipedia",
+    )
+    flags.add_argument(
+        "--retrieval-k", type=cli.positive_int, default=DEFAULT_K, metavar="N", help="passages that are looked for"
+    )
+    flags.add_argument(
+        "--retrieval-device", default="auto", metavar="DEVICE", help="where questions are encoded: auto, cpu, cuda:1"
+    )
+
+
+def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Retriever | None":
+    """Open the index that the flags name, and load its encoder; None when they name none.
+
+    UserError when it is not there, or is not whole, or its encoder cannot be had.
+    """
+    if given.retrieval is None:
+        return None
+    from openchatkit.formats import wikipedia_index
+    from openchatkit.inference.retrieval.retriever import Retriever
+
+    folder = Path(given.retrieval).expanduser() if given.retrieval else wikipedia_index.FOLDER
+    if not given.retrieval or wikipedia_index.is_one(folder):
+        return Retriever(_wikipedia(folder, given.retrieval_device, announce), k=given.retrieval_k)
+    return Retriever(_own(folder, given.retrieval_device, announce), k=given.retrieval_k)
+
+
+def _own(folder: Path, device: str, announce: Callable[[str], None]) -> Any:
+    from openchatkit.retrieval.index import Index
+
+    index = Index.open(folder)
+    if made_with := index.record.encoder:
+        if device != "auto":
+            from openchatkit.retrieval.encoder import Encoder
+
+            index.close()
+            index = Index.open(folder, Encoder(made_with.name, device, made_with.max_tokens))
+        announce(f"loading {made_with.name} to look things up in {folder}")
+        index.encode("ready?")
+    return index
+
+
+def _wikipedia(folder: Path, device: str, announce: Callable[[str], None]) -> "WikipediaSearcher":
+    from openchatkit.retrieval.wikipedia import ENCODER, WikipediaIndex
+
+    index = WikipediaIndex(folder, device=device)
+    announce(f"loading {ENCODER} to look things up in Wikipedia")
+    index.encoder.encode(["ready?"], query=True)
+    return WikipediaSearcher(index)
+
+
+class WikipediaSearcher:
+    """Wikipedia as a chat searches it.
+
+    Whatever is asked, some snippets are the nearest, and how near is near enough has not been measured. So a passage
+    counts only if it holds a word of the question that says something.
+    """
+
+    def __init__(self, index: "WikipediaIndex") -> None:
+        self._index = index
+
+    def search(self, query: str, k: int) -> list[Passage]:
+        """The passages of the k nearest snippets, each with its neighbours, that are about the question."""
+        stems = {word[:_STEM] for word in telling_words(query)}
+        found = self._index.passages(query, k) if stems else []
+        return [passage for passage in found if _stems_of(passage) & stems]
+
+
+def _stems_of(passage: Passage) -> set[str]:
+    return {word[:_STEM] for word in telling_words(f"{passage.title} {passage.text}")}

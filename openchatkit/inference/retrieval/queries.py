@@ -1,0 +1,62 @@
+"""What to search for when a question is asked in a conversation.
+
+The rules are few and of English words; a question in another language is searched for as it stands:
+
+- A question of small talk ("hello", "thanks!") is not searched for.
+- One that says nothing by itself ("why?", "tell me more"), or that is short and points back ("who built it?"), is
+  searched for behind the last question that says something.
+- Any other is searched for as it stands; a short one for which nothing is found, then as the one before.
+"""
+
+import re
+from collections.abc import Sequence
+
+from openchatkit.formats.chat import Turn
+
+SHORT = 3  # words that say something
+_WORD = re.compile(r"(?<![\w'\u2019])[^\W_]\w*")  # of "isn't" and "it's", what stands before the apostrophe
+
+
+def queries(turns: Sequence[Turn]) -> list[str]:
+    """What to search for, in this order until something is found; `turns` end with the question."""
+    *before, question = turns
+    all_words = _WORD.findall(question.text.lower())
+    telling = telling_words(question.text)
+    if not all_words or (not telling and not _SMALL_TALK.isdisjoint(all_words)):
+        return []
+    asked = [turn.text for turn in reversed(before) if turn.role == "human" and telling_words(turn.text)]
+    joined = [f"{asked[0]}\n{question.text}"] if asked else []
+    if not telling:
+        return joined
+    if len(telling) > SHORT:
+        return [question.text]
+    if joined and not _POINTING.isdisjoint(all_words):
+        return joined
+    return [question.text, *joined]
+
+
+def telling_words(text: str) -> list[str]:
+    """The words that say what a text is about."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _EMPTY]
+
+
+def _set(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+_SMALL_TALK = _set(
+    "hello hi hey hiya greetings welcome morning afternoon evening goodbye bye thanks thank please sorry ok okay yes",
+    "no yeah yep nope sure great good nice cool fine well right alright wow haha lol cheers",
+)
+_POINTING = _set("it its they them their theirs he him his she her hers this that these those one ones")
+_EMPTY = (
+    _SMALL_TALK
+    | _POINTING
+    | _set(
+        "a an the and or but if so than then to of in on at by for from with about into as also too not only just",
+        "i me my mine you your yours we us our who whom whose what which when where why how",
+        "is isn are aren was wasn were be been being am do don does doesn did didn doing done have has had can could",
+        "will would should shall may might must tell know think mean explain more else again another other any some",
+        "there here now today everyone all much many very really",
+    )
+)
