@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -233,7 +233,7 @@ def _opened(given: argparse.Namespace) -> Index:
 
 
 @contextlib.contextmanager
-def _quiet_but_first(all_ranks: ranks.Ranks):
+def _quiet_but_first(all_ranks: ranks.Ranks) -> Iterator[None]:
     """One process speaks for all."""
     if not all_ranks.first:
         logger.remove()

@@ -199,10 +199,12 @@ def test_settings_are_kept_and_others_refused(docs, tmp_path, encoder):
     building.update(index)
     assert len(rows_of(index)) > rows
     building.build([docs], index, settings=settings)
-    with pytest.raises(UserError, match=r"was made with tokens 20, not 21; encoder .*tiny, not none: leave these out"):
+    with pytest.raises(
+        UserError, match=r"was made with --chunk-tokens 20, not 21; --encoder .*tiny, not none: leave these out"
+    ):
         building.build([docs], index, encoder="none", settings={"tokens": 21, "overlap": 0})
     other = make_encoder(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"encoder .*tiny, not .*other"):
+    with pytest.raises(UserError, match=r"--encoder .*tiny, not .*other"):
         building.build([docs], index, encoder=str(other))
     with pytest.raises(UserError, match="sees 62 tokens"):
         building.build([docs], tmp_path / "new", encoder=encoder, settings={"tokens": 63})

@@ -207,14 +207,11 @@ def _tools(
         return _Tools(made, _new_settings(made, given))
     record = layout.read(folder)[0]
     settings = Settings(**{name: record.chunking[name] for name in asdict(Settings()) if name in record.chunking})
-    differing = [
-        f"{name} {held[name]}, not {value}"
-        for name, value in given.items()
-        if (held := asdict(settings))[name] != value
-    ]
+    held = asdict(settings)
+    differing = [f"{_flag(name)} {held[name]}, not {value}" for name, value in given.items() if held[name] != value]
     made_with = record.encoder.name if record.encoder is not None else NO_ENCODER
     if encoder is not None and not _same(encoder, record, device):
-        differing.append(f"encoder {made_with}, not {encoder}")
+        differing.append(f"--encoder {made_with}, not {encoder}")
     if differing:
         raise UserError(
             f"{folder} was made with {'; '.join(differing)}: leave these out to keep it, or pass another --index"
@@ -222,6 +219,11 @@ def _tools(
     if record.encoder is None:
         return _Tools(None, settings)
     return _Tools(Encoder(made_with, device, record.encoder.max_tokens), settings)
+
+
+def _flag(setting: str) -> str:
+    """The flag that a setting is given by."""
+    return "--chunk-tokens" if setting == "tokens" else f"--{setting.replace('_', '-')}"
 
 
 def _new_settings(encoder: Encoder | None, given: Mapping[str, Any]) -> Settings:
