@@ -97,7 +97,7 @@ class Guard:
         return name in self._names or (self._any_address and _is_address(name))
 
     def _check_rate(self, client: tuple[str, int] | None) -> None:
-        wait = self._rate.take(client[0] if client else "") if self._rate else 0
+        wait = self._rate.take(_counted_as(client[0]) if client else "") if self._rate else 0
         if wait:
             message = "too many requests in a minute from this address: slow down"
             headers = {"Retry-After": str(math.ceil(wait))}
@@ -125,6 +125,14 @@ async def send_json(body: object, send: Any, *, status: int = 200, headers: dict
     pairs = [(name.lower().encode(), value.encode()) for name, value in {**fields, **(headers or {})}.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": data})
+
+
+def _counted_as(address: str) -> str:
+    """What requests from an address are counted under: one machine has a whole /64 of IPv6's to ask from."""
+    found = ipaddress.ip_address(address)
+    if found.version == 4:
+        return address
+    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
 
 
 def _is_address(name: str) -> bool:

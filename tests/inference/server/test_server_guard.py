@@ -1,5 +1,6 @@
 """Who may ask and how much: Host, Origin, token, bodies, the queue, time, hang-ups, and failures inside."""
 
+import asyncio
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import pytest
 from served import CHAT, HELLO, Running, parsed, post
 
 from openchatkit.inference.engine import OutOfMemory
+from openchatkit.inference.server.guard import Guard, send_json
 from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
 from openchatkit.inference.server.worker import Worker
 
@@ -126,6 +128,34 @@ def test_an_address_that_asks_too_often_must_wait_and_others_need_not():
     assert [rate.take("a") for _ in range(3)] == [0, 0, pytest.approx(0.5)]
     now[0] = 1e6
     assert [rate.take("a") for _ in range(121)].count(0) == 120
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("192.0.2.1", "192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("2001:db8::1", "2001:db8::ffff:0:2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ],
+)
+def test_a_network_of_ipv6_is_one_address(one, other, same):
+    statuses = []
+
+    async def application(scope, receive, send):
+        await send_json({}, send)
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    guard = Guard(application, host="::", rate=Rate(1, clock=lambda: 0.0))
+    for address in (one, other):
+        scope = {"method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")], "client": (address, 1)}
+        asyncio.run(guard(scope, None, send))
+    assert [status for status in statuses if status] == [200, 429 if same else 200]
 
 
 def test_addresses_are_not_kept_without_limit():
