@@ -158,10 +158,12 @@ def settings(app: object, *, connections: int = 500, access_log: bool = False) -
     """How uvicorn runs the application: quiet, plain HTTP, and no more `connections` at a time than can be of use."""
     import uvicorn
 
+    from openchatkit.inference.server import connection
+
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=connection.protocol(),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,6 +1,7 @@
 """Who may ask and how much: Host, Origin, token, bodies, the queue, time, hang-ups, and failures inside."""
 
 import asyncio
+import itertools
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ import pytest
 from served import CHAT, HELLO, Running, parsed, post
 
 from openchatkit.inference.engine import OutOfMemory
+from openchatkit.inference.server import connection
 from openchatkit.inference.server.guard import Guard, send_json
 from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
 from openchatkit.inference.server.worker import Worker
@@ -34,11 +36,11 @@ def get(running: Running, path: str, **headers: str) -> bytes:
     return running.send(f"GET {path} HTTP/1.1\r\n{head}\r\n".encode())
 
 
-def read_until(connection: socket.socket, wanted: bytes) -> bytes:
+def read_until(client: socket.socket, wanted: bytes) -> bytes:
     """What comes on a connection up to and with some bytes; the test's own time limit is the only one."""
     data = b""
     while wanted not in data:
-        piece = connection.recv(1 << 16)
+        piece = client.recv(1 << 16)
         assert piece, f"{wanted!r} did not come, only {data!r}"
         data += piece
     return data
@@ -224,6 +226,40 @@ def test_a_client_that_hangs_up_within_its_body_is_no_defect(trained, capsys):
     assert capsys.readouterr().err == ""
 
 
+# -- connections
+
+
+@pytest.fixture
+def hasty(serve, monkeypatch):
+    """A server that waits but a moment for a client."""
+    protocol = connection.protocol
+    monkeypatch.setattr(connection, "protocol", lambda: protocol(patience=0.05))
+    return serve
+
+
+@pytest.mark.parametrize("head", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"])
+def test_a_connection_on_which_no_request_comes_is_cut(hasty, trained, head):
+    with hasty(trained.responder) as running:
+        assert running.send(head).count(b"HTTP/1.1 200") == head.count(b"\r\n\r\n")
+
+
+def test_a_body_that_drips_behind_its_answer_is_cut_off(hasty, trained):
+    head = b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n"
+    with hasty(trained.responder) as running, running.connect(head) as dripping, pytest.raises(ConnectionError):
+        all(dripping.send(b"x") for _ in itertools.count())
+
+
+def test_a_reply_may_take_longer_than_a_head(hasty, endless_model):
+    endless = hasty(endless_model, heartbeat=0.05, max_new_tokens=1_000_000)
+    with endless as running, running.connect(post(CHAT, {**ENDLESS, "stream": True})) as first:
+        read_until(first, b" la")
+        with running.connect(post(CHAT, {"messages": HELLO, "max_tokens": 1, "stream": True})) as second:
+            for _ in range(8):
+                read_until(second, b": waiting\n\n")
+            first.close()
+            read_until(second, b"data: [DONE]")
+
+
 # -- the queue and time
 
 
@@ -254,11 +290,11 @@ def test_who_hangs_up_while_waiting_leaves_the_queue(endless):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_ends_the_reply(endless, stream):
-    connection = endless.connect(post(CHAT, {**ENDLESS, "stream": stream}))
+    client = endless.connect(post(CHAT, {**ENDLESS, "stream": stream}))
     wait_until(lambda: endless.worker.busy)
     # Rudely: what is on its way is lost, and the server is told by a reset.
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
     wait_until(lambda: not endless.worker.busy)
     assert endless.ask(CHAT, {"messages": HELLO, "max_tokens": 3})[0] == 200
 

@@ -1,0 +1,43 @@
+"""An end to waiting for clients that hold a connection and do nothing with it.
+
+uvicorn waits for a request's head as long as it takes, and as long for a client to read the end of an answer, and it
+serves so many connections and no more. So a few hundred silent ones would keep everybody else out.
+"""
+
+from typing import Any
+
+PATIENCE = 15.0  # seconds
+
+
+def protocol(patience: float = PATIENCE) -> type:
+    """uvicorn's HTTP protocol, which cuts connections that no request or answer is on its way on.
+
+    That is when a request's head does not come, or an answer that is whole, or was given up, is not taken: for
+    `patience` seconds at least, and at most for twice as long.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Connection(H11Protocol):
+        _answers = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch(None)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._next_look.cancel()
+            super().connection_lost(error)
+
+        def on_response_complete(self) -> None:
+            self._answers += 1
+            super().on_response_complete()
+
+        def _watch(self, idle_since: int | None) -> None:
+            """Look again and again; `idle_since` counts the answers at the last look, if there was nothing to do."""
+            busy = self.cycle is not None and not self.cycle.response_complete and not self.transport.is_closing()
+            if not busy and idle_since == self._answers:
+                self.transport.abort()
+                return
+            self._next_look = self.loop.call_later(patience, self._watch, None if busy else self._answers)
+
+    return Connection
