@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import openai
 
+from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.server.worker import Worker
 
@@ -42,6 +43,19 @@ class Running:
     def ask(self, path: str, body: object, **headers: str) -> tuple[int, dict[str, object]]:
         """Status and JSON of a POST."""
         return parsed(self.send(post(path, body, **headers)))
+
+
+class Refusing:
+    """A moderator that refuses what holds a word."""
+
+    MESSAGE = "That is not for here."
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def check(self, question: str, answer: str | None = None) -> Verdict:
+        allowed = self._word not in (question if answer is None else answer)
+        return Verdict(allowed, message="" if allowed else self.MESSAGE)
 
 
 def post(path: str, body: object, **headers: str) -> bytes:

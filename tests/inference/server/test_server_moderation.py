@@ -1,23 +1,9 @@
 """A moderated reply reaches a client as OpenAI's API says it: with content_filter, and nothing that was not allowed."""
 
 import pytest
-from served import HELLO
+from served import HELLO, Refusing
 
-from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.responder import Responder
-
-MESSAGE = "That is not for here."
-
-
-class Refusing:
-    """Refuses what holds a word."""
-
-    def __init__(self, word: str) -> None:
-        self._word = word
-
-    def check(self, question: str, answer: str | None = None) -> Verdict:
-        allowed = self._word not in (question if answer is None else answer)
-        return Verdict(allowed, message="" if allowed else MESSAGE)
 
 
 @pytest.mark.parametrize("word", ["hello", "first"], ids=["question", "answer"])
@@ -27,9 +13,9 @@ def test_what_is_not_allowed_is_filtered(serve, trained, word):
     with serve(moderated) as running:
         client = running.client()
         (choice,) = client.chat.completions.create(model="tiny", messages=HELLO).choices
-        assert (choice.message.content, choice.finish_reason) == (MESSAGE, "content_filter")
+        assert (choice.message.content, choice.finish_reason) == (Refusing.MESSAGE, "content_filter")
         chunks = list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == MESSAGE
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == Refusing.MESSAGE
         assert chunks[-1].choices[0].finish_reason == "content_filter"
         completed = client.completions.create(model="tiny", prompt="<human>: hello\n<bot>:").choices[0]
-        assert (completed.text, completed.finish_reason) == (MESSAGE, "content_filter")
+        assert (completed.text, completed.finish_reason) == (Refusing.MESSAGE, "content_filter")

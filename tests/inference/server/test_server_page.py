@@ -6,7 +6,9 @@ import re
 import shutil
 
 import pytest
-from served import Running
+from served import Refusing, Running
+
+from openchatkit.inference.responder import Responder
 
 PATIENCE = 60  # seconds that the browser may take to come to a state; a test that passes does not wait for them
 
@@ -211,3 +213,27 @@ def test_the_token_is_asked_for_and_kept_for_the_tab(browser, serve, trained):
         page.reload()
         page.wait(lambda: page.at("model").text == "tiny")
         assert "a-token" not in browser.current_url
+
+
+@pytest.mark.long
+def test_what_moderation_stopped_is_shown_and_not_sent_again(browser, serve, trained):
+    plain = trained.responder
+    moderated = Responder(plain.engine, plain.tokenizer, plain.rendering, moderator=Refusing("secret"))
+    with serve(moderated) as running:
+        page = Page(browser, running)
+        page.ask("a secret")
+        page.ask("hello")
+        page.reload()
+        page.wait(lambda: page.shown("assistant") == [Refusing.MESSAGE, "first"])
+        page.ask("hello")
+        assert page.shown("assistant") == [Refusing.MESSAGE, "first", "again"]
+
+
+@pytest.mark.long
+def test_a_phone_has_room_for_the_name_of_the_model(browser, trained):
+    page = Page(browser, trained)
+    page.wait(lambda: page.at("model").text == "tiny")
+    assert browser.execute_script(
+        "const name = document.getElementById('model'); name.textContent = 'GPT-NeoXT-Chat-Base-20B';"
+        "return document.documentElement.scrollWidth <= window.innerWidth && name.clientWidth > 100"
+    )
