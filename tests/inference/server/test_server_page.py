@@ -53,10 +53,13 @@ def browser():
         pytest.skip("chromium and chromedriver are not installed (Debian, Ubuntu: apt install chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=390,844"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    # Chromium's own window would be no narrower than 500 pixels.
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     yield chromium
     chromium.quit()
 
