@@ -65,10 +65,16 @@ def fits(prompt: int, *, context_length: int | None, max_tokens: int) -> bool:
 
 
 def too_long(prompt: int, *, context_length: int | None, max_tokens: int) -> UserError:
-    """The error for a prompt that cannot be made shorter."""
+    """The error for a prompt that cannot be made shorter; where a shorter reply helps, it says how short."""
+    problem = (
+        f"this needs {prompt} tokens and its reply up to {max_tokens}, more than the {context_length} that this model "
+        "reads at once: say it shorter"
+    )
+    room = context_length - prompt
+    if room < 1:
+        return UserError(problem)
     return UserError(
-        f"this needs {prompt} tokens and its reply up to {max_tokens} (--max-tokens), more than the {context_length} "
-        "that this model reads at once: say it shorter, or start with a smaller --max-tokens"
+        f"{problem}, or make do with --max-tokens {room}", typed=f"{problem}, or make do with /set max_tokens {room}"
     )
 
 

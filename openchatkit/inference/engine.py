@@ -194,8 +194,9 @@ class Engine:
             traceback.clear_frames(error.__traceback__)
             self.forget()
             raise OutOfMemory(
-                "out of memory: this turn was undone; /reset for a shorter conversation, or start with a smaller "
-                "--max-tokens, or with -g and -r"
+                "out of memory: this turn was undone; try a shorter text, a smaller --max-tokens, or -g and -r",
+                typed="out of memory: this turn was undone; /reset for a shorter conversation, /set max_tokens for a "
+                "shorter reply, or start with -g and -r",
             ) from error
 
 

@@ -202,7 +202,7 @@ class Session:
         limit = self.responder.engine.context_length
         if limit is not None and wanted.max_tokens >= limit:
             raise UserError(
-                f"--max-tokens {wanted.max_tokens} leaves no room for a question: expected fewer than the {limit} "
+                f"max_tokens {wanted.max_tokens} leaves no room for a question: expected fewer than the {limit} "
                 "tokens that this model reads at once"
             )
 

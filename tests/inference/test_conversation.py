@@ -155,9 +155,14 @@ def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, sizes, l
         "<human>: Passages:\n> a passage\n\nthe last question\n<bot>:"
     )
     with pytest.raises(
-        UserError, match=f"this needs {least} tokens and its reply up to 11 .*more than the {least + 10} "
-    ):
+        UserError,
+        match=f"this needs {least} tokens and its reply up to 11, more than the {least + 10} .*--max-tokens 10$",
+    ) as refused:
         context.fit(long_chat, encode=encode, sizes=sizes, context_length=least + 10, max_tokens=11)
+    assert refused.value.typed.endswith("say it shorter, or make do with /set max_tokens 10")
+    # No reply is so short that it would fit.
+    with pytest.raises(UserError, match=r"that this model reads at once: say it shorter$"):
+        context.fit(long_chat, encode=encode, sizes=sizes, context_length=least, max_tokens=11)
 
 
 def test_the_cut_moves_only_once_in_a_while_and_every_prompt_in_between_adds_to_the_one_before(encode, sizes):

@@ -126,8 +126,9 @@ def test_out_of_memory_is_told_apart_from_defects(random_models, monkeypatch, er
         raise error
 
     monkeypatch.setattr(model, "forward", fail)
-    with pytest.raises(OutOfMemory, match="out of memory: this turn was undone"):
+    with pytest.raises(OutOfMemory, match=r"out of memory: this turn was undone; .* smaller --max-tokens") as refused:
         list(running.generate(PROMPT, GREEDY))
+    assert "/set max_tokens" in refused.value.typed
     error = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes do not match"):
         list(running.generate(PROMPT, GREEDY))

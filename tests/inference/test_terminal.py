@@ -72,6 +72,21 @@ def test_a_terminal_gets_a_welcome_a_prompt_and_replies(terminal, trained_model)
     assert ended(shell) == 0
 
 
+def test_errors_and_notes_name_what_can_be_done_at_the_prompt(terminal, trained_model):
+    shell = terminal(trained_model, "--no-sample", "--no-date", "--max-tokens", "185")
+    shell.expect_exact(">>> ")
+    shell.sendline("hello")
+    shell.expect(r"error: this needs \d+ tokens .* say it shorter, or make do with /set max_tokens (\d+)\r\n>>> ")
+    shell.sendline(f"/set max_tokens {shell.match[1]}")
+    shell.expect_exact(">>> ")
+    shell.sendline("hello")
+    shell.expect_exact("first\r\n>>> ")
+    shell.sendline("/set max_tokens 1")
+    shell.expect_exact(">>> ")
+    shell.sendline("lines")
+    shell.expect_exact("note: the reply was cut after 1 token (/set max_tokens)\r\n>>> ")
+
+
 def test_quit_leaves(terminal, trained_model):
     shell = terminal(trained_model, "--no-stream")
     shell.expect_exact(">>> ")

@@ -1,6 +1,5 @@
 """What the chat prints: replies to stdout, notes and errors to stderr, and what each becomes in a pipe or as JSON."""
 
-import os
 from collections.abc import Callable
 from typing import TextIO
 
@@ -51,8 +50,7 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as error:
-            # What is still in the buffer would fail once more as the interpreter ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stdout.fileno())
+            cli.give_up(self._stdout)
             raise Unwritable(f"standard output cannot be written: {error.strerror}") from error
 
     def show(self, text: str) -> None:
@@ -71,9 +69,10 @@ class Output:
         if self.interactive:
             self._say(self._style.dim(cli.one_line(text)))
 
-    def complain(self, error: Exception) -> None:
-        """Print an error on one line; in a pipe the exit status will be 2."""
-        self._say(self._style.red("error:") + f" {cli.one_line(error)}")
+    def complain(self, error: UserError) -> None:
+        """Print an error on one line, for who types as they can mend it; in a pipe the exit status will be 2."""
+        said = error.typed if self.interactive else error
+        self._say(self._style.red("error:") + f" {cli.one_line(said)}")
         if not self.interactive:
             self.status = USER_ERROR
 
@@ -124,7 +123,8 @@ class Output:
             turns = "turn was" if reply.dropped == 1 else f"{reply.dropped} turns were"
             self.note(f"the oldest {turns} left out to make room")
         if reply.finish == "length":
-            self.note(f"the reply was cut after {report.count(max_tokens, 'token')} (--max-tokens, /set max_tokens)")
+            how = "/set max_tokens" if self.interactive else "--max-tokens"
+            self.note(f"the reply was cut after {report.count(max_tokens, 'token')} ({how})")
         if reply.finish == "interrupted":
             kept = "what came is kept, /undo takes it back" if reply.text else "the question was not kept"
             self.note(f"interrupted: {kept}")
