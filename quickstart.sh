@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a chat, in about ten minutes on two cores: data, model, training over two stages, conversion, answers.
+# From nothing to a chat, in about ten minutes on two cores: data, model, training over two stages, conversion, answers,
+# and answers from an index.
 #
 #   bash quickstart.sh      a second run does only what is missing
 set -euo pipefail
@@ -9,7 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 data=data/python-docs/files
 base=pretrained/Quickstart
 model=huggingface_models/Quickstart
-steps=5
+index=$data/index
+steps=7
 number=0
 
 # step WHAT OUTPUT COMMAND...: say what is done and do it, unless the file that it leaves last is there ("": always).
@@ -49,14 +51,22 @@ step "Converting it to Hugging Face format" "$model/config.json" \
     "$python" tools/convert_to_hf_gptneox.py --ckpt-path model_ckpts/Quickstart --save-path "$model"
 step "Asking it questions it was not trained on, each with a passage" "" \
     "$python" tools/quickstart_score.py --model "$model" --questions 30
+# By words alone, which find names better than vectors do, and need no encoder.
+step "Making an index of all passages" "$index/manifest.json" \
+    "$python" retrieval/build_index.py build --index "$index" --encoder none "$data/passages.jsonl"
+step "Asking it the same kind of questions without passages, which it looks up in the index" "" \
+    "$python" tools/quickstart_score.py --model "$model" --retrieval "$index" --questions 30
 
 cat <<END
 
 [$(elapsed)] Done. To go on chatting:
 
-    .venv/bin/python inference/bot.py --model $model
+    .venv/bin/python inference/bot.py --model $model --retrieval $index --retrieval-k 1
 
-(/passage TEXT gives the next question a passage; /help lists the rest.)
+(It looks names of Python up, and says where it found them; /passage TEXT gives the next question a passage of yours;
+/help lists the rest.) To look things up in files of your own:
+
+    .venv/bin/python retrieval/build_index.py build --index mine.index --encoder none FOLDER
 
 To fine-tune on chats of your own, a jsonl file of {"text": "<human>: ...\n<bot>: ...\n"}:
 

@@ -30,6 +30,7 @@ case "$*" in
             "${FAKE_FAILS:-none}") exit 75 ;;
             data/*) leaves=data/python-docs/files/passages.jsonl ;;
             pretrained/*) leaves=pretrained/Quickstart/Quickstart/manifest.json ;;
+            retrieval/*) leaves=data/python-docs/files/index/manifest.json ;;
             tools/convert*) leaves=huggingface_models/Quickstart/config.json ;;
             *) exit 0 ;;
         esac
@@ -173,6 +174,8 @@ QUICKSTART = [
     "training/launch.py",
     "tools/convert_to_hf_gptneox.py",
     "tools/quickstart_score.py",
+    "retrieval/build_index.py",
+    "tools/quickstart_score.py",
 ]
 
 
@@ -188,8 +191,8 @@ def test_the_quickstart_goes_the_whole_way_once(checkout):
     assert not [call for call in first.calls if "[dev]" in call]
     assert "inference/bot.py --model huggingface_models/Quickstart" in first.out
     second = checkout.run(script="quickstart.sh")
-    assert scripts(second.calls, checkout.root) == QUICKSTART[-1:]
-    assert second.out.count(": done before") == 4
+    assert scripts(second.calls, checkout.root) == ["tools/quickstart_score.py"] * 2
+    assert second.out.count(": done before") == 5
 
 
 def test_the_quickstart_stops_where_a_step_fails_and_goes_on_from_there(checkout):

@@ -1,7 +1,8 @@
 """The quickstart's examination: questions that were held out, put to a model through the real chat shell.
 
 The shell runs as a process of its own, once, and reads its lines from a file, as a user would pipe them in. An answer
-is right when it is the held-out sentence, character by character.
+is right when it is the held-out sentence, character by character. Passages are given with the questions, or, with an
+index, looked up by the shell.
 """
 
 import json
@@ -22,6 +23,7 @@ from openchatkit.progress import bar
 # Printed by the shell at a command that says nothing about any question: what stands between two of these is a reply,
 # of however many lines. Replies alone could not be told apart when a model writes several lines.
 _MARK_COMMAND = "/hyperparameters"
+_SEARCH = ("--retrieval-k", "1")  # the model has learnt to answer from one passage
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,23 @@ class Score:
         return sum(one.right for one in asked) / len(asked)
 
 
-def bot_command(model: str) -> list[str]:
-    """The chat shell on `model`, always taking the most probable token."""
-    return [sys.executable, str(paths.ROOT / "inference" / "bot.py"), "--model", model, "--no-sample"]
+@dataclass(frozen=True)
+class SearchScore:
+    """The same questions, asked without a passage: while the shell looks them up in an index, and while it does not."""
+
+    on: list[Asked]
+    off: list[Asked]
+
+    @property
+    def share(self) -> float:
+        """Right answers among the questions that were looked up."""
+        return sum(one.right for one in self.on) / len(self.on)
+
+
+def bot_command(model: str, index: str | None = None) -> list[str]:
+    """The chat shell on `model`, always taking the most probable token, with an index to look in if there is one."""
+    command = [sys.executable, str(paths.ROOT / "inference" / "bot.py"), "--model", model, "--no-sample"]
+    return command if index is None else [*command, "--retrieval", index, *_SEARCH]
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -102,6 +118,27 @@ def examine(questions: Sequence[Question], command: Sequence[str], *, count: int
     ]
     asked = _ask(command, chats)
     return Score(asked[:count], asked[count : count + half], asked[count + half :])
+
+
+def examine_search(questions: Sequence[Question], command: Sequence[str], *, count: int, seed: int) -> SearchScore:
+    """Put `count` questions without their passages, twice: with retrieval on, then off. UserError as `examine`."""
+    if count > len(questions):
+        raise UserError(f"--questions {count}: there are {len(questions)} held-out entries: pass fewer")
+    drawn = random.Random(seed).sample(list(questions), count)
+    lines = [_MARK_COMMAND, _MARK_COMMAND]
+    for switch in ("on", "off"):
+        lines.append(f"/retrieval {switch}")
+        for question in drawn:
+            lines += ["/reset", question.question, _MARK_COMMAND, "/sources", _MARK_COMMAND]
+    printed = iter(_replies(_run(command, lines)))
+    asked = [Asked(question, reply=next(printed), passage=_found(next(printed))) for question in (*drawn, *drawn)]
+    return SearchScore(asked[:count], asked[count:])
+
+
+def _found(sources: str) -> str | None:
+    """The passage in what /sources printed: a line that says where it is from, and the passage behind it."""
+    lines = sources.splitlines()
+    return lines[1].strip() if len(lines) > 1 else None
 
 
 def _ask(command: Sequence[str], chats: Sequence[Sequence[tuple[Question, str | None]]]) -> list[Asked]:
@@ -159,16 +196,22 @@ def _replies(printed: str) -> list[str]:
     return [reply.strip() for reply in printed[2 * len(mark) :].split(mark)[:-1]]
 
 
-def _report(score: Score, *, show: int) -> None:
-    for one in [*score.first_turn[:show], *score.without[:1]]:
+def _report(score: Score | SearchScore, *, show: int) -> None:
+    if isinstance(score, SearchScore):
+        shown = [*score.on[:show], *score.off[:1]]
+        rows = [("looked up", score.on), ("not looked up", score.off)]
+    else:
+        shown = [*score.first_turn[:show], *score.without[:1]]
+        rows = [
+            ("with the passage", score.first_turn),
+            ("with it, in a second turn", score.second_turn),
+            ("without the passage", score.without),
+        ]
+    for one in shown:
         print(f">>> {one.question.question}")
         print(f"    passage: {one.passage or '(none)'}")
         print(f"    reply:   {one.reply}\n")
-    for name, asked in (
-        ("with the passage", score.first_turn),
-        ("with it, in a second turn", score.second_turn),
-        ("without the passage", score.without),
-    ):
+    for name, asked in rows:
         right = sum(one.right for one in asked)
         print(f"{name:26} {right:4} of {len(asked):3} right ({right / len(asked):.0%})")
 
@@ -184,15 +227,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=str(default), help="folder of the converted model")
     parser.add_argument("--data", type=Path, default=FOLDER / HELD_OUT, help="the held-out questions")
     parser.add_argument("--questions", type=cli.positive_int, default=60, help="asked with their passage; twice in all")
+    parser.add_argument(
+        "--retrieval",
+        metavar="INDEX",
+        help="give no passages: ask with this index to look in (retrieval/build_index.py makes it), and without",
+    )
     parser.add_argument("--show", type=cli.natural, default=4, help="how many answers to print")
     parser.add_argument("--seed", type=cli.natural, default=1, help="decides which questions are asked")
     parser.add_argument("--minimum", type=cli.non_negative_float, default=0.0, help="share of right answers to reach")
     args = parser.parse_args(argv)
     if args.minimum > 1:
         raise UserError(f"--minimum {args.minimum:g}: expected a share between 0 and 1")
-    score = examine(read_questions(args.data), bot_command(args.model), count=args.questions, seed=args.seed)
+    put = examine if args.retrieval is None else examine_search
+    command = bot_command(args.model, args.retrieval)
+    score = put(read_questions(args.data), command, count=args.questions, seed=args.seed)
     _report(score, show=args.show)
     if score.share >= args.minimum:
         return 0
-    print(f"below --minimum {args.minimum:.0%}: {score.share:.0%} of the questions with a passage were answered right")
+    what = "with a passage" if args.retrieval is None else "that were looked up"
+    print(f"below --minimum {args.minimum:.0%}: {score.share:.0%} of the questions {what} were answered right")
     return DEFECT

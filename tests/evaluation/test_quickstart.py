@@ -15,7 +15,7 @@ QUESTIONS = [Question(f"What does f{n} do?", f"f{n}: Return {n}.", f"Return {n}.
 # A shell that copies the passage of the question; `{reply}` says what it makes of the sentence.
 SHELL = """
 import sys
-passage, turns = None, 0
+passage, turns, looking, found = None, 0, False, ""
 for line in sys.stdin:
     line = line.strip()
     if line == "/hyperparameters":
@@ -24,8 +24,14 @@ for line in sys.stdin:
         passage, turns = None, 0
     elif line.startswith("/passage "):
         passage = line.removeprefix("/passage ")
+    elif line.startswith("/retrieval "):
+        looking = line == "/retrieval on"
+    elif line == "/sources":
+        print(f"[1] f0, row 1, passages.jsonl (score 0.1)\\n    {{found}}" if found else "no passages")
     else:
         turns += 1
+        found = "f0: Return 0." if looking and "f0" in line else ""
+        passage = passage or found
         sentence = passage.split(": ", 1)[1] if passage else "I do not know."
         print({reply})
         passage = None
@@ -92,7 +98,7 @@ def test_more_questions_than_there_are(shell):
 
 
 def run(command: list[str], data: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    monkeypatch.setattr(quickstart, "bot_command", lambda model: command)
+    monkeypatch.setattr(quickstart, "bot_command", lambda model, index: command)
     with pytest.raises(SystemExit) as ended:
         quickstart.main(["--data", str(data), "--questions", "10", *flags])
     return ended.value.code
@@ -117,6 +123,37 @@ def test_the_command_prints_answers_and_the_score(shell, tmp_path, monkeypatch, 
     assert "below --minimum 70%: 67% of the questions with a passage were answered right" in capsys.readouterr().out
     assert run(command, data, monkeypatch, "--minimum", "80") == 2
     assert "--minimum 80: expected a share between 0 and 1" in capsys.readouterr().err
+
+
+def test_what_is_looked_up_counts_and_what_is_not_is_asked_again(shell):
+    score = quickstart.examine_search(QUESTIONS[:2], shell(), count=2, seed=1)
+    assert sorted((one.question.question, one.passage, one.reply) for one in score.on) == [
+        ("What does f0 do?", "f0: Return 0.", "Return 0."),
+        ("What does f1 do?", None, "I do not know."),
+    ]
+    assert [(one.question, one.passage, one.right) for one in score.off] == [
+        (one.question, None, False) for one in score.on
+    ]
+    assert score.share == 0.5
+    with pytest.raises(UserError, match="--questions 3: there are 2 held-out entries: pass fewer"):
+        quickstart.examine_search(QUESTIONS[:2], shell(), count=3, seed=1)
+
+
+def test_the_command_prints_what_was_looked_up(shell, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "heldout.jsonl"
+    data.write_text("".join(json.dumps(vars(question)) + "\n" for question in QUESTIONS[:10]))
+    assert run(shell(), data, monkeypatch, "--retrieval", "an.index", "--minimum", "0.1") == 0
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert printed[-2:] == ["looked up 1 of 10 right (10%)", "not looked up 0 of 10 right (0%)"]
+    assert run(shell(), data, monkeypatch, "--retrieval", "an.index", "--minimum", "0.2") == 1
+    assert (
+        "below --minimum 20%: 10% of the questions that were looked up were answered right" in capsys.readouterr().out
+    )
+
+
+def test_the_real_shell_is_asked_for_one_passage_from_the_index():
+    assert quickstart.bot_command("m", "an.index")[-4:] == ["--retrieval", "an.index", "--retrieval-k", "1"]
+    assert "--retrieval" not in quickstart.bot_command("m")
 
 
 def test_questions_that_cannot_be_read(tmp_path):
