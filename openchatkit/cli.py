@@ -91,6 +91,15 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def text(given: str) -> str:
+    """An argparse type: any text, but bytes that are no UTF-8, which no tokenizer takes."""
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"expected UTF-8, character {error.start + 1} is not") from error
+    return given
+
+
 def truth(text: str) -> bool:
     """An argparse type for flags the original kit spells `--flag true` or `--flag false`."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -28,9 +28,11 @@ def parser() -> cli.Parser:
     )
     flags.add_model_flags(given)
     flags.add_sampling_flags(given)
-    given.add_argument("--system", metavar="TEXT", help="open the conversation with this text")
+    given.add_argument("--system", type=cli.text, metavar="TEXT", help="open the conversation with this text")
     given.add_argument("--load", metavar="NAME", help="go on with a saved chat; see /save and /chats")
-    given.add_argument("--prompt", metavar="TEXT", help="ask this and leave; piped text goes with it as a passage")
+    given.add_argument(
+        "--prompt", type=cli.text, metavar="TEXT", help="ask this and leave; piped text goes with it as a passage"
+    )
     given.add_argument("--batch", metavar="IN.jsonl", help="answer each row of a file by itself; - is standard input")
     given.add_argument("--output", metavar="OUT.jsonl", help="where the replies of --batch go; - is standard output")
     given.add_argument("--json", action="store_true", help="print each reply as a JSON object on one line")

@@ -40,6 +40,8 @@ BOT = ROOT / "inference" / "bot.py"
         ),
         (["--retrieval-k", "0"], "argument --retrieval-k: expected a whole number of at least 1, got '0'"),
         (["--prompt", " "], "--prompt is empty: expected a question"),
+        (["--prompt", "caf\udce9"], "argument --prompt: expected UTF-8, character 4 is not"),
+        (["--system", "\udcff"], "argument --system: expected UTF-8, character 1 is not"),
         (["--batch", "in.jsonl"], "--batch needs --output OUT.jsonl for its replies, or --output - for standard"),
         (["--output", "out.jsonl"], "--output is where the replies of --batch go: expected --batch IN.jsonl with it"),
         (["--batch", "a", "--output", "b", "--prompt", "hi"], "--batch answers each row by itself: leave out"),

@@ -249,7 +249,7 @@ class Shell(cmd.Cmd):
         return False
 
     def do_raw_prompt(self, text: str) -> bool:
-        """/raw_prompt [TEXT]  print the conversation as the model reads it, or as it would if TEXT were said next"""
+        """/raw_prompt [TEXT]  print the conversation, or what the model would read of it if TEXT were said next"""
         self._output.show(clean(self._session.prompt(text, self._passages)).rstrip("\n") + "\n")
         return False
 
