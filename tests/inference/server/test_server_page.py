@@ -9,6 +9,8 @@ import pytest
 from served import Refusing, Running
 
 from openchatkit.inference.responder import Responder
+from openchatkit.inference.retrieval.retriever import Retriever
+from openchatkit.retrieval.passage import Passage
 
 PATIENCE = 60  # seconds that the browser may take to come to a state; a test that passes does not wait for them
 
@@ -240,3 +242,22 @@ def test_a_phone_has_room_for_the_name_of_the_model(browser, trained):
         "const name = document.getElementById('model'); name.textContent = 'GPT-NeoXT-Chat-Base-20B';"
         "return document.documentElement.scrollWidth <= window.innerWidth && name.clientWidth > 100"
     )
+
+
+class Red:
+    """Finds one passage."""
+
+    def search(self, query: str, k: int) -> list[Passage]:
+        return [Passage("red", "<b>Title</b>", "colours.txt", "line 2", 0.1, 7)]
+
+
+@pytest.mark.long
+def test_the_page_shows_where_a_reply_is_from(browser, serve, trained):
+    with serve(trained.responder, retriever=Retriever(Red(), k=3)) as running:
+        page = Page(browser, running)
+        page.wait(lambda: page.at("model").text == "tiny")
+        page.ask("say it")
+        page.ask("hello")
+        script = "return [...document.querySelectorAll('.sources li')].map((item) => [item.value, item.textContent])"
+        assert browser.execute_script(script) == [[1, "<b>Title</b>, line 2, colours.txt"]]
+        assert page.complaints() == []
