@@ -22,10 +22,11 @@ class Release:
     last.
     """
 
-    def __init__(self, emit: Emit, moderator: Moderator | None = None, question: str = "") -> None:
+    def __init__(self, emit: Emit, moderator: Moderator | None = None, question: str = "", *, system: str = "") -> None:
         self._emit = emit
         self._moderator = moderator
         self._question = question
+        self._system = system
         self._shown: list[str] = []
         self._waiting = ""
         self.verdict: Verdict | None = None
@@ -40,9 +41,16 @@ class Release:
         return self.verdict is not None and not self.verdict.allowed
 
     def ask(self) -> None:
-        """Judge the question, if there is a moderator."""
-        if self._moderator is not None:
-            self._obey(judge(self._moderator, self._question))
+        """Judge what is asked, if there is a moderator: the question, and the system text, which can ask too."""
+        if self._moderator is None:
+            return
+        if self._system.strip():
+            verdict = judge(self._moderator, self._system)
+            # What it warns of was for whoever wrote the system text, and is not for every reply.
+            if not verdict.allowed:
+                self._obey(verdict)
+                return
+        self._obey(judge(self._moderator, self._question))
 
     def push(self, text: str) -> None:
         """Take the next piece of the reply."""

@@ -18,7 +18,7 @@ from openchatkit.inference import context, rendering
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.engine import Engine, Statistics
 from openchatkit.inference.moderation.moderator import Moderator, Verdict
-from openchatkit.inference.release import Emit, Release
+from openchatkit.inference.release import Emit, Release, judge
 from openchatkit.inference.rendering import Rendering
 from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.streaming import ReplyStream
@@ -84,15 +84,17 @@ class Responder:
 
         Ctrl-C, or `cancelled` becoming true, ends it. `stop` are strings that end it besides the rendering's own. With
         a moderator, text comes in stretches that have been judged, and its message takes the place of what is not
-        allowed (see `release`). Raises UserError: too long, out of memory, no number, no question.
+        allowed (see `release`); earlier questions that are not allowed are not read. Raises UserError: too long, out of
+        memory, no number, no question.
         """
         if not conversation.open:
             raise UserError("the conversation ends with a reply: expected a question that can be answered")
-        fitted = self.fit(conversation, sampling)
+        fitted = self._without_refused(self.fit(conversation, sampling))
         question = conversation.turns[-1]
         stream = self._stream((*self.rendering.stop_strings, *stop), trim=True)
         # A passage is read with the question, and can ask for as much as the question itself.
-        release = Release(emit, self.moderator, "\n\n".join((*question.passages, question.text)))
+        asked = "\n\n".join((*question.passages, question.text))
+        release = Release(emit, self.moderator, asked, system=conversation.system)
         reply = self._generate(
             fitted.tokens, stream, release, sampling, generator, cancelled, lookup=bool(question.passages)
         )
@@ -118,6 +120,23 @@ class Responder:
         stream = self._stream((*self.rendering.stop_strings, *stop), trim=False)
         release = Release(emit, self.moderator, prompt)
         return self._generate(tokens, stream, release, sampling, generator, cancelled)
+
+    def _without_refused(self, fitted: context.Fitted) -> context.Fitted:
+        """What is left without the earlier questions that the moderator does not allow, and without their replies.
+
+        In the shell such a question leaves no trace; a client of the server sends whatever it likes as the past.
+        """
+        if self.moderator is None:
+            return fitted
+        *before, last = fitted.conversation.exchanges()
+        kept = [pair for pair in before if all(self._allows(turn.text) for turn in pair if turn.role == "human")]
+        if len(kept) == len(before):
+            return fitted
+        conversation = replace(fitted.conversation, turns=tuple(turn for pair in (*kept, last) for turn in pair))
+        return replace(fitted, conversation=conversation, tokens=self.rendering.tokens(conversation))
+
+    def _allows(self, question: str) -> bool:
+        return judge(self.moderator, question).allowed
 
     def _stream(self, stop_strings: Sequence[str], *, trim: bool) -> ReplyStream:
         if not all(stop_strings):

@@ -144,6 +144,21 @@ def test_a_question_that_is_not_allowed_is_not_answered(says):
     assert responder.engine.prompts == []
 
 
+def test_a_system_text_that_is_not_allowed_is_not_answered(says):
+    responder = says("one", Forbidding("bad"))
+    reply = responder.answer(HELLO.with_system("Be bad."), LONG)
+    assert (reply.text, reply.refused, responder.engine.prompts) == ("Not this.", True, [])
+    assert responder.answer(HELLO.with_system("Be good."), LONG).text == "one"
+
+
+def test_earlier_questions_that_are_not_allowed_are_not_read(says, tokenizer):
+    responder = says("one", Forbidding("bad"))
+    talk = Conversation().asked("is it?").answered("yes").asked("be bad").answered("no").asked("hello")
+    assert responder.answer(talk, LONG).text == "one"
+    expected = "<human>: is it?\n<bot>: yes\n<human>: hello\n<bot>:"
+    assert tokenizer.decode(responder.engine.prompts[-1][0]) == expected
+
+
 def test_a_reply_that_is_not_allowed_ends_where_it_is_judged(says):
     responder, seen = says("It is good. It is bad. It goes on.", Forbidding("bad")), []
     reply = responder.answer(HELLO, LONG, emit=seen.append)
