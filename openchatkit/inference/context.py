@@ -17,6 +17,10 @@ from openchatkit.inference.conversation import Conversation, Turn
 STRIDES = 4  # a stride is this part of the room
 
 
+class TooLong(UserError):
+    """What the model would have to read at once is more than it can."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A conversation that fits, its prompt's token ids, and how many oldest pairs of turns had to go."""
@@ -64,7 +68,7 @@ def fits(prompt: int, *, context_length: int | None, max_tokens: int) -> bool:
     return context_length is None or prompt + max_tokens <= context_length
 
 
-def too_long(prompt: int, *, context_length: int | None, max_tokens: int) -> UserError:
+def too_long(prompt: int, *, context_length: int | None, max_tokens: int) -> TooLong:
     """The error for a prompt that cannot be made shorter; where a shorter reply helps, it says how short."""
     problem = (
         f"this needs {prompt} tokens and its reply up to {max_tokens}, more than the {context_length} that this model "
@@ -72,8 +76,8 @@ def too_long(prompt: int, *, context_length: int | None, max_tokens: int) -> Use
     )
     room = context_length - prompt
     if room < 1:
-        return UserError(problem)
-    return UserError(
+        return TooLong(problem)
+    return TooLong(
         f"{problem}, or make do with --max-tokens {room}", typed=f"{problem}, or make do with /set max_tokens {room}"
     )
 

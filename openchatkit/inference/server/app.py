@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from openchatkit.errors import UserError
-from openchatkit.formats import chat
-from openchatkit.inference import context, rendering
+from openchatkit.inference import context
 from openchatkit.inference.conversation import Conversation
 from openchatkit.inference.responder import Emit, Reply, Responder
 from openchatkit.inference.retrieval.retriever import Found, Retriever
@@ -141,39 +139,31 @@ def generate(
 
     ApiError 400 when it is too long for the model; raises as the responder does.
     """
-    _check_length(responder, ask)
     generator = torch.Generator()
     if ask.seed is None:
         generator.seed()
     else:
         generator.manual_seed(ask.seed)
     how = {"generator": generator, "stop": ask.stop, "emit": emit, "cancelled": cancelled}
-    if not isinstance(ask.subject, Conversation):
-        return responder.complete(ask.subject, ask.sampling, **how)
-    found = retriever.add(ask.subject, responder, ask.sampling) if retriever else Found(ask.subject)
-    if found.note:
-        logger.warning(found.note)
-    return found.told(responder.answer(found.conversation, ask.sampling, **how))
+    try:
+        if not isinstance(ask.subject, Conversation):
+            return responder.complete(ask.subject, ask.sampling, **how)
+        found = retriever.add(ask.subject, responder, ask.sampling) if retriever else Found(ask.subject)
+        if found.note:
+            logger.warning(found.note)
+        return found.told(responder.answer(found.conversation, ask.sampling, **how))
+    except context.TooLong as error:
+        raise _too_long(responder, ask) from error
 
 
-def _check_length(responder: Responder, ask: schema.Ask) -> None:
-    limit, max_tokens = responder.engine.context_length, ask.sampling.max_tokens
-    if isinstance(ask.subject, Conversation):
-        name, what = "messages", "the system text and the last question"
-        try:
-            responder.fit(ask.subject, ask.sampling)
-            fits = True
-        except UserError:
-            fits = False
-    else:
-        name = what = "prompt"
-        tokens = rendering.encode(responder.tokenizer, chat.parse(ask.subject))
-        fits = context.fits(len(tokens), context_length=limit, max_tokens=max_tokens)
-    if not fits:
-        message = (
-            f"{what} with {max_tokens} tokens of reply (max_tokens) exceed the {limit} tokens that the model reads"
-        )
-        raise ApiError(400, message, param=name, code="context_length_exceeded")
+def _too_long(responder: Responder, ask: schema.Ask) -> ApiError:
+    chat = isinstance(ask.subject, Conversation)
+    what = "the system text and the last question" if chat else "prompt"
+    message = (
+        f"{what} with {ask.sampling.max_tokens} tokens of reply (max_tokens) exceed the "
+        f"{responder.engine.context_length} tokens that the model reads"
+    )
+    return ApiError(400, message, param="messages" if chat else "prompt", code="context_length_exceeded")
 
 
 async def _body(request: Any, limit: int) -> bytes:

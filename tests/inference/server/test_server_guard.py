@@ -12,7 +12,10 @@ import openai
 import pytest
 from served import CHAT, HELLO, Running, parsed, post
 
+from openchatkit.errors import UserError
 from openchatkit.inference.engine import OutOfMemory
+from openchatkit.inference.rendering import KitRendering
+from openchatkit.inference.responder import Responder
 from openchatkit.inference.server import connection
 from openchatkit.inference.server.guard import Guard, send_json
 from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
@@ -381,6 +384,17 @@ def test_a_defect_tells_the_client_nothing_of_the_inside_and_the_log_where_it_is
     assert "test_server_guard.py:" in logged
     assert "Traceback" not in logged
     assert running.ask(CHAT, {"messages": HELLO})[0] == 200
+
+
+def test_a_template_that_fails_is_not_mistaken_for_a_text_too_long(serve, trained):
+    class Failing(KitRendering):
+        def tokens(self, conversation):
+            raise UserError("this cannot be written")
+
+    failing = Responder(trained.responder.engine, trained.responder.tokenizer, Failing(trained.responder.tokenizer))
+    with serve(failing) as running:
+        status, body = running.ask(CHAT, {"messages": HELLO})
+    assert (status, body["error"]["code"]) == (500, "internal_error")
 
 
 def test_a_worker_that_ends_refuses_more_work(trained):
