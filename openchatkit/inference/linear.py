@@ -74,12 +74,16 @@ def quantise(weight: Tensor, *, device: torch.device, scale_dtype: torch.dtype) 
     steps = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=scale_dtype, device=device)
     count = max(1, _BLOCK // weight.shape[1])
+    # One piece of memory for all blocks: asking the system for new pages costs more than the arithmetic.
+    widened = torch.empty(count, weight.shape[1], dtype=torch.float32, device=device)
     for start in range(0, len(weight), count):
         rows = slice(start, start + count)
-        block = weight[rows].to(device, torch.float32)
+        block = widened[: len(weight[rows])].copy_(weight[rows])
         # A channel of zeros has no largest weight to divide by.
-        scale[rows] = (block.abs().amax(dim=1) / _STEPS).clamp(min=torch.finfo(scale_dtype).tiny)
-        steps[rows] = (block / scale[rows, None].float()).round()
+        least, most = block.amin(dim=1), block.amax(dim=1)
+        largest = torch.maximum(most, -least)
+        scale[rows] = (largest / _STEPS).clamp(min=torch.finfo(scale_dtype).tiny)
+        steps[rows] = block.div_(scale[rows, None].float()).round_()
     return steps, scale
 
 
