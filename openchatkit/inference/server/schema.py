@@ -46,6 +46,8 @@ _DEFAULTS: Mapping[str, Sequence[object]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
+# Who of several people or programs speaks: models read sides, not names, and frameworks for agents send it always.
+_MESSAGE_IGNORED = ("name",)
 # A reply of ours comes back as a message with these, empty.
 _MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "tool_calls": ([],)}
 
@@ -125,7 +127,7 @@ def _message(message: object, name: str) -> dict[str, Any]:
     read: dict[str, Any] = {"role": role, "content": text(f"{name}.content", content)}
     if role == "user":
         read["passages"] = _passages(fields, f"{name}.passages")
-    fields.refuse(_MESSAGE_DEFAULTS)
+    fields.refuse(_MESSAGE_DEFAULTS, _MESSAGE_IGNORED)
     return read
 
 

@@ -46,6 +46,11 @@ def test_a_content_may_be_text_parts(trained):
     assert say(trained, [{"type": "text", "text": "hello"}]).choices[0].message.content == "first"
 
 
+def test_a_message_may_name_who_speaks(trained):
+    status, answer = trained.ask(CHAT, {"messages": [{**HELLO[0], "name": "planner"}]})
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, "first")
+
+
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_system_text_is_read_first(trained, role):
     messages = [{"role": role, "content": "Be brief."}, *HELLO]
@@ -218,7 +223,7 @@ def test_errors_are_of_the_clients_own_classes(trained):
             {"messages": [{"role": "user", "content": "\ud800"}]},
             'messages[0].content is "\\ud800": expected a string without lone surrogates',
         ),
-        ({"messages": [{**HELLO[0], "name": "Ann"}]}, "messages[0].name is not supported"),
+        ({"messages": [{**HELLO[0], "audio": "Ann"}]}, "messages[0].audio is not supported"),
         (
             {"messages": [*HELLO, {"role": "assistant", "content": "first"}]},
             "the last message is the assistant's: expected the user's question",
