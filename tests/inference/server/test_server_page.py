@@ -73,6 +73,7 @@ class Page:
         self._browser = browser
         browser.get(running.address)
         browser.execute_script("sessionStorage.clear()")
+        self.complaints()  # those of the pages before are theirs
         self.reload()
 
     def reload(self) -> None:
