@@ -10,7 +10,7 @@ So undoing, regenerating and editing need no call, and a turn costs its own toke
 import contextlib
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +90,15 @@ class Engine:
         *,
         statistics: Statistics | None = None,
         lookup: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Iterator[int]:
         """Yield at most `sampling.max_tokens` new token ids; end-of-text ends them and is not yielded.
 
         The context's end ends them too. `generator` is a CPU generator, so that a seed means the same draws on every
         device. `statistics` is filled in as tokens come. `lookup` guesses tokens ahead from the prompt, which pays when
-        the reply quotes it; it changes the speed alone, but for the rounding of several tokens computed at once. Raises
-        OutOfMemory, and UserError when the model's output is not a number.
+        the reply quotes it; it changes the speed alone, but for the rounding of several tokens computed at once.
+        `cancelled` is asked before each part of a long prompt is read, and ends the reply there; once tokens come, the
+        caller closes the iterator instead. Raises OutOfMemory, and UserError when the model's output is not a number.
         """
         statistics = statistics or Statistics()
         statistics.prompt_tokens = len(prompt)
@@ -110,7 +112,9 @@ class Engine:
         draft: list[int] = []
         row = 0
         with self._freeing():
-            logits = slot.read(prompt[len(slot.tokens) :])  # [1 + draft, vocabulary]
+            logits = slot.read(prompt[len(slot.tokens) :], cancelled=cancelled)  # [1 + draft, vocabulary]
+        if logits is None:
+            return
         seen = None if sampling.repetition_penalty == 1 else mark_seen(prompt, logits)
         while True:
             with self._freeing():

@@ -5,14 +5,14 @@ pass, Ctrl-C included, what the list says is in the cache and in front, and the 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from openchatkit.inference.cache import new_cache
 
-# A longer text is read in parts of this many tokens: memory stays bounded, and Ctrl-C need not wait for all of it.
+# A longer text is read in parts of this many tokens: memory stays bounded, and giving up need not wait for all of it.
 CHUNK = 512
 
 
@@ -82,11 +82,18 @@ class Slot:
             self._reader.truncate(self._cache, length)
         self._uncertain = False
 
-    def read(self, tokens: Sequence[int], keep: int = 1) -> torch.Tensor:
-        """Append tokens; the logits behind each of the last `keep`, float32 [keep, vocabulary]."""
+    def read(
+        self, tokens: Sequence[int], keep: int = 1, *, cancelled: Callable[[], bool] = lambda: False
+    ) -> torch.Tensor | None:
+        """Append tokens; the logits behind each of the last `keep`, float32 [keep, vocabulary].
+
+        `cancelled` is asked before each part; once it is true, the parts read so far are kept and None is returned.
+        """
         assert 0 < keep <= len(tokens), f"{keep} logits of {len(tokens)} tokens"
         assert keep == 1 or len(tokens) <= CHUNK, f"{keep} logits of {len(tokens)} tokens, which are read in parts"
         for start in range(0, len(tokens), CHUNK):
+            if cancelled():
+                return None
             logits = self._read(tokens[start : start + CHUNK], keep)
         return logits
 

@@ -165,7 +165,8 @@ class Responder:
             elif cancelled():
                 finish = "interrupted"
             else:
-                drawn = self.engine.generate(prompt, sampling, generator, statistics=statistics, lookup=lookup)
+                how = {"statistics": statistics, "lookup": lookup, "cancelled": cancelled}
+                drawn = self.engine.generate(prompt, sampling, generator, **how)
                 with contextlib.closing(drawn):
                     finish = self._follow(drawn, tokens, stream, release, sampling.max_tokens, cancelled)
         except KeyboardInterrupt:
@@ -198,7 +199,8 @@ class Responder:
                 finish = "interrupted"
                 break
         else:
-            finish = "length" if len(tokens) == max_tokens else "end"
+            # The engine stops by itself while it reads a long prompt.
+            finish = "interrupted" if cancelled() else "length" if len(tokens) == max_tokens else "end"
         release.push(stream.flush())
         if finish != "interrupted":
             release.finish()

@@ -128,6 +128,20 @@ def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypa
     assert sizes[:5] == [64, 64, 64, 8, 1]
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "sliding"])
+def test_a_long_prompt_that_is_given_up_is_read_no_further_and_gone_on_from(models, name, monkeypatch):
+    model, prompt = models[name], [2 + number % 381 for number in range(200)]
+    monkeypatch.setattr(reading, "CHUNK", 64)
+    running, statistics, asked = engine(model), Statistics(), []
+    stream = running.generate(
+        prompt, GREEDY, statistics=statistics, cancelled=lambda: asked.append(1) or len(asked) > 2
+    )
+    assert list(stream) == []
+    assert (len(asked), statistics.new_tokens) == (3, 0)
+    assert say(running, prompt) == (fresh(model, prompt), 128)
+    assert list(running.generate(prompt, GREEDY, cancelled=lambda: True)) == []
+
+
 class Interrupting:
     """Raises `error` in the middle of a forward pass: in the last layer, at the given call."""
 

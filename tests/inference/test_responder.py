@@ -1,10 +1,14 @@
 """Replies to conversations: what ends them, what stops them early, and what a moderator lets through."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from openchatkit.errors import UserError
+from openchatkit.inference import loader, reading
 from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.engine import Engine
 from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.rendering import KitRendering
 from openchatkit.inference.responder import Responder
@@ -22,7 +26,7 @@ class Script:
     def __init__(self, tokens):
         self.tokens, self.closed, self.prompts = tokens, False, []
 
-    def generate(self, prompt, sampling, generator=None, *, statistics=None, lookup=False):
+    def generate(self, prompt, sampling, generator=None, *, statistics=None, lookup=False, cancelled=None):
         self.prompts.append((list(prompt), lookup))
         try:
             yield from self.tokens[: sampling.max_tokens]
@@ -108,6 +112,27 @@ def test_a_reply_that_is_cancelled_ends_with_its_token(says):
     reply = responder.answer(HELLO, LONG, emit=seen.append, cancelled=lambda: len(seen) == 2)
     assert (reply.text, reply.finish, "".join(seen)) == ("ab", "interrupted", "ab")
     assert responder.engine.closed
+
+
+def test_a_reply_that_is_cancelled_while_a_long_prompt_is_read_never_begins(random_models, tokenizer, monkeypatch):
+    loaded = loader.load(str(random_models["neox"]))
+    engine = Engine(loaded.model, eos_ids=(), device=loaded.device)
+    responder = Responder(engine, tokenizer, KitRendering(tokenizer))
+    monkeypatch.setattr(reading, "CHUNK", 16)
+    passes = []
+    monkeypatch.setattr(loaded.model, "forward", partial(_counted, passes, loaded.model.forward))
+    talk = Conversation().asked("word " * 60)
+    reply = responder.answer(talk, GREEDY, cancelled=lambda: len(passes) == 2)
+    assert (reply.text, reply.finish, reply.tokens, passes) == ("", "interrupted", (), [16, 16])
+    assert reply.statistics.prompt_tokens > 48
+    # What was read of it is not read again.
+    again = responder.answer(talk, GREEDY)
+    assert (again.finish, again.statistics.cached_tokens) == ("length", 32)
+
+
+def _counted(passes, forward, **inputs):
+    passes.append(inputs["input_ids"].shape[1])
+    return forward(**inputs)
 
 
 def test_an_emit_that_fails_closes_the_engine(says):
