@@ -65,14 +65,15 @@ def load(
     placement.check_combination(dtype, bits, gpu_gib, cpu_gib)
     device = placement.choose_device(gpu_id, gpu_gib)
     folder = find_model(name)
-    tokenizer = Tokenizer(folder)
+    # The configuration first: what is wrong with it would be said to be wrong with the tokenizer.
     config = _read(lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they do not "
-            "belong together, copy the tokenizer that the model was trained with"
-        )
     parameters = _read(lambda: _parameters(config), folder)
+    tokenizer, words = Tokenizer(folder), config.get_text_config().vocab_size
+    if tokenizer.vocab_size > words:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}: they do not belong "
+            "together, copy the tokenizer that the model was trained with"
+        )
     precision = placement.choose_dtype(dtype, device, parameters)
     stored = "int8" if dtype == "int8" else f"{bits} bits" if bits else str(precision).removeprefix("torch.")
     announce(f"loading {name}, {_rounded(parameters)} parameters, on {device} in {stored}")
@@ -86,19 +87,18 @@ def load(
             placement.check_four_bits(model, device)
         if not options:
             model = _read(lambda: _settle(model, device, precision), folder)
-    eos = model.generation_config.eos_token_id
-    eos_ids = [tokenizer.end_of_text] if eos is None else [eos] if isinstance(eos, int) else eos
     # Where the model is spread over several devices, its attention is left alone.
     fast = device.type == "cpu" and attention.use(model)
     cache_dtype = attention.CACHE_DTYPE if fast else None
-    return Loaded(model.eval(), tokenizer, device, precision, frozenset(eos_ids), folder, cache_dtype)
+    return Loaded(model.eval(), tokenizer, device, precision, _ends(model, tokenizer, folder), folder, cache_dtype)
 
 
 def quiet() -> None:
     """Keep the libraries' own notes and bars off the terminal; what matters of them is checked and said here."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
@@ -156,16 +156,32 @@ def _load_model(folder: Path, dtype: torch.dtype | str, options: Mapping[str, ob
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name the tensor below
             **options,
         ),
         folder,
     )
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, stored, expected = mismatched[0]
+        raise UserError(
+            f"{folder} does not fit its {layer_shards.CONFIG}: {key} is of shape {list(stored)}, expected "
+            f"{list(expected)}; copy both from the same model"
+        )
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these with random numbers and go on.
         raise UserError(
             f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: fetch or copy it again"
         )
     return model
+
+
+def _ends(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
+    """The ids that end a reply: those that the model's files name, else the tokenizer's end-of-text."""
+    given = model.generation_config.eos_token_id
+    ids = [tokenizer.end_of_text] if given is None else given if isinstance(given, list) else [given]
+    if not all(type(id) is int for id in ids):
+        raise UserError(f"eos_token_id of the model in {folder} is {given!r}: expected a token id or a list of them")
+    return frozenset(ids)
 
 
 def _settle(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

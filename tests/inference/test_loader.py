@@ -358,7 +358,7 @@ def test_a_tensor_of_another_shape(copy):
     weights = load_file(copy / hf_model.WEIGHTS)
     key = min(weights)
     save_file({**weights, key: torch.zeros(3, 3)}, copy / hf_model.WEIGHTS, metadata={"format": "pt"})
-    refused(copy, f"the model in {copy} cannot be loaded: ")
+    refused(copy, rf"{copy} does not fit its config.json: .*weight is of shape \[3, 3\], expected \[.*\]; copy both from")
 
 
 def test_a_file_that_was_cut(copy):
@@ -375,9 +375,33 @@ def test_a_shard_that_is_missing(copy):
     refused(copy, f"the model in {copy} cannot be loaded: .*model-00001-of-00001.safetensors")
 
 
-def test_a_config_that_is_no_json(copy):
+def test_a_config_that_is_no_json_or_makes_no_sense_is_not_said_to_be_the_tokenizers(copy):
     (copy / layer_shards.CONFIG).write_text("{")
-    refused(copy, "cannot be loaded: ")
+    refused(copy, f"the model in {copy} cannot be loaded: ")
+    config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 5}
+    (copy / layer_shards.CONFIG).write_text(json.dumps(config))
+    refused(copy, f"the model in {copy} cannot be loaded: .*divisible")
+
+
+def test_a_config_without_a_vocabulary(copy):
+    (copy / layer_shards.CONFIG).write_text(json.dumps({"model_type": "vit"}))
+    refused(copy, f"the model in {copy} cannot be loaded: Unrecognized configuration class .*ViTConfig")
+
+
+@pytest.mark.parametrize("ids", ["x", [[1]], [1, None], 1.5, True])
+def test_ends_of_a_reply_that_are_no_ids(copy, ids):
+    config = copy / hf_model.GENERATION_CONFIG
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": ids}))
+    refused(copy, f"eos_token_id of the model in {copy} is .*: expected a token id or a list of them")
+
+
+def test_notes_of_bitsandbytes_stay_off_the_terminal(random_models, no_gpu, caplog):
+    pytest.importorskip("bitsandbytes")
+    loader.quiet()
+    model = loader.load(str(random_models["neox"]), bits=8).model
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6]]))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
