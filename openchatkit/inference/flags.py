@@ -1,9 +1,10 @@
 """The flags that say which model to load and how to draw from it, for every command that talks to a model."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from openchatkit import cli
+from openchatkit.errors import UserError
 from openchatkit.inference.moderation import flags as moderation
 from openchatkit.paths import HUGGINGFACE_MODELS
 
@@ -26,7 +27,7 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("-g", "--gpu-vram", nargs="+", type=_gpu_share, metavar="ID:GiB", help=_GPU_VRAM)
     flags.add_argument("-r", "--cpu-ram", type=_gib, metavar="GiB", help=_CPU_RAM)
     flags.add_argument(
-        "--threads", type=cli.positive_int, metavar="N", help="processor cores to use; torch's own choice if not given"
+        "--threads", type=_threads, metavar="N", help="processor cores to use; torch's own choice if not given"
     )
     flags.add_argument("--no-compile", action="store_true", help="run uncompiled on a GPU: starts sooner, runs slower")
     flags.add_argument("--template", choices=("auto", "kit", "model"), default="auto", help=_TEMPLATE)
@@ -90,7 +91,7 @@ def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slo
         gpu_id=given.gpu_id,
         dtype=given.dtype,
         bits=given.bits,
-        gpu_gib=dict(given.gpu_vram) if given.gpu_vram else None,
+        gpu_gib=_shares(given.gpu_vram) if given.gpu_vram else None,
         cpu_gib=given.cpu_ram,
         announce=announce,
     )
@@ -125,6 +126,11 @@ _GPU_VRAM = "GiB of each GPU to fill with the model, in the order of their numbe
 _CPU_RAM = "GiB of main memory for what the GPUs do not hold; what is left stays on disk"
 
 
+# Beyond these, numbers are mistakes, and the libraries fail on them.
+_MOST_GIB = 1 << 20
+_MOST_THREADS = 1024
+
+
 def _gpu_share(text: str) -> tuple[int, float]:
     number, colon, size = text.partition(":")
     if not colon or not number.isdecimal():
@@ -134,9 +140,23 @@ def _gpu_share(text: str) -> tuple[int, float]:
 
 def _gib(text: str) -> float:
     size = cli.non_negative_float(text)
-    if size == 0:
-        raise argparse.ArgumentTypeError(f"expected GiB above 0, got {text!r}")
+    if not 0 < size <= _MOST_GIB:
+        raise argparse.ArgumentTypeError(f"expected GiB above 0 and at most {_MOST_GIB}, got {text!r}")
     return size
+
+
+def _shares(given: Sequence[tuple[int, float]]) -> dict[int, float]:
+    shares = dict(given)
+    if len(shares) < len(given):
+        raise UserError("-g names a GPU more than once: expected one ID:GiB for each")
+    return shares
+
+
+def _threads(text: str) -> int:
+    count = cli.positive_int(text)
+    if count > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_THREADS} threads, got {text!r}")
+    return count
 
 
 def _seed(text: str) -> int:

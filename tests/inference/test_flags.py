@@ -33,6 +33,11 @@ def test_the_settings_of_a_reply():
         ("--load-8bit --load-4bit", "--load-4bit: not allowed with argument --load-8bit"),
         ("--template none", "argument --template: invalid choice: 'none'"),
         ("--seed 9223372036854775808", r"argument --seed: expected a whole number below 2\*\*63"),
+        ("--threads 100000", "argument --threads: expected at most 1024 threads, got '100000'"),
+        ("--threads 99999999999999999999", "argument --threads: expected at most 1024 threads"),
+        ("-r 1e300", "argument -r/--cpu-ram: expected GiB above 0 and at most 1048576, got '1e300'"),
+        ("-r 0", "argument -r/--cpu-ram: expected GiB above 0 and at most"),
+        ("-g 0:1e300", "argument -g/--gpu-vram: expected GiB above 0 and at most"),
         ("-g 0", "argument -g/--gpu-vram: expected ID:GiB such as 0:10, got '0'"),
     ],
 )
@@ -46,6 +51,11 @@ def test_settings_out_of_range_are_refused_before_a_model_is_looked_for(given):
     name = given.split()[0].removeprefix("--").replace("-", ".")
     with pytest.raises(UserError, match=name):
         flags.responder(parse("--model", "nowhere", *given.split()), lambda text: None)
+
+
+def test_a_gpu_that_is_named_twice():
+    with pytest.raises(UserError, match="-g names a GPU more than once: expected one ID:GiB for each"):
+        flags.responder(parse("--model", "nowhere", "-g", "0:1", "1:1", "0:2"), lambda text: None)
 
 
 def test_a_model_is_made_ready_to_answer(random_models, monkeypatch):
