@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from openchatkit.errors import UserError
+from openchatkit.inference import linear
 
 GIB = 1 << 30
-# Up to this many parameters the CPU computes in float32, which is exact; above, reading the weights is what takes time.
-SMALL = 10**9
+# Up to TINY parameters the CPU computes in float32, which is exact and fast enough; above, reading the weights is what
+# takes time, and bfloat16 halves it where the processor computes in it. Above SMALL it does so on any.
+TINY, SMALL = 10**8, 10**9
 
 
 def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.device:
@@ -42,7 +44,8 @@ def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtyp
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    return torch.float32 if name == "auto" and parameters <= SMALL else torch.bfloat16
+    exact = parameters <= (TINY if linear.can_pack(torch.bfloat16) else SMALL)
+    return torch.float32 if name == "auto" and exact else torch.bfloat16
 
 
 def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib: float | None) -> dict[str, object]:

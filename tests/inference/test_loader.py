@@ -71,8 +71,10 @@ def test_the_precision_follows_device_and_size(monkeypatch):
     def chosen(device, parameters=0, name="auto"):
         return placement.choose_dtype(name, torch.device(device), parameters)
 
-    assert chosen("cpu", 10**9) == torch.float32
-    assert chosen("cpu", 7 * 10**9) == torch.bfloat16
+    for native, most in ((True, 10**8), (False, 10**9)):
+        monkeypatch.setattr(placement.linear, "can_pack", lambda dtype, native=native: native)
+        assert chosen("cpu", most) == torch.float32
+        assert chosen("cpu", most + 1) == torch.bfloat16
     assert chosen("cpu", name="int8") == torch.bfloat16
     assert chosen("mps") == torch.float16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
@@ -358,7 +360,9 @@ def test_a_tensor_of_another_shape(copy):
     weights = load_file(copy / hf_model.WEIGHTS)
     key = min(weights)
     save_file({**weights, key: torch.zeros(3, 3)}, copy / hf_model.WEIGHTS, metadata={"format": "pt"})
-    refused(copy, rf"{copy} does not fit its config.json: .*weight is of shape \[3, 3\], expected \[.*\]; copy both from")
+    refused(
+        copy, rf"{copy} does not fit its config.json: .*weight is of shape \[3, 3\], expected \[.*\]; copy both from"
+    )
 
 
 def test_a_file_that_was_cut(copy):
