@@ -8,6 +8,7 @@ Weights are memory-mapped: nothing is read before it is used, and main memory ho
 faster in another form is copied, layer by layer, if memory allows.
 """
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -209,7 +210,14 @@ def _quantise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
 
 def _parameters(config: object) -> int:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        # Its past would be ignored, and each token follow from the last one alone.
+        raise UserError(
+            f"it is a {config.model_type}, which keeps no keys and values of what it has read: expected a transformer "
+            "such as GPT-NeoX, GPT-J or Llama"
+        )
+    return model.num_parameters()
 
 
 def _rounded(number: int) -> str:

@@ -400,8 +400,8 @@ def test_ends_of_a_reply_that_are_no_ids(copy, ids):
 
 
 def test_notes_of_bitsandbytes_stay_off_the_terminal(random_models, no_gpu, caplog):
+    loader.quiet()  # before the import, which has notes of its own
     pytest.importorskip("bitsandbytes")
-    loader.quiet()
     model = loader.load(str(random_models["neox"]), bits=8).model
     with torch.inference_mode():
         model(torch.tensor([[5, 6]]))
@@ -419,6 +419,12 @@ def test_a_model_that_is_no_causal_language_model(copy, own, message):
     config = {"model_type": "t5", "vocab_size": 384, "d_model": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, **own}
     (copy / layer_shards.CONFIG).write_text(json.dumps(config))
     refused(copy, f"the model in {copy} cannot be loaded: {message}")
+
+
+def test_a_model_that_keeps_no_keys_and_values(copy):
+    config = {"model_type": "mamba", "vocab_size": 384, "hidden_size": 16, "num_hidden_layers": 1}
+    (copy / layer_shards.CONFIG).write_text(json.dumps(config))
+    refused(copy, f"the model in {copy} cannot be loaded: it is a mamba, which keeps no keys and values of what it has")
 
 
 def test_a_model_that_brings_its_own_code_is_refused(copy):
