@@ -109,8 +109,8 @@ def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slo
 
 _DTYPE = (
     "precision; auto is bfloat16 on a GPU that has it, else float16, and on the CPU float32 up to 100 million "
-    "parameters (a billion where it has no bfloat16), bfloat16 above; int8 keeps the weights of linear layers in 8 bits: half of bfloat16's memory, and the "
-    "fastest on the CPU"
+    "parameters (a billion where it has no bfloat16), bfloat16 above; int8 keeps the weights of linear layers in 8 "
+    "bits: half of bfloat16's memory, and the fastest on the CPU"
 )
 _BITS = "quantise with bitsandbytes (pip install bitsandbytes accelerate)"
 _TEMPLATE = (
