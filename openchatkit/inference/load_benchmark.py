@@ -83,12 +83,20 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
     }
 
 
-def benchmark(models: dict[str, str], *, device: str, repeat: int) -> dict[str, dict[str, float]]:
-    """`measure` of each model, {name: path or hub name}, one after the other, in processes of their own."""
-    results = {}
+def benchmark(models: dict[str, str], output: Path, *, device: str, repeat: int) -> dict[str, dict[str, float]]:
+    """`measure` of each model, {name: path or hub name}, one after the other, in processes of their own.
+
+    `output` is written after each, so that a model that cannot be loaded does not cost the others their results.
+    """
+    results: dict[str, dict[str, float]] = {}
     with bar(len(models), "loading", unit="model") as progress:
         for name, path in models.items():
             results[name] = _in_a_process(name, path, device, repeat)
+            assert all(map(math.isfinite, results[name].values())), results
+            try:
+                write_text(output, json.dumps(results, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
             progress.update()
     return results
 
@@ -160,7 +168,8 @@ def _wake(name: str) -> "torch.device":
     try:
         device = torch.device(name)
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        _synchronise(device)
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
         raise UserError(f"--device {name} cannot be used here (pass -d cpu?): {str(error).splitlines()[0]}") from error
     return device
 
@@ -214,7 +223,7 @@ def _print_table(results: dict[str, dict[str, float]]) -> None:
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write the file, print a table."""
+    """Measure, write the file as it grows, print a table."""
     parser = cli.Parser(
         prog="tools/model_load_benchmark.py",
         description="Measure how long models take to load and to answer once, and the memory they fill.",
@@ -226,7 +235,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: expected the name of a file to write")
-    results = benchmark(read_models(args.input), device=args.device, repeat=args.repeat_infer)
-    assert all(math.isfinite(number) for numbers in results.values() for number in numbers.values()), results
-    write_text(args.output, json.dumps(results, indent=2) + "\n")
-    _print_table(results)
+    _print_table(benchmark(read_models(args.input), args.output, device=args.device, repeat=args.repeat_infer))

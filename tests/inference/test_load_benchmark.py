@@ -72,6 +72,7 @@ def test_every_model_has_every_number_and_its_own_memory(command, large, random_
         ({"gone": "/no/such/model"}, (), "gone: /no/such/model: no such folder"),
         ({"gone": "{folder}"}, (), "gone: "),
         ({"gone": "x"}, ("-d", "toaster"), "--device toaster cannot be used here (pass -d cpu?)"),
+        ({"gone": "x"}, ("-d", "meta"), "--device meta cannot be used here (pass -d cpu?)"),
         ({"gone": "x"}, ("-r", "many"), "expected a whole number of at least 1, got 'many'"),
         ({"gone": "x"}, ("-r", "0"), "expected a whole number of at least 1, got '0'"),
         ({"gone": "x"}, ("-o", "{folder}"), "is a folder"),
@@ -93,3 +94,16 @@ def test_mistakes_are_one_line(models, flags, expected, command, tmp_path):
     assert (status, printed, results) == (2, "", None)
     assert len(noted.splitlines()) == 1
     assert expected in noted
+
+
+def test_a_file_that_cannot_be_written_is_one_line(command, random_models, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, noted, _ = command({"small": str(random_models["neox"])}, "-o", str(tmp_path / "file" / "results.json"))
+    assert (status, len(noted.splitlines())) == (2, 1)
+    assert "results.json cannot be written: " in noted
+
+
+def test_a_model_that_is_gone_does_not_cost_the_others_their_results(command, random_models):
+    status, _, noted, results = command({"small": str(random_models["neox"]), "gone": "/no/such/model"}, "-r", "1")
+    assert (status, list(results)) == (2, ["small"])
+    assert "gone: /no/such/model: no such folder" in noted
