@@ -32,7 +32,7 @@ BOT = ROOT / "inference" / "bot.py"
         (["-g", "10"], "argument -g/--gpu-vram: expected ID:GiB such as 0:10, got '10'"),
         (["-g", "a:10"], "argument -g/--gpu-vram: expected ID:GiB such as 0:10, got 'a:10'"),
         (["-g", "0:ten"], "argument -g/--gpu-vram: expected a number of at least 0, got 'ten'"),
-        (["-r", "0"], "argument -r/--cpu-ram: expected GiB above 0, got '0'"),
+        (["-r", "0"], "argument -r/--cpu-ram: expected GiB above 0 and at most 1048576, got '0'"),
         (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
         (
             ["--retrieval", "/nosuch"],
