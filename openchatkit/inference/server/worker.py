@@ -33,18 +33,21 @@ class Job:
         self._text: deque[str] = deque()
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+        self._told = False  # whether the loop knows of text that it has not taken yet
+        self._over = asyncio.Event()
 
     async def news(self, timeout: float) -> bool:
         """Wait until there is text to take or the job is done; False after `timeout` seconds without either."""
-        try:
-            await asyncio.wait_for(self._news.wait(), timeout)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        return await _happens(self._news, timeout)
+
+    async def over(self, timeout: float) -> bool:
+        """Wait until the job is done; False if it is not after `timeout` seconds."""
+        return await _happens(self._over, timeout)
 
     def take(self) -> str:
         """The text that has come since the last time."""
         self._news.clear()
+        self._told = False  # before the text is taken: what comes later is told of again
         pieces = []
         while self._text:
             pieces.append(self._text.popleft())
@@ -67,15 +70,18 @@ class Job:
     def finish(self) -> None:
         """Say that no more comes."""
         self.done = True
-        self._tell()
+        self._tell(self._news)
+        self._tell(self._over)
 
     def _emit(self, text: str) -> None:
         self._text.append(text)
-        self._tell()
+        if not self._told:
+            self._told = True
+            self._tell(self._news)
 
-    def _tell(self) -> None:
+    def _tell(self, event: asyncio.Event) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
-            self._loop.call_soon_threadsafe(self._news.set)
+            self._loop.call_soon_threadsafe(event.set)
 
 
 class Worker:
@@ -146,6 +152,14 @@ class Worker:
             self._changed.wait_for(lambda: self._waiting or self._ended)
             self._running = self._waiting.popleft() if self._waiting else None
             return self._running
+
+
+async def _happens(event: asyncio.Event, timeout: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), timeout)
+    except asyncio.TimeoutError:
+        return False
+    return True
 
 
 def _translate(error: Exception) -> ApiError:

@@ -7,6 +7,7 @@ import pytest
 from served import CHAT, HELLO, Running, post
 
 from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.server import delivery
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,8 @@ def test_passages_belong_to_the_last_question(trained):
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "日本 blue")
 
 
-def test_a_stream_is_the_reply_in_pieces(trained):
+def test_a_stream_is_the_reply_in_pieces(trained, monkeypatch):
+    monkeypatch.setattr(delivery, "PACE_SECONDS", 0.0)
     stream = trained.client().chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": "say it"}],
@@ -82,6 +84,16 @@ def test_a_stream_is_the_reply_in_pieces(trained):
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens > 2
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_text_that_comes_faster_than_the_pace_is_sent_together(trained, monkeypatch):
+    monkeypatch.setattr(delivery, "PACE_SECONDS", 60.0)
+    stream = trained.client().chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "say it"}], stream=True, extra_body={"passages": ["red"]}
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces) == "日本 red"
+    assert sum(map(bool, pieces)) <= 2  # the first at once, the rest when the reply is done
 
 
 def test_a_stream_ends_with_done_and_has_no_usage_unless_asked(trained):
