@@ -44,8 +44,8 @@ from openchatkit.paths import ROOT
 Decode = Callable[[Sequence[int]], tuple[list[float], list[int]]]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 8, 512
-QUESTION = 100  # tokens of a turn's question, in the second table
-REPLY = 32
+QUESTION = 40  # tokens of a turn's question, in the second table
+REPLY = 92
 
 
 def main() -> None:
