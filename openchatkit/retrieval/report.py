@@ -20,9 +20,9 @@ def print_hits(hits: Sequence[Hit]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "score", "cosine", "BM25"):
         table.add_column(name, justify="right", no_wrap=True, style="cyan")
-    table.add_column("passage", ratio=1)
+    table.add_column("passage", ratio=1, overflow="fold")
     for number, hit in enumerate(hits, 1):
-        where = Text(f"{hit.source}, {hit.place}" if hit.place else hit.source, style="green", overflow="fold")
+        where = Text(f"{hit.source}, {hit.place}" if hit.place else hit.source, style="green")
         title = Text(hit.title, style="bold")
         text = " ".join(hit.text.split())
         snippet = Text(text if len(text) <= _SNIPPET else f"{text[:_SNIPPET].rsplit(' ', 1)[0]} ...")

@@ -1,5 +1,6 @@
 """What each line does: through a pipe into the real command, and in this process for the many small cases."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def test_out_of_memory_undoes_the_turn_and_the_shell_lives_on(piped, trained_mod
     forward = GPTNeoXForCausalLM.forward
     prompts = []
 
+    @functools.wraps(forward)
     def read(self, input_ids, **options):
         # Of the first three prompts, the second finds no memory.
         prompts.extend([input_ids.shape] if input_ids.shape[1] > 3 else [])
