@@ -13,8 +13,7 @@ from openchatkit.inference.server.worker import Job, Worker
 
 # A comment so often keeps a connection that proxies would take for dead.
 HEARTBEAT_SECONDS = 5.0
-# Text is sent at most so often. Each piece costs the event loop and the client some of the processor that makes the
-# tokens: on two cores, a piece a token cost a third of the speed.
+# Text is sent at most so often: each piece costs the event loop and the client some of the processor that makes tokens.
 PACE_SECONDS = 0.05
 # For a client to take what it is sent, after the request's own time is over.
 GRACE_SECONDS = 10.0
