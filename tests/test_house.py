@@ -33,7 +33,6 @@ OPTIONAL = (
     "moto",
     "openai",
     "psutil",
-    "pydantic",
     "pypdf",
     "pytest",
     "sentence_transformers",

@@ -22,7 +22,6 @@ from openchatkit.retrieval.evaluation import Question, Target
 from openchatkit.retrieval.table import Row
 
 AWSCLI = "1.46.2"
-SETS = ("awscli", "stdlib")
 QUESTIONS, SEED = 500, 0
 TOKENS = 128  # of a passage that an encoder sees: what MiniLM was trained on; with 256 it finds less
 _HOW = f"pip download awscli=={AWSCLI} --no-deps"

@@ -5,7 +5,6 @@ describe. So they are looked at: a new article begins where the position does no
 articles' identifiers changes. Articles get numbers, so that reading needs to compare nothing else.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from openchatkit import progress
 from openchatkit.download.places import check_room
 from openchatkit.errors import UserError
 from openchatkit.paths import atomic_path
+from openchatkit.retrieval import blocks
 
 TEXT, POSITION = "text_snippet", "position_in_source_text"
 _SCHEMA = pa.schema([(TEXT, pa.string()), (POSITION, pa.int64()), ("article", pa.int64()), ("title", pa.string())])
-_BLOCK = 4096  # rows that are read at a time
-_OPEN_BLOCKS = 256
 _PIECE = 1 << 16  # rows converted at a time
 _KEY_PARTS = {"title", "id", "url", "article", "page", "document", "doc"}
 
@@ -57,63 +55,26 @@ class WikipediaTable:
     """Snippets by row number. Opening reads the footer alone; UserError where the file is none of so many rows."""
 
     def __init__(self, path: Path, rows: int) -> None:
-        self._path = path
-        self._rows = rows
-        self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
-        self._file = pa.memory_map(str(path), "r")
-        try:
-            self._reader = pa.ipc.open_file(self._file)
-            if self._reader.schema != _SCHEMA:
-                raise ValueError(f"its columns are {', '.join(self._reader.schema.names)}")
-            count = self._reader.num_record_batches
-            last = self._reader.get_batch(count - 1).num_rows if count else 0
-            if (found := max(0, count - 1) * _BLOCK + last) != rows:
-                raise ValueError(f"it holds {found:,} rows, {rows:,} were expected")
-        except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
-            self._file.close()
-            raise UserError(f"{path} is no table of snippets: {error}") from error
+        self._blocks = blocks.Blocks(path, rows, _SCHEMA, what="table of snippets")
 
     def __len__(self) -> int:
-        return self._rows
+        return self._blocks.rows
 
     def text(self, number: int) -> str:
         """A snippet."""
-        return self._value(TEXT, number) or ""
+        return self._blocks.value(TEXT, number) or ""
 
     def title(self, number: int) -> str:
         """The title of a snippet's article, "" where the published table has none."""
-        return self._value("title", number) or ""
+        return self._blocks.value("title", number) or ""
 
     def neighbours(self, number: int, width: int) -> range:
         """The rows within `width` of one that are of the same article, itself among them."""
-        article = self._value("article", number)
-        first = end = number
-        while first > max(0, number - width) and self._value("article", first - 1) == article:
-            first -= 1
-        while end < min(self._rows - 1, number + width) and self._value("article", end + 1) == article:
-            end += 1
-        return range(first, end + 1)
+        return self._blocks.alike("article", number, width)
 
     def close(self) -> None:
         """Give the map back."""
-        self._open.clear()
-        self._file.close()
-
-    def _value(self, column: str, number: int) -> object:
-        assert 0 <= number < self._rows, (number, self._rows)
-        return self._block(number // _BLOCK).column(column)[number % _BLOCK].as_py()
-
-    def _block(self, number: int) -> pa.RecordBatch:
-        if (block := self._open.get(number)) is not None:
-            return block
-        try:
-            block = self._reader.get_batch(number)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self._path} is damaged in block {number}: {error}") from error
-        self._open[number] = block
-        while len(self._open) > _OPEN_BLOCKS:
-            self._open.popitem(last=False)
-        return block
+        self._blocks.close()
 
 
 def _columns(published: Path, source: pq.ParquetFile) -> tuple[list[str], str | None]:
@@ -198,9 +159,9 @@ def _blocks(pieces: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
     rest: pa.Table | None = None
     for piece in pieces:
         rest = piece if rest is None else pa.concat_tables([rest, piece])
-        whole = len(rest) - len(rest) % _BLOCK
-        for first in range(0, whole, _BLOCK):
-            yield _as_batch(rest.slice(first, _BLOCK))
+        whole = len(rest) - len(rest) % blocks.BLOCK
+        for first in range(0, whole, blocks.BLOCK):
+            yield _as_batch(rest.slice(first, blocks.BLOCK))
         rest = rest.slice(whole)
     if rest is not None and len(rest):
         yield _as_batch(rest)

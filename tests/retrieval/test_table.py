@@ -6,15 +6,15 @@ import pyarrow as pa
 import pytest
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval import table
+from openchatkit.retrieval import blocks, table
 from openchatkit.retrieval.passage import Passage
 from openchatkit.retrieval.table import Row, Table
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(table, "BLOCK", 4)
-    monkeypatch.setattr(table, "_OPEN_BLOCKS", 1)
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "_OPEN_BLOCKS", 1)
 
 
 def rows(count):

@@ -17,7 +17,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.wikipedia_index import INDEX, PUBLISHED, TABLE
 from openchatkit.paths import ROOT
-from openchatkit.retrieval import wikipedia, wikipedia_preparation, wikipedia_table
+from openchatkit.retrieval import blocks, wikipedia, wikipedia_preparation, wikipedia_table
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.wikipedia import WikipediaIndex
 from openchatkit.retrieval.wikipedia_preparation import prepare
@@ -129,7 +129,7 @@ def test_a_kill_while_converting_leaves_no_table_and_the_next_run_makes_it(files
 )
 def test_articles_are_told_apart_by_whatever_there_is(tmp_path, monkeypatch, columns, articles_by):
     monkeypatch.setattr(wikipedia_table, "_PIECE", 7)
-    monkeypatch.setattr(wikipedia_table, "_BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     path = maker.write(tmp_path, {PUBLISHED: maker.parquet(TEXTS, columns=columns)}) / PUBLISHED
     assert wikipedia_table.convert(path, tmp_path / TABLE) == (len(FLAT), articles_by)
     table = wikipedia_table.WikipediaTable(tmp_path / TABLE, len(FLAT))
