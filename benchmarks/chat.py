@@ -34,10 +34,10 @@ from transformers.generation import BaseStreamer
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.hf_model import WEIGHTS
-from openchatkit.inference import loader
-from openchatkit.inference.engine import Engine, Statistics
-from openchatkit.inference.linear import Int8Linear
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.linear import Int8Linear
+from openchatkit.inference.engine.sampling import Sampling
+from openchatkit.inference.loading import loader
 from openchatkit.paths import ROOT
 
 # A contestant: prompt -> the time at which each new token came, and the tokens.

@@ -54,7 +54,7 @@ def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
 
 def sampling(given: argparse.Namespace) -> "Sampling":  # noqa: F821
     """The settings that the flags ask for; UserError, naming the flag, for one that makes no sense."""
-    from openchatkit.inference import sampling
+    from openchatkit.inference.engine import sampling
 
     settings = sampling.Sampling(
         max_tokens=given.max_tokens,
@@ -78,8 +78,9 @@ def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slo
     sampling(given)
     import torch
 
-    from openchatkit.inference import loader, rendering
-    from openchatkit.inference.engine import Engine
+    from openchatkit.inference.conversation import rendering
+    from openchatkit.inference.engine.engine import Engine
+    from openchatkit.inference.loading import loader
     from openchatkit.inference.responder import Responder
 
     loader.quiet()

@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # both need torch, and a batch that is done does not
-    from openchatkit.inference.engine import Statistics
+    from openchatkit.inference.engine.engine import Statistics
     from openchatkit.inference.responder import Reply
     from openchatkit.retrieval.passage import Passage
 

@@ -14,13 +14,13 @@ import torch
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
-from openchatkit.inference import context, rendering
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.engine import Engine, Statistics
+from openchatkit.inference.conversation import context, rendering
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.rendering import Rendering
+from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.moderation.moderator import Moderator, Verdict
 from openchatkit.inference.release import Emit, Release, judge
-from openchatkit.inference.rendering import Rendering
-from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.streaming import ReplyStream
 from openchatkit.retrieval.passage import Passage
 

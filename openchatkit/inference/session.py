@@ -14,12 +14,13 @@ import torch
 
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file
-from openchatkit.inference import conversation, sampling
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.engine import Statistics
+from openchatkit.inference.conversation import conversation
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.engine import sampling
+from openchatkit.inference.engine.engine import Statistics
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Emit, Reply, Responder
 from openchatkit.inference.retrieval.retriever import Found, Retriever
-from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.streaming import clean
 
 STOP_LIMIT = 16

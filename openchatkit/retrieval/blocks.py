@@ -1,6 +1,6 @@
 """Rows in an Arrow IPC file of blocks of one size, read by memory map a block at a time.
 
-Owns finding a row and keeping few blocks open; what the columns mean is `table`'s and `wikipedia_table`'s.
+Owns finding a row and keeping few blocks open; what the columns mean is `table`'s and `wikipedia.table`'s.
 """
 
 from collections import OrderedDict

@@ -6,7 +6,7 @@ import torch
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference import flags
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.engine.sampling import Sampling
 
 
 def parse(*given: str):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats import chat
-from openchatkit.inference import conversation
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.rendering import KitRendering
-from openchatkit.inference.templates import TemplateRendering
+from openchatkit.inference.conversation import conversation
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.rendering import KitRendering
+from openchatkit.inference.conversation.templates import TemplateRendering
 
 TEMPLATE = (
     "{{ '<|padding|>' }}{% for message in messages %}{% if message['role'] == 'user' %}"

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from openchatkit.errors import UserError
-from openchatkit.inference import loader, reading
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.engine import Engine
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.rendering import KitRendering
+from openchatkit.inference.engine import reading
+from openchatkit.inference.engine.engine import Engine
+from openchatkit.inference.engine.sampling import Sampling
+from openchatkit.inference.loading import loader
 from openchatkit.inference.moderation.moderator import Verdict
-from openchatkit.inference.rendering import KitRendering
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.sampling import Sampling
 
 GREEDY = Sampling(max_tokens=30, sample=False)
 HELLO = Conversation().asked("hello")
@@ -225,7 +226,7 @@ def test_what_was_not_judged_when_a_reply_is_interrupted_is_not_shown(says):
 def test_a_long_line_is_refused_or_read_without_trouble(trained_model, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    from openchatkit.inference.engine import Engine
+    from openchatkit.inference.engine.engine import Engine
 
     model = AutoModelForCausalLM.from_pretrained(trained_model).eval()
     engine = Engine(model, eos_ids=[0], device=torch.device("cpu"))

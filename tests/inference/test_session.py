@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file
-from openchatkit.inference.engine import Engine, Statistics
+from openchatkit.inference.conversation.rendering import KitRendering
+from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.moderation.moderator import Verdict
-from openchatkit.inference.rendering import KitRendering
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.retrieval.retriever import Retriever
-from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.session import Session
 from openchatkit.retrieval.passage import Passage
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openchatkit.retrieval.expansion import expand
+from openchatkit.retrieval.wikipedia.expansion import expand
 
 
 class Articles:

@@ -17,10 +17,12 @@ from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.wikipedia_index import INDEX, PUBLISHED, TABLE
 from openchatkit.paths import ROOT
-from openchatkit.retrieval import blocks, wikipedia, wikipedia_preparation, wikipedia_table
+from openchatkit.retrieval import blocks, wikipedia
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.wikipedia import WikipediaIndex
-from openchatkit.retrieval.wikipedia_preparation import prepare
+from openchatkit.retrieval.wikipedia import preparation as wikipedia_preparation
+from openchatkit.retrieval.wikipedia import table as wikipedia_table
+from openchatkit.retrieval.wikipedia.preparation import prepare
 
 TEXTS = maker.snippets()
 FLAT = [text for article in TEXTS for text in article]

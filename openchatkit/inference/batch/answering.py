@@ -11,9 +11,9 @@ from openchatkit.inference import report
 from openchatkit.inference.batch import rows
 from openchatkit.inference.batch.files import Batch
 from openchatkit.inference.batch.rows import Row
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.retrieval.retriever import Found, Retriever
-from openchatkit.inference.sampling import Sampling
 
 
 def answer(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from openchatkit.errors import UserError
-from openchatkit.inference import conversation
-from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.conversation import conversation
+from openchatkit.inference.conversation.conversation import Conversation
 
 SIZE_LIMIT = 16 << 20  # bytes, as of a training record
 _KEYS = ("prompt", "messages", "passages", "system", "max_tokens", "id")

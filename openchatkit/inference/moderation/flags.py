@@ -50,8 +50,8 @@ def moderator(given: argparse.Namespace, announce: Callable[[str], None]) -> "Mo
                 raise UserError(f"--{flag.replace('_', '-')} needs --moderation-model, which is not given")
         return None
     rules = policy_of(given)
-    from openchatkit.inference import loader
-    from openchatkit.inference.engine import Engine
+    from openchatkit.inference.engine.engine import Engine
+    from openchatkit.inference.loading import loader
     from openchatkit.inference.moderation.model_moderator import ModelModerator
     from openchatkit.inference.moderation.scorer import Scorer
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Reply, Responder
 from openchatkit.inference.retrieval.queries import queries
-from openchatkit.inference.sampling import Sampling
 from openchatkit.retrieval.passage import Passage, Searcher
 
 SHARE = 4  # passages may take this part of the context

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from loguru import logger
 
-from openchatkit.inference import context
-from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.conversation import context
+from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.responder import Emit, Reply, Responder
 from openchatkit.inference.retrieval.retriever import Found, Retriever
 from openchatkit.inference.server import answers, delivery, schema

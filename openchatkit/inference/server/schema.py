@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openchatkit.inference.conversation import Conversation, from_messages
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.conversation.conversation import Conversation, from_messages
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.server.errors import ApiError
 from openchatkit.inference.server.fields import Fields, shown, text, texts, wrong
 

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from openchatkit.inference.engine import OutOfMemory, is_out_of_memory
+from openchatkit.inference.engine.engine import OutOfMemory, is_out_of_memory
 from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.server.errors import ApiError, closing, defect
 

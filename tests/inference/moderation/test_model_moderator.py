@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.inference.engine import Engine
+from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.moderation.model_moderator import ModelModerator
 from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.moderation.policy import Policy

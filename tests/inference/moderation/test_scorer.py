@@ -13,7 +13,7 @@ from openchatkit.data.stores.tokenise import separator_ids, tokenise
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import moderation
-from openchatkit.inference.engine import Engine
+from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.moderation.scorer import Scorer, UnjudgedError
 
 LABELS = moderation.LABELS

@@ -146,7 +146,7 @@ def test_wikipedia_is_looked_up_in_a_chat(piped, random_models, tmp_path, monkey
 
     from openchatkit.retrieval import wikipedia
     from openchatkit.retrieval.encoder import Encoder
-    from openchatkit.retrieval.wikipedia_preparation import prepare
+    from openchatkit.retrieval.wikipedia.preparation import prepare
 
     folder = make_encoder(tmp_path / "contriever", plain=True)
     texts = maker.snippets()

@@ -6,13 +6,13 @@ from transformers import AutoModelForCausalLM
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.engine import Engine
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.rendering import KitRendering
+from openchatkit.inference.engine.engine import Engine
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.moderation.moderator import Verdict
-from openchatkit.inference.rendering import KitRendering
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.retrieval.retriever import Retriever, as_read
-from openchatkit.inference.sampling import Sampling
 from openchatkit.retrieval.passage import Passage
 
 GREEDY = Sampling(max_tokens=30, sample=False)

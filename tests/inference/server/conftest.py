@@ -12,10 +12,10 @@ from served import Running
 from transformers import AutoModelForCausalLM
 
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.inference.engine import Engine
-from openchatkit.inference.rendering import KitRendering
+from openchatkit.inference.conversation.rendering import KitRendering
+from openchatkit.inference.engine.engine import Engine
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.server.app import Options, create_app
 from openchatkit.inference.server.command import address_of, bind, settings
 from openchatkit.inference.server.schema import Served

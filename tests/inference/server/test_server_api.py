@@ -6,7 +6,7 @@ import openai
 import pytest
 from served import CHAT, HELLO, Running, post
 
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.server import delivery
 
 

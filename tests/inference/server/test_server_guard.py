@@ -13,8 +13,8 @@ import pytest
 from served import CHAT, HELLO, Running, parsed, post
 
 from openchatkit.errors import UserError
-from openchatkit.inference.engine import OutOfMemory
-from openchatkit.inference.rendering import KitRendering
+from openchatkit.inference.conversation.rendering import KitRendering
+from openchatkit.inference.engine.engine import OutOfMemory
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.server import connection
 from openchatkit.inference.server.guard import Guard, send_json

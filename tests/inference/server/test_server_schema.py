@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.sampling import Sampling, check
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.engine.sampling import Sampling, check
 from openchatkit.inference.server import schema
 from openchatkit.inference.server.errors import ApiError
 from openchatkit.inference.server.fields import parse

@@ -8,7 +8,7 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
-from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.conversation.conversation import Conversation
 
 
 class Rendering(Protocol):
@@ -58,7 +58,7 @@ def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Rendering:
     "kit" is this kit's form, "model" the model's own chat template. "auto" is the model's, unless it has none or one
     that this kit wrote, which says the same as the kit's form. UserError where the template is missing or broken.
     """
-    from openchatkit.inference.templates import TemplateRendering
+    from openchatkit.inference.conversation.templates import TemplateRendering
 
     assert name in ("auto", "kit", "model"), name
     own = tokenizer.chat_template

@@ -38,7 +38,7 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from openchatkit.formats import hf_model
-    from openchatkit.inference import loader
+    from openchatkit.inference.loading import loader
 
     def timed(action: Callable[[], _T]) -> tuple[_T, float]:
         _synchronise(device)
@@ -141,7 +141,8 @@ def child() -> None:
 
     @cli.command
     def run(argv: Sequence[str] | None = None) -> None:
-        from openchatkit.inference import engine, loader
+        from openchatkit.inference.engine import engine
+        from openchatkit.inference.loading import loader
 
         path, device, repeat, result = argv or []
         loader.quiet()

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from openchatkit.errors import UserError
-from openchatkit.inference.engine import Engine, OutOfMemory
-from openchatkit.inference.sampling import Sampling, choose
+from openchatkit.inference.engine.engine import Engine, OutOfMemory
+from openchatkit.inference.engine.sampling import Sampling, choose
 
 GREEDY = Sampling(max_tokens=40, sample=False)
 PROMPT = [40, 50, 60, 70]

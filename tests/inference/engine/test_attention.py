@@ -16,7 +16,7 @@ from transformers import (
     StaticCache,
 )
 
-from openchatkit.inference import attention
+from openchatkit.inference.engine import attention
 
 COMMON = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from openchatkit.inference import reading
-from openchatkit.inference.engine import Engine, OutOfMemory, Statistics
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.engine import reading
+from openchatkit.inference.engine.engine import Engine, OutOfMemory, Statistics
+from openchatkit.inference.engine.sampling import Sampling
 
 GREEDY = Sampling(max_tokens=12, sample=False)
 FAMILIES = ("neox", "gptj")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from openchatkit.inference import static
-from openchatkit.inference.engine import Engine, Statistics
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.engine import static
+from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.sampling import Sampling
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(max_tokens=20, sample=False)

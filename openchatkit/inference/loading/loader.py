@@ -23,8 +23,9 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.download import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
-from openchatkit.inference import attention, linear, placement
-from openchatkit.inference.engine import is_out_of_memory
+from openchatkit.inference.engine import attention, linear
+from openchatkit.inference.engine.engine import is_out_of_memory
+from openchatkit.inference.loading import placement
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"

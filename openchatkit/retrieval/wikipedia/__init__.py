@@ -16,9 +16,9 @@ from openchatkit.errors import UserError
 from openchatkit.formats import wikipedia_index as layout
 from openchatkit.retrieval.dense import import_faiss, read_index
 from openchatkit.retrieval.encoder import Encoder
-from openchatkit.retrieval.expansion import expand
 from openchatkit.retrieval.passage import Passage
-from openchatkit.retrieval.wikipedia_table import WikipediaTable
+from openchatkit.retrieval.wikipedia.expansion import expand
+from openchatkit.retrieval.wikipedia.table import WikipediaTable
 
 ENCODER = "facebook/contriever-msmarco"
 # The index's type was never published. These are what such an index can be; none of them can run code.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from openchatkit.errors import UserError
-from openchatkit.inference.conversation import Conversation, Turn
+from openchatkit.inference.conversation.conversation import Conversation, Turn
 
 STRIDES = 4  # a stride is this part of the room
 

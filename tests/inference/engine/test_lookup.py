@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from openchatkit.inference.engine import Engine, Statistics
-from openchatkit.inference.lookup import CREDIT, LONGEST, MOST, Lookup
-from openchatkit.inference.sampling import Sampling
+from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.lookup import CREDIT, LONGEST, MOST, Lookup
+from openchatkit.inference.engine.sampling import Sampling
 
 
 def test_it_goes_on_as_the_text_did_where_its_end_stood_before():

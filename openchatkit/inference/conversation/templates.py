@@ -15,7 +15,7 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
-from openchatkit.inference.conversation import Conversation
+from openchatkit.inference.conversation.conversation import Conversation
 
 _ROLES = {"human": "user", "bot": "assistant"}
 _ADVICE = "use --template kit"

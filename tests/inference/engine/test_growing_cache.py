@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, Gemma2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
-from openchatkit.inference.cache import SMALLEST, GrowingCache, GrowingLayer, new_cache
+from openchatkit.inference.engine.cache import SMALLEST, GrowingCache, GrowingLayer, new_cache
 
 HEADS, SIZE = 2, 4
 

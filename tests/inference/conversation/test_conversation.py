@@ -9,9 +9,9 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
-from openchatkit.inference import context, conversation
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.rendering import KitRendering
+from openchatkit.inference.conversation import context, conversation
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.rendering import KitRendering
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from openchatkit.errors import UserError
-from openchatkit.inference import sampling as settings
-from openchatkit.inference.sampling import Sampling, changed, check, choose, mark_seen
+from openchatkit.inference.engine import sampling as settings
+from openchatkit.inference.engine.sampling import Sampling, changed, check, choose, mark_seen
 
 VOCABULARY = 200
 SEEN = [3, 5, 5, 199, 40]

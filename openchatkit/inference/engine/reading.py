@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from openchatkit.inference.cache import new_cache
+from openchatkit.inference.engine.cache import new_cache
 
 # A longer text is read in parts of this many tokens: memory stays bounded, and giving up need not wait for all of it.
 CHUNK = 512

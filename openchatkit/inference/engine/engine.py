@@ -18,10 +18,10 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from openchatkit.errors import UserError
-from openchatkit.inference import static
-from openchatkit.inference.lookup import Lookup
-from openchatkit.inference.reading import Pool, Reader, Slot
-from openchatkit.inference.sampling import Sampling, check_finite, choose, mark_seen
+from openchatkit.inference.engine import static
+from openchatkit.inference.engine.lookup import Lookup
+from openchatkit.inference.engine.reading import Pool, Reader, Slot
+from openchatkit.inference.engine.sampling import Sampling, check_finite, choose, mark_seen
 
 
 class OutOfMemory(UserError):

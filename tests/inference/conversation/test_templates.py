@@ -14,13 +14,13 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
 from openchatkit.formats.tokenizer_files import add_chat_template
-from openchatkit.inference import context, rendering
-from openchatkit.inference.conversation import Conversation
-from openchatkit.inference.engine import Engine
+from openchatkit.inference.conversation import context, rendering
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.templates import TemplateRendering
+from openchatkit.inference.engine.engine import Engine
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.sampling import Sampling
 from openchatkit.inference.session import Session
-from openchatkit.inference.templates import TemplateRendering
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

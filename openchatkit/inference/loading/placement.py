@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from openchatkit.errors import UserError
-from openchatkit.inference import linear
+from openchatkit.inference.engine import linear
 
 GIB = 1 << 30
 # Up to TINY parameters the CPU computes in float32, which is exact and fast enough; above, reading the weights is what

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeo
 
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
-from openchatkit.inference import linear, loader, placement
+from openchatkit.inference.engine import linear
+from openchatkit.inference.loading import loader, placement
 from openchatkit.paths import ROOT
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from loguru import logger
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from openchatkit.inference.reading import Reader
+from openchatkit.inference.engine.reading import Reader
 
 # A cache of a longer context than this would take memory by the gigabyte that short chats never use.
 LONGEST_CONTEXT = 8192

@@ -93,7 +93,7 @@ def _is_repository(source: str) -> bool:
 
 def _converted(folder: Path, source: str, digests: Mapping[str, str]) -> tuple[layout.WikipediaRecord, FileRecord]:
     """The table as Arrow, made unless it is there as it was made before."""
-    from openchatkit.retrieval.wikipedia_table import convert
+    from openchatkit.retrieval.wikipedia.table import convert
 
     path = folder / layout.TABLE
     before = layout.table_record(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from openchatkit.inference import linear
+from openchatkit.inference.engine import linear
 
 CPU = torch.device("cpu")
 # Widths that the CPU's operator takes and others, and one that spreads over several blocks when those are small.
