@@ -60,6 +60,15 @@ def home() -> Path:
         ) from error
 
 
+def unwritable() -> str:
+    """Why nothing can be kept in the home folder, "" where it can. UserError as `home`."""
+    folder = home().absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return f"{there} is no folder"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written"
+
+
 def history_path() -> Path:
     """The file of the lines that were typed."""
     return home() / "history"

@@ -89,6 +89,11 @@ def _chat(given: argparse.Namespace) -> int:
         verbose=given.verbose,
         citations=not given.no_citations,
     )
+    if output.interactive and (fault := chat_file.unwritable()):
+        output.note(
+            f"chats cannot be saved, and what is typed is not kept for later: {fault}; {chat_file.HOME_VARIABLE} names "
+            "another folder"
+        )
     passages = piped(sys.stdin, output) if asked else []
     session = _session(given)
     shell = Shell(session, output, stdin=sys.stdin, stdout=sys.stdout, about=_about(given, session))

@@ -181,6 +181,16 @@ def test_the_users_home_is_where_chats_are_kept_by_default(monkeypatch, tmp_path
     assert chat_file.history_path() == tmp_path / ".openchatkit" / "history"
 
 
+def test_a_home_that_is_not_there_yet_can_be_written_where_its_nearest_folder_can(monkeypatch, tmp_path):
+    assert chat_file.unwritable() == ""
+    assert not chat_file.home().exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: False)
+        assert chat_file.unwritable() == f"{tmp_path} cannot be written"
+    (tmp_path / "home").symlink_to(tmp_path / "nowhere")
+    assert chat_file.unwritable() == f"{tmp_path / 'home'} is no folder"
+
+
 @pytest.mark.parametrize("variable", ["HOME", "OPENCHATKIT_HOME"])
 def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch, variable):
     monkeypatch.delenv("OPENCHATKIT_HOME")

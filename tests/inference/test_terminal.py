@@ -237,9 +237,23 @@ def test_the_history_comes_back_in_a_second_run(terminal, trained_model, chat_ho
 
 
 def test_a_history_that_cannot_be_kept_is_one_note(terminal, trained_model, chat_home):
+    (chat_home / "history").mkdir(parents=True)
+    shell = terminal(trained_model, "--no-date")
+    shell.expect(r"note: what is typed is not kept for later: \S+/history: \S.*\r\n>>> ")
+    shell.sendline("/raw_prompt hi")
+    shell.expect_exact("/raw_prompt hi\r\n<human>: hi\r\n<bot>:\r\n>>> ")
+
+
+def test_a_home_folder_that_cannot_be_written_is_told_of_before_a_model_is_loaded(terminal, trained_model, chat_home):
     chat_home.write_text("a file where the folder should be")
     shell = terminal(trained_model, "--no-date")
-    shell.expect(r"note: what is typed is not kept for later: \S+/history: Not a directory\r\n>>> ")
+    shell.expect(
+        r"note: chats cannot be saved, and what is typed is not kept for later: \S+/chat_home is no folder; "
+        r"OPENCHATKIT_HOME names another folder\r\n"
+    )
+    assert "loading" not in shell.before
+    shell.expect(">>> ")
+    assert "note:" not in shell.before
     shell.sendline("/raw_prompt hi")
     shell.expect_exact("/raw_prompt hi\r\n<human>: hi\r\n<bot>:\r\n>>> ")
 

@@ -42,7 +42,7 @@ class Shell(cmd.Cmd):
         self._output = output
         self._editing = None
         if output.interactive and stdout.isatty():
-            path = chat_file.history_path()
+            path = None if chat_file.unwritable() else chat_file.history_path()
             self._editing = Editing(self.candidates, path=path, style=Style(stdout), note=output.note)
         self._lines = Lines(stdin, output, editing=self._editing)
         self._passages: list[str] = []

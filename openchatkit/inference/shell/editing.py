@@ -15,11 +15,11 @@ Complete = Callable[[str, str], list[str]]
 
 
 class Editing:
-    """The one line editor of the process. `note` is told once if the history cannot be kept."""
+    """The one line editor of the process. `note` is told once if the history cannot be kept; without a path none is."""
 
-    def __init__(self, complete: Complete, *, path: Path, style: Style, note: Callable[[str], None]) -> None:
+    def __init__(self, complete: Complete, *, path: Path | None, style: Style, note: Callable[[str], None]) -> None:
         self._complete = complete
-        self._path: Path | None = path
+        self._path = path
         self._style = style
         self._note = note
         self._candidates: list[str] = []
@@ -40,6 +40,8 @@ class Editing:
             if capable():
                 # What is pasted stays in the line until Enter is pressed, however many lines it has.
                 readline.parse_and_bind("set enable-bracketed-paste on")
+        if self._path is None:
+            return
         try:
             entries = history.read(self._path)
         except OSError as error:
