@@ -55,6 +55,17 @@ def test_a_reset_forgets_the_passage_that_waits(piped, trained_model):
     assert done.lines == ["日本 nothing"]
 
 
+def test_passages_that_wait_are_taken_back(piped, trained_model):
+    done = piped("/passage red\n/passage blue\n/passage -\nsay it\n", trained_model, "--no-sample", "--no-date")
+    assert done.lines == ["日本 nothing"]
+
+
+def test_in_a_pipe_a_passage_ends_with_its_question_though_that_failed(piped, trained_model):
+    script = f"/passage red\n{'word ' * 300}\nsay it\n"
+    done = piped(script, trained_model, "--no-sample", "--no-date")
+    assert done.lines == ["", "日本 nothing"]
+
+
 def test_a_question_without_a_reply_leaves_an_empty_line_and_status_2(piped, trained_model):
     script = f"hello\n{'word ' * 300}\nhello\n"
     done = piped(script, trained_model, "--no-sample", "--no-date")
@@ -184,7 +195,7 @@ def test_the_other_commands(piped, trained_model):
         "Hyperparameters:\n  max_tokens: 9\n  sample: True\n  temperature: 0.0\n  top_k: 5\n  top_p: 1.0\n"
         "  min_p: 0.0\n  repetition_penalty: 1.0\n  seed: 3\n/chats "
     )
-    assert shown.count("/passage TEXT        give the next question a passage to answer from") == 2
+    assert shown.count("/passage TEXT|-      give the next question a passage to answer from") == 2
     assert "\n\n<human>: Passages:\n> red\n\nsay it\n<bot>:\n" in shown
     assert done.status == 0
 

@@ -88,6 +88,22 @@ def test_errors_and_notes_name_what_can_be_done_at_the_prompt(terminal, trained_
     shell.expect_exact("note: the reply was cut after 1 token (/set max_tokens)\r\n>>> ")
 
 
+def test_a_passage_waits_for_a_question_that_gets_a_reply(terminal, trained_model):
+    shell = terminal(trained_model, "--no-sample", "--no-date", "--max-tokens", "40")
+    shell.expect_exact(">>> ")
+    shell.sendline("/passage red")
+    shell.expect_exact(">>> ")
+    shell.sendline("word " * 100)
+    shell.expect(r"what /passage gave waits for the next question; /passage - takes it back\r\n")
+    shell.expect(r"error: this needs \d+ tokens .*\r\n>>> ")
+    shell.sendline("say it")
+    shell.expect_exact("日本 red\r\n>>> ")
+    shell.sendline("/reset")
+    shell.expect_exact(">>> ")
+    shell.sendline("say it")
+    shell.expect_exact("日本 nothing\r\n>>> ")
+
+
 def test_quit_leaves(terminal, trained_model):
     shell = terminal(trained_model, "--no-stream")
     shell.expect_exact(">>> ")

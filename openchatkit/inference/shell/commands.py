@@ -127,13 +127,20 @@ class Shell(cmd.Cmd):
         """/say TEXT  ask; a line without a slash does the same"""
         self._needs(text, "/say")
         passages, self._passages = self._passages, []
-        self.ask(text, passages)
+        before = self._session.conversation
+        try:
+            self.ask(text, passages)
+        finally:
+            # Who types can mend the question; in a pipe the next line asks something else.
+            if passages and self._output.interactive and self._session.conversation is before:
+                self._passages = passages
+                self._output.tell("what /passage gave waits for the next question; /passage - takes it back")
         return False
 
     def do_passage(self, text: str) -> bool:
-        """/passage TEXT  give the next question a passage to answer from; several add up"""
+        """/passage TEXT|-  give the next question a passage to answer from; several add up; - takes them back"""
         self._needs(text, "/passage")
-        self._passages.append(text)
+        self._passages = [] if text == "-" else [*self._passages, text]
         return False
 
     def do_regen(self, _: str) -> bool:
