@@ -279,6 +279,20 @@ def test_a_file_that_changes_while_it_is_read_is_left_out(docs, tmp_path, encode
     assert any("changed while it was read" in each.reason for each in layout.read_skipped(tmp_path / "index", record))
 
 
+def test_a_file_that_goes_while_it_is_read_is_left_out(docs, tmp_path, encoder, monkeypatch):
+    read = building.reading.read
+
+    def read_and_remove(path: Path, options: object) -> object:
+        yield from read(path, options)
+        path.unlink() if path.name == "sea.txt" else None
+
+    monkeypatch.setattr(building.reading, "read", read_and_remove)
+    record = building.build([docs], tmp_path / "index", encoder=encoder)
+    assert set(files_of(tmp_path / "index")) == {"kitchen.md", "rows.jsonl"}
+    reasons = [each.reason for each in layout.read_skipped(tmp_path / "index", record)]
+    assert "cannot be read: No such file or directory" in reasons
+
+
 def test_vectors_are_found_by_digest_and_the_first_counts():
     found = embedded.Vectors(2)
     assert list(found.locate(np.array([b"a"], embedded.KEYS))) == [-1]

@@ -266,7 +266,7 @@ def _notes_of(kept: Iterable[SourceRecord], skipped: Iterable[Skipped]) -> list[
 
 
 def _absolute(paths: Iterable[Path]) -> list[str]:
-    return list(dict.fromkeys(str(Path(path).expanduser().resolve()) for path in paths))
+    return list(dict.fromkeys(str(reading.real_path(path)) for path in paths))
 
 
 def _within(name: str, folders: Sequence[str]) -> bool:

@@ -117,16 +117,12 @@ def row(text: str, title: str, source: str, place: str, document: int, position:
 
 
 def _compared(path: Path, before: SourceRecord | None, settings: Settings, count: Count) -> SourceRecord | Fresh:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from error
-    if before is not None and (before.size, before.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+    stamp = _stamp(path)
+    if before is not None and (before.size, before.mtime_ns) == stamp:
         return before
     digest = reading.digest(path)
     if before is not None and before.digest == digest:
-        return SourceRecord(str(path), digest, stat.st_size, stat.st_mtime_ns, before.first, before.rows)
-    stamp = (stat.st_size, stat.st_mtime_ns)
+        return SourceRecord(str(path), digest, *stamp, before.first, before.rows)
     return Fresh(str(path), digest, *stamp, functools.partial(_rows, path, stamp, settings, count))
 
 
@@ -137,6 +133,14 @@ def _rows(path: Path, stamp: tuple[int, int], settings: Settings, count: Count, 
         source = document.source or str(path)
         for position, chunk in enumerate(chunks.chunks(document, settings.chunking, count)):
             yield row(chunk.text, chunk.title, source, chunk.place, number, position)
-    stat = path.stat()
-    if (stat.st_size, stat.st_mtime_ns) != stamp:
+    if _stamp(path) != stamp:
         raise Unreadable("was changed while it was read: run again when it is complete")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time stamp of a file. Unreadable: it is not there any more."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns

@@ -9,9 +9,21 @@ from pathlib import Path
 
 from openchatkit.retrieval.reading import pdf, prose, rows, streams, web
 from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, place
-from openchatkit.retrieval.reading.walk import find
+from openchatkit.retrieval.reading.walk import find, real_path
 
-__all__ = ["KINDS", "Block", "Document", "Options", "Unreadable", "digest", "find", "kind", "place", "read"]
+__all__ = [
+    "KINDS",
+    "Block",
+    "Document",
+    "Options",
+    "Unreadable",
+    "digest",
+    "find",
+    "kind",
+    "place",
+    "read",
+    "real_path",
+]
 
 Reader = Callable[[Path, Options], Iterator[Document]]
 
@@ -29,9 +41,9 @@ _BINARY = (".pdf",)
 
 def kind(path: Path) -> str | None:
     """The ending that says how a file is read, without that of gzip; None where it is of no kind that can be read."""
-    name = path.name.lower()
-    ending = Path(name.removesuffix(streams.GZIP)).suffix
-    if ending not in KINDS or (ending in _BINARY and name.endswith(streams.GZIP)):
+    name = streams.plain_name(path)
+    ending = Path(name).suffix.lower()
+    if ending not in KINDS or (ending in _BINARY and name != path.name):
         return None
     return ending
 

@@ -1,6 +1,7 @@
 """Rows as documents: JSON lines, and tables of comma or tab separated values with a header."""
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from openchatkit.retrieval.reading.document import Document, Options, Unreadable
 _TEXT = ("text", "content", "body", "passage")
 _TITLE = ("title", "name", "heading")
 _SOURCE = ("url", "source", "link")
+_MARKS = ",;\t"  # between the columns of a table; spreadsheets of half of Europe write the second
 _FIELD_LIMIT = 1 << 24  # characters of a field of a table
 
 Row = Mapping[str, Any]
@@ -25,11 +27,16 @@ def jsonl(path: Path, options: Options) -> Iterator[Document]:
 
 
 def table(path: Path, options: Options) -> Iterator[Document]:
-    """One document a row: the field that holds the text, or all fields, each with its column's name."""
+    """One document a row: the field that holds the text, or all fields, each with its column's name.
+
+    Columns are parted by the mark that the header has most of.
+    """
     csv.field_size_limit(_FIELD_LIMIT)
-    name = path.name.removesuffix(streams.GZIP)
     lines = (f"{line}\n" for _, line in streams.lines(path, whole_rows=True))
-    reader = csv.DictReader(lines, delimiter="\t" if name.endswith(".tsv") else ",", restkey=None)
+    head = next(lines, "")
+    tabs = streams.plain_name(path).lower().endswith(".tsv")
+    mark = "\t" if tabs else max(_MARKS, key=head.count)
+    reader = csv.DictReader(itertools.chain([head], lines), delimiter=mark, restkey=None)
     try:
         if not reader.fieldnames:
             raise Unreadable("holds no header: expected the names of the columns in its first row")
@@ -43,11 +50,11 @@ def table(path: Path, options: Options) -> Iterator[Document]:
 def _documents(
     path: Path, rows: Iterator[tuple[int, Row | None]], text_of: Callable[[Row, Options], str], options: Options
 ) -> Iterator[Document]:
-    found, bad, fields = 0, [], {}
+    found, bad, first, fields = 0, 0, 0, {}
     for number, row in rows:
         text = text_of(row, options) if row is not None else ""
         if not text.strip():
-            bad.append(number)
+            bad, first = bad + 1, first or number
             fields = fields or dict(row or {})
             continue
         found += 1
@@ -57,7 +64,7 @@ def _documents(
     if bad and not found:
         raise Unreadable(_no_field(options.text_field or _TEXT[0], list(fields)))
     if bad:
-        options.notes.append(f"{len(bad):,} rows without a text, the first of them row {bad[0]:,}")
+        options.notes.append(f"{bad:,} rows without a text, the first of them row {first:,}")
 
 
 def _no_field(name: str, fields: list[str]) -> str:

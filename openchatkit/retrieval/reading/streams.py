@@ -77,12 +77,17 @@ def undecodable(encoding: str) -> str:
 
 def stem(path: Path) -> str:
     """A file's name without its endings, the one for compression included."""
-    return Path(path.name.removesuffix(GZIP)).stem
+    return Path(plain_name(path)).stem
+
+
+def plain_name(path: Path) -> str:
+    """A file's name without the ending for compression, which may be in capitals as all endings."""
+    return path.name[: -len(GZIP)] if path.name.lower().endswith(GZIP) else path.name
 
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return gzip.open(path) if path.name.endswith(GZIP) else open(path, "rb")
+        return gzip.open(path) if plain_name(path) != path.name else open(path, "rb")
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
 

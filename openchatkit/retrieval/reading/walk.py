@@ -13,13 +13,15 @@ def find(paths: Sequence[Path], *, leave_out: Sequence[Path] = ()) -> tuple[list
     """All files under `paths`, absolute and sorted, and what was left out: hidden names, links, what is no file.
 
     A path that is named itself is taken whatever it is called, links included; `leave_out` are folders that belong to
-    the index. UserError: a path that is not there.
+    the index. UserError: a path that is not there, or whose name no index can hold.
     """
     files: set[Path] = set()
     skipped: list[Skipped] = []
-    barred = {path.resolve() for path in leave_out}
+    barred = {real_path(path) for path in leave_out}
     for path in paths:
-        real = Path(path).expanduser().resolve()
+        real = real_path(path)
+        if os.fsencode(real) != str(real).encode("utf-8", "replace"):
+            raise UserError(f"{path}: its name is not in UTF-8: rename it")
         if real.is_dir():
             for found in _under(real, real, barred):
                 files.add(found) if isinstance(found, Path) else skipped.append(found)
@@ -28,6 +30,11 @@ def find(paths: Sequence[Path], *, leave_out: Sequence[Path] = ()) -> tuple[list
         else:
             raise UserError(f"{path}: no such file or folder; pass what the index is to be made from")
     return sorted(files), sorted(set(skipped), key=lambda each: each.source)
+
+
+def real_path(path: Path) -> Path:
+    """A path without links and `~`, absolute; where links lead in a circle, as far as they lead anywhere."""
+    return Path(os.path.realpath(Path(path).expanduser()))
 
 
 def _under(folder: Path, root: Path, barred: set[Path]) -> Iterator[Path | Skipped]:
@@ -56,7 +63,10 @@ def _unwanted(entry: os.DirEntry[str], path: Path, root: Path) -> str:
     if not entry.name.isprintable():
         return "its name cannot be shown"
     if entry.is_symlink():
-        inside = path.resolve(strict=False).is_relative_to(root)
+        inside = real_path(path).is_relative_to(root)
         return "a link to what is met there itself" if inside else "a link out of the folder"
-    mode = entry.stat(follow_symlinks=False).st_mode
+    try:
+        mode = entry.stat(follow_symlinks=False).st_mode
+    except OSError as error:  # it may have gone since
+        return f"cannot be read: {error.strerror}"
     return "" if stat.S_ISDIR(mode) or stat.S_ISREG(mode) else "no ordinary file"

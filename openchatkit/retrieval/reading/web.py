@@ -1,5 +1,6 @@
 """HTML as blocks, by the parser of the standard library: no network, no scripts, nothing that is not shown as text."""
 
+import codecs
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,6 +18,12 @@ _INLINE = {
     *("rt", "s", "samp", "small", "source", "span", "strike", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"),
 }
 _CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+# What pages mean by the name of an encoding, where that is not what it says (the WHATWG's Encoding Standard): Western
+# pages hold the quotes and dashes of Windows, and who can read a name in ASCII is not reading UTF-16.
+_MEANT = {
+    **{"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "utf-16": "utf-8", "utf-16-le": "utf-8"},
+    **{"utf-16-be": "utf-8", "gb2312": "gbk", "euc_kr": "cp949", "shift_jis": "cp932"},
+}
 _SNIFFED = 4096  # bytes in which an encoding may be named
 
 
@@ -32,13 +39,19 @@ def html(path: Path, options: Options) -> Iterator[Document]:
 
 def _decoded(data: bytes) -> str:
     named = _CHARSET.search(data[:_SNIFFED])
-    encoding = streams.marked(data) or (named[1].decode("ascii") if named else "utf-8")
+    encoding = streams.marked(data)
     try:
+        encoding = encoding or _meant(named[1].decode("ascii") if named else "utf-8")
         return data.decode(encoding)
     except LookupError:
-        raise Unreadable(f"names an encoding that is not known, {encoding}: save it as UTF-8") from None
-    except UnicodeDecodeError:
+        raise Unreadable(f"names an encoding that is not known, {named[1].decode()}: save it as UTF-8") from None
+    except UnicodeError:
         raise Unreadable(streams.undecodable(encoding)) from None
+
+
+def _meant(name: str) -> str:
+    found = codecs.lookup(name).name
+    return _MEANT.get(found, found)
 
 
 class _Parser(HTMLParser):
@@ -99,6 +112,13 @@ class _Parser(HTMLParser):
             self._first = self._first or start + data[: len(data) - len(data.lstrip())].count("\n")
             self._last = start + data.rstrip().count("\n")
         self._text.append(data if self._code else " ".join(re.split(r"[\r\n]", data)))
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """Pass over `<![...]>`; what is in it is nothing that the library knows, it is passed over like a comment."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            return self.parse_bogus_comment(i)
 
     def end_block(self) -> None:
         """Make a block of the text since the last one."""

@@ -180,6 +180,19 @@ def test_html_says_its_own_encoding(tmp_path):
         "holds bytes that are no UTF-8"
     )
     assert "an encoding that is not known, klingon" in unreadable(write(tmp_path / "c.htm", page.format("klingon")))
+    assert "bytes that are no UNDEFINED" in unreadable(write(tmp_path / "d.htm", page.format("undefined")))
+
+
+def test_names_of_encodings_mean_in_html_what_browsers_take_them_for(tmp_path):
+    page = '<meta charset="{}"><p>“Gruß” …</p>'
+    for name, written in (("iso-8859-1", "cp1252"), ("us-ascii", "cp1252"), ("utf-16", "utf-8")):
+        path = write(tmp_path / "a.htm", page.format(name).encode(written))
+        assert documents(path)[0][1][0].text == "“Gruß” …"  # noqa: RUF001
+
+
+def test_declarations_that_html_does_not_know_are_passed_over(tmp_path):
+    text = "<p>one</p><![foo]><p>two</p><![ ><![if !x]><p>three</p><![endif]><!x y>"
+    assert [block.text for block in documents(write(tmp_path / "a.html", text))[0][1]] == ["one", "two", "three"]
 
 
 def test_rows_of_json(tmp_path):
@@ -206,6 +219,11 @@ def test_tables(tmp_path):
     assert documents(path, Options(text_field="what"))[0][1] == [Block("red\nand quick", 1, 1)]
     path = write(tmp_path / "b.tsv", "text\turl\nhello\tx\n")
     assert [(each.source, [*each.blocks]) for each in reading.read(path, Options())] == [("x", [Block("hello", 1, 1)])]
+    shouted = write(tmp_path / "B.TSV", path.read_bytes())
+    assert documents(shouted, Options(text_field="url"))[0][1] == [Block("x", 1, 1)]
+    path = write(tmp_path / "d.csv", 'text;title\n"old; king";A, B\n')
+    assert documents(path) == [("A, B", [Block("old; king", 1, 1)])]
+    path = write(tmp_path / "b.tsv", "text\turl\nhello\tx\n")
     assert "no row has a field 'what' (its fields: text, url)" in unreadable(path, Options(text_field="what"))
     assert "holds no header" in unreadable(write(tmp_path / "c.csv", ""))
 
@@ -220,6 +238,8 @@ def test_what_is_packed_is_read_too(tmp_path):
     path = write(tmp_path / "a.MD.gz", gzip.compress(b"# Kit\n\ntext\n"))
     assert documents(path) == [("Kit", [Block("Kit", 1, 1, level=1), Block("text", 3, 3)])]
     whole = path.read_bytes()
+    assert documents(write(tmp_path / "B.MD.GZ", whole))[0][0] == "Kit"
+    assert documents(write(tmp_path / "B.TXT.GZ", gzip.compress(b"x")))[0][0] == "B"
     assert "cut short or damaged" in unreadable(write(tmp_path / "cut.md.gz", whole[:-9]))
     assert "cut short or damaged" in unreadable(write(tmp_path / "no.md.gz", b"# Kit\n"))
 
@@ -346,6 +366,7 @@ class TestWalk:
         (root / "gone.txt").symlink_to(root / "nothing" / ".." / ".." / "nothing")
         (root / "loop").symlink_to(root, target_is_directory=True)
         (root / "over").symlink_to(tmp_path, target_is_directory=True)
+        (root / "ring").symlink_to("ring")
         os.mkfifo(root / "pipe.txt")
         files, skipped = reading.find([root], leave_out=[root / "index"])
         assert files == sorted(kept)
@@ -357,7 +378,29 @@ class TestWalk:
             ("out.txt", "a link out of the folder"),
             ("over", "a link out of the folder"),
             ("pipe.txt", "no ordinary file"),
+            ("ring", "a link to what is met there itself"),
         ]
+
+    def test_a_file_that_goes_while_the_folder_is_read_is_left_out(self, tmp_path, monkeypatch):
+        write(tmp_path / "a.txt", "x")
+
+        scan = os.scandir
+
+        def scan_and_remove(folder: Path) -> list[os.DirEntry]:
+            entries = list(scan(folder))
+            (tmp_path / "a.txt").unlink()
+            return entries
+
+        monkeypatch.setattr(os, "scandir", scan_and_remove)
+        files, [skipped] = reading.find([tmp_path])
+        assert (files, skipped.reason) == ([], "cannot be read: No such file or directory")
+
+    def test_a_name_that_no_text_can_hold_is_refused(self, tmp_path):
+        path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+        Path(path).write_text("x")
+        with pytest.raises(UserError, match="its name is not in UTF-8: rename it"):
+            reading.find([Path(path)])
+        assert [each.reason for each in reading.find([tmp_path])[1]] == ["its name cannot be shown"]
 
     def test_what_is_named_itself_is_taken_once(self, tmp_path):
         hidden = write(tmp_path / ".notes.txt", "x")
