@@ -4,6 +4,8 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from openchatkit import cli
+
 if TYPE_CHECKING:  # both need torch, and a batch that is done does not
     from openchatkit.inference.engine.engine import Statistics
     from openchatkit.inference.responder import Reply
@@ -58,8 +60,8 @@ def sources(reply: "Reply") -> list[dict[str, object]]:
 
 
 def citation(number: int, source: "Passage") -> str:
-    """One line: a passage's number, title, place and source."""
-    where = ", ".join(" ".join(part.split()) for part in (source.title, source.place, source.source) if part.strip())
+    """One line that is safe on a terminal: a passage's number, title, place and source."""
+    where = ", ".join(part for part in map(cli.one_line, (source.title, source.place, source.source)) if part)
     return f"[{number}] {where or 'given with the question'}"
 
 

@@ -102,7 +102,8 @@ class Shell(cmd.Cmd):
         if not line:
             return False
         if not line.startswith("/"):
-            return self.do_say(line)
+            self.do_say(line)
+            return False
         name, *rest = line[1:].split(maxsplit=1) or [""]
         handler = getattr(self, f"do_{'help' if name == '?' else name}", None)
         if handler is None:
@@ -121,9 +122,9 @@ class Shell(cmd.Cmd):
         """The commands' names, without the slash."""
         return sorted(name.removeprefix("do_") for name in self.get_names() if name.startswith("do_"))
 
-    # -- the commands; a docstring is what /help prints
+    # -- the commands; a docstring is what /help prints, and what is true ends the loop
 
-    def do_say(self, text: str) -> bool:
+    def do_say(self, text: str) -> None:
         """/say TEXT  ask; a line without a slash does the same"""
         self._needs(text, "/say")
         passages, self._passages = self._passages, []
@@ -135,40 +136,34 @@ class Shell(cmd.Cmd):
             if passages and self._output.interactive and self._session.conversation is before:
                 self._passages = passages
                 self._output.tell("what /passage gave waits for the next question; /passage - takes it back")
-        return False
 
-    def do_passage(self, text: str) -> bool:
+    def do_passage(self, text: str) -> None:
         """/passage TEXT|-  give the next question a passage to answer from; several add up; - takes them back"""
         self._needs(text, "/passage")
         self._passages = [] if text == "-" else [*self._passages, text]
-        return False
 
-    def do_regen(self, _: str) -> bool:
+    def do_regen(self, _: str) -> None:
         """/regen  answer the last question again; the new reply takes the place of the old"""
         asked = self._session.conversation.last_question
         self._answer(asked.text if asked else "", lambda emit: self._session.regenerate(emit=emit))
-        return False
 
-    def do_undo(self, _: str) -> bool:
+    def do_undo(self, _: str) -> None:
         """/undo  take back the last question and its reply"""
         self._output.tell(f"taken back: {words.short(self._session.undo())}")
-        return False
 
-    def do_reset(self, _: str) -> bool:
+    def do_reset(self, _: str) -> None:
         """/reset  forget the conversation"""
         self._passages = []
         self._session.reset()
-        return False
 
-    def do_system(self, text: str) -> bool:
+    def do_system(self, text: str) -> None:
         """/system [TEXT|-]  open the conversation with TEXT, or with none (-); alone, print the text in use"""
         if text:
             self._session.system = "" if text == "-" else text
         else:
             self._output.show(clean(self._session.system).rstrip("\n") + "\n")
-        return False
 
-    def do_set(self, text: str) -> bool:
+    def do_set(self, text: str) -> None:
         """/set [NAME VALUE]  change a setting; alone, print the settings in use"""
         name, *rest = text.split(maxsplit=1) or [""]
         name = name.replace("-", "_")
@@ -187,15 +182,13 @@ class Shell(cmd.Cmd):
         else:
             self._session.set(name, rest[0])
             self._output.tell(f"{name} is now {words.plain(self._settings()[name])}")
-        return False
 
-    def do_hyperparameters(self, _: str) -> bool:
+    def do_hyperparameters(self, _: str) -> None:
         """/hyperparameters  print the settings in use"""
         settings = self._session.hyperparameters()
         self._output.show("Hyperparameters:\n" + "".join(f"  {name}: {value}\n" for name, value in settings.items()))
-        return False
 
-    def do_stats(self, _: str) -> bool:
+    def do_stats(self, _: str) -> None:
         """/stats  print what the last reply took, and all replies together"""
         last = self._session.last
         if last is None:
@@ -203,16 +196,14 @@ class Shell(cmd.Cmd):
         else:
             self._output.show(f"last reply: {report.figures(last.statistics)}\n")
             self._output.show(f"all replies: {report.sums(self._session.totals)}\n")
-        return False
 
-    def do_save(self, text: str) -> bool:
+    def do_save(self, text: str) -> None:
         """/save NAME[!]  save the conversation; with ! also over a saved one"""
         self._needs(text, "/save", "the name to save under")
         path = self._session.save(text.removesuffix("!"), overwrite=text.endswith("!"))
         self._output.tell(f"saved as {path}")
-        return False
 
-    def do_load(self, text: str) -> bool:
+    def do_load(self, text: str) -> None:
         """/load NAME  go on with a saved conversation, in the place of this one"""
         self._needs(text, "/load", "the name of a saved chat; /chats lists them")
         self._session.load(text)
@@ -222,22 +213,19 @@ class Shell(cmd.Cmd):
             f"; the last question: {words.short(conversation.last_question.text)}" if conversation.last_question else ""
         )
         self._output.tell(f"{text}: {report.count(len(conversation.turns), 'turn')}{asked}")
-        return False
 
-    def do_chats(self, _: str) -> bool:
+    def do_chats(self, _: str) -> None:
         """/chats  list the saved conversations"""
         self._output.show("".join(f"{name}\n" for name in chat_file.list_chats()))
-        return False
 
-    def do_retrieval(self, text: str) -> bool:
+    def do_retrieval(self, text: str) -> None:
         """/retrieval [on|off]  look for passages to each question, or not; alone, say which"""
         if text:
             self._session.retrieval = words.on_off(text, "/retrieval")
         else:
             self._output.show(f"retrieval: {'on' if self._session.retrieval else 'off'}\n")
-        return False
 
-    def do_sources(self, _: str) -> bool:
+    def do_sources(self, _: str) -> None:
         """/sources  print the passages that the last reply was made from, and where they are from"""
         last = self._session.last
         sources = [] if last is None else last.sources or [Passage(text) for text in last.passages]
@@ -245,31 +233,27 @@ class Shell(cmd.Cmd):
             self._output.show("no passages\n" if last else "no reply yet\n")
         for number, source in enumerate(sources, 1):
             score = f" (score {source.score:.4g})" if source.source else ""
-            text = " ".join(source.text.split())
-            self._output.show(clean(f"{report.citation(number, source)}{score}\n    {text}\n"))
-        return False
+            text = clean(" ".join(source.text.split()))
+            self._output.show(f"{report.citation(number, source)}{score}\n    {text}\n")
 
-    def do_raw_say(self, text: str) -> bool:
+    def do_raw_say(self, text: str) -> None:
         """/raw_say TEXT  let the model go on from TEXT as it stands, outside the conversation"""
         self._needs(text, "/raw_say")
         self._answer(text, lambda emit: self._session.complete(text, emit=emit))
-        return False
 
-    def do_raw_prompt(self, text: str) -> bool:
+    def do_raw_prompt(self, text: str) -> None:
         """/raw_prompt [TEXT]  print the conversation, or what the model would read of it if TEXT were said next"""
         self._output.show(clean(self._session.prompt(text, self._passages)).rstrip("\n") + "\n")
-        return False
 
     def do_quit(self, _: str) -> bool:
         """/quit  leave; so does Ctrl-D"""
         return True
 
-    def do_help(self, _: str) -> bool:
+    def do_help(self, _: str) -> None:
         """/help  print this list; so does /?"""
         uses = [getattr(self, f"do_{name}").__doc__.split("  ", 1) for name in self.commands()]
         width = max(len(use) for use, _ in uses)
         self._output.show("".join(f"{use:{width}}  {meaning}\n" for use, meaning in uses))
-        return False
 
     # -- Tab
 

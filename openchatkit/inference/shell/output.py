@@ -116,7 +116,7 @@ class Output:
         if self._cites and reply.sources:
             for number, source in enumerate(reply.sources, 1):
                 if source.source:
-                    self._say(self._style.dim(cli.one_line(report.citation(number, source))))
+                    self._say(self._style.dim(report.citation(number, source)))
         if reply.note:
             self.note(reply.note)
         if reply.dropped:

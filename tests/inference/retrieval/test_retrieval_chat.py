@@ -218,3 +218,12 @@ def test_an_index_without_a_search_is_no_error_message_of_python(piped, trained_
     assert done.lines == ["日本 nothing"]
     assert done.notes == ["note: no passages were looked up: the index was made anew under us"]
     assert done.status == 0
+
+
+def test_a_title_cannot_hide_its_source(piped, random_models, monkeypatch, notes):
+    from openchatkit.retrieval.index import Index
+
+    found = Passage("a text\x1b]0;t\x07", "title\x1b]0;gone ", "notes/bread.txt", "line\n2", 0.5, 1)
+    monkeypatch.setattr(Index, "search", lambda self, query, k: [found])
+    done = piped("Which bread rises?\n/sources\n", random_models["neox"], *FLAGS, "--retrieval", str(notes))
+    assert done.lines[-2:] == ["[1] title\\x1b]0;gone, line 2, notes/bread.txt (score 0.5)", "    a text"]
