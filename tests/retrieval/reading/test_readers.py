@@ -187,7 +187,7 @@ def test_names_of_encodings_mean_in_html_what_browsers_take_them_for(tmp_path):
     page = '<meta charset="{}"><p>“Gruß” …</p>'
     for name, written in (("iso-8859-1", "cp1252"), ("us-ascii", "cp1252"), ("utf-16", "utf-8")):
         path = write(tmp_path / "a.htm", page.format(name).encode(written))
-        assert documents(path)[0][1][0].text == "“Gruß” …"  # noqa: RUF001
+        assert documents(path)[0][1][0].text == "“Gruß” …"
 
 
 def test_declarations_that_html_does_not_know_are_passed_over(tmp_path):
