@@ -108,6 +108,7 @@ def _batch(given: argparse.Namespace) -> int:
     from openchatkit.inference.batch.files import Batch
 
     settings = {name: value for name, value in vars(given).items() if name not in _PRESENTATION}
+    settings["retrieval"] = retrieval.contents(given)
     with Batch(given.batch, given.output, settings) as batch:
         if not batch.finished:
             from openchatkit.inference.batch.answering import answer

@@ -119,7 +119,7 @@ class Batch:
 def _foreign(line: int, target: Path) -> UserError:
     return UserError(
         f"line {line} of {target} is no reply to this input with these settings: give the input and flags that it was "
-        "made with, or another --output"
+        "made with, and the same index, or another --output"
     )
 
 

@@ -1,6 +1,7 @@
 """The flags that let a chat look things up, and the index that they name."""
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +43,36 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
     """
     if given.retrieval is None:
         return None
-    from openchatkit.formats import wikipedia_index
     from openchatkit.inference.retrieval.retriever import Retriever
 
-    folder = Path(given.retrieval).expanduser() if given.retrieval else wikipedia_index.FOLDER
-    if not given.retrieval or wikipedia_index.is_one(folder):
-        return Retriever(_wikipedia(folder, given.retrieval_device, announce), k=given.retrieval_k)
-    return Retriever(_own(folder, given.retrieval_device, announce), k=given.retrieval_k)
+    folder, wikipedia = _named(given)
+    opened = (_wikipedia if wikipedia else _own)(folder, given.retrieval_device, announce)
+    return Retriever(opened, k=given.retrieval_k)
+
+
+def contents(given: argparse.Namespace) -> str | None:
+    """A digest of what the index that the flags name holds, wherever it lies; None when they name none.
+
+    UserError when there is none.
+    """
+    if given.retrieval is None:
+        return None
+    from openchatkit.formats import manifest, retrieval_index, wikipedia_index
+
+    folder, wikipedia = _named(given)
+    (wikipedia_index.check if wikipedia else retrieval_index.read)(folder)  # says what is missing
+    digests = sorted(file.sha256 for file in manifest.read(folder).files.values())
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _named(given: argparse.Namespace) -> tuple[Path, bool]:
+    """The folder of the index that the flags name, and whether it is Wikipedia's."""
+    from openchatkit.formats import wikipedia_index
+
+    if not given.retrieval:
+        return wikipedia_index.FOLDER, True
+    folder = Path(given.retrieval).expanduser()
+    return folder, wikipedia_index.is_one(folder)
 
 
 def _own(folder: Path, device: str, announce: Callable[[str], None]) -> Any:

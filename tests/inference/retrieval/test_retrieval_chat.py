@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,8 +39,6 @@ def notes(tmp_path_factory) -> Path:
 @pytest.fixture
 def own(notes, tmp_path) -> Path:
     """The same, for a test to spoil."""
-    import shutil
-
     return Path(shutil.copytree(notes, tmp_path / "index"))
 
 
@@ -87,6 +86,37 @@ def test_rows_of_a_batch_carry_their_sources(piped, trained_model, notes, tmp_pa
     assert (second["reply"], [source["text"] for source in second["sources"]]) == ("日本 red", ["red"])
     other = piped("", trained_model, *FLAGS, *files)
     assert other.notes[0].startswith("error: line 1 of ")
+
+
+def test_a_batch_goes_on_with_the_index_that_it_began_with_wherever_that_lies(piped, random_models, notes, tmp_path):
+    rows = [{"prompt": "When does bread rise overnight?"}, {"prompt": "Where is the kettle?"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    command = (random_models["neox"], *FLAGS, "--batch", str(tmp_path / "in.jsonl"), "--output", str(out))
+    assert piped("", *command, "--retrieval", str(notes)).status == 0
+    whole = out.read_bytes()
+    out.write_bytes(whole.splitlines(keepends=True)[0])
+    shutil.copytree(notes, tmp_path / "moved")
+    assert piped("", *command, "--retrieval", str(tmp_path / "moved")).status == 0
+    assert [json.loads(line)["sources"] for line in out.read_bytes().splitlines()] == [
+        json.loads(line)["sources"] for line in whole.splitlines()
+    ]
+    out.write_bytes(one := whole.splitlines(keepends=True)[0])
+    (tmp_path / "more.txt").write_text("A kettle stands in the harbour.\n")
+    building.add([tmp_path / "more.txt"], tmp_path / "moved")
+    done = piped("", *command, "--retrieval", str(tmp_path / "moved"))
+    assert done.notes[0].startswith(f"error: line 1 of {out} is no reply to this input with these settings: ")
+    assert (done.status, out.read_bytes()) == (2, one)
+
+
+def test_a_batch_without_its_index_is_one_line(piped, trained_model, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    files = ("--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    done = piped("", "/no/such/model", *files, "--retrieval", str(tmp_path / "none"))
+    assert done.notes == [
+        f"error: {tmp_path / 'none'} is not a folder: expected a retrieval index, as retrieval/build_index.py makes"
+    ]
+    assert (done.status, (tmp_path / "out.jsonl").exists()) == (2, False)
 
 
 def test_what_would_be_sent_is_shown_with_its_passages(piped, trained_model, notes):
