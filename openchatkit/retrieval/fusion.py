@@ -1,10 +1,11 @@
-"""One order out of two, and what a passage must show to be in it.
+"""One order out of what meaning and words say, and what a passage must show to be in it.
 
-Rank fusion adds 1 / (offset + rank) over the orders that hold a row (Cormack, Clarke and Buettcher, Reciprocal rank
-fusion outperforms Condorcet and individual rank learning methods, SIGIR 2009): scores of different kinds need not be
-weighed against each other. Its authors take 60 as the offset; 10 found more here (see `RANK_OFFSET`).
+Scores of different kinds are weighed against each other by where they stand among those of all candidates: the lowest
+counts 0, the highest 1, and the mean of both kinds decides (Bruch, Gai and Ingber, An analysis of fusion functions for
+hybrid retrieval, ACM TOIS 42, 2023). It finds more than fusing ranks does; see `benchmarks/retrieval_quality.py`.
 
-Ranks say nothing about whether the best passage is any good, so that is asked of the evidence itself: see `above`.
+A place among candidates says nothing about whether the best is any good, so that is asked of the evidence itself: see
+`above`.
 """
 
 from collections.abc import Sequence
@@ -14,15 +15,12 @@ import numpy as np
 from openchatkit.formats.retrieval_index import EncoderRecord, Floor
 from openchatkit.retrieval.vectors import COSINE
 
-# 2,500 titles of the examples in awscli 1.46.2 as questions, their bodies (128 tokens) as passages, MiniLM and BM25:
-# recall@10 is 0.976 with 60, 0.980 with 10, and MRR@10 no lower; dense alone has 0.968, BM25 alone 0.952.
-RANK_OFFSET = 10
-DEPTH = 100  # rows of each order that are fused
+DEPTH = 100  # rows that meaning and words each name as candidates
 
-# Of the same passages, the best cosine for 500 titles is above 0.36 in 99 of 100 cases, for 54 remarks of small talk
-# and 20 questions about other things at most 0.31. Words alone tell less: the strength is above 0.57 for 97 of 100
-# titles, and at most 0.61 for small talk, 0.7 for the other questions.
-FLOOR = Floor(cosine=0.33, weak_cosine=0.2, strength=0.74, strength_alone=0.57)
+# Chosen on titles that `benchmarks/retrieval_quality.py` does not ask: of MiniLM, the best cosine for 99 of 100 titles
+# of awscli's examples is above 0.37, for small talk at most 0.31. Words alone tell less: the best strength is over 0.57
+# for 96 of 100 titles, and for 9 of 100 remarks of small talk.
+FLOOR = Floor(cosine=0.35, weak_cosine=0.2, strength=0.74, strength_alone=0.57)
 
 
 def default_floor(encoder: EncoderRecord | None) -> Floor:
@@ -35,18 +33,22 @@ def default_floor(encoder: EncoderRecord | None) -> Floor:
     return Floor(cosine=-1.0, weak_cosine=-1.0, strength=FLOOR.strength, strength_alone=FLOOR.strength_alone)
 
 
-def fuse(orders: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of several orders as one, the best first: row numbers, and the sum of their reciprocal ranks.
-
-    Of rows with one sum, the one that comes first in the first order comes first.
-    """
+def candidates(orders: Sequence[np.ndarray]) -> np.ndarray:
+    """The rows of several orders, each once, as they first come."""
     every = np.concatenate(orders)
-    ranks = np.concatenate([np.arange(1, 1 + len(order)) for order in orders])
-    rows, first, place = np.unique(every, return_index=True, return_inverse=True)
-    # A row that is 2nd and 5th has the sum of one that is 5th and 2nd, whichever is added first.
-    scores = np.bincount(place, 1 / (RANK_OFFSET + ranks), minlength=len(rows)).round(12)
-    best = np.lexsort((first, -scores))
-    return rows[best], scores[best]
+    return every[np.sort(np.unique(every, return_index=True)[1])]
+
+
+def fuse(evidence: Sequence[np.ndarray]) -> np.ndarray:
+    """Scores [n] of n candidates, from 0 to 1, out of their scores [n] of each kind."""
+    return np.mean([_places(scores) for scores in evidence], axis=0)
+
+
+def _places(scores: np.ndarray) -> np.ndarray:
+    """Where each stands between the lowest and the highest: 0 to 1, and 1 where all are the same."""
+    scores = scores.astype(np.float64)
+    low, high = scores.min(initial=np.inf), scores.max(initial=-np.inf)
+    return (scores - low) / (high - low) if high > low else np.ones_like(scores)
 
 
 def above(floor: Floor, cosines: np.ndarray | None, strengths: np.ndarray) -> np.ndarray:

@@ -139,17 +139,21 @@ class Index:
             raise UserError(f"there is no mode {mode!r}: expected fused, dense or sparse")
         if k <= 0 or not query.strip():
             return Ranking(np.empty(0, np.int64), np.empty(0), None, np.empty(0))
+        by_meaning = vector is not None and mode != "sparse"
+        by_words = mode != "dense" or vector is None
         depth = max(k, fusion.DEPTH)
         orders = []
-        if vector is not None and mode != "sparse":
+        if by_meaning:
             assert self.dense is not None, self.folder
             orders.append(self.dense.search(vector, depth)[1])
-        if mode != "dense" or vector is None:
+        if by_words:
             orders.append(self.sparse.search(query, depth)[1])
-        rows, scores = fusion.fuse(orders)
+        rows = fusion.candidates(orders)
         counted = self.sparse.scores(query, rows)
         similarity = None if vector is None or self.vectors is None else kept.scores(self.vectors, vector, rows)
-        ranking = Ranking(rows, scores, similarity, counted)
+        scores = fusion.fuse([similarity] * by_meaning + [counted] * by_words)
+        best = np.argsort(-scores, kind="stable")
+        ranking = Ranking(rows, scores, similarity, counted).only(best)
         if floor is not False:
             chosen = fusion.above(
                 self.record.floor if floor is True else floor,

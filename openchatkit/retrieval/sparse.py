@@ -26,7 +26,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats.retrieval_index import SparseRecord
 from openchatkit.retrieval.words import words
 
-K1, B = 1.5, 0.75
+K1, B = 1.2, 0.75
 _PIECE = 8192  # rows at a time
 _MOST_WORDS = 64  # of a question: a pasted page is told from others by fewer
 _SCORE, _ROW, _START = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<i8")

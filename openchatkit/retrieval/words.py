@@ -1,8 +1,9 @@
 """What counts as a word for BM25: the same in an index and in a question.
 
 Text is taken as NFKC, cut at what is no letter or digit, and case-folded. A word in camel case counts whole and in its
-parts, so that `getObject` is found by "get object" and `GitHub` by "github". Chinese and Japanese, which part no words,
-count as pairs of characters. English words that say nothing about a subject are left out.
+parts, so that `getObject` is found by "get object" and `GitHub` by "github". Of plurals, the singular counts. Chinese
+and Japanese, which part no words, count as pairs of characters. English words that say nothing about a subject are left
+out.
 """
 
 import re
@@ -30,11 +31,23 @@ def words(text: str) -> list[str]:
         word = run.lower()
         if word in _EMPTY or len(word) > LONGEST:
             continue
-        found.append(word)
+        found.append(singular(word))
         if not (word == run or run[1:] == word[1:] or run.isupper()):
             parts = _HUMPS.split(run)
-            found += [part.lower() for part in parts] if len(parts) > 1 else []
+            found += [singular(part.lower()) for part in parts] if len(parts) > 1 else []
     return found
+
+
+def singular(word: str) -> str:
+    """A lower-case word without the ending of an English plural: the S stemmer of Harman, How effective is suffixing?
+
+    (JASIS 42, 1991). Words of up to three letters stay, since many are abbreviations.
+    """
+    if len(word) <= 3 or not word.endswith("s") or word.endswith(("us", "ss")):
+        return word
+    if word.endswith("ies") and not word.endswith(("eies", "aies")):
+        return f"{word[:-3]}y"
+    return word[:-1]
 
 
 def _of_unparted(run: str) -> list[str]:

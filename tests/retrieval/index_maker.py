@@ -23,7 +23,7 @@ TEXTS = [
 class WordEncoder:
     """The sum of a random direction for each word, at length 1: texts with common words are near each other."""
 
-    name, digest, dimension = "words", "d" * 64, 64
+    name, digest, dimension = "words", "d" * 64, 256
 
     def encode(self, texts: Sequence[str], *, query: bool = False) -> np.ndarray:
         vectors = np.full((len(texts), self.dimension), 1e-3, np.float32)

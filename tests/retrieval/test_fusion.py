@@ -6,21 +6,23 @@ from openchatkit.formats.retrieval_index import EncoderRecord, Floor
 from openchatkit.retrieval import fusion
 
 
-def test_rows_in_both_orders_come_first_and_sums_are_of_reciprocal_ranks():
-    rows, scores = fusion.fuse([np.array([7, 3, 5]), np.array([3, 9])])
-    assert rows.tolist() == [3, 7, 9, 5]
-    first, second, third = (1 / (fusion.RANK_OFFSET + rank) for rank in (1, 2, 3))
-    np.testing.assert_allclose(scores, [first + second, first, second, third])
+def test_candidates_are_those_of_all_orders_once_each():
+    orders = [np.array([7, 3, 5]), np.array([3, 9]), np.empty(0, np.int64)]
+    assert fusion.candidates(orders).tolist() == [7, 3, 5, 9]
+    assert fusion.candidates([np.empty(0, np.int64)]).tolist() == []
 
 
-def test_of_equal_sums_the_first_order_decides():
-    assert fusion.fuse([np.array([4, 8, 1]), np.array([1, 8, 4])])[0].tolist() == [4, 1, 8]
-    assert fusion.fuse([np.array([9]), np.array([2])])[0].tolist() == [9, 2]
+def test_scores_are_means_of_places_between_the_lowest_and_the_highest():
+    cosines, counted = np.array([0.1, 0.9, 0.5], np.float32), np.array([0.0, 3.0, 12.0], np.float32)
+    np.testing.assert_allclose(fusion.fuse([cosines, counted]), [0, (1 + 0.25) / 2, (0.5 + 1) / 2], rtol=1e-6)
+    np.testing.assert_allclose(fusion.fuse([counted]), [0, 0.25, 1])
 
 
-def test_one_order_and_none():
-    assert fusion.fuse([np.array([5, 2])])[0].tolist() == [5, 2]
-    assert fusion.fuse([np.empty(0, np.int64)])[0].tolist() == []
+def test_a_kind_that_tells_nothing_changes_no_order():
+    cosines = np.array([0.1, 0.9, 0.5])
+    assert np.argsort(fusion.fuse([cosines, np.zeros(3)])).tolist() == [0, 2, 1]
+    assert fusion.fuse([np.array([4.0])]).tolist() == [1]
+    assert fusion.fuse([np.empty(0), np.empty(0)]).tolist() == []
 
 
 def test_a_row_is_found_by_its_cosine_or_by_less_of_it_and_words():

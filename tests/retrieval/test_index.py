@@ -72,7 +72,7 @@ def test_k_may_be_more_than_there_are_or_nothing(folder, encoder):
         with pytest.raises(UserError, match="no mode 'both'"):
             index.search("x", mode="both")
         with pytest.raises(UserError, match="not finite"):
-            index.search_vectors(np.full((1, 64), np.nan), 1)
+            index.search_vectors(np.full((1, 256), np.nan), 1)
 
 
 def test_without_an_encoder_it_is_searched_by_words(tmp_path):
@@ -84,7 +84,7 @@ def test_without_an_encoder_it_is_searched_by_words(tmp_path):
         with pytest.raises(UserError, match="searched by words alone"):
             index.search("bread", mode="dense")
         with pytest.raises(UserError, match="holds no vectors"):
-            index.search_vectors(np.ones((1, 64)), 1)
+            index.search_vectors(np.ones((1, 256)), 1)
     with pytest.raises(UserError, match="made without an encoder"):
         Index.open(tmp_path, WordEncoder())
 
@@ -170,10 +170,10 @@ def test_an_index_of_nothing_is_refused(folder, encoder):
 
 
 def test_bad_vectors_and_metrics_are_refused_and_the_old_index_stays(folder, encoder, monkeypatch):
-    monkeypatch.setattr(encoder, "encode", lambda texts: np.full((len(texts), 64), np.nan))
+    monkeypatch.setattr(encoder, "encode", lambda texts: np.full((len(texts), 256), np.nan))
     with pytest.raises(UserError, match="not finite"):
         make(folder, encoder=encoder)
-    monkeypatch.setattr(encoder, "record", lambda: layout.EncoderRecord("words", encoder.digest, 64, "manhattan", 128))
+    monkeypatch.setattr(encoder, "record", lambda: layout.EncoderRecord("words", encoder.digest, 256, "manhattan", 128))
     with pytest.raises(UserError, match="words compares by 'manhattan'"):
         make(folder, encoder=encoder)
     assert layout.read(folder)[0].generation == 1

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openchatkit.retrieval.words import LONGEST, words
+from openchatkit.retrieval.words import LONGEST, singular, words
 
 
 @pytest.mark.parametrize(
@@ -13,8 +13,9 @@ from openchatkit.retrieval.words import LONGEST, words
         ("The Quick, brown fox", ["quick", "brown", "fox"]),
         ("getObject", ["getobject", "get", "object"]),
         ("on GitHub", ["github", "git", "hub"]),
-        ("HTTPServer list_objects_v2", ["httpserver", "http", "server", "list", "objects", "v2"]),
-        ("AWS::S3::Bucket --dry-run", ["aws", "s3", "bucket", "dry", "run"]),
+        ("HTTPServer list_objects_v2", ["httpserver", "http", "server", "list", "object", "v2"]),
+        ("AWS::S3::Buckets --dry-run", ["aws", "s3", "bucket", "dry", "run"]),
+        ("listObjects of CLASSES", ["listobject", "list", "object", "classe"]),
         ("Ünïcode STRASSE straße", ["ünïcode", "strasse", "strasse"]),
         ("\ufb01le \uff11\uff12", ["file", "12"]),
         ("東京都 tower", ["東京", "京都", "tower"]),
@@ -26,6 +27,18 @@ from openchatkit.retrieval.words import LONGEST, words
 )
 def test_texts_are_cut_into_words(text, expected):
     assert words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        *[("policies", "policy"), ("tags", "tag"), ("caches", "cache"), ("gas", "gas"), ("dns", "dns")],
+        *[("access", "access"), ("status", "status"), ("zombies", "zomby"), ("aies", "aie"), ("tag", "tag")],
+    ],
+)
+def test_of_plurals_the_singular_counts(word, expected):
+    assert singular(word) == expected
+    assert words(word) == words(word.upper()) == [expected]
 
 
 @given(st.text())
