@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openchatkit.retrieval.wikipedia.expansion import expand
+from openchatkit.retrieval.wikipedia.expansion import expand, part
 
 
 class Articles:
@@ -65,3 +65,51 @@ def test_a_cosine_at_the_threshold_is_not_enough():
 
     assert expand(Articles(), [2], embed, width=2, threshold=1.0001) == [range(2, 3)]
     assert expand(Articles(), [2], embed, width=2, threshold=0.999) == [range(0, 5)]
+
+
+def test_no_row_is_shown_twice():
+    rows, shown = [4, 6, 5, 9, 1], [range(2, 7), range(5, 8), range(3, 8), range(7, 10), range(0, 4)]
+    assert part(rows, shown) == [(4, range(2, 7)), (9, range(7, 10)), (1, range(0, 2))]
+    assert part([], []) == []
+
+
+def reference(table: list[tuple[int, str]], vectors: np.ndarray, row: int, width: int, threshold: float) -> range:
+    """The expansion as it is documented, snippet by snippet in float64, from (article, text) rows."""
+    inside = []
+    for step in (-1, 1):
+        number, taken = row + step, 0
+        while 0 <= number < len(table) and taken < width and table[number][0] == table[row][0]:
+            cosine = vectors[number] @ vectors[row] / np.sqrt((vectors[number] ** 2).sum() * (vectors[row] ** 2).sum())
+            if not cosine > threshold:
+                break
+            number, taken = number + step, taken + 1
+        inside.append(taken)
+    return range(row - inside[0], row + inside[1] + 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_is_what_a_plain_reference_makes_of_articles_of_any_length(seed):
+    random = np.random.default_rng(seed)
+    table = [(article, f"{article}") for article in range(30) for _ in range(random.integers(1, 9))]
+    about = random.normal(size=(len(table), 6))
+    vectors = about + 2 * about[np.maximum(0, np.arange(len(table)) - 1)]  # like the one before, more or less
+
+    class Drawn:
+        def text(self, number: int) -> str:
+            return str(number)
+
+        def neighbours(self, number: int, width: int) -> range:
+            near = range(max(0, number - width), min(len(table), number + width + 1))
+            same = [each for each in near if table[each][0] == table[number][0]]
+            return range(same[0], same[-1] + 1)
+
+    rows = random.choice(len(table), 12, replace=False).tolist()
+    width, threshold = int(random.integers(0, 8)), float(random.uniform(-0.2, 0.8))
+    shown = expand(
+        Drawn(),
+        rows,
+        lambda texts: vectors[list(map(int, texts))].astype(np.float32),
+        width=width,
+        threshold=threshold,
+    )
+    assert shown == [reference(table, vectors, row, width, threshold) for row in rows]

@@ -196,6 +196,63 @@ def test_rows_that_are_not_there_are_dropped(ready, encoder):
         assert min(passage.id for passage in found) >= 0
 
 
+@pytest.mark.parametrize(("w", "w_th"), [(5, 0.5), (1, 0.5), (3, 0.95), (20, 0.97), (0, -1), (5, -1)])
+def test_search_is_what_a_plain_reference_makes_of_the_published_texts(ready, encoder, w, w_th):
+    vectors = encoder.encode(FLAT).astype(np.float64)
+    lengths = np.sqrt((vectors**2).sum(axis=1))
+
+    def text(row: int) -> str:
+        article = row // maker.LENGTH
+        taken = {-1: [], 1: []}
+        for step, texts in taken.items():
+            number = row + step
+            while number // maker.LENGTH == article and len(texts) < w:
+                if not vectors[number] @ vectors[row] / (lengths[number] * lengths[row]) > w_th:
+                    break
+                texts.append(FLAT[number])
+                number += step
+        return " ".join([*reversed(taken[-1]), FLAT[row], *taken[1]])
+
+    with WikipediaIndex(ready, encoder) as index:
+        for number in (0, 8, 200, len(FLAT) - 1):
+            found = index.passages(FLAT[number], k=7, w=w, w_th=w_th)
+            assert number in [passage.id for passage in found]
+            assert [passage.text for passage in found] == [text(passage.id) for passage in found]
+            assert index.search(FLAT[number], 7, w, w_th) == [passage.text for passage in found]
+
+
+class Drawn:
+    """A faiss index that finds what it is told to."""
+
+    d, ntotal = 32, len(FLAT)
+
+    def __init__(self, rows: list[int], scores: list[float]) -> None:
+        self._found = np.array([scores], np.float32), np.array([rows])
+
+    def search(self, vector: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._found
+
+
+def test_what_has_no_row_or_no_number_is_left_out(ready, encoder):
+    with WikipediaIndex(ready, encoder) as index:
+        index._index = Drawn([7, 20, 7, -1, 30], [0.9, np.nan, 0.8, -np.inf, np.inf])
+        assert [passage.id for passage in index.passages("bread", 5, w=0)] == [7]
+        index._index = Drawn([len(FLAT)], [0.9])
+        with pytest.raises(UserError, match=r"knn\.index is damaged: it names row 360; prepare it again"):
+            index.search("bread")
+
+
+def test_texts_that_are_to_be_apart_share_no_snippet(ready, encoder):
+    with WikipediaIndex(ready, encoder) as index:
+        index._index = Drawn([8, 9, 11, 2], [0.9, 0.8, 0.7, 0.6])
+        found = index.passages("bread", 4, w=2, w_th=-1, apart=True)
+    assert [(passage.id, passage.text) for passage in found] == [
+        (8, " ".join(FLAT[6:11])),
+        (11, FLAT[11]),
+        (2, " ".join(FLAT[0:5])),
+    ]
+
+
 def test_opening_needs_no_encoder_and_no_torch(ready):
     import subprocess
 

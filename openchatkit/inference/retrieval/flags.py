@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from openchatkit.retrieval.wikipedia import WikipediaIndex
 
 DEFAULT_K = 3  # passages
+_WIDTH = 2  # snippets of Wikipedia on each side of one that is found
 _STEM = 5  # characters by which two forms of a word are taken for one
 
 
@@ -103,7 +104,8 @@ class WikipediaSearcher:
     """Wikipedia as a chat searches it.
 
     Whatever is asked, some snippets are the nearest, and how near is near enough has not been measured. So a passage
-    counts only if it holds a word of the question that says something.
+    counts only if it holds a word of the question that says something. A passage has few neighbours: with all that
+    `WikipediaIndex.search` shows by default, one alone is more than a quarter of 2,048 tokens.
     """
 
     def __init__(self, index: "WikipediaIndex") -> None:
@@ -112,7 +114,7 @@ class WikipediaSearcher:
     def search(self, query: str, k: int) -> list[Passage]:
         """The passages of the k nearest snippets, each with its neighbours, that are about the question."""
         stems = {word[:_STEM] for word in telling_words(query)}
-        found = self._index.passages(query, k) if stems else []
+        found = self._index.passages(query, k, w=_WIDTH, apart=True) if stems else []
         return [passage for passage in found if _stems_of(passage) & stems]
 
 

@@ -17,7 +17,7 @@ from openchatkit.formats import wikipedia_index as layout
 from openchatkit.retrieval.dense import import_faiss, read_index
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.passage import Passage
-from openchatkit.retrieval.wikipedia.expansion import expand
+from openchatkit.retrieval.wikipedia.expansion import expand, part
 from openchatkit.retrieval.wikipedia.table import WikipediaTable
 
 ENCODER = "facebook/contriever-msmarco"
@@ -73,8 +73,12 @@ class WikipediaIndex:
         """
         return [passage.text for passage in self.passages(query, k, w=w, w_th=w_th)]
 
-    def passages(self, query: str, k: int = 1, *, w: int = 5, w_th: float = 0.5) -> list[Passage]:
-        """What `search` finds, with titles where the published table has them; `score` is the inner product."""
+    def passages(self, query: str, k: int = 1, *, w: int = 5, w_th: float = 0.5, apart: bool = False) -> list[Passage]:
+        """What `search` finds, with titles where the published table has them; `score` is the inner product.
+
+        Snippets beside each other are often found together, and their texts overlap; with `apart`, no snippet is in
+        two of them, and there may be fewer.
+        """
         if k < 1 or w < 0 or not np.isfinite(w_th):
             raise UserError(f"k={k}, w={w}, w_th={w_th}: expected k of at least 1, w of at least 0, and a number")
         if not query.strip():
@@ -83,21 +87,23 @@ class WikipediaIndex:
         if not np.isfinite(vector).all():
             raise UserError(f"{self.encoder.name} makes numbers that are not finite of the question: fetch it again")
         scores, rows = self._index.search(vector, min(k, len(self.table)))
-        # -1 fills up what the lists that were looked at did not hold.
-        found = [(int(row), float(score)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0]
-        if wrong := [row for row, _ in found if row >= len(self.table)]:
+        # -1 fills up what the lists that were looked at did not hold; a vector that is not finite is near to nothing.
+        found = {int(row): float(score) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0}
+        found = {row: score for row, score in found.items() if np.isfinite(score)}
+        if wrong := [row for row in found if row >= len(self.table)]:
             raise UserError(f"{self.folder / layout.INDEX} is damaged: it names row {wrong[0]:,}; prepare it again")
-        shown = expand(self.table, [row for row, _ in found], self.encoder.encode, width=w, threshold=w_th)
+        shown = expand(self.table, list(found), self.encoder.encode, width=w, threshold=w_th)
+        texts = part(list(found), shown) if apart else zip(found, shown, strict=True)
         return [
             Passage(
                 " ".join(self.table.text(number).strip() for number in numbers),
                 title=self.table.title(row),
                 source="Wikipedia",
                 place=f"snippet {row}",
-                score=score,
+                score=found[row],
                 id=row,
             )
-            for (row, score), numbers in zip(found, shown, strict=True)
+            for row, numbers in texts
         ]
 
     def close(self) -> None:

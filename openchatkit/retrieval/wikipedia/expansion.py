@@ -43,6 +43,23 @@ def expand(
     return [_kept(window, row, directions, threshold) for window, row in zip(windows, rows, strict=True)]
 
 
+def part(rows: Sequence[int], shown: Sequence[range]) -> list[tuple[int, range]]:
+    """The same without a row twice: each goes to the first that shows it, and one that has gone is shown no more."""
+    taken: set[int] = set()
+    parted = []
+    for row, window in zip(rows, shown, strict=True):
+        if row in taken:
+            continue
+        first, end = row, row + 1
+        while first - 1 in window and first - 1 not in taken:
+            first -= 1
+        while end in window and end not in taken:
+            end += 1
+        taken.update(range(first, end))
+        parted.append((row, range(first, end)))
+    return parted
+
+
 def _kept(window: range, row: int, directions: dict[int, np.ndarray], threshold: float) -> range:
     def near(number: int) -> bool:
         return number in window and float(directions[number] @ directions[row]) > threshold

@@ -147,7 +147,8 @@ class Snippets:
     def __init__(self, *texts: str) -> None:
         self._texts = texts
 
-    def passages(self, query: str, k: int) -> list[Passage]:
+    def passages(self, query: str, k: int, *, w: int, apart: bool) -> list[Passage]:
+        assert (w, apart) == (2, True)
         return [Passage(text, "Penicillin", "Wikipedia") for text in self._texts[:k]]
 
 
