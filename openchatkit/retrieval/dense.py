@@ -67,7 +67,8 @@ def build(
         for first in range(0, rows, _PIECE):
             index.add(vectors[first : first + _PIECE].astype(np.float32))
             bar.update(min(_PIECE, rows - first))
-    faiss.write_index(index, str(path))
+    with open(path, "wb") as file:  # not by faiss, whose errors do not say that a disk is full
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     if kind == FLAT:
         return DenseRecord(kind)
     # Codes of a quarter of a byte a number tell less about the order than bytes do.

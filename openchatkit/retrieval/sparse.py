@@ -13,6 +13,7 @@ evaluation: strategies and optimizations, 1995). The result is the same.
 
 import bisect
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -110,10 +111,11 @@ def _arranged(
             if len(present):
                 highest[present] = np.maximum(highest[present], np.maximum.reduceat(scored, begin))
             bar.update(len(entries))
-    for array in (scores, postings):
+    begins = _create(paths.starts, _START, len(starts))
+    begins[:] = starts
+    for array in (scores, postings, begins):
         if isinstance(array, np.memmap):
             array.flush()
-    np.save(paths.starts, starts, allow_pickle=False)
     table = pa.record_batch([pa.array(vocabulary, pa.large_string()), weights, highest], schema=_WORDS)
     with pa.OSFile(str(paths.words), "wb") as file, pa.ipc.new_file(file, _WORDS) as writer:
         writer.write_batch(table)
@@ -127,10 +129,22 @@ def _pieces(spill: Path, sizes: list[int]) -> Iterator[np.ndarray]:
 
 
 def _create(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
-    if size:
-        return np.lib.format.open_memmap(path, "w+", dtype, (int(size),))
-    np.save(path, np.empty(0, dtype), allow_pickle=False)  # which cannot be mapped
-    return np.empty(0, dtype)
+    """An array in a new file, to be filled by memory map.
+
+    Its room on the disk is taken here: where a map finds none left, the system ends the process.
+    """
+    with open(path, "wb") as file:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (int(size),)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        if not size:
+            return np.empty(0, dtype)  # which cannot be mapped
+        begin, length = file.tell(), int(size) * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), begin, length)
+        else:
+            file.truncate(begin + length)
+    return np.memmap(path, dtype, "r+", begin, (int(size),))
 
 
 class Sparse:

@@ -1,5 +1,8 @@
 """Searching vectors with faiss: what is found, what is built for how many rows, and what is not read."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -90,6 +93,14 @@ def test_a_cut_file_is_refused_by_name(tmp_path, vectors):
                 dense.Dense.open(path, record, vectors)
     limit = faiss.get_deserialization_vector_byte_limit()
     assert limit > 1 << 30, "the limit of one file stayed behind"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+@pytest.mark.parametrize("kind", [dense.FLAT, dense.LISTS])
+def test_a_full_disk_is_told_as_one(vectors, kind):
+    with pytest.raises(OSError, match="No space left") as caught:
+        dense.build(vectors, Path("/dev/full"), kind=kind)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_without_a_gpu_searching_there_is_refused(tmp_path, vectors, monkeypatch):

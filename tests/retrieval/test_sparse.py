@@ -95,6 +95,14 @@ def test_no_spill_stays_behind(paths, monkeypatch):
     assert not paths.scores.with_name("spill").exists()
 
 
+def test_the_room_of_an_array_is_taken_before_it_is_mapped(tmp_path):
+    array = sparse._create(tmp_path / "array.npy", np.dtype("<f4"), 1_000_000)
+    assert (tmp_path / "array.npy").stat().st_blocks * 512 >= array.nbytes == 4_000_000
+    array[-1] = 5
+    array.flush()
+    assert np.load(tmp_path / "array.npy", allow_pickle=False)[-1] == 5
+
+
 @pytest.mark.parametrize("name", ["scores", "postings", "starts", "words"])
 def test_a_cut_or_foreign_file_is_refused_by_name(paths, name):
     texts = made_texts(50)
