@@ -25,6 +25,7 @@ DIGESTS = {
     PUBLISHED: "506a18aa48e928f3d47d76a948943ef72ca804d7f8d5817fd0b224b81d849ba5",
 }
 _FORMAT = "openchatkit Wikipedia index"
+_ADVICE = f"python {SCRIPT} checks every file and makes what is not whole anew"
 
 
 @dataclass(frozen=True)
@@ -37,25 +38,22 @@ class WikipediaRecord:
 
 def write(folder: Path, record: WikipediaRecord, files: list[FileRecord]) -> None:
     """Put the manifest in place, with the files' present time stamps."""
-    stamps = {file.name: (folder / file.name).stat().st_mtime_ns for file in files}
-    about = {"format": _FORMAT, "rows": record.rows, "articles_by": list(record.articles_by), "time_stamps": stamps}
+    about = {"format": _FORMAT, "rows": record.rows, "articles_by": list(record.articles_by)}
+    about["time_stamps"] = _stamps(folder)
     manifest.write(folder, files, about=about)
 
 
 def check(folder: Path) -> WikipediaRecord:
     """What the manifest says; DamagedError where it, or a file, is missing, or a size or time stamp is another."""
-    if not (folder / manifest.MANIFEST).is_file():
-        raise DamagedError(f"{folder} holds no Wikipedia index: python {SCRIPT} makes it (14 GB to fetch)")
-    with manifest.advise(f"python {SCRIPT} checks every file and makes what is not whole anew"):
-        read = manifest.read(folder)
-        about = read.about
-        if about.get("format") != _FORMAT or set(read.files) != {INDEX, TABLE}:
-            raise DamagedError(f"{folder / manifest.MANIFEST} is of another kind of folder")
+    record, read = _read(folder)
+    with manifest.advise(_ADVICE):
         manifest.check_sizes(folder, read)
-        for name, stamp in about["time_stamps"].items():
-            if (folder / name).stat().st_mtime_ns != stamp:
-                raise DamagedError(f"{folder / name} was written to or copied since it was checked, by its time stamp")
-    return WikipediaRecord(about["rows"], tuple(about["articles_by"]))
+    if changed := [name for name, stamp in _stamps(folder).items() if read.about["time_stamps"].get(name) != stamp]:
+        raise DamagedError(
+            f"{folder / min(changed)} was written to or copied since it was checked, by its time stamp: "
+            f"python {SCRIPT} --verify --dest {folder} hashes both files and, if they are whole, takes the new time stamps"
+        )
+    return record
 
 
 def is_one(folder: Path) -> bool:
@@ -67,14 +65,39 @@ def is_one(folder: Path) -> bool:
 
 
 def verify(folder: Path) -> None:
-    """Hash both files; DamagedError names the one that has changed."""
-    manifest.verify(folder)
+    """Hash both files; DamagedError names the one that has changed.
+
+    Where both are whole and only time stamps differ, as after copying, the manifest takes the present ones.
+    """
+    record, read = _read(folder)
+    with manifest.advise(_ADVICE):
+        manifest.verify(folder, manifest=read)
+    if read.about["time_stamps"] != _stamps(folder):
+        write(folder, record, list(read.files.values()))
 
 
 def table_record(folder: Path) -> tuple[WikipediaRecord, FileRecord] | None:
     """What the manifest says of the converted table, whatever has become of the files; None where there is none."""
     try:
-        read = manifest.read(folder)
-        return WikipediaRecord(read.about["rows"], tuple(read.about["articles_by"])), read.files[TABLE]
-    except (DamagedError, KeyError):
+        record, read = _read(folder)
+    except DamagedError:
         return None
+    return record, read.files[TABLE]
+
+
+def _read(folder: Path) -> tuple[WikipediaRecord, manifest.Manifest]:
+    if not (folder / manifest.MANIFEST).is_file():
+        raise DamagedError(f"{folder} holds no Wikipedia index: python {SCRIPT} makes it (14 GB to fetch)")
+    with manifest.advise(_ADVICE):
+        read = manifest.read(folder)
+        about = read.about
+        if about.get("format") != _FORMAT or set(read.files) != {INDEX, TABLE}:
+            raise DamagedError(f"{folder / manifest.MANIFEST} is of another kind of folder")
+        rows, columns, stamps = (about.get(name) for name in ("rows", "articles_by", "time_stamps"))
+        if not (isinstance(rows, int) and isinstance(columns, list) and isinstance(stamps, dict)):
+            raise DamagedError(f"{folder / manifest.MANIFEST} is damaged: rows, articles_by or time_stamps are missing")
+    return WikipediaRecord(rows, tuple(columns)), read
+
+
+def _stamps(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_mtime_ns for name in (INDEX, TABLE)}

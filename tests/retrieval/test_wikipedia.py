@@ -78,7 +78,9 @@ def test_the_published_table_may_go_once_it_is_converted(copy, files, tmp_path):
     (copy / PUBLISHED).unlink()
     os.utime(copy / INDEX)
     source = maker.write(tmp_path / "source", {INDEX: files[INDEX]})
-    with pytest.raises(DamagedError, match=r"knn\.index was written to or copied .*prepare\.py checks every file"):
+    with pytest.raises(
+        DamagedError, match=r"knn\.index was written to or copied .*prepare\.py --verify --dest \S+ hashes"
+    ):
         WikipediaIndex(copy)
     (copy / f".{INDEX}.fetched.json").unlink()
     prepare(copy, source=str(source), digests=digests(files))
@@ -299,6 +301,33 @@ def test_a_file_that_was_cut_or_altered(copy, name):
     path.write_bytes(body[:-1])
     with pytest.raises(DamagedError, match=rf"{name} has .* bytes, the manifest says"):
         WikipediaIndex(copy)
+
+
+def test_of_a_copy_that_is_whole_the_time_stamps_are_taken(copy, capsys):
+    for name in (INDEX, TABLE):
+        os.utime(copy / name)
+    with pytest.raises(DamagedError, match="time stamp"):
+        WikipediaIndex(copy)
+    with pytest.raises(SystemExit) as ended:
+        wikipedia_preparation.main(["--dest", str(copy), "--verify"])
+    assert ended.value.code == 0
+    WikipediaIndex(copy).close()
+
+
+@pytest.mark.parametrize("lacking", ["rows", "articles_by", "time_stamps", "format"])
+def test_a_manifest_that_lacks_something_is_one_line(copy, lacking):
+    from openchatkit.formats import manifest
+
+    read = manifest.read(copy)
+    manifest.write(copy, read.files.values(), about={key: value for key, value in read.about.items() if key != lacking})
+    with pytest.raises(DamagedError, match=r"manifest\.json is (damaged: rows|of another kind).*prepare\.py checks"):
+        WikipediaIndex(copy)
+
+
+def test_it_says_how_to_chat_with_it(ready, capsys):
+    with pytest.raises(SystemExit):
+        wikipedia_preparation.main(["--dest", str(ready)])
+    assert capsys.readouterr().err.endswith(f": python inference/bot.py --retrieval {ready}\n")
 
 
 def test_verify_says_that_all_is_whole(ready, capsys):

@@ -4,6 +4,7 @@ Each step leaves a file under its name only when it is whole, and a second run d
 is written last is what `retrieval.wikipedia` trusts.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,15 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a data set of the hub, or a folder, https://host/folder or s3://bucket/folder with the two files",
     )
     parser.add_argument("--dest", type=Path, default=layout.FOLDER, metavar="FOLDER", help="where to put it")
-    parser.add_argument("--verify", action="store_true", help="only hash what is there and compare")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="only hash what is there and compare; of files that were copied, the new time stamps are taken",
+    )
     args = parser.parse_args(argv)
+    folder = args.dest.expanduser()
     if args.verify:
-        layout.check(args.dest)
-        layout.verify(args.dest)
-        logger.info(f"{args.dest} is whole")
+        layout.verify(folder)
+        logger.info(f"{folder} is whole")
         return
-    prepare(args.dest, source=args.source)
-    logger.info(f"the Wikipedia index is ready: python inference/bot.py --retrieval ({args.dest})")
+    prepare(folder, source=args.source)
+    named = "" if folder.absolute() == layout.FOLDER else f" {shlex.quote(str(folder))}"
+    logger.info(f"the Wikipedia index is ready: python inference/bot.py --retrieval{named}")
 
 
 def prepare(
