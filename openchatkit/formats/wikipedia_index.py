@@ -50,8 +50,8 @@ def check(folder: Path) -> WikipediaRecord:
         manifest.check_sizes(folder, read)
     if changed := [name for name, stamp in _stamps(folder).items() if read.about["time_stamps"].get(name) != stamp]:
         raise DamagedError(
-            f"{folder / min(changed)} was written to or copied since it was checked, by its time stamp: "
-            f"python {SCRIPT} --verify --dest {folder} hashes both files and, if they are whole, takes the new time stamps"
+            f"{folder / min(changed)} was written to or copied since it was checked, by its time stamp: python "
+            f"{SCRIPT} --verify --dest {folder} hashes both files and, if they are whole, takes the new time stamps"
         )
     return record
 
@@ -83,6 +83,11 @@ def table_record(folder: Path) -> tuple[WikipediaRecord, FileRecord] | None:
     except DamagedError:
         return None
     return record, read.files[TABLE]
+
+
+def litter(folder: Path) -> list[Path]:
+    """What a kill left of files that were being written, up to a whole table."""
+    return [path for name in (TABLE, manifest.MANIFEST) for path in folder.glob(f".{name}.*.tmp")]
 
 
 def _read(folder: Path) -> tuple[WikipediaRecord, manifest.Manifest]:

@@ -127,6 +127,22 @@ def test_a_kill_while_converting_leaves_no_table_and_the_next_run_makes_it(files
     assert prepare(folder, source=str(source), digests=digests(files)).rows == len(FLAT)
 
 
+def test_what_a_kill_left_is_removed_by_the_next_run(files, tmp_path):
+    import subprocess
+
+    source = maker.write(tmp_path / "source", files)
+    code = (
+        "import os, sys; from pathlib import Path; from openchatkit.retrieval.wikipedia import preparation, table; "
+        "table._blocks = lambda pieces: os.kill(os.getpid(), 9); "
+        f"preparation.prepare(Path(sys.argv[1]), source=sys.argv[2], digests={digests(files)!r})"
+    )
+    folder = tmp_path / "files"
+    assert subprocess.run([sys.executable, "-c", code, str(folder), str(source)], capture_output=True).returncode == -9
+    assert len(list(folder.glob(f".{TABLE}.*.tmp"))) == 1
+    prepare(folder, source=str(source), digests=digests(files))
+    assert list(folder.glob(".*.tmp")) == []
+
+
 @pytest.mark.parametrize(
     ("columns", "articles_by"),
     [((), ()), (("id",), ()), (("article_id", "id"), ("article_id",)), (("title", "id"), ("title",))],

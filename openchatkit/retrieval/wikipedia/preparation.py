@@ -67,6 +67,8 @@ def prepare(
         storage_errors(folder, "make room and run again, it goes on from there"),
         locked(folder / ".lock", f"{folder} is being prepared by another process: waiting for it"),
     ):
+        for path in layout.litter(folder):
+            path.unlink()
         index = _fetched(layout.INDEX, folder, source, digests)
         record, table = _converted(folder, source, digests)
         _check_rows(index, record)
