@@ -16,7 +16,6 @@ from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import IndexRecord
 from openchatkit.retrieval import building, reading, report
 from openchatkit.retrieval.building import ranks
-from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import Index, verify
 from openchatkit.retrieval.rerank import DEPTH, Reranker
 
@@ -119,7 +118,11 @@ def _subcommand(commands: "argparse._SubParsersAction[cli.Parser]", name: str, r
 
 
 def _device(command: cli.Parser) -> None:
-    command.add_argument("--device", default="auto", help="where texts are embedded: auto, cpu, cuda, cuda:1, mps")
+    command.add_argument(
+        "--device",
+        default="auto",
+        help="where texts are embedded and, if faiss has GPUs, searched: auto, cpu, cuda, cuda:1, mps",
+    )
 
 
 def _reranker(command: cli.Parser) -> None:
@@ -159,7 +162,9 @@ def _delete(given: argparse.Namespace) -> None:
 
 
 def _search(given: argparse.Namespace) -> None:
-    with _opened(given) as index:
+    with Index.open(given.index, device=given.device) as index:
+        if given.device.startswith("cuda"):  # for one question not unasked: a copy of the index is made there
+            index.to_gpus()
         count = DEPTH if given.reranker else given.k
         hits = index.search(given.query, count, mode=given.mode, floor=not given.no_floor)
         if given.reranker:
@@ -197,7 +202,8 @@ def _evaluate(given: argparse.Namespace) -> None:
     else:
         questions = _made_set(given)
     reranker = Reranker(given.reranker, given.device) if given.reranker else None
-    with _opened(given) as index:
+    with Index.open(given.index, device=given.device) as index:
+        index.to_gpus()
         figures = evaluation.evaluate(index, questions, reranker=reranker)
         about = f"{len(questions):,} questions, {index.record.rows:,} passages"
     if given.json:
@@ -222,14 +228,6 @@ def _made_set(given: argparse.Namespace) -> "list[evaluation.Question]":  # noqa
         source, given.index, encoder=given.encoder, device=given.device, max_tokens=question_sets.TOKENS
     )
     return question_sets.questions(examples, count=given.questions, seed=given.seed)
-
-
-def _opened(given: argparse.Namespace) -> Index:
-    """The index, with its encoder where the flags want it."""
-    made_with = layout.read(given.index)[0].encoder
-    if made_with is None or given.device == "auto":
-        return Index.open(given.index)
-    return Index.open(given.index, Encoder(made_with.name, given.device, made_with.max_tokens))
 
 
 @contextlib.contextmanager

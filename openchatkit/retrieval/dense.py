@@ -7,12 +7,14 @@ map.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from loguru import logger
 
 from openchatkit import progress
 from openchatkit.errors import UserError
@@ -28,6 +30,8 @@ _SAMPLE = 200  # vectors that the search is measured with
 _NEARNESS = 0.7  # their cosine to a row: that of a question to the passage that answers it, with MiniLM
 _TRAINED_ON = 40  # rows a list
 _PIECE = 1 << 14  # rows added at a time
+_MOST_ON_GPUS = 2048  # lists that faiss looks at there, and rows that it finds
+_SCRATCH = 1 << 28  # bytes of a GPU for searching; faiss would take 1.5 GB
 
 
 def import_faiss() -> ModuleType:
@@ -127,7 +131,8 @@ class Dense:
         self.index = index
         self.record = record
         self.vectors = vectors
-        self._on_gpus = False
+        self._on_gpus: Any = None
+        self._one_at_a_time = threading.Lock()  # which faiss wants on GPUs
 
     @classmethod
     def open(cls, path: Path, record: DenseRecord, vectors: np.ndarray) -> "Dense":
@@ -158,30 +163,57 @@ class Dense:
         order = np.argsort(-scores, kind="stable")[:k]
         return scores[order], rows[order]
 
-    def to_gpus(self) -> None:
-        """Spread the lists over all GPUs, where faiss has them; UserError where not. A flat index stays where it is."""
+    def to_gpus(self, device: str = "cuda") -> bool:
+        """Have the lists searched on all GPUs for `cuda`, on one of them for `cuda:1`; whether that is so now.
+
+        It is not where faiss has no GPUs, nor for a flat index, through which a CPU looks as fast. Nor is it, with a
+        warning, where they do not take the index: it does not fit, or its codes are of a size that they do not know.
+        """
         faiss = import_faiss()
-        if not hasattr(faiss, "index_cpu_to_all_gpus") or faiss.get_num_gpus() == 0:
-            raise UserError(
-                "faiss finds no GPU here: install faiss-gpu on a machine that has one, or search on the CPU"
-            )
-        if self.record.lists:
+        if not self.record.lists or faiss.get_num_gpus() == 0:
+            return False
+        number = device.partition(":")[2]
+        try:
+            numbers = [int(number)] if number else list(range(faiss.get_num_gpus()))
+            resources = [faiss.StandardGpuResources() for _ in numbers]
+            for each in resources:
+                each.setTempMemory(_SCRATCH)
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True
-            self.index = faiss.index_cpu_to_all_gpus(self.index, co=options)
-            faiss.GpuParameterSpace().set_index_parameter(self.index, "nprobe", self.record.probes)
-            self._on_gpus = True
+            options.useFloat16 = True  # tables for product-quantised codes, which are too large otherwise
+            self._on_gpus = faiss.index_cpu_to_gpu_multiple_py(resources, self.index, options, numbers)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            self._leave_gpus(error)
+        return self._on_gpus is not None
+
+    def _leave_gpus(self, error: Exception) -> None:
+        self._on_gpus = None
+        logger.warning(f"vectors are searched on the CPU, since faiss cannot on a GPU: {_reason(error)}")
 
     def _candidates(self, query: np.ndarray, k: int, probes: int) -> np.ndarray:
         """Rows [any] that faiss holds for the nearest; enough to find k among, where the lists hold as many."""
-        faiss = import_faiss()
         wanted, options = k, {}
         if self.record.lists:
             wanted = min(max(_MIN_CANDIDATES, self.record.candidates * k), len(self.vectors))
             # An object for each call, not the index's own setting: another thread may be searching.
-            options = {} if self._on_gpus else {"params": faiss.SearchParametersIVF(nprobe=probes)}
-        rows = self.index.search(query[None], wanted, **options)[1][0]
+            options = {"params": import_faiss().SearchParametersIVF(nprobe=probes)}
+        rows = None
+        if self._on_gpus is not None and max(k, probes) <= _MOST_ON_GPUS:
+            rows = self._by_gpus(query, min(wanted, _MOST_ON_GPUS), options)
+        if rows is None:
+            rows = self.index.search(query[None], wanted, **options)[1][0]
         return rows[(rows >= 0) & (rows < len(self.vectors))]  # -1 fills up what the lists did not hold
+
+    def _by_gpus(self, query: np.ndarray, wanted: int, options: dict[str, Any]) -> np.ndarray | None:
+        """What the GPUs find; None where they cannot search any more."""
+        with self._one_at_a_time:
+            if self._on_gpus is None:
+                return None
+            try:
+                return self._on_gpus.search(query[None], wanted, **options)[1][0]
+            except (RuntimeError, MemoryError) as error:
+                self._leave_gpus(error)
+                return None
 
 
 def read_index(path: Path, *, types: set[str]) -> Any:
@@ -198,8 +230,7 @@ def read_index(path: Path, *, types: set[str]) -> Any:
             flags = faiss.IO_FLAG_MMAP_IFC if _is_flat(path) else faiss.IO_FLAG_MMAP
             index = faiss.read_index(str(path), flags | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
         except RuntimeError as error:
-            reason = str(error).rsplit("Error: ", 1)[-1].strip()
-            raise UserError(f"faiss cannot read {path}: {reason}; build or download the index again") from error
+            raise UserError(f"faiss cannot read {path}: {_reason(error)}; build or download the index again") from error
     for part, allowed in _parts(faiss, index, types):
         if (name := type(part).__name__) not in allowed:
             raise UserError(f"{path} is a faiss {name}: expected {' or '.join(sorted(types))}")
@@ -224,6 +255,11 @@ def _parts(faiss: ModuleType, index: Any, types: set[str]) -> Iterator[tuple[Any
 def _is_flat(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(4) in (b"IxSQ", b"IxFI", b"IxF2")
+
+
+def _reason(error: Exception) -> str:
+    """What faiss says, without where in its source it says so."""
+    return " ".join(str(error).rsplit("Error: ", 1)[-1].split())
 
 
 @contextlib.contextmanager

@@ -61,8 +61,8 @@ class Ranking:
 class Index:
     """See `open`. Searching changes nothing, so several threads may do it at once."""
 
-    def __init__(self, folder: Path, record: IndexRecord, encoder: QueryEncoder | None) -> None:
-        self.folder, self.record = folder, record
+    def __init__(self, folder: Path, record: IndexRecord, encoder: QueryEncoder | None, device: str = "auto") -> None:
+        self.folder, self.record, self.device = folder, record, device
 
         def path(role: str) -> Path:
             return folder / layout.file_name(role, record.generation)
@@ -80,8 +80,9 @@ class Index:
         self._given = encoder
 
     @classmethod
-    def open(cls, folder: Path | str, encoder: QueryEncoder | None = None) -> "Index":
-        """Open the index of a folder. `encoder` defaults to the one it was made with, by its name, loaded when needed.
+    def open(cls, folder: Path | str, encoder: QueryEncoder | None = None, *, device: str = "auto") -> "Index":
+        """Open the index of a folder. `encoder` defaults to the one it was made with, by its name, loaded when needed
+        to a `device`: auto, cpu, cuda, cuda:1, mps.
 
         UserError where there is none, where a file is missing, cut, written to since or of another kind, and where
         `encoder` is another than the index was made with.
@@ -91,7 +92,7 @@ class Index:
             record, files = layout.read(folder)
             try:
                 layout.check_files(folder, record, files)
-                index = cls(folder, record, encoder)
+                index = cls(folder, record, encoder, device)
             except (UserError, OSError):
                 if attempt + 1 < _ATTEMPTS and layout.read(folder)[0].generation != record.generation:
                     continue
@@ -114,9 +115,18 @@ class Index:
             return self._given
         from openchatkit.retrieval.encoder import Encoder
 
-        encoder = Encoder(self.record.encoder.name, max_tokens=self.record.encoder.max_tokens)
+        encoder = Encoder(self.record.encoder.name, self.device, self.record.encoder.max_tokens)
         check_encoder(self.folder, self.record.encoder, encoder)
         return encoder
+
+    def to_gpus(self) -> bool:
+        """Search vectors on GPUs from now on, if faiss has them and `device` lets it; whether that is so.
+
+        The lists are copied to their memory, which is worth it for many questions. See `Dense.to_gpus`.
+        """
+        if self.dense is None or self.device.partition(":")[0] not in ("auto", "cuda"):
+            return False
+        return self.dense.to_gpus(self.device)
 
     def search(self, query: str, k: int = 5, *, mode: Mode = "fused", floor: Floor | bool = True) -> list[Hit]:
         """The best k passages for a question; none where nothing in the index is about it.

@@ -33,6 +33,13 @@ def index(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Path:
     return folder / "index"
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    from fake_gpus import FakeGpus
+
+    return FakeGpus(monkeypatch)
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
 
@@ -43,6 +50,30 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
         command.main([str(each) for each in arguments])
     said = capsys.readouterr()
     return ended.value.code, said.out, said.err
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "flags", "copied"),
+    [
+        ("search", (), False),
+        ("search", ("--device", "cuda"), True),
+        ("search", ("--device", "cpu"), False),
+        ("evaluate", (), True),
+        ("evaluate", ("--device", "cpu"), False),
+    ],
+)
+def test_gpus_search_where_faiss_has_them(capsys, monkeypatch, tmp_path, encoder, gpus, subcommand, flags, copied):
+    monkeypatch.setattr("openchatkit.retrieval.dense.MAX_FLAT", 1)
+    (tmp_path / "docs.jsonl").write_text('{"text": "the old king and queen"}\n{"text": "ship and sail"}\n')
+    options = ("--index", tmp_path / "index", "--encoder", encoder, "--device", "cpu")
+    assert call(capsys, "build", tmp_path / "docs.jsonl", *options)[0] == 0
+    (tmp_path / "asked.jsonl").write_text('{"query": "old king", "text": "king"}\n')
+    what = ("old king",) if subcommand == "search" else ("--queries", tmp_path / "asked.jsonl")
+    monkeypatch.setattr("openchatkit.retrieval.encoder.choose_device", lambda device: "cpu")  # none is here
+    status, out, _ = call(capsys, subcommand, *what, "--index", tmp_path / "index", "--json", *flags)
+    assert (status, bool(gpus.searches)) == (0, copied)
+    if subcommand == "search":
+        assert json.loads(out)[0]["text"] == "the old king and queen"
 
 
 def test_a_search_prints_scores_and_places(capsys, index):

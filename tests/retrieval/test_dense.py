@@ -1,10 +1,14 @@
 """Searching vectors with faiss: what is found, what is built for how many rows, and what is not read."""
 
+import dataclasses
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gpus import FakeGpus
+from loguru import logger
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval import dense
@@ -103,8 +107,68 @@ def test_a_full_disk_is_told_as_one(vectors, kind):
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_without_a_gpu_searching_there_is_refused(tmp_path, vectors, monkeypatch):
+@pytest.fixture
+def warnings():
+    messages = []
+    sink = logger.add(lambda message: messages.append(message.strip()), format="{message}", level="WARNING")
+    yield messages
+    logger.remove(sink)
+
+
+@pytest.mark.parametrize("kind", [dense.LISTS, dense.CODES])
+@pytest.mark.parametrize(("device", "numbers"), [("cuda", [0, 1]), ("auto", [0, 1]), ("cuda:1", [1])])
+def test_gpus_find_what_the_cpu_finds(tmp_path, vectors, monkeypatch, warnings, kind, device, numbers):
+    record = dense.build(vectors, tmp_path / "d", kind=kind)
+    opened = dense.Dense.open(tmp_path / "d", record, vectors)
+    queries = vectors[::60].astype(np.float32)
+    expected = [opened.search(query, k) for query in queries for k in (1, 10, 600)]
+    gpus = FakeGpus(monkeypatch)
+    assert opened.to_gpus(device)
+    assert gpus.given == numbers
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda each: opened.search(*each), [(query, k) for query in queries for k in (1, 10, 600)])
+        )
+    for (scores, rows), (products, numbers) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(rows, numbers)
+        np.testing.assert_array_equal(scores, products)
+    assert len(gpus.searches) >= len(expected)
+    assert warnings == []
+
+
+def test_what_gpus_do_not_do_the_cpu_does(tmp_path, monkeypatch, warnings):
+    many = np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float16)
+    record = dense.build(many, tmp_path / "d", kind=dense.LISTS, lists=4)
+    opened = dense.Dense.open(tmp_path / "d", dataclasses.replace(record, candidates=100), many)
+    gpus = FakeGpus(monkeypatch)
+    assert opened.to_gpus()
+    assert len(opened.search(many[0].astype(np.float32), 100)[1]) == 100
+    assert gpus.searches == [(2048, record.probes)], "10,000 candidates would be too many"
+    assert len(opened.search(many[0].astype(np.float32), 3000)[1]) == 3000
+    assert len(gpus.searches) == 1
+    assert warnings == []
+
+
+def test_gpus_that_do_not_take_the_index_are_told_of_and_not_needed(tmp_path, vectors, monkeypatch, warnings):
     record = dense.build(vectors, tmp_path / "d", kind=dense.LISTS)
+    opened = dense.Dense.open(tmp_path / "d", record, vectors)
+    query = vectors[7].astype(np.float32)
+    gpus = FakeGpus(monkeypatch)
+    gpus.error = "Error in alloc at x.cpp:1: Error: 'err == cudaSuccess' failed: out\nof memory"
+    assert not opened.to_gpus()
+    assert opened.search(query, 3)[1][0] == 7
+    gpus.error = None
+    assert opened.to_gpus()
+    gpus.error = "Error: out of memory"
+    assert [opened.search(query, 3)[1][0] for _ in range(3)] == [7] * 3
+    told = "vectors are searched on the CPU, since faiss cannot on a GPU: "
+    assert warnings == [f"{told}'err == cudaSuccess' failed: out of memory", f"{told}out of memory"]
+
+
+def test_flat_indices_and_faiss_without_gpus_stay_on_the_cpu(tmp_path, vectors, monkeypatch):
+    flat, lists = (dense.build(vectors, tmp_path / kind, kind=kind) for kind in (dense.FLAT, dense.LISTS))
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
-    with pytest.raises(UserError, match="install faiss-gpu"):
-        dense.Dense.open(tmp_path / "d", record, vectors).to_gpus()
+    assert not dense.Dense.open(tmp_path / dense.LISTS, lists, vectors).to_gpus()
+    gpus = FakeGpus(monkeypatch)
+    assert not dense.Dense.open(tmp_path / dense.FLAT, flat, vectors).to_gpus()
+    assert gpus.given is None
