@@ -26,9 +26,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openchatkit import paths
+from openchatkit.errors import UserError
 from openchatkit.formats import manifest
 from openchatkit.formats.manifest import DamagedError, FileRecord
-from openchatkit.paths import write_text
 
 FORMAT = "openchatkit retrieval index"
 VERSION = 1
@@ -45,7 +46,7 @@ ROLES = {
     "skipped": ".jsonl",
 }
 _SPILL = "spill"  # while a generation is written
-_PARTIAL = "partial"
+_PARTIAL = ".openchatkit-partial"  # a name that no other program has
 _OURS = re.compile(
     rf"({'|'.join([*ROLES, _SPILL])})-\d{{6,}}\.(arrow|npy|faiss|jsonl|bin)|\.{re.escape(MANIFEST)}\..*\.tmp"
 )
@@ -152,6 +153,30 @@ def exists(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def lock_path(folder: Path) -> Path:
+    """What a writer locks: one file, whatever links and dots the folder is named by."""
+    return paths.lock_path(Path(folder).resolve())
+
+
+def check_own(folder: Path) -> None:
+    """UserError where a new index would take the place of something else in a folder: another kind of folder, an index
+    of another version, or files of other programs beside no index at all."""
+    try:
+        about = json.loads((folder / MANIFEST).read_bytes())["about"]
+        kind, version = about.get("format"), about.get("version")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        kind = version = None
+    if kind == FORMAT and version == VERSION:
+        return
+    if kind == FORMAT:
+        raise UserError(f"{folder} is a retrieval index of version {version}, of another OpenChatKit: remove it first")
+    entries = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+    ours = [name for name in entries if _OURS.fullmatch(name)]
+    others = [name for name in entries if name not in ours and not (name == MANIFEST and ours)]
+    if others:
+        raise UserError(f"{folder} is no index and holds other files, such as {others[0]}: pass --index a new folder")
+
+
 def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> IndexRecord:
     """Put the manifest in place, with the files' present time stamps: from here on this is what the folder holds."""
     files = list(files)
@@ -200,7 +225,7 @@ def check_files(folder: Path, record: IndexRecord, files: dict[str, FileRecord])
 def write_lines(path: Path, records: Iterable[Any]) -> int:
     """Write dataclasses as JSON, one a line; how many."""
     lines = [json.dumps(asdict(record)) + "\n" for record in records]
-    write_text(path, "".join(lines))
+    paths.write_text(path, "".join(lines))
     return len(lines)
 
 

@@ -4,6 +4,8 @@ A kill at any moment leaves the generation before as it was; what was written by
 """
 
 import contextlib
+import dataclasses
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from openchatkit import paths, progress
 from openchatkit.errors import UserError
 from openchatkit.formats import manifest
 from openchatkit.formats import retrieval_index as layout
+from openchatkit.formats.manifest import FileRecord
 from openchatkit.formats.retrieval_index import (
     DenseRecord,
     EncoderRecord,
@@ -32,7 +35,7 @@ from openchatkit.retrieval import vectors as kept
 def writing(folder: Path) -> Iterator[None]:
     """Hold an index for writing: who comes second waits. The folder is made; what a kill left in it is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with paths.locked(paths.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
+    with paths.locked(layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
         remove_litter(folder)
         yield
 
@@ -90,6 +93,35 @@ def write_generation(
         remove_litter(folder)  # the generation before, or, where this one failed, this one
 
 
+def restate(
+    folder: Path, *, sources: Iterable[SourceRecord], skipped: Iterable[Skipped], chunking: Mapping[str, Any]
+) -> IndexRecord:
+    """Put a generation in place that has the passages of the present one, and other things to say of their files.
+
+    The caller is in `writing(folder)`. What stays is not written again but linked, where the file system can.
+    """
+    before, files = layout.read(folder)
+    record = dataclasses.replace(before, generation=before.generation + 1, chunking=dict(chunking))
+    said = {"sources": sources, "skipped": skipped}
+    known = {}
+    try:
+        counts = {role: layout.write_lines(_path(folder, role, record), each) for role, each in said.items()}
+        for role in set(layout.roles(record)) - set(said):
+            old, new = _path(folder, role, before), _path(folder, role, record)
+            try:
+                new.hardlink_to(old)
+            except OSError:
+                shutil.copyfile(old, new)
+            known[new.name] = dataclasses.replace(files[old.name], name=new.name)
+        return _publish(folder, dataclasses.replace(record, **counts), known)
+    finally:
+        remove_litter(folder)
+
+
+def _path(folder: Path, role: str, record: IndexRecord) -> Path:
+    return folder / layout.file_name(role, record.generation)
+
+
 def _dense(
     folder: Path,
     generation: int,
@@ -119,14 +151,14 @@ def sparse_paths(folder: Path, generation: int) -> sparse.SparsePaths:
     )
 
 
-def _publish(folder: Path, record: IndexRecord) -> IndexRecord:
-    """Force the files to disk, hash them, and name them in the manifest."""
+def _publish(folder: Path, record: IndexRecord, known: Mapping[str, FileRecord] | None = None) -> IndexRecord:
+    """Force the files to disk, hash them but those that are `known`, and name them in the manifest."""
     names = [layout.file_name(role, record.generation) for role in layout.roles(record)]
     files = []
     with progress.bar(len(names), "files hashed", unit="file") as bar:
         for name in names:
             paths.sync(folder / name)
-            files.append(manifest.record(folder / name))
+            files.append((known or {}).get(name) or manifest.record(folder / name))
             bar.update()
     paths.sync(folder)
     record = layout.write(folder, record, files)

@@ -254,7 +254,7 @@ def verify(folder: Path) -> None:
             bar.update(file.size)
     stamps = {name: (folder / name).stat().st_mtime_ns for name in files}
     if stamps != record.time_stamps:
-        with paths.locked(paths.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
+        with paths.locked(layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
             if layout.read(folder)[0].generation == record.generation:
                 layout.write(folder, record, files.values())
 

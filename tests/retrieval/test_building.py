@@ -1,5 +1,7 @@
 """Indices made from files: what is read again and what is not, what is left out, and what a kill leaves behind."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +17,7 @@ from tiny_encoder import WORDS, make_encoder
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.retrieval import building
-from openchatkit.retrieval.building import assembly, embedded
+from openchatkit.retrieval.building import assembly, embedded, plan
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import Index
 from openchatkit.retrieval.table import Row
@@ -116,7 +118,12 @@ def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, enc
     assert building.update(tmp_path / "index").generation == first.generation
     assert embeddings == []
     os.utime(docs / "sea.txt")  # another time stamp, the same bytes
-    assert building.update(tmp_path / "index").generation == first.generation
+    (docs / "broken.pdf").unlink()
+    building.update(tmp_path / "index")
+    monkeypatch.setattr(building.reading, "digest", None)  # the new time stamp is known, nothing is hashed again
+    again = building.update(tmp_path / "index")
+    assert (again.generation, again.rows) == (first.generation + 1, first.rows)
+    assert embeddings == []
 
 
 def test_an_update_embeds_what_is_new_and_drops_what_is_gone(docs, tmp_path, encoder, embeddings):
@@ -172,6 +179,94 @@ def test_building_from_other_paths_leaves_nothing_of_the_first(docs, tmp_path, e
     building.build([other], index)
     assert files_of(index) == {"a.txt": 1}
     assert layout.read_skipped(index, layout.read(index)[0]) == []
+
+
+def test_what_is_left_out_is_told_where_no_passage_changes(docs, tmp_path, encoder):
+    index, bad = tmp_path / "index", write(tmp_path / "more.pdf", b"%PDF-1.4")
+    building.build([docs], index, encoder=encoder)
+    record = building.add([bad], index)
+    assert [Path(each.source).name for each in layout.read_skipped(index, record)] == ["broken.pdf", "more.pdf"]
+    assert building.add([bad], index).generation == record.generation
+    check(index, encoder)
+    bad.unlink()
+    with pytest.raises(UserError, match=r"more\.pdf is not there any more: bring it back, or delete it"):
+        building.update(index)
+    record = building.delete([str(bad)], index)
+    assert [Path(each.source).name for each in layout.read_skipped(index, record)] == ["broken.pdf"]
+    assert building.update(index).generation == record.generation
+    with Index.open(index) as opened:
+        opened.verify()
+
+
+def test_a_folder_that_is_added_while_it_is_empty_is_looked_at_later(docs, tmp_path, encoder):
+    index, later = tmp_path / "index", tmp_path / "later"
+    building.build([docs], index, encoder=encoder)
+    later.mkdir()
+    building.add([later], index)
+    write(later / "a.txt", "green grass")
+    building.update(index)
+    assert "a.txt" in files_of(index)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "partial/notes.txt", "table.arrow"])
+def test_a_folder_of_something_else_is_not_taken_for_an_index(docs, tmp_path, name):
+    folder = tmp_path / "mine"
+    write(folder / name, '{"name": "an extension", "about": {}}')
+    with pytest.raises(UserError, match=r"mine is no index and holds other files, such as .*: pass --index a new"):
+        building.build([docs], folder, encoder=building.NO_ENCODER)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(name).name]
+
+
+def test_an_index_of_another_version_is_not_made_anew(docs, tmp_path):
+    index = tmp_path / "index"
+    building.build([docs], index, encoder=building.NO_ENCODER)
+    about = json.loads((index / layout.MANIFEST).read_text())
+    about["about"]["version"] = 9
+    (index / layout.MANIFEST).write_text(json.dumps(about))
+    with pytest.raises(UserError, match="is a retrieval index of version 9, of another OpenChatKit: remove it first"):
+        building.build([docs], index, encoder=building.NO_ENCODER)
+    assert (index / layout.file_name("table", 1)).exists()
+
+
+def test_an_index_is_named_by_dots_and_links_too(docs, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.chdir(index)
+    building.build([docs], Path("."), encoder=building.NO_ENCODER)
+    assert len(files_of(index)) == 3
+    (tmp_path / "link").symlink_to(index)
+    assert layout.lock_path(Path(".")) == layout.lock_path(tmp_path / "link") == layout.lock_path(index)
+
+
+def test_what_is_made_while_a_writer_waits_is_not_taken_for_what_it_wants(docs, tmp_path, encoder, monkeypatch):
+    index, writing = tmp_path / "index", assembly.generation.writing
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> object:
+        monkeypatch.setattr(assembly.generation, "writing", writing)
+        building.build([docs], index, encoder=encoder, settings={"tokens": 20})
+        with writing(folder):
+            yield
+
+    monkeypatch.setattr(assembly.generation, "writing", late)
+    with pytest.raises(UserError, match="was made with --chunk-tokens 20, not 30"):
+        building.build([docs], index, encoder=encoder, settings={"tokens": 30})
+    monkeypatch.setattr(assembly.generation, "writing", late)
+    with pytest.raises(UserError, match=r"was made with --encoder .*tiny, not none"):
+        building.build([docs], index, encoder=building.NO_ENCODER)
+    check(index, encoder)
+
+
+def test_an_index_of_files_is_not_replaced_by_a_set_of_rows(docs, tmp_path):
+    index, rows = tmp_path / "index", [plan.row("green grass", "", "a", "", 0, 0)]
+    source = plan.Fresh("set", "digest", 1, 0, lambda _: iter(rows))
+    building.build([docs], index, encoder=building.NO_ENCODER)
+    with pytest.raises(UserError, match=r"is an index of other things, such as .*kitchen.md: pass another --index"):
+        building.build_rows(source, index, encoder=building.NO_ENCODER)
+    assert building.build_rows(source, tmp_path / "set", encoder=building.NO_ENCODER).rows == 1
+    changed = dataclasses.replace(source, digest="other", rows=lambda _: iter(rows * 2))
+    assert building.build_rows(changed, tmp_path / "set", encoder=None).rows == 2
+    assert building.build_rows(changed, tmp_path / "set", encoder=None).generation == 2
 
 
 def test_an_index_inside_of_what_is_read_is_not_read(docs, encoder):

@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
-from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.retrieval_index import IndexRecord, Skipped, SourceRecord
 from openchatkit.retrieval import chunks, reading
 from openchatkit.retrieval.building import plan
-from openchatkit.retrieval.building.assembly import Present, carry_out
+from openchatkit.retrieval.building.assembly import carry_out
 from openchatkit.retrieval.building.plan import Fresh, Plan, Settings
+from openchatkit.retrieval.building.present import Present
 from openchatkit.retrieval.building.ranks import Ranks
 from openchatkit.retrieval.encoder import Encoder
 
@@ -45,25 +43,25 @@ def build(
 
     `settings` are those of `Settings` that are not to have their defaults. An index that is there keeps what has not
     changed; UserError where it was made with another `encoder` or other `settings` than are given. UserError also where
-    there is nothing to read. An index that is damaged is made anew.
+    there is nothing to read, or where `folder` is something else. An index that is damaged is made anew.
     """
     roots = _absolute(paths)
-    _clear_if_damaged(folder, ranks)
-    tools = _tools(folder, encoder, device, settings or {})
 
     def planned(present: Present | None) -> Plan:
+        tools = _tools(folder, encoder, device, settings or {})
         files, skipped = reading.find([Path(root) for root in roots], leave_out=[folder])
         return _whole(folder, tools, present, files, skipped, roots, [])
 
-    return carry_out(folder, tools.encoder, ranks, planned)
+    return carry_out(folder, planned, device=device, ranks=ranks, anew=True)
 
 
 def add(paths: Sequence[Path], folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> IndexRecord | None:
     """Read `paths` into an index beside what it holds; of what it holds already, only what has changed."""
     layout.read(folder)
-    tools, new = _tools(folder, None, device, {}), _absolute(paths)
+    new = _absolute(paths)
 
     def planned(present: Present | None) -> Plan:
+        tools = _tools(folder, None, device, {})
         before = _before(folder, present)
         files, skipped = reading.find([Path(root) for root in new], leave_out=[folder])
         names = {str(file) for file in files}
@@ -75,9 +73,9 @@ def add(paths: Sequence[Path], folder: Path, *, device: str = "auto", ranks: Ran
         left_out = [name for name in before.left_out if not _within(name, new)]
         about = _about(tools.settings, roots, left_out)
         old_notes = _notes_of(kept, before.skipped)
-        return Plan([*others, *kept], fresh, [*noted, *old_notes, *skipped, *unread], about)
+        return Plan(tools.encoder, [*others, *kept], fresh, [*noted, *old_notes, *skipped, *unread], about)
 
-    return carry_out(folder, tools.encoder, ranks, planned)
+    return carry_out(folder, planned, device=device, ranks=ranks)
 
 
 def update(folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> IndexRecord | None:
@@ -86,9 +84,9 @@ def update(folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> Inde
     UserError: one of those paths is not there at all; it may be a disk that is not mounted.
     """
     layout.read(folder)
-    tools = _tools(folder, None, device, {})
 
     def planned(present: Present | None) -> Plan:
+        tools = _tools(folder, None, device, {})
         before = _before(folder, present)
         for root in before.roots:
             if not Path(root).exists():
@@ -97,7 +95,7 @@ def update(folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> Inde
         files = [file for file in files if not _within(str(file), before.left_out)]
         return _whole(folder, tools, present, files, skipped, before.roots, before.left_out)
 
-    return carry_out(folder, tools.encoder, ranks, planned)
+    return carry_out(folder, planned, device=device, ranks=ranks)
 
 
 def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
@@ -106,12 +104,14 @@ def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
     `update` does not bring them back, `add` does. UserError: the index holds none of one of `paths`, or nothing else.
     """
     layout.read(folder)
-    tools, unwanted = _tools(folder, None, "cpu", {}), _absolute(map(Path, paths))
+    unwanted = _absolute(map(Path, paths))
 
     def planned(present: Present | None) -> Plan:
+        tools = _tools(folder, None, "cpu", {})
         before = _before(folder, present)
+        held = [*before.roots, *(each.source for each in [*before.sources, *before.skipped])]
         for name in unwanted:
-            if not any(_within(source.source, [name]) for source in before.sources):
+            if not any(_within(each, [name]) for each in held):
                 some = ", ".join(source.source for source in before.sources[:3])
                 raise UserError(
                     f"{name}: the index holds nothing from there; it holds {some}, ... (see info --sources)"
@@ -122,9 +122,9 @@ def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
         roots = [root for root in before.roots if not _within(root, unwanted)]
         left_out = sorted({*before.left_out, *(name for name in unwanted if _within(name, roots))})
         noted = [each for each in before.skipped if not _within(each.source, unwanted)]
-        return Plan(kept, [], noted, _about(tools.settings, roots, left_out))
+        return Plan(tools.encoder, kept, [], noted, _about(tools.settings, roots, left_out))
 
-    return carry_out(folder, tools.encoder, _ALONE, planned)
+    return carry_out(folder, planned)
 
 
 def build_rows(
@@ -132,17 +132,20 @@ def build_rows(
 ) -> IndexRecord | None:
     """Make an index of passages that are cut already, from one source; the digest says whether it is there already.
 
-    Of a new index, the encoder sees `max_tokens` of a passage at most.
+    Of a new index, the encoder sees `max_tokens` of a passage at most. UserError where the index is one of something
+    else.
     """
-    tools = _tools(folder, encoder, device, {}, max_tokens)
 
     def planned(present: Present | None) -> Plan:
-        before = layout.read_sources(folder, present.record) if present is not None else []
-        if [each.digest for each in before] == [source.digest]:
-            return Plan(before, [], [], {})
-        return Plan([], [source], [], _about(tools.settings, [], []))
+        tools = _tools(folder, encoder, device, {}, max_tokens)
+        before = _before(folder, present).sources
+        if others := [each.source for each in before if each.source != source.source]:
+            raise UserError(f"{folder} is an index of other things, such as {others[0]}: pass another --index")
+        same = [each.digest for each in before] == [source.digest]
+        about = _about(tools.settings, [], [])
+        return Plan(tools.encoder, before, [], [], about) if same else Plan(tools.encoder, [], [source], [], about)
 
-    return carry_out(folder, tools.encoder, _ALONE, planned)
+    return carry_out(folder, planned, device=device)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _whole(
     before = _before(folder, present)
     kept, fresh, unread = plan.compare(files, before.sources, tools.settings, tools.count)
     about = _about(tools.settings, roots, left_out)
-    return Plan(kept, fresh, [*skipped, *unread, *_notes_of(kept, before.skipped)], about)
+    return Plan(tools.encoder, kept, fresh, [*skipped, *unread, *_notes_of(kept, before.skipped)], about)
 
 
 def _before(folder: Path, present: Present | None) -> _Before:
@@ -241,17 +244,6 @@ def _same(encoder: str, record: IndexRecord, device: str) -> bool:
     if record.encoder is None or encoder == NO_ENCODER:
         return record.encoder is None and encoder == NO_ENCODER
     return Encoder(encoder, device).digest == record.encoder.digest
-
-
-def _clear_if_damaged(folder: Path, ranks: Ranks) -> None:
-    """Take away the manifest of an index that cannot be read: what it named is of no use."""
-    if not ranks.first or not layout.exists(folder):
-        return
-    try:
-        layout.check_files(folder, *layout.read(folder))
-    except DamagedError as error:
-        logger.info(f"{error}: made anew")
-        (folder / layout.MANIFEST).unlink()
 
 
 def _about(settings: Settings, roots: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from openchatkit.download.places import storage_errors
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord, SourceRecord
-from openchatkit.retrieval import chunks, generation, reading, table, vectors
+from openchatkit.retrieval import chunks, generation, reading, table
 from openchatkit.retrieval.building import embedded, plan
 from openchatkit.retrieval.building.embedded import Vectors
 from openchatkit.retrieval.building.plan import Plan
+from openchatkit.retrieval.building.present import Present, clear_if_damaged, opened
 from openchatkit.retrieval.building.ranks import Ranks
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import check_encoder
@@ -33,16 +34,8 @@ _WINDOW = 1 << 14  # texts that are sorted by length together
 _SLICE = 512  # texts that are embedded between two writes: what a kill loses
 _BLOCK = 1 << 14  # vectors copied at a time
 _TABLE, _MISSING = "staged.arrow", "missing.npy"
+_ALONE = Ranks()
 _ADVICE = "make room and run again, what has been embedded is kept"
-
-
-@dataclass
-class Present:
-    """The generation that an index has, open."""
-
-    record: IndexRecord
-    table: Table
-    vectors: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -67,89 +60,87 @@ class _Staged:
 
 @dataclass(frozen=True)
 class _Work:
-    """How many rows the staged table has, and how many of them are to be embedded."""
+    """How many rows the staged table has, how many of them are to be embedded, and by what."""
 
     rows: int
     missing: int
-
-
-@contextlib.contextmanager
-def opened(folder: Path) -> Iterator[Present | None]:
-    """The present generation, None where there is none; DamagedError where its files are not what they should be."""
-    if not layout.exists(folder):
-        yield None
-        return
-    record, files = layout.read(folder)
-    layout.check_files(folder, record, files)
-
-    def path(role: str) -> Path:
-        return folder / layout.file_name(role, record.generation)
-
-    found = None
-    if record.encoder is not None:
-        found = vectors.open_array(path("vectors"), rows=record.rows, dimension=record.encoder.dimension)
-    with Table(path("table"), record.rows) as rows:
-        yield Present(record, rows, found)
+    encoder: str
+    max_tokens: int
 
 
 def carry_out(
-    folder: Path, encoder: Encoder | None, ranks: Ranks, planned: Callable[[Present | None], Plan]
+    folder: Path,
+    planned: Callable[[Present | None], Plan],
+    *,
+    device: str = "cpu",
+    ranks: Ranks = _ALONE,
+    anew: bool = False,
 ) -> IndexRecord | None:
     """Make the generation that `planned` asks for; the index's record, None in all processes but the first.
 
-    UserError: what `planned` raises, no text at all, a vector that is not finite, a full disk.
+    `planned` is asked while no other command changes the index. With `anew`, the index need not be there, and one that
+    is damaged is taken for none. UserError: what `planned` raises, no text at all, a vector that is not finite, a full
+    disk, a folder that is something else.
     """
-    if not ranks.first:
-        ranks.agree(None)
-        _embed(layout.partial_folder(folder), encoder, ranks, None)
-        return None
-    empty = not folder.exists()
-    try:
-        with storage_errors(folder, _ADVICE), generation.writing(folder), opened(folder) as present:
-            return _lead(folder, encoder, ranks, present, planned)
-    finally:
-        if empty:
-            with contextlib.suppress(OSError):  # which it is when something has been kept in it
-                folder.rmdir()
+    with storage_errors(folder, _ADVICE):
+        if not ranks.first:
+            ranks.agree(None)
+            _embed(layout.partial_folder(folder), None, device, ranks, None)
+            return None
+        if anew:
+            layout.check_own(folder)
+        empty = not folder.exists()
+        try:
+            with generation.writing(folder):
+                if anew:
+                    clear_if_damaged(folder)
+                with opened(folder) as present:
+                    return _lead(folder, device, ranks, present, planned)
+        finally:
+            if empty:
+                with contextlib.suppress(OSError):  # which it is when something has been kept in it
+                    folder.rmdir()
 
 
 def _lead(
-    folder: Path,
-    encoder: Encoder | None,
-    ranks: Ranks,
-    present: Present | None,
-    planned: Callable[[Present | None], Plan],
+    folder: Path, device: str, ranks: Ranks, present: Present | None, planned: Callable[[Present | None], Plan]
 ) -> IndexRecord:
     partial = layout.partial_folder(folder)
     with contextlib.ExitStack() as stack:
-        error = staged = None
+        error = wanted = staged = work = None
         try:
             wanted = planned(present)
             if wanted.fresh or present is None or len(wanted.kept) != present.record.sources:
-                staged = _stage(partial, wanted, encoder, present, stack)
+                staged = _stage(partial, wanted, present, stack)
+            if staged is not None and len(staged.missing):
+                work = _Work(len(staged.table), len(staged.missing), wanted.encoder.name, staged.encoder.max_tokens)
         except UserError as failure:
             error = failure
         ranks.agree(error)
-        _embed(partial, encoder, ranks, staged and _Work(len(staged.table), len(staged.missing)))
-        if staged is None:
-            logger.info(f"{folder}: nothing has changed, {present.record.rows:,} passages")
-            record = present.record
-        else:
-            record = _write(folder, wanted, staged)
+        _embed(partial, wanted.encoder, device, ranks, work)
+        record = _write(folder, wanted, staged) if staged is not None else _restated(folder, wanted, present.record)
     shutil.rmtree(partial, ignore_errors=True)
     return record
 
 
-def _stage(
-    partial: Path, wanted: Plan, encoder: Encoder | None, present: Present | None, stack: contextlib.ExitStack
-) -> _Staged | None:
+def _restated(folder: Path, wanted: Plan, record: IndexRecord) -> IndexRecord:
+    """The index with the passages that it has: as it is, unless something else is to be said of them or of files."""
+    logger.info(f"{folder}: nothing has changed, {record.rows:,} passages")
+    sources = sorted(wanted.kept, key=lambda source: source.source)
+    said = layout.read_sources(folder, record), layout.read_skipped(folder, record), record.chunking
+    if said == (sources, wanted.left_out, wanted.about):
+        return record
+    return generation.restate(folder, sources=sources, skipped=wanted.left_out, chunking=wanted.about)
+
+
+def _stage(partial: Path, wanted: Plan, present: Present | None, stack: contextlib.ExitStack) -> _Staged | None:
     """Read what is fresh into a table of its own, and list the rows of it that have no vector yet.
 
     None where the index holds all that there is to be held.
     """
     described = None
-    if encoder is not None:
-        described = present.record.encoder if present is not None else encoder.record()
+    if wanted.encoder is not None:
+        described = present.record.encoder if present is not None else wanted.encoder.record()
         embedded.begin(partial, described)
     partial.mkdir(parents=True, exist_ok=True)
     records: list[SourceRecord] = []
@@ -174,14 +165,14 @@ def _stage(
             known.add(*part)
         missing = _missing(digests, records, known)
         if present is not None and len(missing):
-            check_encoder(partial.parent, described, encoder)
+            check_encoder(partial.parent, described, wanted.encoder)
         np.save(partial / _MISSING, missing)
     return _Staged(staged, runs, known, described, missing)
 
 
 def _nothing(wanted: Plan) -> str:
     """Why there is nothing to make an index of."""
-    left_out = [*wanted.skipped, *wanted.notes]
+    left_out = wanted.left_out
     if not left_out:
         return f"no file to read there: expected files of these kinds: {', '.join(reading.KINDS)}"
     some = "; ".join(f"{each.source} ({each.reason})" for each in left_out[:3])
@@ -198,11 +189,12 @@ def _missing(digests: np.ndarray, records: list[SourceRecord], known: Vectors) -
     return np.sort(rows[np.unique(digests[rows], return_index=True)[1]])
 
 
-def _embed(partial: Path, encoder: Encoder | None, ranks: Ranks, work: _Work | None) -> None:
+def _embed(partial: Path, encoder: Encoder | None, device: str, ranks: Ranks, work: _Work | None) -> None:
     """Embed this process's part of the missing texts; return when all processes have done theirs."""
     work = ranks.share(work)
-    if work is None or encoder is None or not work.missing:
+    if work is None:
         return
+    encoder = encoder or Encoder(work.encoder, device, work.max_tokens)
     error = None
     try:
         if not (partial / _MISSING).is_file():
@@ -252,7 +244,7 @@ def _write(folder: Path, wanted: Plan, staged: _Staged) -> IndexRecord:
         vectors=None if known is None else _vectors(staged.runs, known),
         encoder=staged.encoder,
         sources=sources,
-        skipped=sorted({*wanted.skipped, *wanted.notes}, key=lambda each: (each.source, each.reason)),
+        skipped=wanted.left_out,
         chunking=wanted.about,
     )
 

@@ -15,6 +15,7 @@ from openchatkit.formats.retrieval_index import Skipped, SourceRecord
 from openchatkit.retrieval import chunks, reading
 from openchatkit.retrieval.building import embedded
 from openchatkit.retrieval.chunks import Chunking, Count
+from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.reading import Options, Unreadable
 from openchatkit.retrieval.table import Row
 
@@ -58,11 +59,17 @@ class Fresh:
 class Plan:
     """The next generation: sources `kept` from the present one, `fresh` ones, what was `skipped`, and facts to note."""
 
+    encoder: Encoder | None
     kept: list[SourceRecord]
     fresh: list[Fresh]
     skipped: list[Skipped]
     about: dict[str, Any]
     notes: list[Skipped] = field(default_factory=list)  # of what is fresh; added to while sources are read
+
+    @property
+    def left_out(self) -> list[Skipped]:
+        """All that is left out, in part or whole, in a fixed order."""
+        return sorted({*self.skipped, *self.notes}, key=lambda each: (each.source, each.reason))
 
 
 def compare(
