@@ -15,7 +15,7 @@ from openchatkit.inference.retrieval import flags as retrieval
 _PRESENTATION = (
     *("batch", "output", "json", "verbose", "no_stream", "no_date", "prompt", "load"),
     *("gpu_id", "gpu_vram", "cpu_ram", "threads", "no_compile", "moderation_gpu_id"),
-    *("retrieval_device", "no_citations"),
+    *("retrieval_device", "retrieval_encoder", "no_citations"),
 )
 
 

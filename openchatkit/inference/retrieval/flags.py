@@ -1,12 +1,14 @@
 """The flags that let a chat look things up, and the index that they name."""
 
 import argparse
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openchatkit import cli
+from openchatkit.errors import UserError
 from openchatkit.inference.retrieval.queries import telling_words
 from openchatkit.retrieval.passage import Passage
 
@@ -35,6 +37,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--retrieval-device", default="auto", metavar="DEVICE", help="where questions are encoded: auto, cpu, cuda:1"
     )
+    flags.add_argument(
+        "--retrieval-encoder",
+        metavar="NAME",
+        help="folder or hub name of the encoder that the index was made with, if it is not where the index says",
+    )
 
 
 def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Retriever | None":
@@ -47,7 +54,7 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
     from openchatkit.inference.retrieval.retriever import Retriever
 
     folder, wikipedia = _named(given)
-    opened = (_wikipedia if wikipedia else _own)(folder, given.retrieval_device, announce)
+    opened = (_wikipedia if wikipedia else _own)(folder, given.retrieval_encoder, given.retrieval_device, announce)
     return Retriever(opened, k=given.retrieval_k)
 
 
@@ -76,28 +83,41 @@ def _named(given: argparse.Namespace) -> tuple[Path, bool]:
     return folder, wikipedia_index.is_one(folder)
 
 
-def _own(folder: Path, device: str, announce: Callable[[str], None]) -> Any:
+def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Any:
     from openchatkit.retrieval.index import Index
 
     index = Index.open(folder)
     if made_with := index.record.encoder:
-        if device != "auto":
-            from openchatkit.retrieval.encoder import Encoder
+        name = encoder or made_with.name
+        announce(f"loading {name} to look things up in {folder}")
+        with _advice(folder):
+            if encoder or device != "auto":
+                from openchatkit.retrieval.encoder import Encoder
 
-            index.close()
-            index = Index.open(folder, Encoder(made_with.name, device, made_with.max_tokens))
-        announce(f"loading {made_with.name} to look things up in {folder}")
-        index.encode("ready?")
+                index.close()
+                index = Index.open(folder, Encoder(name, device, made_with.max_tokens))
+            index.encode("ready?")
     return index
 
 
-def _wikipedia(folder: Path, device: str, announce: Callable[[str], None]) -> "WikipediaSearcher":
+def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> "WikipediaSearcher":
     from openchatkit.retrieval.wikipedia import ENCODER, WikipediaIndex
 
-    index = WikipediaIndex(folder, device=device)
-    announce(f"loading {ENCODER} to look things up in Wikipedia")
-    index.encoder.encode(["ready?"], query=True)
+    index = WikipediaIndex(folder, encoder, device)
+    announce(f"loading {encoder or ENCODER} to look things up in Wikipedia")
+    with _advice(folder):
+        index.encoder.encode(["ready?"], query=True)
     return WikipediaSearcher(index)
+
+
+@contextlib.contextmanager
+def _advice(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"no encoder for {folder}: {error} (--retrieval-encoder NAME takes it from elsewhere)"
+        ) from error
 
 
 class WikipediaSearcher:

@@ -18,6 +18,13 @@ from openchatkit.paths import ROOT
 from openchatkit.retrieval import building
 from openchatkit.retrieval.passage import Passage
 
+sys.path.insert(0, str(ROOT / "tests" / "retrieval"))
+try:
+    import wikipedia_maker as maker
+    from tiny_encoder import make_encoder
+finally:
+    sys.path.pop(0)
+
 FLAGS = ("--no-sample", "--no-date", "--max-tokens", "20")
 NOTES = {
     "lamp.txt": "The lighthouse keeper lights the lamp every evening.\n",
@@ -140,6 +147,25 @@ def test_without_wikipedia_one_line_says_what_makes_it(piped, monkeypatch, tmp_p
     assert (done.notes, done.status) == ([expected], 2)
 
 
+def test_an_encoder_that_has_moved(piped, random_models, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "lamp.txt").write_text(NOTES["lamp.txt"])
+    encoder = make_encoder(tmp_path / "encoder", plain=False)
+    building.build([tmp_path / "notes"], tmp_path / "index", encoder=str(encoder))
+    moved = encoder.rename(tmp_path / "moved")
+    command = (random_models["neox"], *FLAGS, "--json", "--retrieval", str(tmp_path / "index"))
+    lost = piped("", "/no/such/model", *command[1:])
+    assert lost.status == 2
+    (note,) = lost.notes
+    assert note.startswith(f"error: no encoder for {tmp_path / 'index'}: {encoder}: no such folder")
+    assert note.endswith("(--retrieval-encoder NAME takes it from elsewhere)")
+    found = piped("Who lights the lamp?\n", *command, "--retrieval-encoder", str(moved))
+    assert [source["text"] for source in json.loads(found.stdout)["sources"]] == [NOTES["lamp.txt"].strip()]
+    other = make_encoder(tmp_path / "other", plain=False, dimension=16)
+    (note,) = piped("", *command, "--retrieval-encoder", str(other)).notes
+    assert "is not the one that" in note
+
+
 # -- Wikipedia
 
 
@@ -167,12 +193,6 @@ def test_what_has_no_word_of_the_question_does_not_count(query, found):
 
 
 def test_wikipedia_is_looked_up_in_a_chat(piped, random_models, tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT / "tests" / "retrieval"))
-    try:
-        import wikipedia_maker as maker
-        from tiny_encoder import make_encoder
-    finally:
-        sys.path.pop(0)
     import hashlib
 
     from openchatkit.retrieval import wikipedia
@@ -188,7 +208,8 @@ def test_wikipedia_is_looked_up_in_a_chat(piped, random_models, tmp_path, monkey
     monkeypatch.setattr(wikipedia, "ENCODER", str(folder))
     monkeypatch.setattr(wikipedia_index, "FOLDER", tmp_path / "files")
     question = " ".join(texts[3][0].split()[:4])
-    for flags in (("--retrieval",), ("--retrieval", str(tmp_path / "files"))):
+    named = ("--retrieval", str(tmp_path / "files"), "--retrieval-encoder", str(folder))
+    for flags in (("--retrieval",), named):
         done = piped(f"{question}\n", random_models["neox"], *FLAGS, "--json", *flags)
         source = json.loads(done.stdout)["sources"][0]
         assert (source["source"], source["title"][:8]) == ("Wikipedia", "Article ")
