@@ -175,11 +175,22 @@ def unloadable(folder: Path, error: Exception) -> UserError:
 
 
 def choose_device(device: str) -> str:
-    """`device` itself; for `auto` the GPU of this process's local rank, a Mac's, or else the CPU."""
-    if device != "auto":
-        return device
+    """`device` itself; for `auto` the GPU of this process's local rank, a Mac's, or else the CPU.
+
+    UserError: torch has no such device here.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto":
+        if torch.cuda.is_available():
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"there is no device {device!r} to embed on ({reason}): expected auto, cpu, or a GPU of this machine, such "
+            "as cuda:0"
+        ) from error
+    return device

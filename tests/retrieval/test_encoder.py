@@ -145,3 +145,10 @@ def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match=r"pip install 'openchatkit\[retrieval\]'"):
         Encoder(folder).encode(["ice"])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "nonsense", ""])
+def test_a_device_that_is_not_there_is_told_as_that(tmp_path, device):
+    folder = make_encoder(tmp_path / "encoder")
+    with pytest.raises(UserError, match=f"there is no device '{device}' to embed on .*: expected auto, cpu"):
+        Encoder(folder, device=device).encode(["old king"])
