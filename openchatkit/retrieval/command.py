@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -170,7 +169,7 @@ def _search(given: argparse.Namespace) -> None:
         if given.reranker:
             hits = Reranker(given.reranker, given.device).rerank(given.query, hits, given.k)
     if given.json:
-        print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False, indent=1))
+        report.print_json([asdict(hit) for hit in hits])
     elif hits:
         report.print_hits(hits)
     else:
@@ -189,7 +188,7 @@ def _info(given: argparse.Namespace) -> None:
         about["skipped"] = [asdict(each) for each in layout.read_skipped(given.index, record)]
     if given.verify:
         about["verified"] = True
-    print(json.dumps(about, ensure_ascii=False, indent=1)) if given.json else report.print_info(about)
+    report.print_json(about) if given.json else report.print_info(about)
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -207,7 +206,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         figures = evaluation.evaluate(index, questions, reranker=reranker)
         about = f"{len(questions):,} questions, {index.record.rows:,} passages"
     if given.json:
-        print(json.dumps({name: asdict(each) for name, each in figures.items()}, indent=1))
+        report.print_json({name: asdict(each) for name, each in figures.items()})
     else:
         print(f"{about}; times are those of 50 % and 99 % of the questions\n\n{evaluation.table(figures)}")
 
@@ -243,10 +242,4 @@ def _tell_skipped(folder: Path, all_ranks: ranks.Ranks) -> None:
     if not all_ranks.first:
         return
     record: IndexRecord = layout.read(folder)[0]
-    skipped = layout.read_skipped(folder, record)
-    if skipped:
-        print(f"{len(skipped):,} left out, in part or whole:", file=sys.stderr)
-    for each in skipped[:_SHOWN]:
-        print(f"  {each.source}: {each.reason}", file=sys.stderr)
-    if len(skipped) > _SHOWN:
-        print("  ... (all of them: info --skipped)", file=sys.stderr)
+    report.print_skipped(layout.read_skipped(folder, record), _SHOWN)

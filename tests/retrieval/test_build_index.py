@@ -1,6 +1,7 @@
 """The command `retrieval/build_index.py`, as it is run: what it prints, where, and with which status it ends."""
 
 import json
+import os
 import pty
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def gpus(monkeypatch):
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -171,3 +174,21 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, arguments,
     assert says in err
     assert err.count("\n") == 1
     assert not (tmp_path / "i").exists()
+
+
+def test_names_that_a_terminal_would_obey_or_cannot_show_are_escaped(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in (b"a.txt", b"red\x1b[31m.txt", b"two\nlines.txt", b"caf\xe9.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path / "docs") + b"/" + name)).write_text("text", encoding="utf-8")
+    made = run("build", tmp_path / "docs", "--index", tmp_path / "index", "--encoder", "none")
+    assert made.returncode == 0
+    shown = run("info", "--index", tmp_path / "index", "--skipped")
+    for text in (made.stderr, shown.stdout):
+        for name in ("red\\x1b[31m.txt", "two\\nlines.txt", "caf\\udce9.txt"):
+            assert f"docs/{name}:itsnamecannotbeshown" in "".join(text.split())
+    skipped = json.loads(run("info", "--index", tmp_path / "index", "--skipped", "--json").stdout)["skipped"]
+    assert [os.fsencode(Path(each["source"]).name) for each in skipped] == [
+        b"caf\xe9.txt",
+        b"red\x1b[31m.txt",
+        b"two\nlines.txt",
+    ]
