@@ -1,9 +1,8 @@
 """The flags that let a chat look things up, and the index that they name."""
 
 import argparse
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from openchatkit.retrieval.passage import Passage
 
 if TYPE_CHECKING:
     from openchatkit.inference.retrieval.retriever import Retriever
+    from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.wikipedia import WikipediaIndex
 
 DEFAULT_K = 3  # passages
@@ -26,7 +26,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--retrieval",
         nargs="?",
-        const="",
+        const=True,
         metavar="PATH",
         help="look each question up and give the model what is found: in the index of this folder, which "
         "retrieval/build_index.py makes of your own files, or, without PATH, in Wikipedia",
@@ -77,43 +77,42 @@ def _named(given: argparse.Namespace) -> tuple[Path, bool]:
     """The folder of the index that the flags name, and whether it is Wikipedia's."""
     from openchatkit.formats import wikipedia_index
 
-    if not given.retrieval:
+    if given.retrieval is True:
         return wikipedia_index.FOLDER, True
     folder = Path(given.retrieval).expanduser()
     return folder, wikipedia_index.is_one(folder)
 
 
 def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Any:
+    from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.index import Index
 
     index = Index.open(folder)
     if made_with := index.record.encoder:
-        name = encoder or made_with.name
-        announce(f"loading {name} to look things up in {folder}")
-        with _advice(folder):
-            if encoder or device != "auto":
-                from openchatkit.retrieval.encoder import Encoder
-
-                index.close()
-                index = Index.open(folder, Encoder(name, device, made_with.max_tokens))
-            index.encode("ready?")
+        index.close()
+        loaded = Encoder(encoder or made_with.name, device, made_with.max_tokens)
+        announce(f"loading {loaded.name} to look things up in {folder}")
+        _fetch(loaded, folder)
+        index = Index.open(folder, loaded)
+        index.encode("ready?")
     return index
 
 
 def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> "WikipediaSearcher":
+    from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.wikipedia import ENCODER, WikipediaIndex
 
-    index = WikipediaIndex(folder, encoder, device)
-    announce(f"loading {encoder or ENCODER} to look things up in Wikipedia")
-    with _advice(folder):
-        index.encoder.encode(["ready?"], query=True)
+    loaded = Encoder(encoder or ENCODER, device)
+    index = WikipediaIndex(folder, loaded)
+    announce(f"loading {loaded.name} to look things up in Wikipedia")
+    _fetch(loaded, folder)
+    index.encoder.encode(["ready?"], query=True)
     return WikipediaSearcher(index)
 
 
-@contextlib.contextmanager
-def _advice(folder: Path) -> Iterator[None]:
+def _fetch(encoder: "Encoder", folder: Path) -> None:
     try:
-        yield
+        _ = encoder.folder
     except UserError as error:
         raise UserError(
             f"no encoder for {folder}: {error} (--retrieval-encoder NAME takes it from elsewhere)"

@@ -116,6 +116,11 @@ def test_a_batch_goes_on_with_the_index_that_it_began_with_wherever_that_lies(pi
     assert (done.status, out.read_bytes()) == (2, one)
 
 
+def test_an_empty_path_is_not_wikipedia(piped):
+    (note,) = piped("", "/no/such/model", "--retrieval", "").notes
+    assert note == "error: . has no manifest.json: expected a retrieval index, as retrieval/build_index.py makes"
+
+
 def test_a_batch_without_its_index_is_one_line(piped, trained_model, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
     files = ("--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
