@@ -153,6 +153,15 @@ def exists(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def stamp(folder: Path) -> object:
+    """What differs once another manifest is in place, and costs next to nothing to ask; None where there is none."""
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def lock_path(folder: Path) -> Path:
     """What a writer locks: one file, whatever links and dots the folder is named by."""
     return paths.lock_path(Path(folder).resolve())

@@ -1,0 +1,146 @@
+"""A long-lived reader of an index: what it takes up while others write, and what it keeps."""
+
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from index_maker import TEXTS, WordEncoder, make
+from loguru import logger
+
+from openchatkit.formats import retrieval_index as layout
+from openchatkit.retrieval.index import Index
+from openchatkit.retrieval.live import LiveIndex
+
+pytest.importorskip("faiss")
+VIOLIN = "A violin has four strings."
+
+
+@pytest.fixture
+def encoder():
+    return WordEncoder()
+
+
+@pytest.fixture
+def folder(tmp_path, encoder):
+    make(tmp_path / "index", encoder=encoder)
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def warnings():
+    messages = []
+    sink = logger.add(lambda message: messages.append(message.strip()), format="{message}", level="WARNING")
+    yield messages
+    logger.remove(sink)
+
+
+def found(live, query="violin strings"):
+    return [hit.text for hit in live.search(query, 1)]
+
+
+def test_what_is_written_meanwhile_is_found_and_the_files_before_are_let_go_of(folder, encoder, warnings):
+    live = LiveIndex(Index.open(folder, encoder))
+    assert found(live) == []
+    make(folder, [*TEXTS, VIOLIN], encoder=encoder)
+    assert found(live) == [VIOLIN]
+    assert found(live, "sourdough bread") == [TEXTS[3]]
+    assert live.newest().encoder is encoder
+    assert warnings == []
+    if (maps := Path("/proc/self/maps")).exists():
+        mapped = [line for line in maps.read_text().splitlines() if str(folder) in line]
+        assert mapped
+        assert not [line for line in mapped if "(deleted)" in line]
+
+
+def test_what_is_written_before_the_first_question_is_found(folder, encoder):
+    live = LiveIndex(Index.open(folder, encoder))
+    make(folder, [VIOLIN], encoder=encoder)
+    assert found(live) == [VIOLIN]
+
+
+def test_an_index_that_stays_is_looked_at_once(folder, encoder, monkeypatch):
+    live = LiveIndex(Index.open(folder, encoder))
+    opened = live.newest()
+    monkeypatch.setattr(layout, "read", lambda folder: pytest.fail("the manifest was read again"))
+    assert live.newest() is opened
+
+
+def test_an_index_of_words_is_followed_too(tmp_path):
+    make(tmp_path / "index")
+    live = LiveIndex(Index.open(tmp_path / "index"))
+    make(tmp_path / "index", [*TEXTS, VIOLIN])
+    assert found(live) == [VIOLIN]
+
+
+def test_one_that_cannot_be_opened_is_told_of_once_and_taken_up_when_it_can(folder, encoder, warnings):
+    live = LiveIndex(Index.open(folder, encoder))
+    make(folder, [*TEXTS, VIOLIN], encoder=encoder)
+    hidden = folder / layout.file_name("postings", 2)
+    hidden.rename(folder / "elsewhere")
+    for _ in range(3):
+        assert found(live, "sourdough bread") == [TEXTS[3]]
+        assert found(live) == []
+    assert warnings == [f"{folder} was changed, and is searched as it was before: {hidden} is missing"]
+    (folder / "elsewhere").rename(hidden)
+    assert found(live) == [VIOLIN]
+    assert len(warnings) == 1
+
+
+def test_an_index_that_is_gone_answers_on_until_there_is_one_again(folder, encoder, warnings):
+    live = LiveIndex(Index.open(folder, encoder))
+    assert found(live, "sourdough bread") == [TEXTS[3]]
+    shutil.rmtree(folder)
+    for _ in range(2):
+        assert found(live, "sourdough bread") == [TEXTS[3]]
+    assert len(warnings) == 1
+    make(folder, [VIOLIN], encoder=encoder)  # of the first generation, as the one before was
+    assert found(live) == [VIOLIN]
+
+
+@pytest.mark.parametrize("other", [WordEncoder(), None])
+def test_one_with_another_encoder_is_told_of_and_left(folder, encoder, warnings, other):
+    live = LiveIndex(Index.open(folder, encoder))
+    if other:
+        other.digest = "e" * 64
+    make(folder, [*TEXTS, VIOLIN], encoder=other)
+    for _ in range(2):
+        assert found(live) == []
+        assert found(live, "sourdough bread") == [TEXTS[3]]
+    (told,) = warnings
+    assert "it has another encoder now, which is loaded when this program is started again" in told
+
+
+def test_it_goes_to_gpus_again(folder, encoder, monkeypatch):
+    from fake_gpus import FakeGpus
+
+    gpus = FakeGpus(monkeypatch)
+    live = LiveIndex(Index.open(folder, encoder))
+    make(folder, [*TEXTS, VIOLIN], encoder=encoder, dense_options={"kind": "IndexIVFScalarQuantizer"})
+    assert found(live) == [VIOLIN]
+    assert gpus.searches
+
+
+def test_threads_search_while_generations_come_and_go(folder, encoder, warnings):
+    live, stop = LiveIndex(Index.open(folder, encoder)), threading.Event()
+
+    def ask():
+        numbers = []
+        while not stop.is_set():
+            assert found(live, "sourdough bread") == [TEXTS[3]]
+            (text,) = found(live, "number") or [f"number {0}"]
+            numbers.append(int(text.split()[1]))
+        return numbers
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask) for _ in range(4)]
+        try:
+            for number in range(1, 9):
+                make(folder, [*TEXTS, f"number {number}"], encoder=encoder)
+        finally:
+            stop.set()
+        for each in asked:
+            assert each.result() == sorted(each.result()), "a generation came back"
+    assert found(live, "number") == ["number 8"]
+    assert warnings == []
