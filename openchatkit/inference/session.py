@@ -22,6 +22,7 @@ from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Emit, Reply, Responder
 from openchatkit.inference.retrieval.retriever import Found, Retriever
 from openchatkit.inference.streaming import clean
+from openchatkit.retrieval.passage import Passage
 
 STOP_LIMIT = 16
 _SEED_LIMIT = 1 << 63
@@ -55,6 +56,8 @@ class Session:
         self._stop = tuple(stop)
         self.retriever = retriever
         self._retrieval = retriever is not None
+        # Where the passages of each question are from, which the conversation does not say.
+        self._sources: dict[tuple[str, ...], tuple[Passage, ...] | None] = {}
         self._model = model
         self._generator = torch.Generator()
         self.conversation = conversation.begin(date=date)
@@ -82,8 +85,7 @@ class Session:
         """
         question = self._last_question("nothing to answer again")
         asked = self.conversation.undone().asked(question.text, question.passages)
-        known = self.last is not None and self.last.passages == question.passages
-        return self._answer(Found(asked, self.last.sources if known else None), emit)
+        return self._answer(Found(asked, self._sources.get(question.passages)), emit)
 
     def undo(self) -> str:
         """Take back the last question and its reply; returns the question. UserError when there is none."""
@@ -185,6 +187,7 @@ class Session:
         reply = found.told(reply)
         self._count(reply)
         if not reply.refused and (reply.text or reply.finish != "interrupted"):
+            self._sources[reply.passages] = reply.sources
             self.conversation = asked.answered(reply.text)
         return reply
 

@@ -345,6 +345,9 @@ def test_passages_are_retrieved_while_retrieval_is_on(trained_model):
     session.retrieval = False
     other = session.say("say it")
     assert (other.text, other.sources) == ("日本 nothing", None)
+    session.undo()
+    back = session.regenerate()
+    assert (back.text, back.sources) == (reply.text, reply.sources)
     session.retrieval = True
     assert session.say("say it", ["red"]).passages == ("red", "blue")
 

@@ -261,4 +261,6 @@ def test_the_page_shows_where_a_reply_is_from(browser, serve, trained):
         page.ask("hello")
         script = "return [...document.querySelectorAll('.sources li')].map((item) => [item.value, item.textContent])"
         assert browser.execute_script(script) == [[1, "<b>Title</b>, line 2, colours.txt"]]
+        page.reload()
+        assert browser.execute_script(script) == [[1, "<b>Title</b>, line 2, colours.txt"]]
         assert page.complaints() == []
