@@ -4,7 +4,7 @@ import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openchatkit import cli
 from openchatkit.errors import UserError
@@ -14,6 +14,7 @@ from openchatkit.retrieval.passage import Passage
 if TYPE_CHECKING:
     from openchatkit.inference.retrieval.retriever import Retriever
     from openchatkit.retrieval.encoder import Encoder
+    from openchatkit.retrieval.index import Index
     from openchatkit.retrieval.wikipedia import WikipediaIndex
 
 DEFAULT_K = 3  # passages
@@ -35,7 +36,10 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "--retrieval-k", type=cli.positive_int, default=DEFAULT_K, metavar="N", help="passages that are looked for"
     )
     flags.add_argument(
-        "--retrieval-device", default="auto", metavar="DEVICE", help="where questions are encoded: auto, cpu, cuda:1"
+        "--retrieval-device",
+        default="auto",
+        metavar="DEVICE",
+        help="where questions are encoded and, if faiss has GPUs, vectors searched: auto, cpu, cuda:1",
     )
     flags.add_argument(
         "--retrieval-encoder",
@@ -52,10 +56,16 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
     if given.retrieval is None:
         return None
     from openchatkit.inference.retrieval.retriever import Retriever
+    from openchatkit.retrieval.live import LiveIndex
 
     folder, wikipedia = _named(given)
-    opened = (_wikipedia if wikipedia else _own)(folder, given.retrieval_encoder, given.retrieval_device, announce)
-    return Retriever(opened, k=given.retrieval_k)
+    if wikipedia:
+        searcher = _wikipedia(folder, given.retrieval_encoder, given.retrieval_device, announce)
+    else:
+        searcher = _own(folder, given.retrieval_encoder, given.retrieval_device, announce)
+        if not getattr(given, "batch", None):  # whose rows are all answered from one generation: see `contents`
+            searcher = LiveIndex(searcher)
+    return Retriever(searcher, k=given.retrieval_k)
 
 
 def contents(given: argparse.Namespace) -> str | None:
@@ -83,7 +93,7 @@ def _named(given: argparse.Namespace) -> tuple[Path, bool]:
     return folder, wikipedia_index.is_one(folder)
 
 
-def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Any:
+def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> "Index":
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.index import Index
 
@@ -93,8 +103,9 @@ def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str
         loaded = Encoder(encoder or made_with.name, device, made_with.max_tokens)
         announce(f"loading {loaded.name} to look things up in {folder}")
         _fetch(loaded, folder)
-        index = Index.open(folder, loaded)
+        index = Index.open(folder, loaded, device=device)
         index.encode("ready?")
+        index.to_gpus()
     return index
 
 

@@ -116,6 +116,34 @@ def test_a_batch_goes_on_with_the_index_that_it_began_with_wherever_that_lies(pi
     assert (done.status, out.read_bytes()) == (2, one)
 
 
+@pytest.mark.parametrize(("batch", "found"), [(False, [0, 1]), (True, [0, 0])])
+def test_a_chat_takes_up_what_is_added_while_it_runs_and_a_batch_does_not(
+    piped, random_models, own, tmp_path, monkeypatch, batch, found
+):
+    from openchatkit.retrieval.index import Index
+
+    question, text = "How many strings has a violin?", "A violin has four strings."
+    search = Index.search
+
+    def adding(self: Index, query: str, k: int) -> list[Passage]:
+        hits = search(self, query, k)
+        (tmp_path / "violin.txt").write_text(text)
+        building.add([tmp_path / "violin.txt"], own)
+        return hits
+
+    monkeypatch.setattr(Index, "search", adding)
+    command = (random_models["neox"], *FLAGS, "--retrieval", str(own))
+    if batch:
+        (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": question}) + "\n" + json.dumps({"prompt": question}))
+        out = tmp_path / "out.jsonl"
+        piped("", *command, "--batch", str(tmp_path / "in.jsonl"), "--output", str(out))
+        lines = out.read_text().splitlines()
+    else:
+        lines = piped(f"{question}\n" * 2, *command, "--json").lines
+    sources = [[source["text"] for source in json.loads(line)["sources"]] for line in lines]
+    assert sources == [[text] * count for count in found]
+
+
 def test_an_empty_path_is_not_wikipedia(piped):
     (note,) = piped("", "/no/such/model", "--retrieval", "").notes
     assert note == "error: . has no manifest.json: expected a retrieval index, as retrieval/build_index.py makes"
