@@ -68,17 +68,20 @@ def _counted(texts: Iterable[str], numbers: dict[str, int], lengths: np.ndarray)
     """Entries of a piece of texts and the number of its first; gives words numbers, notes lengths."""
     texts = iter(texts)
     first = 0
-    while piece := [words(text) for text in islice(texts, _PIECE)]:
+    # Words become numbers a text at a time: as strings, those of a piece would take ten times the room.
+    while piece := [_numbered(text, numbers) for text in islice(texts, _PIECE)]:
         lengths[first : first + len(piece)] = sizes = [len(text) for text in piece]
-        flat = np.fromiter(
-            (numbers.setdefault(word, len(numbers)) for text in piece for word in text), np.int64, sum(sizes)
-        )
+        flat = np.concatenate(piece)
         keys, counts = np.unique(np.repeat(np.arange(len(piece)), sizes) << 32 | flat, return_counts=True)
         entries = np.empty(len(keys), _ENTRY)
         entries["word"], entries["row"], entries["count"] = keys & 0xFFFFFFFF, first + (keys >> 32), counts
         yield first, entries
         first += len(piece)
     assert first == len(lengths), (first, len(lengths))
+
+
+def _numbered(text: str, numbers: dict[str, int]) -> np.ndarray:
+    return np.array([numbers.setdefault(word, len(numbers)) for word in words(text)], np.int32)
 
 
 def _arranged(
