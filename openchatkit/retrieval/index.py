@@ -63,6 +63,7 @@ class Index:
 
     def __init__(self, folder: Path, record: IndexRecord, encoder: QueryEncoder | None, device: str = "auto") -> None:
         self.folder, self.record, self.device = folder, record, device
+        self.bytes = 0  # of all files
 
         def path(role: str) -> Path:
             return folder / layout.file_name(role, record.generation)
@@ -93,6 +94,7 @@ class Index:
             try:
                 layout.check_files(folder, record, files)
                 index = cls(folder, record, encoder, device)
+                index.bytes = sum(file.size for file in files.values())
             except (UserError, OSError):
                 if attempt + 1 < _ATTEMPTS and layout.read(folder)[0].generation != record.generation:
                     continue
@@ -196,8 +198,8 @@ class Index:
     def info(self) -> dict[str, Any]:
         """What the manifest says, and `bytes`, the size of all files."""
         about = dataclasses.asdict(self.record)
-        stamps = about.pop("time_stamps")
-        return {**about, "bytes": sum((self.folder / name).stat().st_size for name in stamps)}
+        del about["time_stamps"]
+        return {**about, "bytes": self.bytes}
 
     def verify(self) -> None:
         """See `verify` of this module."""
@@ -247,16 +249,27 @@ def verify(folder: Path) -> None:
 
     Where all are whole and only time stamps differ, as after copying, the manifest takes the present ones.
     """
-    record, files = layout.read(folder)
-    with progress.bar(sum(file.size for file in files.values()), "hashed", unit="B", unit_scale=True) as bar:
-        for file in files.values():
-            _verify_file(folder / file.name, file)
-            bar.update(file.size)
-    stamps = {name: (folder / name).stat().st_mtime_ns for name in files}
+    while True:
+        record, files = layout.read(folder)
+        try:
+            stamps = {name: (folder / name).stat().st_mtime_ns for name in files if (folder / name).is_file()}
+            _verify_files(folder, files)
+            break
+        except (DamagedError, OSError):
+            if layout.read(folder)[0].generation == record.generation:
+                raise
+            # A writer has put another generation in place meanwhile, and removed this one.
     if stamps != record.time_stamps:
         with paths.locked(layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
             if layout.read(folder)[0].generation == record.generation:
                 layout.write(folder, record, files.values())
+
+
+def _verify_files(folder: Path, files: dict[str, FileRecord]) -> None:
+    with progress.bar(sum(file.size for file in files.values()), "hashed", unit="B", unit_scale=True) as bar:
+        for file in files.values():
+            _verify_file(folder / file.name, file)
+            bar.update(file.size)
 
 
 def _verify_file(path: Path, file: FileRecord) -> None:

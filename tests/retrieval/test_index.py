@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from index_maker import TEXTS, WordEncoder, make
 
+from openchatkit import paths
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError
@@ -102,6 +103,7 @@ def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened
         assert all("000002" in name for name in names(folder) if name != layout.MANIFEST)
         assert old.search("violin strings") == []
         assert old.search("sourdough bread")[0].id == 3
+        assert old.info()["generation"] == 1
     with Index.open(folder, encoder) as new:
         assert new.search("violin strings")[0].id == 5
         assert new.info()["generation"] == 2
@@ -229,6 +231,23 @@ def test_a_copy_is_opened_once_it_was_verified(folder, encoder):
     with Index.open(folder, encoder) as index:
         index.verify()
         assert index.search("sourdough bread")
+
+
+def test_verifying_while_another_generation_is_written_is_no_damage(folder, encoder, monkeypatch):
+    sha256, done = paths.sha256, []
+
+    def meanwhile(path):
+        if not done:
+            done.append(path)
+            make(folder, encoder=encoder)
+        return sha256(path)
+
+    monkeypatch.setattr("openchatkit.retrieval.index.paths.sha256", meanwhile)
+    verify(folder)
+    assert layout.read(folder)[0].generation == 2
+    (folder / layout.file_name("table", 2)).unlink()
+    with pytest.raises(DamagedError, match=r"table-000002\.arrow is missing"):
+        verify(folder)
 
 
 def test_the_size_of_all_files_is_told(folder, encoder):
