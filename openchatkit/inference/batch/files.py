@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from loguru import logger
+
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference import report
@@ -25,13 +27,15 @@ _BEGINNING = b'{"line": '
 class Batch:
     """An input and an output, opened: `done` rows are in the output, `failed` of them with an error, of `total`.
 
-    `total` is None for standard input. Raises UserError for files that cannot be read or written, or that do not
-    belong together. To be used in a `with`, which lets go of the files.
+    `unaided` rows were answered though looking for passages failed. `total` is None for standard input. Raises
+    UserError for files that cannot be read or written, or that do not belong together. To be used in a `with`, which
+    lets go of the files.
     """
 
     def __init__(self, source: str, target: str, settings: Mapping[str, object]) -> None:
         self.done = 0
         self.failed = 0
+        self.unaided = 0
         self._target = target
         self._settings = json.dumps(settings, sort_keys=True, default=str).encode()
         self._line = 0
@@ -72,10 +76,14 @@ class Batch:
                 raise UserError(f"standard output cannot be written: {error.strerror}") from error
             raise UserError(f"{self._target} cannot be written: {error.strerror}; run again to go on") from error
         self.done += 1
-        self.failed += "error" in told
+        self._count_faults(told)
 
     def conclude(self) -> None:
-        """UserError when rows could not be answered."""
+        """UserError when rows could not be answered; rows for which nothing could be looked up are told of."""
+        if self.unaided:
+            logger.warning(
+                f'for {self.unaided} of {self.done} rows no passages could be looked up: see "note" in their lines'
+            )
         if self.failed:
             raise UserError(f'{self.failed} of {self.done} rows could not be answered: see "error" in their lines')
 
@@ -113,7 +121,11 @@ class Batch:
         if row is None or told.get("line") != row.number or told.get("row") != self._digest(row):
             raise _foreign(self.done + 1, target)
         self.done += 1
+        self._count_faults(told)
+
+    def _count_faults(self, told: Mapping[str, object]) -> None:
         self.failed += "error" in told
+        self.unaided += "note" in told
 
 
 def _foreign(line: int, target: Path) -> UserError:

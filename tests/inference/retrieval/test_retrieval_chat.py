@@ -305,6 +305,23 @@ def test_an_index_without_a_search_is_no_error_message_of_python(piped, trained_
     assert done.status == 0
 
 
+def test_a_batch_tells_how_many_rows_were_answered_without_looking_up(
+    piped, trained_model, notes, monkeypatch, tmp_path
+):
+    from openchatkit.retrieval.index import Index
+
+    def fail(self, query, k):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Index, "search", fail)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "say it"}\n{"prompt": "hello"}\n')
+    files = ("--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    for _ in range(2):
+        done = piped("", trained_model, *FLAGS, *files, "--retrieval", str(notes))
+        told = 'for 1 of 2 rows no passages could be looked up: see "note" in their lines'
+        assert (done.notes[-1], done.status) == (told, 0)
+
+
 def test_a_title_cannot_hide_its_source(piped, random_models, monkeypatch, notes):
     from openchatkit.retrieval.index import Index
 
