@@ -31,6 +31,7 @@ _NEARNESS = 0.7  # their cosine to a row: that of a question to the passage that
 _TRAINED_ON = 40  # rows a list
 _PIECE = 1 << 14  # rows added at a time
 _MOST_ON_GPUS = 2048  # lists that faiss looks at there, and rows that it finds
+_OPENING = threading.Lock()  # the limit of bytes is the whole process's
 _SCRATCH = 1 << 28  # bytes of a GPU for searching; faiss would take 1.5 GB
 
 
@@ -264,9 +265,10 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _byte_limit(faiss: ModuleType, size: int) -> Iterator[None]:
-    before = faiss.get_deserialization_vector_byte_limit()
-    faiss.set_deserialization_vector_byte_limit(size)
-    try:
-        yield
-    finally:
-        faiss.set_deserialization_vector_byte_limit(before)
+    with _OPENING:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(size)
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)

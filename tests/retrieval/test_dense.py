@@ -99,6 +99,19 @@ def test_a_cut_file_is_refused_by_name(tmp_path, vectors):
     assert limit > 1 << 30, "the limit of one file stayed behind"
 
 
+def test_threads_that_open_indices_leave_no_limit_behind(tmp_path, vectors):
+    records = [dense.build(vectors[:rows], tmp_path / str(rows), kind=dense.LISTS) for rows in (50, 600)]
+    limit = faiss.get_deserialization_vector_byte_limit()
+
+    def opened(number):
+        rows = (50, 600)[number % 2]
+        dense.Dense.open(tmp_path / str(rows), records[number % 2], vectors[:rows])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(opened, range(200)))
+    assert faiss.get_deserialization_vector_byte_limit() == limit
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
 @pytest.mark.parametrize("kind", [dense.FLAT, dense.LISTS])
 def test_a_full_disk_is_told_as_one(vectors, kind):
