@@ -144,7 +144,7 @@ class Encoder:
         try:
             # A folder without modules becomes a transformer with the mean over its tokens.
             model = library.SentenceTransformer(str(self.folder), device=device, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # whatever a broken file leads to in three libraries
             raise unloadable(self.folder, error) from error
         most = getattr(model[0].auto_model.config, "max_position_embeddings", None)
         wanted = self._max_tokens or model.max_seq_length or most or _TOKENS

@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +99,11 @@ def ndcg(found: Sequence[int], targets: int, k: int) -> float:
 def read_questions(path: Path) -> list[Question]:
     """Questions of a file: rows {"query": ..., "source": ...}, with "title", "place" or "text" beside or instead.
 
-    What is a list holds several targets. UserError: no such file, or a row of another kind.
+    One of these may be a list: what stands beside it is true of each target.
+    UserError: no such file, or a row of another kind.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     found = [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -185,16 +186,15 @@ def _question(path: Path, number: int, line: str) -> Question:
     try:
         row = json.loads(line)
         query = row["query"]
-        targets = [
-            Target(**{kind: value})
-            for kind in kinds
-            for value in (row[kind] if isinstance(row.get(kind), list) else [])
-        ]
-        one = {kind: row[kind] for kind in kinds if isinstance(row.get(kind), str) and row[kind]}
-        targets += [Target(**one)] if one else []
+        given = {kind: row[kind] for kind in kinds if row.get(kind)}
+        lists = [kind for kind, value in given.items() if isinstance(value, list)]
+        if len(lists) > 1:
+            raise ValueError(f"{lists[0]} and {lists[1]} are both lists")
+        several = [{lists[0]: value} for value in given[lists[0]]] if lists else [{}]
+        targets = [Target(**{**given, **each}) for each in several if given]
         if not isinstance(query, str) or not query.strip() or not targets:
             raise ValueError("it names no question or no target")
-        if not all(isinstance(value, str) for target in targets for value in astuple(target)):
+        if not all(value and isinstance(value, str) for each in several for value in {**given, **each}.values()):
             raise ValueError("a target is no text")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

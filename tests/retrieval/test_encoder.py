@@ -1,6 +1,7 @@
 """Encoders: what they make of texts, what they say of themselves, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,9 @@ def test_what_is_no_encoder_is_refused(tmp_path, folder):
     with pytest.raises(UserError, match=r"holds no encoder: config\.json is missing"):
         Encoder(tmp_path).count(["ice"])
     shutil.copytree(folder, tmp_path / "copy")
+    os.truncate(tmp_path / "copy" / "model.safetensors", 2000)
+    with pytest.raises(UserError, match=r"cannot be loaded: .*; fetch or copy it again"):
+        Encoder(tmp_path / "copy", "cpu").encode(["ice"])
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot be loaded: .*; fetch or copy it again"):
         Encoder(tmp_path / "copy").encode(["ice"])

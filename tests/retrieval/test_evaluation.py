@@ -50,9 +50,27 @@ def test_questions_of_a_file(tmp_path):
     ]
 
 
+def test_what_stands_beside_a_list_is_true_of_each_target(tmp_path):
+    path = tmp_path / "q.jsonl"
+    row = '{"query": "a\u2028b", "source": "x.pdf", "place": ["page 1", "page 2"], "title": null}'
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode())  # as some editors begin a file
+    [question] = evaluation.read_questions(path)
+    assert question.query == "a\u2028b"
+    assert question.targets == (Target(source="x.pdf", place="page 1"), Target(source="x.pdf", place="page 2"))
+
+
 @pytest.mark.parametrize(
     "row",
-    ['{"query": "a"}', '{"query": "", "source": "x"}', "[]", "no", '{"source": "x"}', '{"query": "a", "text": [1]}'],
+    [
+        '{"query": "a"}',
+        '{"query": "", "source": "x"}',
+        "[]",
+        "no",
+        '{"source": "x"}',
+        '{"query": "a", "text": [1]}',
+        '{"query": "a", "text": [""]}',
+        '{"query": "a", "text": ["b"], "source": ["c"]}',
+    ],
 )
 def test_a_row_that_is_no_question_is_told(tmp_path, row):
     path = tmp_path / "q.jsonl"
