@@ -32,7 +32,7 @@ from openchatkit.formats import manifest
 from openchatkit.formats.manifest import DamagedError, FileRecord
 
 FORMAT = "openchatkit retrieval index"
-VERSION = 1
+VERSION = 2  # rises too when `retrieval.words` would no longer make the same of a text
 MANIFEST = manifest.MANIFEST
 ROLES = {
     "table": ".arrow",
@@ -201,7 +201,10 @@ def read(folder: Path) -> tuple[IndexRecord, dict[str, FileRecord]]:
     if about.pop("format", None) != FORMAT:
         raise DamagedError(f"{folder / MANIFEST} is of another kind of folder: expected a retrieval index")
     if (version := about.pop("version", None)) != VERSION:
-        raise DamagedError(f"{folder} is a retrieval index of version {version}: this program reads version {VERSION}")
+        raise DamagedError(
+            f"{folder} is a retrieval index of version {version}: this program reads version {VERSION}; remove it and "
+            "build it again"
+        )
     try:
         record = _record(about)
     except (TypeError, KeyError, ValueError) as error:

@@ -1,16 +1,17 @@
 """What counts as a word for BM25: the same in an index and in a question.
 
 Text is taken as NFKC, cut at what is no letter or digit, and case-folded. A word in camel case counts whole and in its
-parts, so that `getObject` is found by "get object" and `GitHub` by "github". Of plurals, the singular counts. Chinese
-and Japanese, which part no words, count as pairs of characters. English words that say nothing about a subject are left
-out.
+parts, so that `getObject` is found by "get object" and `GitHub` by "github". Of plurals, the singular counts, but not
+within a name such as `json.dumps`, where an ending tells one thing from another. Chinese and Japanese, which part no
+words, count as pairs of characters. English words that say nothing about a subject are left out.
 """
 
 import re
 import unicodedata
 
 LONGEST = 64  # characters; what is longer is no word: an encoded file, say
-_RUNS = re.compile(r"[^\W_]+")
+# Letters and digits; those of the first group are part of a name: joined to others by a point, a colon or a low line.
+_RUNS = re.compile(r"((?<=[\w.:][._:])[^\W_]+|[^\W_]+(?=[._:]+[^\W_]))|[^\W_]+")
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _UNPARTED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)")
 _EMPTY_WORDS = """
@@ -24,17 +25,17 @@ _EMPTY = frozenset(_EMPTY_WORDS.split())
 def words(text: str) -> list[str]:
     """The words of a text in order, repeated ones too."""
     found = []
-    for run in _RUNS.findall(unicodedata.normalize("NFKC", text)):
+    for match in _RUNS.finditer(unicodedata.normalize("NFKC", text)):
+        run, in_name = match[0], match[1] is not None
         if not run.isascii():
             found += _of_unparted(run)
             continue
         word = run.lower()
         if word in _EMPTY or len(word) > LONGEST:
             continue
-        found.append(singular(word))
-        if not (word == run or run[1:] == word[1:] or run.isupper()):
-            parts = _HUMPS.split(run)
-            found += [singular(part.lower()) for part in parts] if len(parts) > 1 else []
+        parts = [] if word == run or run[1:] == word[1:] or run.isupper() else _HUMPS.split(run)
+        found.append(word if in_name or len(parts) > 1 else singular(word))
+        found += [singular(part.lower()) for part in parts] if len(parts) > 1 else []
     return found
 
 
