@@ -82,7 +82,7 @@ def finding(name: str, examples: list, encoder: Path, folder: Path, count: int) 
         )
         places = statistics.mean(evaluation.reciprocal_rank(gains, 10) for gains in peer)
         gain = statistics.mean(evaluation.ndcg(gains, 1, 10) for gains in peer)
-        print(f"| peer: reciprocal ranks | {shares} | {places:.3f} | {gain:.3f} |")
+        print(f"| peer: reciprocal ranks | {shares} | {places:.3f} | {gain:.3f} | | | |")
         print("\n| asked | above the floor |\n|-|-|")
         asked = {"titles": [each.query for each in questions]}
         asked |= {"small talk": re.split(r"[|\n]", SMALL_TALK), "other things": re.split(r"[|\n]", OTHER_THINGS)}
@@ -120,8 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--wheel", type=Path, help="of awscli 1.46.2")
     parser.add_argument("--encoder", type=Path, help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--questions", type=int, default=500, help="of each set")
-    parser.add_argument("--passages", type=int, default=1000, help="embedded to measure building")
+    parser.add_argument("--questions", type=int, default=500, help="of each set; 0: none are asked")
+    parser.add_argument("--passages", type=int, default=3000, help="embedded to measure building")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each contestant")
     given = parser.parse_args()
     logger.remove()
@@ -132,8 +132,9 @@ def main() -> None:
         folder = Path(name)
         encoder = minilm(given.encoder, folder / "encoder")
         examples = question_sets.awscli(wheel(AWSCLI, given.wheel))
-        finding("awscli", examples, encoder, folder / "awscli", given.questions)
-        finding("stdlib", question_sets.stdlib(), encoder, folder / "stdlib", given.questions)
+        if given.questions:
+            finding("awscli", examples, encoder, folder / "awscli", given.questions)
+            finding("stdlib", question_sets.stdlib(), encoder, folder / "stdlib", given.questions)
         speed(examples[: given.passages], encoder, folder / "speed", given.repeat)
 
 
