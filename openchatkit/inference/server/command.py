@@ -8,7 +8,9 @@ import re
 import signal
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 from loguru import logger
 
@@ -139,19 +141,36 @@ def _serve(
         timeout=given.timeout,
         retriever=retriever,
     )
-    with Worker(max_waiting=given.max_queue, stopping=lambda: server.should_exit) as worker:
-        app = create_app(responder, worker, options)
-        server = uvicorn.Server(settings(app, connections=given.max_queue + 500, access_log=given.access_log))
-        if given.access_log:
-            _log_access()
-        try:
-            listener.listen()
-        except OSError as error:
-            raise UserError(f"--port {given.port} was taken by another server meanwhile: {error.strerror}") from error
-        logger.info(_welcome(address_of(listener), name, token))
-        # uvicorn ends in its own way at SIGTERM and then sends it once more: that one is not to kill.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        server.run(sockets=[listener])
+    worker = Worker(max_waiting=given.max_queue, stopping=lambda: server.should_exit)
+    app = create_app(responder, worker, options)
+    server = uvicorn.Server(settings(app, connections=given.max_queue + 500, access_log=given.access_log))
+    if given.access_log:
+        _log_access()
+    try:
+        listener.listen()
+    except OSError as error:
+        raise UserError(f"--port {given.port} was taken by another server meanwhile: {error.strerror}") from error
+    logger.info(_welcome(address_of(listener), name, token))
+    _answer(server, worker, listener)
+
+
+def _answer(server: "uvicorn.Server", worker: "Worker", listener: socket.socket) -> None:  # noqa: F821
+    """Answer until SIGTERM or Ctrl-C: requests in a thread of their own, replies in this, which loaded the model."""
+    received = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        server.handle_exit(number, frame)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    with ThreadPoolExecutor(1, thread_name_prefix="http") as threads:
+        answering = threads.submit(server.run, sockets=[listener])
+        answering.add_done_callback(lambda _: worker.stop())
+        worker.run()
+        answering.result()
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
 
 
 def settings(app: object, *, connections: int = 500, access_log: bool = False) -> "uvicorn.Config":  # noqa: F821

@@ -1,7 +1,9 @@
 """One reply at a time: a queue of bounded length, and the thread that generates.
 
-Torch runs in that thread alone, so the event loop never waits for it. A job's text waits in the job until its client
-takes it: a slow reader stops nobody, and keeps no more in memory than its own reply.
+Torch runs in that thread alone, so the event loop, in another, never waits for it. It should be the thread that loaded
+the model: torch keeps a team of threads for each thread that computes, and two teams on the same cores make every step
+wait (on two cores a third slower). A job's text waits in the job until its client takes it: a slow reader stops nobody,
+and keeps no more in memory than its own reply.
 """
 
 import asyncio
@@ -85,7 +87,10 @@ class Job:
 
 
 class Worker:
-    """Runs jobs in their order, one at a time; at most `max_waiting` wait. `stopping` turns true when all must end."""
+    """Runs jobs in their order, one at a time; at most `max_waiting` wait. `stopping` turns true when all must end.
+
+    Who wants replies calls `submit` and `drop` from any thread; `run` does the jobs in the thread that calls it.
+    """
 
     def __init__(self, *, max_waiting: int, stopping: Callable[[], bool] = lambda: False) -> None:
         self._max_waiting = max_waiting
@@ -94,18 +99,6 @@ class Worker:
         self._running: Job | None = None
         self._changed = threading.Condition()
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
-
-    def __enter__(self) -> "Worker":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-        # A forward pass cannot be cut short, and a long prompt can take long; nobody needs its result.
-        self._thread.join(timeout=10)
 
     @property
     def waiting(self) -> int:
@@ -134,10 +127,8 @@ class Worker:
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
-    def _ending(self) -> bool:
-        return self._ended or self._stopping()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Do jobs as they come, until `stop`."""
         while (job := self._next()) is not None:
             if self._ending():
                 job.error = closing()
@@ -146,6 +137,15 @@ class Worker:
                 job.run(self._ending)
             with self._changed:
                 self._running = None
+
+    def stop(self) -> None:
+        """Let `run` return when the jobs that wait have ended, at once; no more are taken."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def _ending(self) -> bool:
+        return self._ended or self._stopping()
 
     def _next(self) -> Job | None:
         with self._changed:

@@ -56,18 +56,23 @@ def serve(responder_of) -> Serve:
         responder = model if isinstance(model, Responder) else responder_of(model)
         listener = bind("127.0.0.1", 0)
         listener.listen()
-        with Worker(max_waiting=max_queue, stopping=lambda: server.should_exit) as worker:
-            served = Options(Served("tiny", sampling, max_new_tokens), **options)
-            server = uvicorn.Server(settings(create_app(responder, worker, served)))
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            address, port = address_of(listener), listener.getsockname()[1]
-            thread.start()
-            try:
-                yield Running(address, port, worker, responder, served.token)
-            finally:
-                server.should_exit = True
-                thread.join(timeout=60)
-        assert not thread.is_alive()
+        worker = Worker(max_waiting=max_queue, stopping=lambda: server.should_exit)
+        served = Options(Served("tiny", sampling, max_new_tokens), **options)
+        server = uvicorn.Server(settings(create_app(responder, worker, served)))
+        answering = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        generating = threading.Thread(target=worker.run)
+        address, port = address_of(listener), listener.getsockname()[1]
+        answering.start()
+        generating.start()
+        try:
+            yield Running(address, port, worker, responder, served.token)
+        finally:
+            server.should_exit = True
+            answering.join(timeout=60)
+            worker.stop()
+            generating.join(timeout=60)
+        assert not answering.is_alive()
+        assert not generating.is_alive()
 
     return serving
 

@@ -398,7 +398,8 @@ def test_a_template_that_fails_is_not_mistaken_for_a_text_too_long(serve, traine
 
 
 def test_a_worker_that_ends_refuses_more_work(trained):
-    with Worker(max_waiting=1) as worker:
-        pass
+    worker = Worker(max_waiting=1)
+    worker.stop()
+    worker.run()
     with pytest.raises(Exception, match="the server is shutting down"):
         worker.submit(None)
