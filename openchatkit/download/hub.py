@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from loguru import logger
+from tqdm import tqdm
 
 from openchatkit.download import http
 from openchatkit.download.digests import GIT, SHA256, Digest
@@ -121,11 +122,19 @@ def model_folder(name: str, small: Sequence[str], weights: Sequence[Sequence[str
         chosen += next((files for patterns in weights if (files := _matching(offered, patterns))), [])
         _into_cache(name, commit, chosen, patience)
         # Without a revision, so that the client notes which commit is the newest, for the times without the hub.
-        fill = functools.partial(snapshot_download, name, allow_patterns=[glob.escape(file.name) for file in chosen])
+        patterns = [glob.escape(file.name) for file in chosen]
+        fill = functools.partial(snapshot_download, name, allow_patterns=patterns, tqdm_class=_Silent)
         folder = Path(_asked(fill, name, "model", patience))
         if folder.name == commit:
             return folder
         logger.info("{} has a new version since it was listed: looking again", name)
+
+
+class _Silent(tqdm):
+    """No bar: what the client would show is the linking of files that have been fetched."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})
 
 
 def _cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path | None:

@@ -224,7 +224,10 @@ def roles(record: IndexRecord) -> list[str]:
 
 def check_files(folder: Path, record: IndexRecord, files: dict[str, FileRecord]) -> None:
     """DamagedError for the first file that is missing or has another size or time stamp than the manifest says."""
-    manifest.check_sizes(folder, manifest.Manifest(files, {}))
+    try:
+        manifest.check_sizes(folder, manifest.Manifest(files, {}))
+    except DamagedError as error:
+        raise DamagedError(f"{error}; build the index again, or copy it again from where it is whole") from error
     for name, stamp in record.time_stamps.items():
         if (folder / name).stat().st_mtime_ns != stamp:
             raise DamagedError(

@@ -199,8 +199,9 @@ def test_a_token_that_the_hub_does_not_know(oig, tmp_path, patience):
         download.fetch_dataset("laion/OIG", [], tmp_path, patience=patience)
 
 
-def test_pickles_are_left_where_there_are_safetensors(model, patience):
+def test_pickles_are_left_where_there_are_safetensors(model, patience, capfd):
     folder = download.fetch_model("org/model", SMALL, SAFE, PICKLED, patience=patience)
+    assert "Fetching" not in capfd.readouterr().err  # no bar of the client's beside ours
     assert names(folder) == {"config.json", "model.safetensors"}
     assert (folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
     assert sorted(model.fetched("org/model")) == ["config.json", "model.safetensors"]

@@ -319,6 +319,7 @@ def test_nothing_to_read_is_told(tmp_path, docs, encoder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no file to read there: expected files of these kinds: \.txt"):
         building.build([tmp_path / "empty"], tmp_path / "index", encoder=encoder)
+    assert not (tmp_path / "index").exists()
     with pytest.raises(
         UserError, match=r"no text to make an index of; 1 files .* were left out: .*broken\.pdf \(broken"
     ):
@@ -352,7 +353,7 @@ def test_a_damaged_index_is_made_anew_by_build_alone(docs, tmp_path, encoder):
     building.build([docs], index, encoder=encoder)
     with open(index / layout.file_name("table", 1), "ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="it was cut or replaced"):
+    with pytest.raises(UserError, match="it was cut or replaced; build the index again"):
         building.update(index)
     building.build([docs], index, encoder=encoder)
     check(index, encoder)

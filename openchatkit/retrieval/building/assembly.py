@@ -97,8 +97,9 @@ def carry_out(
                 with opened(folder) as present:
                     return _lead(folder, device, ranks, present, planned)
         finally:
-            if empty:
-                with contextlib.suppress(OSError):  # which it is when something has been kept in it
+            if empty and not embedded.holds_any(layout.partial_folder(folder)):
+                shutil.rmtree(layout.partial_folder(folder), ignore_errors=True)
+                with contextlib.suppress(OSError):  # an index is in it
                     folder.rmdir()
 
 

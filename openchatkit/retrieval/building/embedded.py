@@ -81,6 +81,11 @@ def begin(folder: Path, encoder: EncoderRecord) -> None:
     paths.write_text(folder / _ABOUT, about)
 
 
+def holds_any(folder: Path) -> bool:
+    """Whether a process has begun to write vectors here."""
+    return any(folder.glob("keys-*.bin"))
+
+
 def parts(folder: Path, dimension: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(digests, vectors) that processes have written, as far as both are whole."""
     for path in sorted(folder.glob("keys-*.bin")):
