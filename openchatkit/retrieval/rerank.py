@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -15,12 +15,13 @@ from openchatkit.errors import UserError
 from openchatkit.formats import sentence_encoder
 from openchatkit.retrieval.chunks import embedded
 from openchatkit.retrieval.encoder import choose_device, import_sentence_transformers, unloadable
-from openchatkit.retrieval.passage import Hit
+from openchatkit.retrieval.passage import Passage, Searcher
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
 DEPTH = 30  # passages that are looked at for one question
+_Found = TypeVar("_Found", bound=Passage)
 
 
 class Reranker:
@@ -30,7 +31,7 @@ class Reranker:
         self.name = str(name)
         self._device = device
 
-    def rerank(self, query: str, hits: Sequence[Hit], k: int) -> list[Hit]:
+    def rerank(self, query: str, hits: Sequence[_Found], k: int) -> list[_Found]:
         """The best `k` of these passages by the cross-encoder, whose scores they have; its ties keep their order.
 
         UserError: it cannot be loaded, gives more than one score a passage, or one that is not finite.
@@ -54,3 +55,15 @@ class Reranker:
             return library.CrossEncoder(str(folder), device=choose_device(self._device), local_files_only=True)
         except Exception as error:  # whatever a broken file leads to in three libraries
             raise unloadable(folder, error) from error
+
+
+class Reranked:
+    """A `Searcher`: what another finds, ordered again by a cross-encoder."""
+
+    def __init__(self, searcher: Searcher, reranker: Reranker) -> None:
+        self._searcher = searcher
+        self._reranker = reranker
+
+    def search(self, query: str, k: int) -> list[Passage]:
+        """The k passages that the cross-encoder puts first among the best 30, or the best k where that is more."""
+        return self._reranker.rerank(query, self._searcher.search(query, max(k, DEPTH)), k)

@@ -2,44 +2,21 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-from tiny_encoder import write_tokenizer
+from tiny_encoder import make_cross_encoder
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval.passage import Hit
-from openchatkit.retrieval.rerank import Reranker
+from openchatkit.retrieval.rerank import DEPTH, Reranked, Reranker
 
 HITS = [
     Hit(text, title, id=number) for number, (text, title) in enumerate([("red fox", ""), ("sea", "T"), ("moon", "")])
 ]
 
 
-def make(folder: Path, *, labels: int = 1) -> Path:
-    """A random BERT that scores pairs."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    size = write_tokenizer(folder)
-    config = BertConfig(
-        vocab_size=size,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-        initializer_range=1.0,
-        num_labels=labels,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
 def test_passages_come_in_the_order_of_their_scores(tmp_path):
-    folder = make(tmp_path / "cross")
+    folder = make_cross_encoder(tmp_path / "cross")
     found = Reranker(folder).rerank("the fox", HITS, 2)
     from sentence_transformers import CrossEncoder
 
@@ -51,12 +28,26 @@ def test_passages_come_in_the_order_of_their_scores(tmp_path):
     assert Reranker(folder).rerank("the fox", [], 2) == []
 
 
+def test_a_search_is_ordered_again_from_more_than_was_asked_for(tmp_path):
+    asked = []
+
+    class Found:
+        def search(self, query, k):
+            asked.append((query, k))
+            return HITS[:k]
+
+    reranker = Reranker(make_cross_encoder(tmp_path / "cross"))
+    assert Reranked(Found(), reranker).search("the fox", 2) == reranker.rerank("the fox", HITS, 2)
+    assert Reranked(Found(), reranker).search("the fox", DEPTH + 1) == reranker.rerank("the fox", HITS, 9)
+    assert asked == [("the fox", DEPTH), ("the fox", DEPTH + 1)]
+
+
 def test_what_is_no_cross_encoder_is_told(tmp_path):
     with pytest.raises(UserError, match="gives 3 scores a passage: expected a cross-encoder with one"):
-        Reranker(make(tmp_path / "three", labels=3)).rerank("fox", HITS, 2)
+        Reranker(make_cross_encoder(tmp_path / "three", labels=3)).rerank("fox", HITS, 2)
     with pytest.raises(UserError, match="no such folder"):
         Reranker(tmp_path / "nothing").rerank("fox", HITS, 2)
-    folder = make(tmp_path / "damaged")
+    folder = make_cross_encoder(tmp_path / "damaged")
     (folder / "config.json").write_text(json.dumps({"model_type": "no such"}), encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be loaded: .*; fetch or copy it again"):
         Reranker(folder).rerank("fox", HITS, 2)
@@ -65,7 +56,7 @@ def test_what_is_no_cross_encoder_is_told(tmp_path):
 def test_scores_that_are_no_numbers_are_told(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = make(tmp_path / "damaged")
+    folder = make_cross_encoder(tmp_path / "damaged")
     weights = load_file(folder / "model.safetensors")
     weights["classifier.bias"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -74,7 +65,7 @@ def test_scores_that_are_no_numbers_are_told(tmp_path):
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    folder = make(tmp_path / "cross")
+    folder = make_cross_encoder(tmp_path / "cross")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match=r"pip install 'openchatkit\[retrieval\]'"):
         Reranker(folder).rerank("fox", HITS, 2)

@@ -78,3 +78,25 @@ def write_tokenizer(folder: Path) -> int:
     config |= {f"{name}_token": token for name, token in special.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return len(vocabulary)
+
+
+def make_cross_encoder(folder: Path, *, labels: int = 1) -> Path:
+    """A random BERT that scores pairs."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    size = write_tokenizer(folder)
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+        initializer_range=1.0,
+        num_labels=labels,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder

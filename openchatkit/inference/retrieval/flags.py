@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference.retrieval.queries import telling_words
-from openchatkit.retrieval.passage import Passage
+from openchatkit.retrieval.passage import Passage, Searcher
 
 if TYPE_CHECKING:
     from openchatkit.inference.retrieval.retriever import Retriever
@@ -46,6 +46,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="folder or hub name of the encoder that the index was made with, if it is not where the index says",
     )
+    flags.add_argument(
+        "--retrieval-reranker",
+        metavar="NAME",
+        help="folder or hub name of a cross-encoder that orders the best 30 passages again",
+    )
 
 
 def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Retriever | None":
@@ -65,6 +70,8 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
         searcher = _own(folder, given.retrieval_encoder, given.retrieval_device, announce)
         if not getattr(given, "batch", None):  # whose rows are all answered from one generation: see `contents`
             searcher = LiveIndex(searcher)
+    if given.retrieval_reranker:
+        searcher = _reranked(searcher, given.retrieval_reranker, given.retrieval_device, announce)
     return Retriever(searcher, k=given.retrieval_k)
 
 
@@ -119,6 +126,15 @@ def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callabl
     _fetch(loaded, folder)
     index.encoder.encode(["ready?"], query=True)
     return WikipediaSearcher(index)
+
+
+def _reranked(searcher: Searcher, name: str, device: str, announce: Callable[[str], None]) -> Searcher:
+    from openchatkit.retrieval.rerank import Reranked, Reranker
+
+    reranker = Reranker(name, device)
+    announce(f"loading {name} to order what is found")
+    reranker.rerank("ready?", [Passage("ready")], 1)
+    return Reranked(searcher, reranker)
 
 
 def _fetch(encoder: "Encoder", folder: Path) -> None:

@@ -16,12 +16,14 @@ from openchatkit.inference.retrieval.flags import WikipediaSearcher
 from openchatkit.inference.shell.output import Output
 from openchatkit.paths import ROOT
 from openchatkit.retrieval import building
+from openchatkit.retrieval.index import Index
 from openchatkit.retrieval.passage import Passage
+from openchatkit.retrieval.rerank import Reranker
 
 sys.path.insert(0, str(ROOT / "tests" / "retrieval"))
 try:
     import wikipedia_maker as maker
-    from tiny_encoder import make_encoder
+    from tiny_encoder import make_cross_encoder, make_encoder
 finally:
     sys.path.pop(0)
 
@@ -83,6 +85,21 @@ def test_k_is_the_most_that_is_found(random_models, piped, notes, k):
     assert len(json.loads(done.stdout)["sources"]) == k
 
 
+def test_a_reranker_decides_which_passage_comes_first(piped, random_models, notes, tmp_path):
+    question = "Is sourdough bread better than tea of the kettle?"
+    reranker = str(make_cross_encoder(tmp_path / "cross"))
+    flags = ("--json", "--retrieval", str(notes), "--retrieval-k", "1")
+    (found,) = json.loads(
+        piped(f"{question}\n", random_models["neox"], *FLAGS, *flags, "--retrieval-reranker", reranker).stdout
+    )["sources"]
+    with Index.open(notes) as index:
+        (best,) = Reranker(reranker).rerank(question, index.search(question, 2), 1)
+    assert (found["text"], found["score"]) == (best.text, round(best.score, 4))
+    done = piped(f"{question}\n", random_models["neox"], *FLAGS, *flags, "--retrieval-reranker", str(notes))
+    assert done.status == 2
+    assert done.notes[-1].startswith(f"error: {notes} ")
+
+
 def test_rows_of_a_batch_carry_their_sources(piped, trained_model, notes, tmp_path):
     rows = [{"prompt": "When does bread rise overnight?"}, {"prompt": "say it", "passages": ["red"]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -120,8 +137,6 @@ def test_a_batch_goes_on_with_the_index_that_it_began_with_wherever_that_lies(pi
 def test_a_chat_takes_up_what_is_added_while_it_runs_and_a_batch_does_not(
     piped, random_models, own, tmp_path, monkeypatch, batch, found
 ):
-    from openchatkit.retrieval.index import Index
-
     question, text = "How many strings has a violin?", "A violin has four strings."
     search = Index.search
 
