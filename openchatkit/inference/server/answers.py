@@ -28,8 +28,14 @@ def usage(reply: Reply) -> dict[str, object]:
 
 
 def _sources(reply: Reply) -> dict[str, object]:
-    """`sources`, ours: where the passages of a reply are from, if any were looked for."""
-    return {} if reply.sources is None else {"sources": report.sources(reply)}
+    """`sources`, ours: where the passages of a reply are from, if any were looked for; `note`, if that failed.
+
+    Why it failed is for whoever runs the server: it may name their folders.
+    """
+    if reply.sources is None:
+        return {}
+    note = {"note": "no passages could be looked up: the server's log says why"} if reply.note else {}
+    return {"sources": report.sources(reply), **note}
 
 
 class Answer:
