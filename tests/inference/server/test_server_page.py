@@ -264,3 +264,20 @@ def test_the_page_shows_where_a_reply_is_from(browser, serve, trained):
         page.reload()
         assert browser.execute_script(script) == [[1, "<b>Title</b>, line 2, colours.txt"]]
         assert page.complaints() == []
+
+
+class Broken:
+    """Finds nothing any more."""
+
+    def search(self, query: str, k: int) -> list[Passage]:
+        raise OSError("the index is gone")
+
+
+@pytest.mark.long
+def test_the_page_says_when_nothing_could_be_looked_up(browser, serve, trained):
+    with serve(trained.responder, retriever=Retriever(Broken(), k=3)) as running:
+        page = Page(browser, running)
+        page.wait(lambda: page.at("model").text == "tiny")
+        page.ask("say it")
+        assert page.shown("assistant") == ["日本 nothing"]
+        assert page.shown("note") == ["No passages could be looked up."]
