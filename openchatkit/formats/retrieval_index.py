@@ -283,7 +283,13 @@ def _record(about: dict[str, Any]) -> IndexRecord:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    try:
+        file = open(path, encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise DamagedError(
+            f"{path} cannot be read: {error.strerror}; if the index was being written to, run again"
+        ) from error
+    with file:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)
