@@ -134,5 +134,5 @@ def test_damaged_lines_are_named(folder):
 def test_lists_that_a_writer_has_replaced_meanwhile_are_told(folder):
     record = layout.read(folder)[0]
     (folder / layout.file_name("sources", 3)).unlink()
-    with pytest.raises(DamagedError, match="sources.* cannot be read: No such file.*; if the index was being written"):
+    with pytest.raises(DamagedError, match=r"sources.* cannot be read: No such file.*; if the index was being written"):
         layout.read_sources(folder, record)
