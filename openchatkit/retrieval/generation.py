@@ -27,8 +27,9 @@ from openchatkit.formats.retrieval_index import (
     SourceRecord,
     SparseRecord,
 )
-from openchatkit.retrieval import dense, fusion, sparse, table
+from openchatkit.retrieval import dense, sparse, table
 from openchatkit.retrieval import vectors as kept
+from openchatkit.retrieval.floor import NO_COSINE
 
 
 @contextlib.contextmanager
@@ -62,8 +63,8 @@ def write_generation(
 
     `vectors` are parts [any, dimension] in the order of the rows, as many in all, made by `encoder`; both are None for
     an index that is searched by words alone. `rows` and `vectors` are read once, one after the other, and may come from
-    the generation that is replaced. `floor` defaults to `fusion.default_floor`; `dense_options` go to `dense.build`.
-    UserError where there are no rows, or where vectors are missing or not finite.
+    the generation that is replaced. `floor` defaults to one that asks for no cosine; `dense_options` go to
+    `dense.build`. UserError where there are no rows, or where vectors are missing or not finite.
     """
     assert (vectors is None) == (encoder is None), encoder
     if encoder is not None and encoder.metric not in (kept.COSINE, kept.DOT):
@@ -85,7 +86,7 @@ def write_generation(
             encoder,
             searched,
             counted,
-            floor or fusion.default_floor(encoder),
+            floor or NO_COSINE,
             dict(chunking or {}),
         )
         return _publish(folder, record)

@@ -20,6 +20,7 @@ from openchatkit.formats.retrieval_index import EncoderRecord, Floor, IndexRecor
 from openchatkit.retrieval import fusion
 from openchatkit.retrieval import vectors as kept
 from openchatkit.retrieval.dense import Dense
+from openchatkit.retrieval.floor import above
 from openchatkit.retrieval.generation import sparse_paths
 from openchatkit.retrieval.passage import Hit
 from openchatkit.retrieval.sparse import Sparse
@@ -167,7 +168,7 @@ class Index:
         best = np.argsort(-scores, kind="stable")
         ranking = Ranking(rows, scores, similarity, counted).only(best)
         if floor is not False:
-            chosen = fusion.above(
+            chosen = above(
                 self.record.floor if floor is True else floor,
                 None if similarity is None else self._cosines(similarity, vector, rows),
                 counted / self.sparse.rarest,

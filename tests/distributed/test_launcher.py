@@ -34,6 +34,8 @@ def fail(text, status): print(text, file=sys.stderr, flush=True); sys.exit(statu
 def start(tmp_path):
     """Start the launcher on a script's body; whatever is left of it is killed at the end of the test."""
     started = []
+    # What nohup has processes ignore is inherited, and is for the launcher to respect: not in these tests.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start_launcher(body: str, *flags: str, ranks: int = 3, arguments: tuple[str, ...] = (), **environment: str):
         script = tmp_path / "rank.py"
@@ -50,6 +52,7 @@ def start(tmp_path):
         return process
 
     yield start_launcher
+    signal.signal(signal.SIGHUP, before)
     for process in started:
         process.kill()
         process.wait()

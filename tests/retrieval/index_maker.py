@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord
+from openchatkit.retrieval import floor
 from openchatkit.retrieval.generation import write_generation, writing
 from openchatkit.retrieval.table import Row
 from openchatkit.retrieval.words import words
@@ -42,6 +43,8 @@ def make(folder: Path, texts: Sequence[str] = TEXTS, *, encoder: WordEncoder | N
         Row(text, f"title {at}", "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)
     ]
     vectors = [encoder.encode(texts)] if encoder else None
+    if encoder:
+        options.setdefault("floor", floor.measured(encoder, vectors[0]))
     with writing(folder):
         return write_generation(
             folder, rows=rows, vectors=vectors, encoder=encoder.record() if encoder else None, **options

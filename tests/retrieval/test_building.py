@@ -16,7 +16,7 @@ from tiny_encoder import WORDS, make_encoder
 
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
-from openchatkit.retrieval import building
+from openchatkit.retrieval import building, floor
 from openchatkit.retrieval.building import assembly, embedded, plan
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import Index
@@ -84,6 +84,18 @@ def check(folder: Path, encoder: str) -> None:
             assert {row.source for row in own} <= {source.source, "http://a/castle"}
     assert not layout.litter(folder)
     assert not layout.partial_folder(folder).exists()
+
+
+def test_the_floor_is_measured_where_passages_are_embedded_and_kept_where_none_are(docs, tmp_path, encoder):
+    def measured():
+        with Index.open(tmp_path / "index") as index:
+            return floor.measured(Encoder(encoder), index.vectors)
+
+    first = building.build([docs], tmp_path / "index", encoder=encoder).floor
+    assert first == measured()
+    assert building.delete([str(docs / "sea.txt")], tmp_path / "index").floor == first
+    (docs / "more.txt").write_text("bread and honey", encoding="utf-8")
+    assert building.update(tmp_path / "index").floor == measured()
 
 
 def test_a_folder_becomes_an_index_that_finds(docs, tmp_path, encoder, embeddings):

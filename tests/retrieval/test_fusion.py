@@ -1,8 +1,7 @@
-"""Fused order, and the floor."""
+"""Fused order."""
 
 import numpy as np
 
-from openchatkit.formats.retrieval_index import EncoderRecord, Floor
 from openchatkit.retrieval import fusion
 
 
@@ -23,16 +22,3 @@ def test_a_kind_that_tells_nothing_changes_no_order():
     assert np.argsort(fusion.fuse([cosines, np.zeros(3)])).tolist() == [0, 2, 1]
     assert fusion.fuse([np.array([4.0])]).tolist() == [1]
     assert fusion.fuse([np.empty(0), np.empty(0)]).tolist() == []
-
-
-def test_a_row_is_found_by_its_cosine_or_by_less_of_it_and_words():
-    floor = Floor(cosine=0.5, weak_cosine=0.2, strength=1.0, strength_alone=0.7)
-    cosines, strengths = np.array([0.5, 0.4, 0.4, 0.1]), np.array([0.0, 0.9, 1.0, 9.0])
-    assert fusion.above(floor, cosines, strengths).tolist() == [True, False, True, False]
-    assert fusion.above(floor, None, strengths).tolist() == [False, True, True, True]
-
-
-def test_no_cosine_is_asked_of_an_encoder_for_products():
-    record = EncoderRecord("e", "d", 8, "dot", 128)
-    assert fusion.above(fusion.default_floor(record), np.array([-0.9]), np.array([0.0])).all()
-    assert fusion.default_floor(None) == fusion.FLOOR

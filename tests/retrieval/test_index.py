@@ -112,7 +112,8 @@ def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened
 def test_a_generation_may_be_made_from_the_one_before(folder, encoder):
     with Index.open(folder, encoder) as old, generation.writing(folder):
         rows, kept = list(old.table.rows(1)), old.vectors[1:]
-        generation.write_generation(folder, rows=iter(rows), vectors=[kept], encoder=old.record.encoder)
+        options = {"encoder": old.record.encoder, "floor": old.record.floor}
+        generation.write_generation(folder, rows=iter(rows), vectors=[kept], **options)
     with Index.open(folder, encoder) as new:
         assert new.record.rows == 4
         assert new.search("sourdough bread")[0].id == 2
@@ -172,7 +173,7 @@ def test_an_index_of_nothing_is_refused(folder, encoder):
 
 
 def test_bad_vectors_and_metrics_are_refused_and_the_old_index_stays(folder, encoder, monkeypatch):
-    monkeypatch.setattr(encoder, "encode", lambda texts: np.full((len(texts), 256), np.nan))
+    monkeypatch.setattr(encoder, "encode", lambda texts, **_: np.full((len(texts), 256), np.nan))
     with pytest.raises(UserError, match="not finite"):
         make(folder, encoder=encoder)
     monkeypatch.setattr(encoder, "record", lambda: layout.EncoderRecord("words", encoder.digest, 256, "manhattan", 128))

@@ -20,7 +20,7 @@ from openchatkit.download.places import storage_errors
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord, SourceRecord
-from openchatkit.retrieval import chunks, generation, reading, table
+from openchatkit.retrieval import chunks, floor, generation, reading, table
 from openchatkit.retrieval.building import embedded, plan
 from openchatkit.retrieval.building.embedded import Vectors
 from openchatkit.retrieval.building.plan import Plan
@@ -119,7 +119,9 @@ def _lead(
             error = failure
         ranks.agree(error)
         _embed(partial, wanted.encoder, device, ranks, work)
-        record = _write(folder, wanted, staged) if staged is not None else _restated(folder, wanted, present.record)
+        record = (
+            _write(folder, wanted, staged, present) if staged is not None else _restated(folder, wanted, present.record)
+        )
     shutil.rmtree(partial, ignore_errors=True)
     return record
 
@@ -229,8 +231,11 @@ def _embed_rows(missing: np.ndarray, rows: Table, encoder: Encoder, writer: embe
             bar.update(len(some))
 
 
-def _write(folder: Path, wanted: Plan, staged: _Staged) -> IndexRecord:
-    """Write the generation: sources in the order of their names, each row with the vector of its digest."""
+def _write(folder: Path, wanted: Plan, staged: _Staged, present: Present | None) -> IndexRecord:
+    """Write the generation: sources in the order of their names, each row with the vector of its digest.
+
+    What a passage must show is measured anew where passages were embedded: the encoder is loaded then.
+    """
     sources, first = [], 0
     for run in staged.runs:
         sources.append(dataclasses.replace(run.source, first=first))
@@ -239,11 +244,15 @@ def _write(folder: Path, wanted: Plan, staged: _Staged) -> IndexRecord:
     if known is not None:
         for part in embedded.parts(layout.partial_folder(folder), staged.encoder.dimension):
             known.add(*part)
+    asked = present.record.floor if present is not None else None
+    if known is not None and (asked is None or len(staged.missing)):
+        asked = floor.measured(wanted.encoder, known.take(_located(staged.runs, known, sampled=True)))
     return generation.write_generation(
         folder,
         rows=_rows(staged.runs),
         vectors=None if known is None else _vectors(staged.runs, known),
         encoder=staged.encoder,
+        floor=asked,
         sources=sources,
         skipped=wanted.left_out,
         chunking=wanted.about,
@@ -262,7 +271,13 @@ def _rows(runs: list[_Run]) -> Iterator[Row]:
 
 
 def _vectors(runs: list[_Run], known: Vectors) -> Iterator[np.ndarray]:
-    digests = [run.digests[run.source.first : run.source.first + run.source.rows] for run in runs]
-    rows = known.locate(np.concatenate(digests))
+    rows = _located(runs, known)
     for first in range(0, len(rows), _BLOCK):
         yield known.take(rows[first : first + _BLOCK])
+
+
+def _located(runs: list[_Run], known: Vectors, *, sampled: bool = False) -> np.ndarray:
+    """The row among the known vectors of each passage of all sources, or of those that a floor is measured with."""
+    digests = [run.digests[run.source.first : run.source.first + run.source.rows] for run in runs]
+    wanted = np.concatenate(digests)
+    return known.locate(wanted[floor.sample(len(wanted))] if sampled else wanted)
