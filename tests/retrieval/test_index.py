@@ -18,6 +18,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.retrieval import generation
+from openchatkit.retrieval.floor import NO_COSINE
 from openchatkit.retrieval.index import Index, verify
 
 pytest.importorskip("faiss")
@@ -175,10 +176,10 @@ def test_an_index_of_nothing_is_refused(folder, encoder):
 def test_bad_vectors_and_metrics_are_refused_and_the_old_index_stays(folder, encoder, monkeypatch):
     monkeypatch.setattr(encoder, "encode", lambda texts, **_: np.full((len(texts), 256), np.nan))
     with pytest.raises(UserError, match="not finite"):
-        make(folder, encoder=encoder)
+        make(folder, encoder=encoder, floor=NO_COSINE)
     monkeypatch.setattr(encoder, "record", lambda: layout.EncoderRecord("words", encoder.digest, 256, "manhattan", 128))
     with pytest.raises(UserError, match="words compares by 'manhattan'"):
-        make(folder, encoder=encoder)
+        make(folder, encoder=encoder, floor=NO_COSINE)
     assert layout.read(folder)[0].generation == 1
 
 
