@@ -43,8 +43,8 @@ def make(folder: Path, texts: Sequence[str] = TEXTS, *, encoder: WordEncoder | N
         Row(text, f"title {at}", "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)
     ]
     vectors = [encoder.encode(texts)] if encoder else None
-    if encoder:
-        options.setdefault("floor", floor.measured(encoder, vectors[0]))
+    if encoder and "floor" not in options:
+        options["floor"] = floor.measured(encoder, vectors[0])
     with writing(folder):
         return write_generation(
             folder, rows=rows, vectors=vectors, encoder=encoder.record() if encoder else None, **options
