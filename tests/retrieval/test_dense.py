@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_gpus import FakeGpus
-from loguru import logger
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval import dense
@@ -118,14 +117,6 @@ def test_a_full_disk_is_told_as_one(vectors, kind):
     with pytest.raises(OSError, match="No space left") as caught:
         dense.build(vectors, Path("/dev/full"), kind=kind)
     assert caught.value.errno == errno.ENOSPC
-
-
-@pytest.fixture
-def warnings():
-    messages = []
-    sink = logger.add(lambda message: messages.append(message.strip()), format="{message}", level="WARNING")
-    yield messages
-    logger.remove(sink)
 
 
 @pytest.mark.parametrize("kind", [dense.LISTS, dense.CODES])

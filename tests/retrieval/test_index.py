@@ -24,17 +24,6 @@ from openchatkit.retrieval.index import Index, verify
 pytest.importorskip("faiss")
 
 
-@pytest.fixture
-def encoder():
-    return WordEncoder()
-
-
-@pytest.fixture
-def folder(tmp_path, encoder):
-    make(tmp_path / "index", encoder=encoder)
-    return tmp_path / "index"
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from index_maker import TEXTS, WordEncoder, make
-from loguru import logger
 
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.retrieval.index import Index
@@ -15,25 +14,6 @@ from openchatkit.retrieval.live import LiveIndex
 
 pytest.importorskip("faiss")
 VIOLIN = "A violin has four strings."
-
-
-@pytest.fixture
-def encoder():
-    return WordEncoder()
-
-
-@pytest.fixture
-def folder(tmp_path, encoder):
-    make(tmp_path / "index", encoder=encoder)
-    return tmp_path / "index"
-
-
-@pytest.fixture
-def warnings():
-    messages = []
-    sink = logger.add(lambda message: messages.append(message.strip()), format="{message}", level="WARNING")
-    yield messages
-    logger.remove(sink)
 
 
 def found(live, query="violin strings"):
