@@ -4,7 +4,7 @@ Finding: the examples of awscli (read from its wheel, which is not installed) an
 standard library; titles and first paragraphs are the questions, all else the passages, of which MiniLM sees 128 tokens.
 The figures are those of `retrieval/build_index.py evaluate --set`, by words, by vectors and by both; the peer is the
 fusion of both by reciprocal ranks. Then, how many of these questions, of small talk and of questions about other things
-find anything above the floor.
+find anything above the floor, and how many do in an index without vectors.
 
 Building: `--passages` examples embedded by sentence-transformers' `encode` alone, and made an index of by the kit: that
 counts loading the encoder, keeping what is embedded on disk, both indices, and hashing. They take turns; each figure is
@@ -59,9 +59,9 @@ def by_ranks(index: "Index", query: str, k: int) -> "list[Hit]":
     return [hits[id] for id in sorted(scores, key=lambda id: -scores[id])[:k]]
 
 
-def found(index: "Index", questions: list[str]) -> str:
+def found(index: "Index", questions: list[str], mode: str) -> str:
     """How many of these find something above the floor, in percent."""
-    return f"{100 * sum(bool(index.search(question, 1)) for question in questions) / len(questions):.1f}"
+    return f"{100 * sum(bool(index.search(question, 1, mode=mode)) for question in questions) / len(questions):.1f} %"
 
 
 def finding(name: str, examples: list, encoder: Path, folder: Path, count: int) -> None:
@@ -83,11 +83,12 @@ def finding(name: str, examples: list, encoder: Path, folder: Path, count: int) 
         places = statistics.mean(evaluation.reciprocal_rank(gains, 10) for gains in peer)
         gain = statistics.mean(evaluation.ndcg(gains, 1, 10) for gains in peer)
         print(f"| peer: reciprocal ranks | {shares} | {places:.3f} | {gain:.3f} | | | |")
-        print("\n| asked | above the floor |\n|-|-|")
+        print("\n| asked | above the floor | by words alone |\n|-|-|-|")
         asked = {"titles": [each.query for each in questions]}
         asked |= {"small talk": re.split(r"[|\n]", SMALL_TALK), "other things": re.split(r"[|\n]", OTHER_THINGS)}
         for kind, texts in asked.items():
-            print(f"| {len(texts)} {kind} | {found(index, texts)} % |", flush=True)
+            shares = " | ".join(found(index, texts, mode) for mode in ("fused", "sparse"))
+            print(f"| {len(texts)} {kind} | {shares} |", flush=True)
 
 
 def speed(examples: list, encoder: Path, folder: Path, repeat: int) -> None:

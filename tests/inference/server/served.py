@@ -71,3 +71,10 @@ def parsed(answer: bytes) -> tuple[int, dict[str, object]]:
     """Status and JSON of an HTTP answer."""
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split()[1]), json.loads(body)
+
+
+class Broken:
+    """An index that is not there any more."""
+
+    def search(self, query: str, k: int) -> list:
+        raise OSError("the index is gone")

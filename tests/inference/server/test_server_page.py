@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from served import Refusing, Running
+from served import Broken, Refusing, Running
 
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.retrieval.retriever import Retriever
@@ -264,13 +264,6 @@ def test_the_page_shows_where_a_reply_is_from(browser, serve, trained):
         page.reload()
         assert browser.execute_script(script) == [[1, "<b>Title</b>, line 2, colours.txt"]]
         assert page.complaints() == []
-
-
-class Broken:
-    """Finds nothing any more."""
-
-    def search(self, query: str, k: int) -> list[Passage]:
-        raise OSError("the index is gone")
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """The server looks questions up where it has an index, unless a request says not, and says what it found."""
 
 import pytest
-from served import CHAT
+from served import CHAT, Broken
 
 from openchatkit.inference.retrieval.retriever import Retriever
 from openchatkit.retrieval.passage import Passage
@@ -14,11 +14,6 @@ class Red:
 
     def search(self, query: str, k: int) -> list[Passage]:
         return [Passage("red", "", "colours.txt", "line 2", 0.123456, 7)]
-
-
-class Broken:
-    def search(self, query: str, k: int) -> list[Passage]:
-        raise OSError("the index is gone")
 
 
 @pytest.fixture(scope="module")
