@@ -51,7 +51,7 @@ step "Converting it to Hugging Face format" "$model/config.json" \
     "$python" tools/convert_to_hf_gptneox.py --ckpt-path model_ckpts/Quickstart --save-path "$model"
 step "Asking it questions it was not trained on, each with a passage" "" \
     "$python" tools/quickstart_score.py --model "$model" --questions 30
-# By words alone, which find names better than vectors do, and need no encoder.
+# By words alone: questions are about names, and no encoder is needed.
 step "Making an index of all passages" "$index/manifest.json" \
     "$python" retrieval/build_index.py build --index "$index" --encoder none "$data/passages.jsonl"
 step "Asking it the same kind of questions without passages, which it looks up in the index" "" \
