@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from dataclasses import dataclass
 
 import openai
@@ -78,3 +79,10 @@ class Broken:
 
     def search(self, query: str, k: int) -> list:
         raise OSError("the index is gone")
+
+
+def wait_until(state) -> None:
+    """Wait for a state of the server's other threads."""
+    ticking = threading.Event()
+    while not state():
+        ticking.wait(0.01)

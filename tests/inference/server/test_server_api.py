@@ -4,10 +4,11 @@ import json
 
 import openai
 import pytest
-from served import CHAT, HELLO, Running, post
+from served import CHAT, HELLO, Running, post, wait_until
 
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.server import delivery
+from openchatkit.inference.server.worker import Job
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +68,14 @@ def test_passages_belong_to_the_last_question(trained):
 
 
 def test_a_stream_is_the_reply_in_pieces(trained, monkeypatch):
+    emit = Job._emit
+
+    def emit_and_wait(self: Job, text: str) -> None:
+        """A model this small may make all tokens before the event loop looks: here it waits for each to be taken."""
+        emit(self, text)
+        wait_until(lambda: not self._text)
+
+    monkeypatch.setattr(Job, "_emit", emit_and_wait)
     monkeypatch.setattr(delivery, "PACE_SECONDS", 0.0)
     stream = trained.client().chat.completions.create(
         model="tiny",

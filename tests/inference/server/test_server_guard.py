@@ -6,11 +6,10 @@ import json
 import re
 import socket
 import struct
-import threading
 
 import openai
 import pytest
-from served import CHAT, HELLO, Running, parsed, post
+from served import CHAT, HELLO, Running, parsed, post, wait_until
 
 from openchatkit.errors import UserError
 from openchatkit.inference.conversation.rendering import KitRendering
@@ -47,13 +46,6 @@ def read_until(client: socket.socket, wanted: bytes) -> bytes:
         assert piece, f"{wanted!r} did not come, only {data!r}"
         data += piece
     return data
-
-
-def wait_until(state) -> None:
-    """Wait for a state of the server's other threads."""
-    ticking = threading.Event()
-    while not state():
-        ticking.wait(0.01)
 
 
 # -- Host, Origin, token
