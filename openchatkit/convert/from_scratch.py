@@ -85,7 +85,8 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
     """Write a Hugging Face folder of random weights and a tokenizer trained on `texts`; returns its parameters."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils import logging
+
+    from openchatkit.libraries import hf_transformers
 
     if shape.hidden_size % (2 * shape.num_heads):
         raise UserError(
@@ -108,7 +109,7 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPTNeoXForCausalLM(config)
-    logging.disable_progress_bar()
+    hf_transformers.silence()
     model.save_pretrained(folder)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PADDING}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

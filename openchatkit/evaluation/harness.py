@@ -129,10 +129,10 @@ def _lm_eval() -> Any:
 def _quiet() -> Iterator[None]:
     """Keep the libraries' notes away, where no terminal shows them their bars too, and the network out of it."""
     import datasets
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    from openchatkit.libraries import hf_transformers
+
+    hf_transformers.silence()
     datasets.disable_progress_bars()
     # Else the hub is told of every local file that is opened.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False

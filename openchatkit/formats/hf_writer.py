@@ -97,6 +97,6 @@ def _architectures(raw: Mapping[str, Any]) -> list[str]:
     stated = [name for name in raw.get("architectures") or [] if name.endswith("ForCausalLM")]
     if stated:
         return stated
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from openchatkit.libraries import hf_transformers
 
-    return [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[raw["model_type"]]]
+    return [hf_transformers.causal_lm_class(raw["model_type"])]

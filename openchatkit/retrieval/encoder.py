@@ -133,9 +133,10 @@ class Encoder:
             tokenizer.no_padding()
             return tokenizer
         from transformers import AutoTokenizer
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_verbosity_error()  # of texts longer than the network takes
+        from openchatkit.libraries import hf_transformers
+
+        hf_transformers.silence()  # it warns of texts longer than the network takes
         return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
 
     @functools.cached_property
@@ -160,10 +161,9 @@ def import_sentence_transformers() -> Any:
         raise UserError(
             "embedding needs sentence-transformers, which is not installed: pip install 'openchatkit[retrieval]'"
         ) from error
-    from transformers.utils import logging as transformers_logging
+    from openchatkit.libraries import hf_transformers
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # of tensors that an encoder has and does not need
+    hf_transformers.silence()  # it warns of tensors that an encoder has and does not need
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # it warns of folders without modules
     return sentence_transformers
 

@@ -16,26 +16,27 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from openchatkit.libraries import hf_transformers
+
 NAME = "openchatkit_cpu"
 CACHE_DTYPE = torch.float32
 # Families whose attention is plain: a scale, a causal mask, perhaps fewer heads of keys than of queries.
-_PLAIN = ("gpt_neox", "llama")
+_PLAIN = ("gpt_neox", "llama", "gptj")
 # Queries computed at once where they need a mask.
 _BLOCK = 256
 
 
 def use(model: PreTrainedModel) -> bool:
     """Let `model` attend by this module if its family is one that is known; whether it does."""
+    if model.config.model_type == "gptj" and (modules := hf_transformers.gptj_attentions(model)):
+        # They take no interface: each computes in a method, which takes the mask from the model.
+        for module in modules:
+            module._attn = functools.partial(_gptj_attention, float(module.scale_attn))
+        return True
     if model.config.model_type in _PLAIN:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, mask)
-        model.set_attn_implementation(NAME)
-        return model.config._attn_implementation == NAME
-    if model.config.model_type == "gptj":
-        # It knows no interface: each module computes in a method, which takes the mask from the model.
-        for block in model.transformer.h:
-            block.attn._attn = functools.partial(_gptj_attention, float(block.attn.scale_attn))
-        return True
+        return hf_transformers.attend_by(model, NAME)
     return False
 
 

@@ -6,7 +6,9 @@ large part of decoding. Here a token costs its own keys and values, and forgetti
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
+
+from openchatkit.libraries import hf_transformers
 
 # The least that a buffer is made for, in tokens; a power of two suits the allocators.
 SMALLEST = 64
@@ -81,7 +83,7 @@ class GrowingLayer(CacheLayerMixin):
 
 
 class GrowingCache(Cache):
-    """A `GrowingLayer` for each of `num_layers` layers, as transformers' models take it for `past_key_values`."""
+    """A `GrowingLayer` for each of `num_layers` layers, as transformers' models take it."""
 
     def __init__(self, num_layers: int, *, dtype: torch.dtype | None = None, limit: int | None = None) -> None:
         super().__init__(layers=[GrowingLayer(dtype, limit) for _ in range(num_layers)])
@@ -94,8 +96,5 @@ class GrowingCache(Cache):
 
 def new_cache(config: PreTrainedConfig, *, dtype: torch.dtype | None = None, limit: int | None = None) -> Cache:
     """A `GrowingCache` where every layer of the model attends to all tokens, else the cache that transformers has."""
-    cache = DynamicCache(config=config)
-    # Sliding windows, recurrent states and shared layers forget, or hold more than keys and values.
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return cache
-    return GrowingCache(len(cache.layers), dtype=dtype, limit=limit)
+    layers = hf_transformers.plain_cache_layers(config)
+    return DynamicCache(config=config) if layers is None else GrowingCache(layers, dtype=dtype, limit=limit)

@@ -11,6 +11,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from openchatkit.inference.engine.cache import new_cache
+from openchatkit.libraries import hf_transformers
 
 # A longer text is read in parts of this many tokens: memory stays bounded, and giving up need not wait for all of it.
 CHUNK = 512
@@ -31,6 +32,8 @@ class Reader:
         self._limit = limit
         # The logits but the last are not needed, and at 50,000 words of vocabulary they are large.
         self._narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache_argument = hf_transformers.cache_argument(model)
+        assert self._cache_argument is not None, f"{type(model).__name__} keeps no keys and values"
         self.croppable = not isinstance(self.new_cache(), DynamicCache)
 
     def new_cache(self) -> Cache:
@@ -48,7 +51,7 @@ class Reader:
     def _logits(self, model: object, cache: Cache, tokens: Sequence[int], keep: int) -> torch.Tensor:
         input_ids = torch.tensor([tokens], device=self._device)  # [1, new]
         options = {"logits_to_keep": keep} if self._narrow else {}
-        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
+        output = model(input_ids=input_ids, use_cache=True, **{self._cache_argument: cache}, **options)
         return output.logits[0, -keep:].float()
 
 

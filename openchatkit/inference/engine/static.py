@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from loguru import logger
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from openchatkit.inference.engine.reading import Reader
+from openchatkit.libraries import hf_transformers
 
 # A cache of a longer context than this would take memory by the gigabyte that short chats never use.
 LONGEST_CONTEXT = 8192
@@ -41,7 +41,9 @@ class StaticReader(Reader):
         super().__init__(model, device=device, limit=limit)
         # Were the shapes allowed to be dynamic, the second one would make a graph that cannot be recorded.
         options = {"mode": "reduce-overhead"} if options is None else options
-        self._compiled = torch.compile(model, dynamic=False, fullgraph=_whole(model), **options)
+        self._compiled = torch.compile(
+            model, dynamic=False, fullgraph=hf_transformers.compiles_as_a_whole(model), **options
+        )
 
     def new_cache(self) -> Cache:
         return StaticCache(config=self._model.config, max_cache_len=self._limit)
@@ -74,20 +76,12 @@ class StaticReader(Reader):
 
 def suits(model: PreTrainedModel, limit: int | None) -> bool:
     """Whether a model can be compiled over a static cache: as a whole, on one device, attending to all tokens."""
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    quantizer = getattr(model, "hf_quantizer", None)
-    layers = DynamicCache(config=model.config).layers
+    devices = hf_transformers.devices(model)
     return (
         limit is not None
         and limit <= LONGEST_CONTEXT
         and len(devices) <= 1
         and "disk" not in devices
-        and (quantizer is None or quantizer.is_compileable)
-        and _whole(model)
-        and bool(layers)
-        and all(type(layer) is DynamicLayer for layer in layers)
+        and hf_transformers.compiles_as_a_whole(model)
+        and hf_transformers.plain_cache_layers(model.config) is not None
     )
-
-
-def _whole(model: PreTrainedModel) -> bool:
-    return bool(getattr(model, "_can_compile_fullgraph", False))

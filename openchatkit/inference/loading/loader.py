@@ -8,7 +8,6 @@ Weights are memory-mapped: nothing is read before it is used, and main memory ho
 faster in another form is copied, layer by layer, if memory allows.
 """
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from openchatkit.data.tokenizer import Tokenizer
@@ -26,6 +24,7 @@ from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, lega
 from openchatkit.inference.engine import attention, linear
 from openchatkit.inference.engine.engine import is_out_of_memory
 from openchatkit.inference.loading import placement
+from openchatkit.libraries import hf_transformers
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"
@@ -97,8 +96,7 @@ def load(
 
 def quiet() -> None:
     """Keep the libraries' own notes and bars off the terminal; what matters of them is checked and said here."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    hf_transformers.silence()
     for name in ("accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -212,7 +210,7 @@ def _quantise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) 
 def _parameters(config: object) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if hf_transformers.cache_argument(model) is None:
         # Its past would be ignored, and each token follow from the last one alone.
         raise UserError(
             f"it is a {config.model_type}, which keeps no keys and values of what it has read: expected a transformer "

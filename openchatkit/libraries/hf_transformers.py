@@ -1,0 +1,95 @@
+"""What moves between releases of transformers: argument names, cache layers, attention hooks, internal tables."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+# `past_key_values` until 5.24, which renamed it.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """Return the name under which the model's forward takes keys and values of earlier tokens; None without them.
+
+    Recurrent models take a `cache` too, of states that no text can be cut from; they count as models without.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
+    return name if name is not None and _keeps_keys(model) else None
+
+
+def _keeps_keys(model: nn.Module) -> bool:
+    """Whether any layer of the model's own cache keeps keys and values, or the model says of itself that it might."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=model.config).layers
+    if layers:
+        return any(isinstance(layer, DynamicLayer) for layer in layers)
+    return not getattr(model, "_is_stateful", False)
+
+
+def plain_cache_layers(config: PreTrainedConfig) -> int | None:
+    """Return the number of layers if all of them keep every token's keys and values, one pair a layer; else None.
+
+    Sliding windows, recurrent states and shared layers forget, or hold more than keys and values.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=config).layers
+    plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return len(layers) if plain else None
+
+
+def compiles_as_a_whole(model: PreTrainedModel) -> bool:
+    """Whether the model says that torch.compile takes its forward without a graph break."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return bool(getattr(model, "_can_compile_fullgraph", False)) and (
+        quantizer is None or bool(getattr(quantizer, "is_compileable", False))
+    )
+
+
+def devices(model: PreTrainedModel) -> frozenset[object]:
+    """Return the devices that accelerate has spread the model over; empty where it has not."""
+    return frozenset(getattr(model, "hf_device_map", {}).values())
+
+
+def attend_by(model: PreTrainedModel, name: str) -> bool:
+    """Let the model attend by the function registered under `name`; whether it does so from now on."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+    except ValueError:  # the family takes no such function
+        model.config._attn_implementation = before
+    return model.config._attn_implementation == name
+
+
+def gptj_attentions(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """Return GPT-J's attention modules where each computes in a method `_attn` and divides by its `scale_attn`.
+
+    That is until 5.24, whose GPT-J takes the attention interface; then there are none.
+    """
+    modules = [block.attn for block in model.transformer.h]
+    return modules if all(hasattr(m, "scale_attn") and hasattr(m, "_attn") for m in modules) else []
+
+
+def causal_lm_class(model_type: str) -> str | None:
+    """Return the name of the class that transformers has for a causal model of this type; None if it knows none."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
+    except ImportError:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        mapping: Mapping[type, type] = AutoModelForCausalLM._model_mapping
+        found = mapping.get(type(AutoConfig.for_model(model_type)))
+        return None if found is None else found.__name__
+    return names.get(model_type)
+
+
+def silence() -> None:
+    """Keep transformers' notes and progress bars off the terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
