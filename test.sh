@@ -27,7 +27,7 @@ fi
 # Two workers, and ranks within them, share the machine: one thread each is the fastest.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
+"$kit_venv/bin/ruff" check .
+"$kit_venv/bin/ruff" format --check .
 # "${a[@]+...}": an empty array counts as unset in bash 3.2.
-exec .venv/bin/python -m pytest -n 2 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec "$kit_venv/bin/python" -m pytest -n 2 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

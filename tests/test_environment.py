@@ -1,5 +1,6 @@
 """test.sh and quickstart.sh with a stand-in for Python: what they ask of it, and every line they end with."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -9,8 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from openchatkit.paths import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # Answers as an interpreter does where the scripts ask one; what pip, pytest and the kit's own scripts are told goes to
 # $LOG. A script leaves what it is known by, unless it is the one that $FAKE_FAILS names.
@@ -21,7 +29,7 @@ case "$*" in
     "-m venv "*) [ -z "$FAKE_VENV_BREAKS" ] || exit 1
         mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/ruff" ;;
     *"import pip"*) exit "${FAKE_NO_PIP:-0}" ;;
-    "-m pip "*) echo "$@" >>"$LOG"; exit "${FAKE_PIP_STATUS:-0}" ;;
+    "-m pip "*) echo "$@" >>"$LOG"; echo "${FAKE_PIP_SAYS:-}" >&2; exit "${FAKE_PIP_STATUS:-0}" ;;
     "-m pytest "*) echo "$@" >>"$LOG"; exit 5 ;;
     "- "*) exec "$REAL_PYTHON" "$@" ;;
     *.py*)
@@ -39,13 +47,28 @@ esac
 """
 
 
+# What pip is asked for first: the range, which the constraints narrow to one version.
+TORCH = next(
+    requirement
+    for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    if requirement.startswith("torch")
+)
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with a stand-in for Python on PATH; `run(*arguments, script=, **environment)` runs test.sh in it."""
     root = tmp_path / "a checkout"
     for folder in ("tools", "training"):
         (root / folder).mkdir(parents=True)
-    needed = ("test.sh", "quickstart.sh", "pyproject.toml", "tools/environment.sh", "training/finetune_Quickstart.sh")
+    needed = (
+        "test.sh",
+        "quickstart.sh",
+        "pyproject.toml",
+        "constraints.txt",
+        "tools/environment.sh",
+        "training/finetune_Quickstart.sh",
+    )
     for name in needed:
         shutil.copy(ROOT / name, root / name)
     programs = tmp_path / "programs"
@@ -76,8 +99,8 @@ def checkout(tmp_path):
 def test_torch_comes_first_and_alone_and_a_second_run_calls_no_pip(checkout):
     first = checkout.run()
     installs = [call.split("install ")[1] for call in first.calls if call.startswith("-m pip")]
-    flags = "--disable-pip-version-check --quiet"
-    assert installs == [f"{flags} torch==2.13.0", f"{flags} -e {checkout.root}[dev]"]
+    flags = f"--disable-pip-version-check --quiet --constraint {checkout.root}/constraints.txt"
+    assert installs == [f"{flags} {TORCH}", f"{flags} -e {checkout.root}[dev]"]
     assert checkout.run().calls == ["-m pytest -n 2 -m not long"]
 
 
@@ -86,17 +109,84 @@ def test_the_index_of_torch_is_for_torch_alone(checkout):
     assert [("--index-url https://example.org/cpu" in call) for call in calls] == [True, False, False]
 
 
-def test_a_changed_pyproject_installs_again(checkout):
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_what_may_be_installed_has_changed_so_it_installs_again(checkout, name):
     checkout.run()
-    with open(checkout.root / "pyproject.toml", "a") as file:
+    with open(checkout.root / name, "a") as file:
         file.write("\n# changed\n")
     assert len(checkout.run().calls) == 3
+
+
+def test_without_constraints_the_newest_versions_are_installed(checkout):
+    calls = checkout.run(OPENCHATKIT_CONSTRAINTS="").calls
+    assert len(calls) == 3
+    assert not [call for call in calls if "--constraint" in call]
+
+
+def test_constraints_that_are_not_there(checkout):
+    result = checkout.run(OPENCHATKIT_CONSTRAINTS="/nowhere/versions.txt")
+    assert result.status == 2
+    assert result.err.startswith("error: OPENCHATKIT_CONSTRAINTS=/nowhere/versions.txt cannot be read: name a file")
+    assert result.calls == []
+
+
+def test_another_folder_for_the_environment(checkout):
+    checkout.run(OPENCHATKIT_VENV=str(checkout.root / ".venv.other"))
+    assert (checkout.root / ".venv.other" / "installed-dev").is_file()
+    assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "ERROR: No matching distribution found for numpy==2.9.9",
+            "no index offers numpy==2.9.9 for this Python and machine: try another Python (3.10 to 3.13), or "
+            "OPENCHATKIT_CONSTRAINTS= (empty) for other versions",
+        ),
+        (
+            "HTTPSConnectionPool(host='example.org', port=443): Max retries exceeded (NewConnectionError(...))",
+            "the wheel index https://example.org/cpu does not answer: check the network, proxy or "
+            "OPENCHATKIT_TORCH_INDEX, and run this again",
+        ),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            f"the disk is full, with {TORCH} half installed: make room (4 GB, with CUDA 12 GB) and run this again",
+        ),
+        (
+            "ERROR: ResolutionImpossible: for help visit ...",
+            "the versions of {root}/constraints.txt exclude each other, see above: OPENCHATKIT_CONSTRAINTS= (empty) "
+            "takes the newest",
+        ),
+    ],
+)
+def test_why_pip_failed_is_said_in_one_line(checkout, said, told):
+    result = checkout.run(FAKE_PIP_STATUS="1", FAKE_PIP_SAYS=said, OPENCHATKIT_TORCH_INDEX="https://example.org/cpu")
+    assert result.status == 2
+    assert result.err.splitlines() == [said, f"error: {told.format(root=checkout.root)}"]
+
+
+def test_no_room_for_the_installation_is_said_before_anything_is_fetched(checkout):
+    df = checkout.root.parent / "programs" / "df"
+    free = "Filesystem 1024-blocks Used Available Capacity Mounted on\\n/dev/vda 99 9 {} 9%% /\\n"
+    df.write_text(f"#!{shutil.which('bash')}\nprintf '{free.format(3_200_000)}'\n")
+    df.chmod(0o755)
+    full = checkout.run()
+    assert (full.status, full.calls) == (2, [])
+    assert full.err == (
+        f"error: {checkout.root} has 3 GB free, the installation takes about 4 GB: make room and run this again\n"
+    )
+    df.write_text(f"#!{shutil.which('bash')}\nprintf '{free.format(7_000_000)}'\n")
+    narrow = checkout.run()
+    assert narrow.status == 5
+    if sys.platform == "linux":
+        assert narrow.err.startswith("note: 7 GB are free; torch with CUDA takes about 12 GB, without it 4 GB:")
 
 
 def test_an_installation_that_failed_is_tried_again(checkout):
     failed = checkout.run(FAKE_PIP_STATUS="1")
     assert failed.status == 2
-    assert failed.err == "error: pip could not install torch==2.13.0: see its message above\n"
+    assert failed.err.splitlines()[-1] == f"error: pip could not install {TORCH}: see its message above"
     assert len(checkout.run().calls) == 3
 
 
@@ -214,7 +304,30 @@ def test_conda_installs_the_same(checkout):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *packages, pip = environment["dependencies"]
     assert any(package in ("python=3.11", "python=3.12") for package in packages)
-    torch = (ROOT / "tools" / "environment.sh").read_text().split("kit_torch=")[1].split()[0]
-    assert pip["pip"] == [torch, "-e .[gpu,wandb,s3]"]
+    assert pip["pip"] == ["-c constraints.txt", "-e .[gpu,wandb,s3]"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "bash test.sh" in Path(ROOT / ".ci" / "run").read_text()
+
+
+def test_the_lock_lies_within_the_ranges_and_names_all_of_them():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    for requirement in map(Requirement, asked):
+        if requirement.name == "openchatkit":
+            continue
+        versions = [pin for pin in pinned if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+        assert versions, f"constraints.txt has no {requirement.name}: run bash tools/check_versions.sh lock"
+        for pin in versions:
+            (version,) = [entry.version for entry in pin.specifier]
+            assert requirement.specifier.contains(version), f"{pin} is outside of {requirement}"
+
+
+def test_check_versions_refuses_what_it_does_not_know():
+    script = ROOT / "tools" / "check_versions.sh"
+    result = subprocess.run([shutil.which("bash"), str(script), "latest"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: expected oldest, newest, locked or lock, got 'latest': see the head of tools/check_versions.sh\n"
+    )

@@ -6,10 +6,16 @@
 # PYTHON                    the interpreter that .venv is made from (default: the first usable one on PATH)
 # OPENCHATKIT_TORCH_INDEX   the wheel index that torch is taken from (default: pip's own);
 #                           https://download.pytorch.org/whl/cpu has the CPU-only build, much smaller on Linux
+# OPENCHATKIT_CONSTRAINTS   the file of versions to install by (default: constraints.txt, with which the tests passed;
+#                           empty: the newest that pyproject.toml allows)
+# OPENCHATKIT_VENV          the folder of the environment (default: .venv)
 
 kit_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-kit_venv=$kit_root/.venv
-kit_torch=torch==2.13.0
+kit_venv=${OPENCHATKIT_VENV:-$kit_root/.venv}
+kit_constraints=${OPENCHATKIT_CONSTRAINTS-$kit_root/constraints.txt}
+# Gigabytes that an installation takes, pip's own temporary files counted: with torch for the CPU, and with CUDA's.
+kit_room=4
+kit_room_cuda=12
 
 fail() {
     echo "error: $*" >&2
@@ -69,14 +75,30 @@ make_venv() {
     trap - EXIT
 }
 
-# Print what an installation depends on: pyproject.toml, the version of Python, where the checkout is, which torch.
+# Print what an installation depends on: what may be installed, the version of Python, where the checkout and torch are.
 installation() {
-    "$kit_venv/bin/python" - "$kit_root" "$kit_torch ${OPENCHATKIT_TORCH_INDEX:-}" <<'PYTHON_END'
+    "$kit_venv/bin/python" - "$kit_root" "$kit_constraints" "${OPENCHATKIT_TORCH_INDEX:-}" <<'PYTHON_END'
 import hashlib, pathlib, sys
-root, torch = sys.argv[1:]
-parts = [(pathlib.Path(root) / "pyproject.toml").read_bytes(), sys.version.encode(), root.encode(), torch.encode()]
+root, constraints, index = sys.argv[1:]
+files = [pathlib.Path(root) / "pyproject.toml", *([pathlib.Path(constraints)] if constraints else [])]
+parts = [*(file.read_bytes() for file in files), sys.version.encode(), root.encode(), index.encode()]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PYTHON_END
+}
+
+# Stop before anything is fetched where the disk cannot hold it; say what is needed where it might not.
+check_room() {
+    local free="" line
+    line=$(df -Pk "$kit_root" 2>/dev/null) || return 0
+    { read -r _ && read -r _ _ _ free _; } <<<"$line"
+    case "$free" in '' | *[!0-9]*) return 0 ;; esac
+    free=$((free / 1000000))
+    [ "$free" -ge "$kit_room" ] ||
+        fail "$kit_root has $free GB free, the installation takes about $kit_room GB: make room and run this again"
+    if [ "$free" -lt "$kit_room_cuda" ] && [ -z "${OPENCHATKIT_TORCH_INDEX:-}" ] && [ "$(uname)" = Linux ]; then
+        echo "note: $free GB are free; torch with CUDA takes about $kit_room_cuda GB, without it $kit_room GB:" \
+            "OPENCHATKIT_TORCH_INDEX=https://download.pytorch.org/whl/cpu takes the latter" >&2
+    fi
 }
 
 make_environment() {
@@ -85,28 +107,67 @@ make_environment() {
     version=$(python_version "$kit_venv/bin/python")
     version_fits "$version" ||
         fail "$kit_venv holds ${version:+Python }${version:-no Python that runs}, not 3.10 to 3.13: remove it and run this again"
+    [ -z "$kit_constraints" ] || [ -r "$kit_constraints" ] ||
+        fail "OPENCHATKIT_CONSTRAINTS=$kit_constraints cannot be read: name a file, or leave it empty for the newest versions"
     wanted=$(installation)
     stamp=$kit_venv/installed${extra:+-$extra}
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
     "$kit_venv/bin/python" -c 'import pip' 2>/dev/null || fail "$kit_venv has no pip: remove it and run this again"
-    echo "Installing $kit_torch and the kit${extra:+ with its $extra tools} into .venv (once; some minutes)"
+    check_room
+    echo "Installing the kit${extra:+ with its $extra tools} into ${kit_venv##*/} (once; some minutes)"
     if [ -z "${OPENCHATKIT_TORCH_INDEX:-}" ] && [ "$(uname)" = Linux ] && [ ! -e /dev/nvidiactl ]; then
         echo "(no NVIDIA GPU here: OPENCHATKIT_TORCH_INDEX=https://download.pytorch.org/whl/cpu takes a smaller torch)"
     fi
-    pip_install ${OPENCHATKIT_TORCH_INDEX:+--index-url "$OPENCHATKIT_TORCH_INDEX"} "$kit_torch"
+    # torch first and alone: its index has nothing else.
+    pip_install ${OPENCHATKIT_TORCH_INDEX:+--index-url "$OPENCHATKIT_TORCH_INDEX"} "$(torch_wanted)"
     pip_install -e "$kit_root${extra:+[$extra]}"
     echo "$wanted" >"$stamp"
     # Every other extra includes the plain installation.
     echo "$wanted" >"$kit_venv/installed"
 }
 
+# Print what pip is asked for as torch: the range of pyproject.toml, which the constraints narrow to one version.
+torch_wanted() {
+    local line
+    while read -r line; do
+        case "$line" in
+            '"torch>'*)
+                line=${line#\"}
+                echo "${line%%\"*}"
+                return
+                ;;
+        esac
+    done <"$kit_root/pyproject.toml"
+    fail "$kit_root/pyproject.toml names no torch: restore the file"
+}
+
 pip_install() {
-    local quiet=--quiet
+    local quiet=--quiet what=${*: -1} said reason
     if [ -t 1 ]; then
         quiet=
     fi
-    "$kit_venv/bin/python" -m pip install --disable-pip-version-check $quiet "$@" ||
-        fail "pip could not install ${*: -1}: see its message above"
+    said=$kit_venv/pip-errors
+    if "$kit_venv/bin/python" -m pip install --disable-pip-version-check $quiet \
+        ${kit_constraints:+--constraint "$kit_constraints"} "$@" 2>"$said"; then
+        rm -f "$said"
+        return
+    fi
+    cat "$said" >&2
+    reason=$(cat "$said")
+    rm -f "$said"
+    case "$reason" in
+        *"No space left on device"*)
+            fail "the disk is full, with $what half installed: make room ($kit_room GB, with CUDA $kit_room_cuda GB) and run this again" ;;
+        *Connection*error* | *NewConnectionError* | *"Read timed out"* | *"Temporary failure in name resolution"* | *ProxyError*)
+            fail "the wheel index${OPENCHATKIT_TORCH_INDEX:+ $OPENCHATKIT_TORCH_INDEX} does not answer: check the network, proxy or OPENCHATKIT_TORCH_INDEX, and run this again" ;;
+        *"No matching distribution found for "*)
+            reason=${reason##*"No matching distribution found for "}
+            reason=${reason%%[$'\n' ]*}
+            fail "no index offers $reason for this Python and machine: try another Python (3.10 to 3.13), or OPENCHATKIT_CONSTRAINTS= (empty) for other versions" ;;
+        *ResolutionImpossible*)
+            fail "the versions of ${kit_constraints:-pyproject.toml} exclude each other, see above: OPENCHATKIT_CONSTRAINTS= (empty) takes the newest" ;;
+    esac
+    fail "pip could not install $what: see its message above"
 }

@@ -26,6 +26,7 @@ from openchatkit.download.patience import Patience, TransientError
 from openchatkit.download.places import check_room, notes
 from openchatkit.download.transfer import Answer, Remote, bring, missing
 from openchatkit.errors import UserError
+from openchatkit.libraries import hf_hub
 
 if TYPE_CHECKING:
     import httpx2
@@ -156,9 +157,8 @@ def _cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -
 def _into_cache(name: str, commit: str, files: Sequence[Remote], patience: Patience) -> None:
     """Bring files to where the hub's cache keeps them: under their digests, in `blobs`; the client makes the rest."""
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.file_download import repo_folder_name
 
-    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
+    blobs = Path(constants.HF_HUB_CACHE, hf_hub.cache_folder_name(name, "model"), "blobs")
     absent = [
         replace(file, name=file.digests[0].value)
         for file in files
@@ -207,10 +207,8 @@ def _remote(name: str, kind: str, commit: str, file: "RepoFile") -> Remote:
     address = hf_hub_url(name, file.path, repo_type=kind, revision=commit)
 
     def refused(response: "httpx2.Response") -> None:
-        from huggingface_hub.utils import hf_raise_for_status
-
         with _errors(name, kind):
-            hf_raise_for_status(response)
+            hf_hub.raise_for_status(response)
 
     @contextlib.contextmanager
     def open_at(start: int, _: str | None) -> Iterator[Answer]:
@@ -234,7 +232,6 @@ def _asked(ask: Callable[[], _T], name: str, kind: str, patience: Patience) -> _
 @contextlib.contextmanager
 def _errors(name: str, kind: str) -> Iterator[None]:
     """Turn what the hub's client raises about the model or data set `name` into UserError or TransientError."""
-    import httpx2
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -242,12 +239,13 @@ def _errors(name: str, kind: str) -> Iterator[None]:
         OfflineModeIsEnabled,
     )
 
+    library = hf_hub.http_library()
     unreachable = "the hub cannot be reached" + (" and it is not in the cache" if kind == "model" else "")
     try:
         yield
     except HFValidationError as error:
         raise UserError(f"cannot fetch {name}: no hub name; expected ORG/NAME or a folder") from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.ConnectError, httpx2.ProxyError) as error:
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, library.ConnectError, library.ProxyError) as error:
         again = "connect and run again" + ("" if kind == "model" else ", what is there already is kept")
         raise UserError(f"cannot fetch {name}: {unreachable}; {again}") from error
     except HfHubHTTPError as error:
@@ -255,7 +253,7 @@ def _errors(name: str, kind: str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError) as error:
         says = "what answers is not the hub; check HF_ENDPOINT and the proxy, or log in to this network"
         raise UserError(f"cannot fetch {name}: {says}") from error
-    except httpx2.TransportError as error:
+    except library.TransportError as error:
         raise TransientError(f"the connection to the hub broke ({type(error).__name__})") from error
 
 

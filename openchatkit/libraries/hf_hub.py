@@ -1,0 +1,45 @@
+"""What moves between releases of huggingface_hub: the HTTP library beneath it, and what its refusals are raised from.
+
+Until 2.0 the client stands on httpx, from then on on httpx2, whose exceptions and answers are classes of their own.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import httpx2
+
+
+def http_library() -> ModuleType:
+    """Return the HTTP library that the hub's client raises exceptions of."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The client's own error is a subclass of its library's.
+    for base in HfHubHTTPError.__mro__:
+        name = base.__module__.split(".")[0]
+        if name in ("httpx", "httpx2"):
+            return importlib.import_module(name)
+    return importlib.import_module("httpx2")
+
+
+def raise_for_status(response: "httpx2.Response") -> None:
+    """Raise the hub's own error (gated, unknown, private ...) for an answer that the kit's own client was given."""
+    from huggingface_hub.utils import hf_raise_for_status
+
+    library = http_library()
+    if not isinstance(response, library.Response):
+        request = library.Request(response.request.method, str(response.request.url))
+        response = library.Response(
+            response.status_code, headers=list(response.headers.multi_items()), content=response.read(), request=request
+        )
+    hf_raise_for_status(response)
+
+
+def cache_folder_name(repo_id: str, repo_type: str) -> str:
+    """Return the name of a repository's folder in the hub's cache, such as `models--ORG--NAME`."""
+    try:
+        from huggingface_hub.file_download import repo_folder_name
+    except ImportError:
+        return "--".join([f"{repo_type}s", *repo_id.split("/")])
+    return repo_folder_name(repo_id=repo_id, repo_type=repo_type)
