@@ -17,8 +17,9 @@ LEVELS = {
     **dict.fromkeys(("errors", "paths", "cli", "progress", "download", "libraries"), 0),
     "models": 1,
     **dict.fromkeys(("distributed", "formats"), 2),
-    **dict.fromkeys(("data", "retrieval", "minimal20b"), 3),
-    **dict.fromkeys(("training", "inference", "convert", "evaluation"), 4),
+    "loading": 3,
+    **dict.fromkeys(("data", "retrieval", "minimal20b"), 4),
+    **dict.fromkeys(("training", "inference", "convert", "evaluation"), 5),
 }
 # Packages that the library is imported without: of extras, or of the tests.
 OPTIONAL = (

@@ -42,7 +42,7 @@ ARGS=(
     --seq-length 2048
     --batch-size 32 --micro-batch-size 1 --gradient-accumulate-step 1
     --optimizer adamw --lr 1e-5 --warmup-steps 100
-    --bf16
+    --precision auto
     --activation-checkpointing true
     --seed 42
     --train-log-backend print

@@ -42,7 +42,7 @@ ARGS=(
     --seq-length 2048
     --batch-size 64 --micro-batch-size 4 --gradient-accumulate-step 1
     --optimizer 8bit-adam --lr 1e-5 --warmup-steps 100
-    --bf16
+    --precision auto
     --activation-checkpointing true
     --seed 42
     --train-log-backend print

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openchatkit import cli
+from openchatkit import cli, loading
 from openchatkit.errors import UserError
+from openchatkit.loading import PRECISIONS
 from openchatkit.paths import write_text
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 INSTALL = "pip install 'openchatkit[eval]'"
 
 
@@ -48,7 +48,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     include_paths: Sequence[Path] = (),
-    device: str | None = None,
+    device: str = "auto",
     dtype: str = "auto",
 ) -> dict[str, Any]:
     """lm-eval's results of a model on tasks, as plain JSON, with the model, its kind, device and dtype beside them.
@@ -60,8 +60,12 @@ def evaluate(
 
     # All that can be wrong with the flags comes before the weights are read.
     found = subjects.find(model)
-    place = subjects.choose_device(device)
-    precision = subjects.choose_dtype(dtype, place)
+    place = loading.choose_device(device)
+    precision = loading.choose_dtype(dtype, place, parameters=subjects.count_parameters(found), flag="--dtype")
+    if dtype != "auto" and (note := loading.emulation_note(place, precision)):
+        from loguru import logger
+
+        logger.warning(note)
     with _quiet():
         manager = _task_manager(include_paths)
         loaded = _load_tasks(_known(tasks, manager), manager)
@@ -227,12 +231,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=cli.positive_int, help="only so many documents of each task (not given: all)")
     parser.add_argument("--batch-size", type=cli.positive_int, default=8, help="rows at a time")
     parser.add_argument("--include-path", type=Path, action="append", default=[], help="folder of tasks of your own")
-    parser.add_argument("--device", help="cpu, cuda:1, ... (not given: the first GPU, else the CPU)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:1, ...; auto: the first GPU, else the CPU")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=PRECISIONS,
         default="auto",
-        help="auto: bfloat16 on GPUs, else float32",
+        help="auto: as the chat takes it, bfloat16 on GPUs that compute in it; float32 on CPUs for small models",
     )
     parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     args = parser.parse_args(argv)

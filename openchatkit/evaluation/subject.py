@@ -55,24 +55,20 @@ def find(name: str) -> Subject:
     return Subject(path, CHECKPOINT)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the first GPU, else the CPU; UserError when there is no such device here."""
-    if name is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+def count_parameters(subject: Subject) -> int:
+    """Return the number of a model's parameters by its configuration; its weights are not looked at."""
+    folder = subject.folder
+    if subject.kind != HUGGING_FACE:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in Stage(read_config(folder)[1]).parameters())
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    def build() -> "PreTrainedModel":
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of that name; "auto" is bfloat16 on a GPU that has it, else float32, which is exact."""
-    if name != "auto":
-        return getattr(torch, name)
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bfloat16 else torch.float32
+    return _read(build, folder).num_parameters()
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -7,7 +7,6 @@ inner product.
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +140,7 @@ class Encoder:
 
     @functools.cached_property
     def _model(self) -> "SentenceTransformer":
-        library, device = import_sentence_transformers(), choose_device(self._device)
+        library, device = import_sentence_transformers(), device_name(self._device)
         try:
             # A folder without modules becomes a transformer with the mean over its tokens.
             model = library.SentenceTransformer(str(self.folder), device=device, local_files_only=True)
@@ -151,6 +150,16 @@ class Encoder:
         wanted = self._max_tokens or model.max_seq_length or most or _TOKENS
         model.max_seq_length = min(wanted, most) if most else wanted
         return model
+
+
+def device_name(device: str) -> str:
+    """Return the device to embed on as sentence-transformers names it; see `loading.choose_device`.
+
+    Embedding is in float32 wherever it is done, so that an index made on one machine is searched alike on another.
+    """
+    from openchatkit import loading
+
+    return str(loading.choose_device(device))
 
 
 def import_sentence_transformers() -> Any:
@@ -172,25 +181,3 @@ def unloadable(folder: Path, error: Exception) -> UserError:
     """What to tell where a library cannot load a folder: the first line of what it says, which may be a page."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"{folder} cannot be loaded: {reason}; fetch or copy it again")
-
-
-def choose_device(device: str) -> str:
-    """`device` itself; for `auto` the GPU of this process's local rank, a Mac's, or else the CPU.
-
-    UserError: torch has no such device here.
-    """
-    import torch
-
-    if device == "auto":
-        if torch.cuda.is_available():
-            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"there is no device {device!r} to embed on ({reason}): expected auto, cpu, or a GPU of this machine, such "
-            "as cuda:0"
-        ) from error
-    return device

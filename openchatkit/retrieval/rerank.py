@@ -14,7 +14,7 @@ import numpy as np
 from openchatkit.errors import UserError
 from openchatkit.formats import sentence_encoder
 from openchatkit.retrieval.chunks import embedded
-from openchatkit.retrieval.encoder import choose_device, import_sentence_transformers, unloadable
+from openchatkit.retrieval.encoder import device_name, import_sentence_transformers, unloadable
 from openchatkit.retrieval.passage import Passage, Searcher
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Reranker:
         library = import_sentence_transformers()
         folder = sentence_encoder.fetch(self.name)
         try:
-            return library.CrossEncoder(str(folder), device=choose_device(self._device), local_files_only=True)
+            return library.CrossEncoder(str(folder), device=device_name(self._device), local_files_only=True)
         except Exception as error:  # whatever a broken file leads to in three libraries
             raise unloadable(folder, error) from error
 

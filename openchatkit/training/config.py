@@ -97,8 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         raise UserError(f"--dp-mode {settings.dp_mode} would let replicas drift apart; use --dp-mode allreduce")
     if settings.total_steps is None and settings.nepochs is None:
         raise UserError("give --total-steps N or --nepochs N: how long to train")
-    if settings.fp16 and settings.bf16:
-        raise UserError("--fp16 and --bf16 exclude each other; use --bf16 where the hardware has it")
+    _complete_precision(settings)
     if bool(settings.evaluation_steps) != bool(settings.evaluation_data):
         raise UserError("--evaluation-steps and --evaluation-data go together: how often, and on what")
     return settings
@@ -132,6 +131,18 @@ def _complete_from_environment(settings: Settings) -> None:
     name = str(settings.model_name).rstrip("/")
     settings.tokenizer_name = settings.tokenizer_name or Path(name)
     settings.checkpoint_path = settings.checkpoint_path or paths.MODEL_CKPTS / Path(name).name
+
+
+def _complete_precision(settings: Settings) -> None:
+    """Let --precision stand for --bf16 and --fp16 too; UserError where they say different things."""
+    given = {name: flag for name, flag in (("bfloat16", "bf16"), ("float16", "fp16")) if getattr(settings, flag)}
+    if len(given) == 2:
+        raise UserError("--fp16 and --bf16 exclude each other: give one of them, or --precision auto")
+    for name, flag in given.items():
+        if settings.precision not in (None, name):
+            raise UserError(f"--{flag} and --precision {settings.precision} exclude each other: give one of them")
+        settings.precision = name
+    settings.precision = settings.precision or "float32"
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
@@ -180,8 +191,13 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of matrices")
     group.add_argument("--max-grad-norm", type=non_negative_float, default=1.0, help="clip the model's norm; 0: never")
     group.add_argument("--activation-checkpointing", type=truth, default=True, help="recompute layers in backward")
-    group.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    group.add_argument("--fp16", action="store_true", help="compute in float16, with a loss scale")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of products; auto: bfloat16 where every rank's hardware computes in it, else float32 (default: float32)",
+    )
+    group.add_argument("--bf16", action="store_true", help="the same as --precision bfloat16")
+    group.add_argument("--fp16", action="store_true", help="the same as --precision float16, with a loss scale")
     group.add_argument("--loss-scale", type=non_negative_float, default=0, help="fixed loss scale for fp16; 0: dynamic")
     group.add_argument("--initial-loss-scale", type=non_negative_float, default=32768)
     group.add_argument("--min-loss-scale", type=non_negative_float, default=1)

@@ -7,11 +7,28 @@ import contextlib
 from dataclasses import asdict, dataclass
 
 import torch
+from loguru import logger
+
+from openchatkit import loading
+from openchatkit.distributed.layout import Layout
 
 
-def compute_dtype(*, fp16: bool, bf16: bool) -> torch.dtype:
-    """The dtype of matrix products and of the hidden states between layers."""
-    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+def compute_dtype(precision: str, layout: Layout) -> torch.dtype:
+    """Return the dtype of matrix products and of the hidden states between layers; all ranks take the same.
+
+    "auto" is bfloat16 where the hardware of every rank computes in it, else float32. Rank 0 says in the log what was
+    taken, and what it costs where some rank emulates it. UserError where a rank cannot compute in it at all.
+    """
+    own = loading.choose_dtype(precision, layout.device, purpose="training")
+    note = None if precision == "auto" else loading.emulation_note(layout.device, own)
+    found = layout.gather((own, note))
+    dtype = own if all(other == own for other, _ in found) else torch.float32
+    if layout.rank == 0:
+        why = " (auto)" if precision == "auto" else ""
+        logger.info("computing in {}{}", str(dtype).removeprefix("torch."), why)
+        for text in sorted({text for _, text in found if text is not None}):
+            logger.warning(text)
+    return dtype
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from loguru import logger
 
+from openchatkit import loading
 from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
@@ -50,17 +51,17 @@ class Progress:
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
-    if not settings.use_cuda or not torch.cuda.is_available():
+    """Return the GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
+    device = loading.choose_device(
+        "auto" if settings.use_cuda else "cpu",
+        gpu=settings.cuda_id,
+        mps=False,
+        advice="start fewer ranks here, or give --use-cuda false",
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
         keep_freed_memory()
-        return torch.device("cpu")
-    if settings.cuda_id >= torch.cuda.device_count():
-        raise UserError(
-            f"--cuda-id {settings.cuda_id}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0; "
-            "start fewer ranks here, or give --use-cuda false"
-        )
-    device = torch.device("cuda", settings.cuda_id)
-    torch.cuda.set_device(device)
     return device
 
 
@@ -116,6 +117,9 @@ def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer
     trainer.scaler.load_state_dict(state["loss_scaler"])
     if layout.rank == 0:
         logger.info("resuming from {}", resumed)
+        before, now = state.get("precision"), str(trainer.dtype).removeprefix("torch.")
+        if before not in (None, now):
+            logger.warning("{} was trained in {}: going on in {}", resumed, before, now)
     return trainer, Progress(state["step"], state["tokens"], state.get("ledger"))
 
 
@@ -130,6 +134,7 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
         "total_steps": run.total_steps,
         "data": run.dataset.fingerprint,
         "ledger": progress.ledger,
+        "precision": str(trainer.dtype).removeprefix("torch."),
         "loss_scaler": trainer.scaler.state_dict(),
         "layout": {
             "stages": trainer.layout.stages,
@@ -178,8 +183,9 @@ def _trainer(settings: Settings, run: Run, layout: Layout, stage: Stage) -> Trai
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
     )
+    dtype = compute_dtype(settings.precision, layout)
     scaler = LossScaler.create(
-        fp16=settings.fp16,
+        fp16=dtype == torch.float16,
         fixed=settings.loss_scale,
         initial=settings.initial_loss_scale,
         minimum=settings.min_loss_scale,
@@ -200,7 +206,7 @@ def _trainer(settings: Settings, run: Run, layout: Layout, stage: Stage) -> Trai
         optimizer,
         scaler,
         schedule,
-        dtype=compute_dtype(fp16=settings.fp16, bf16=settings.bf16),
+        dtype=dtype,
         pp_mode=settings.pp_mode,
         micro_batch_size=settings.micro_batch_size,
         seq_length=settings.seq_length,

@@ -72,7 +72,7 @@ def test_gpus_search_where_faiss_has_them(capsys, monkeypatch, tmp_path, encoder
     assert call(capsys, "build", tmp_path / "docs.jsonl", *options)[0] == 0
     (tmp_path / "asked.jsonl").write_text('{"query": "old king", "text": "king"}\n')
     what = ("old king",) if subcommand == "search" else ("--queries", tmp_path / "asked.jsonl")
-    monkeypatch.setattr("openchatkit.retrieval.encoder.choose_device", lambda device: "cpu")  # none is here
+    monkeypatch.setattr("openchatkit.retrieval.encoder.device_name", lambda device: "cpu")  # none is here
     status, out, _ = call(capsys, subcommand, *what, "--index", tmp_path / "index", "--json", *flags)
     assert (status, bool(gpus.searches)) == (0, copied)
     if subcommand == "search":

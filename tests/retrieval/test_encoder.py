@@ -154,5 +154,5 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "nonsense", ""])
 def test_a_device_that_is_not_there_is_told_as_that(tmp_path, device):
     folder = make_encoder(tmp_path / "encoder")
-    with pytest.raises(UserError, match=f"there is no device '{device}' to embed on .*: expected auto, cpu"):
+    with pytest.raises(UserError, match=f"--device {device}: there is no such device here .*: expected auto, cpu"):
         Encoder(folder, device=device).encode(["old king"])

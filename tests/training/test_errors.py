@@ -49,6 +49,8 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         (["--total-steps", "1", "--dp-mode", "local"], "--dp-mode local would let replicas drift apart"),
         ([], "give --total-steps N or --nepochs N"),
         (["--total-steps", "1", "--fp16", "--bf16"], "--fp16 and --bf16 exclude each other"),
+        (["--total-steps", "1", "--fp16", "--precision", "auto"], "--fp16 and --precision auto exclude each other"),
+        (["--total-steps", "1", "--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
         (["--total-steps", "1", "--evaluation-steps", "5"], "--evaluation-steps and --evaluation-data go together"),
         (["--total-steps", "1", "--aws-secret-access-key", "x"], "--aws-secret-access-key: a secret on the command"),
         (["--total-steps", "1", "--use-offload"], "--use-offload: optimizer state stays on the device"),

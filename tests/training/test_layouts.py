@@ -214,6 +214,14 @@ def test_other_precisions_and_optimizers(tmp_path, flags, change):
     assert metrics.read(one.parent)[-1]["loss"] < metrics.read(one.parent)[0]["loss"]
 
 
+def test_the_precision_that_was_taken_is_recorded(tmp_path, flags):
+    """Whatever auto means on this processor, it is what a run gives that asks for it by name."""
+    path = run(tmp_path, flags, precision="auto", **STAGES)
+    taken = checkpoint.read_state(path)["precision"]
+    assert taken in ("bfloat16", "float32")
+    assert_same_bits(path, run(tmp_path / "named", flags, precision=taken, **STAGES))
+
+
 def test_eight_bit_state_is_eight_bit(tmp_path, flags, prepared):
     path = run(tmp_path, flags, optimizer="8bit-adam")
     entry = checkpoint.read_optimizer(path, "embed")["embed_in.weight"]

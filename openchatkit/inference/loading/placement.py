@@ -10,42 +10,34 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from openchatkit import loading
 from openchatkit.errors import UserError
-from openchatkit.inference.engine import linear
 
 GIB = 1 << 30
-# Up to TINY parameters the CPU computes in float32, which is exact and fast enough; above, reading the weights is what
-# takes time, and bfloat16 halves it where the processor computes in it. Above SMALL it does so on any.
-TINY, SMALL = 10**8, 10**9
 
 
 def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.device:
     """CUDA's `gpu_id`, else Apple's MPS, else the CPU; UserError for GPUs that are not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = loading.choose_device(gpu=gpu_id)
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpu_gib is not None and not count:
         raise UserError("-g names GPUs, and torch finds none here: leave it out, -r limits main memory alone")
     if gpu_gib is not None and gpu_id not in gpu_gib:
         raise UserError(f"-g must give --gpu-id {gpu_id} its share, it names {', '.join(map(str, gpu_gib))}")
-    if count and (unknown := [number for number in (gpu_id, *(gpu_gib or ())) if number >= count]):
-        raise UserError(f"there is no GPU {unknown[0]}: torch finds {count}, numbered from 0")
-    if count:
-        return torch.device("cuda", gpu_id)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    for number in gpu_gib or ():
+        if number >= count:
+            loading.choose_device(gpu=number)
+    return device
 
 
 def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
-    """The precision that `name` means to compute in; "auto" looks at the device, on the CPU at the `parameters` too.
+    """Return the precision that `name` means to compute in.
 
     "int8" is of the weights alone: it computes as "auto" does, on the CPU in bfloat16, which its operator is made for.
     """
-    if name not in ("auto", "int8"):
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    exact = parameters <= (TINY if linear.can_pack(torch.bfloat16) else SMALL)
-    return torch.float32 if name == "auto" and exact else torch.bfloat16
+    if name == "int8" and device.type == "cpu":
+        return torch.bfloat16
+    return loading.choose_dtype("auto" if name == "int8" else name, device, parameters=parameters, flag="--dtype")
 
 
 def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib: float | None) -> dict[str, object]:

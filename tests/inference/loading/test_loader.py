@@ -73,7 +73,7 @@ def test_the_precision_follows_device_and_size(monkeypatch):
         return placement.choose_dtype(name, torch.device(device), parameters)
 
     for native, most in ((True, 10**8), (False, 10**9)):
-        monkeypatch.setattr(placement.linear, "can_pack", lambda dtype, native=native: native)
+        monkeypatch.setattr(placement.loading, "slowdown", lambda dtype, native=native: 0.4 if native else 9)
         assert chosen("cpu", most) == torch.float32
         assert chosen("cpu", most + 1) == torch.bfloat16
     assert chosen("cpu", name="int8") == torch.bfloat16
