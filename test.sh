@@ -24,6 +24,8 @@ if [ "${#selection[@]}" = 0 ] && ! command -v chromedriver >/dev/null && command
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-driver; } \
         >/dev/null || echo "note: apt could not install chromium-driver; the chat page is not tested in a browser" >&2
 fi
+# Tests that run these scripts start from what a user has.
+unset OPENCHATKIT_VENV OPENCHATKIT_CONSTRAINTS
 # Two workers, and ranks within them, share the machine: one thread each is the fastest.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
