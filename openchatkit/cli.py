@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import IO
 
 from openchatkit.errors import UserError
+from openchatkit.libraries import versions
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells count it
 
@@ -36,6 +37,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
         try:
             with _noting_interrupts() as pressed:
                 _log_to_the_terminal()
+                versions.check_supported()
                 status = _called(main, argv, pressed)
                 sys.stdout.flush()
         except UserError as error:

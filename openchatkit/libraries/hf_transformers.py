@@ -1,8 +1,9 @@
 """What moves between releases of transformers: argument names, cache layers, attention hooks, internal tables."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -74,17 +75,16 @@ def gptj_attentions(model: PreTrainedModel) -> Sequence[nn.Module]:
     return modules if all(hasattr(m, "scale_attn") and hasattr(m, "_attn") for m in modules) else []
 
 
-def causal_lm_class(model_type: str) -> str | None:
-    """Return the name of the class that transformers has for a causal model of this type; None if it knows none."""
+def causal_lm_class(model_type: str) -> str:
+    """Return the name of the class that transformers has for a causal model of this type."""
     try:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
     except ImportError:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        mapping: Mapping[type, type] = AutoModelForCausalLM._model_mapping
-        found = mapping.get(type(AutoConfig.for_model(model_type)))
-        return None if found is None else found.__name__
-    return names.get(model_type)
+        with torch.device("meta"):
+            return type(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))).__name__
+    return names[model_type]
 
 
 def silence() -> None:

@@ -6,7 +6,6 @@ gives are then scored by the kept vectors. How many lists is measured when the i
 map.
 """
 
-import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from loguru import logger
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats.retrieval_index import DenseRecord
+from openchatkit.libraries import faiss_files
 from openchatkit.retrieval import vectors as kept
 
 FLAT, LISTS, CODES = "IndexScalarQuantizer", "IndexIVFScalarQuantizer", "IndexIVFPQ"
@@ -31,7 +31,6 @@ _NEARNESS = 0.7  # their cosine to a row: that of a question to the passage that
 _TRAINED_ON = 40  # rows a list
 _PIECE = 1 << 14  # rows added at a time
 _MOST_ON_GPUS = 2048  # lists that faiss looks at there, and rows that it finds
-_OPENING = threading.Lock()  # the limit of bytes is the whole process's
 _SCRATCH = 1 << 28  # bytes of a GPU for searching; faiss would take 1.5 GB
 
 
@@ -224,7 +223,7 @@ def read_index(path: Path, *, types: set[str]) -> Any:
     has bytes.
     """
     faiss = import_faiss()
-    with _byte_limit(faiss, path.stat().st_size):
+    with faiss_files.byte_limit(faiss, path.stat().st_size):
         try:
             # The one maps flat codes, the other inverted lists; each leaves the other kind in memory. A table that
             # only speeds up distances, and grows with lists times codes, is not made.
@@ -249,8 +248,7 @@ def _parts(faiss: ModuleType, index: Any, types: set[str]) -> Iterator[tuple[Any
     elif isinstance(index, faiss.IndexIVF):
         yield faiss.downcast_index(index.quantizer), {"IndexFlat", "IndexFlatIP", "IndexFlatL2", "IndexHNSWFlat"}
         lists = faiss.downcast_InvertedLists(index.invlists)
-        if hasattr(lists, "prefetch_nthread"):
-            lists.prefetch_nthread = 0  # else every search starts 32 threads, which cost more than they bring
+        faiss_files.read_no_list_ahead(lists)
 
 
 def _is_flat(path: Path) -> bool:
@@ -261,14 +259,3 @@ def _is_flat(path: Path) -> bool:
 def _reason(error: Exception) -> str:
     """What faiss says, without where in its source it says so."""
     return " ".join(str(error).rsplit("Error: ", 1)[-1].split())
-
-
-@contextlib.contextmanager
-def _byte_limit(faiss: ModuleType, size: int) -> Iterator[None]:
-    with _OPENING:
-        before = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(size)
-        try:
-            yield
-        finally:
-            faiss.set_deserialization_vector_byte_limit(before)

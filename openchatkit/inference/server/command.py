@@ -177,12 +177,12 @@ def settings(app: object, *, connections: int = 500, access_log: bool = False) -
     """How uvicorn runs the application: quiet, plain HTTP, and no more `connections` at a time than can be of use."""
     import uvicorn
 
-    from openchatkit.inference.server import connection
+    from openchatkit.libraries import uvicorn_http
 
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http=connection.protocol(),
+        http=uvicorn_http.protocol(),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -15,10 +15,10 @@ from openchatkit.errors import UserError
 from openchatkit.inference.conversation.rendering import KitRendering
 from openchatkit.inference.engine.engine import OutOfMemory
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.server import connection
 from openchatkit.inference.server.guard import Guard, send_json
 from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
 from openchatkit.inference.server.worker import Worker
+from openchatkit.libraries import uvicorn_http
 
 TOKEN = "a-token-of-the-tests"
 ENDLESS = {"messages": HELLO, "max_tokens": 1_000_000}
@@ -227,8 +227,8 @@ def test_a_client_that_hangs_up_within_its_body_is_no_defect(trained, capsys):
 @pytest.fixture
 def hasty(serve, monkeypatch):
     """A server that waits but a moment for a client."""
-    protocol = connection.protocol
-    monkeypatch.setattr(connection, "protocol", lambda: protocol(patience=0.05))
+    protocol = uvicorn_http.protocol
+    monkeypatch.setattr(uvicorn_http, "protocol", lambda: protocol(patience=0.05))
     return serve
 
 

@@ -1,4 +1,4 @@
-"""An end to waiting for clients that hold a connection and do nothing with it.
+"""What is internal to uvicorn: its HTTP protocol, extended by an end to waiting for clients that do nothing.
 
 uvicorn waits for a request's head as long as it takes, and as long for a client to read the end of an answer, and it
 serves so many connections and no more. So a few hundred silent ones would keep everybody else out.
@@ -7,15 +7,23 @@ serves so many connections and no more. So a few hundred silent ones would keep 
 from typing import Any
 
 PATIENCE = 15.0  # seconds
+# What the extension below overrides or reads.
+_METHODS = ("connection_made", "connection_lost", "on_response_complete")
 
 
-def protocol(patience: float = PATIENCE) -> type:
-    """uvicorn's HTTP protocol, which cuts connections that no request or answer is on its way on.
+def protocol(patience: float = PATIENCE) -> "type | str":
+    """Return uvicorn's HTTP protocol, made to cut connections that no request or answer is on its way on.
 
     That is when a request's head does not come, or an answer that is whole, or was given up, is not taken: for
-    `patience` seconds at least, and at most for twice as long.
+    `patience` seconds at least, and at most for twice as long. Where uvicorn has no such protocol any more, it is the
+    name of the one that it has, which waits for silent clients.
     """
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+    try:
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+    except ImportError:
+        return "auto"
+    if not all(hasattr(H11Protocol, name) for name in _METHODS):
+        return "auto"
 
     class Connection(H11Protocol):
         _answers = 0
