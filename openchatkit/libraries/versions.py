@@ -31,7 +31,7 @@ def check_supported(distribution: str = "openchatkit") -> None:
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             what = f"{requirement.name} {found} is installed" if found else f"{requirement.name} is not installed"
             raise UserError(
-                f"{what}, the kit is for {requirement.name} {requirement.specifier}: run "
-                f"pip install '{requirement.name}{requirement.specifier}', or pip install -c constraints.txt -e . in the "
-                "kit's folder"
+                f"{what}, the kit is for {requirement.name} {requirement.specifier}: run pip install "
+                f"'{requirement.name}{requirement.specifier}', or pip install -c constraints.txt -e . "
+                "in the kit's folder"
             )
