@@ -1,12 +1,12 @@
-"""How the ranks of a job are laid out: stages of a pipeline times replicas of it, on one DeviceMesh."""
+"""How the ranks of a job are laid out: stages of a pipeline times replicas of it, and the groups they talk in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,29 @@ class Layout:
 
 
 def make_layout(*, rank: int, stages: int, replicas: int, device: torch.device, timeout: timedelta) -> Layout:
-    """Lay out the ranks of an initialised process group."""
+    """Lay out the ranks of an initialised process group, whose own timeout should be `timeout` as well."""
     if stages * replicas == 1:
         return Layout(rank, stages, replicas, device)
-    mesh = init_device_mesh(device.type, (replicas, stages), mesh_dim_names=("data", "pipeline"))
+    pipelines = [range(replica * stages, (replica + 1) * stages) for replica in range(replicas)]
+    lines = [range(stage, stages * replicas, stages) for stage in range(stages)]
     return Layout(
         rank,
         stages,
         replicas,
         device,
-        pipeline=mesh.get_group("pipeline") if stages > 1 else None,
-        data=mesh.get_group("data") if replicas > 1 else None,
+        pipeline=_own_group(pipelines, rank, timeout) if stages > 1 else None,
+        data=_own_group(lines, rank, timeout) if replicas > 1 else None,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+def _own_group(members: Sequence[range], rank: int, timeout: timedelta) -> dist.ProcessGroup:
+    """Make a group of each of `members`, as every rank must in the same order, and return the one that has `rank`.
+
+    Not by `init_device_mesh`: it makes its groups with torch's own timeout, half an hour with gloo, ten minutes with
+    NCCL, whatever that of the whole job is (https://github.com/pytorch/pytorch/issues/119613).
+    """
+    if len(members) == 1:
+        return dist.group.WORLD  # A second communicator of the same ranks would only take memory on the GPU.
+    groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in members]
+    return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)

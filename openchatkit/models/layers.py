@@ -34,7 +34,8 @@ def known_activation(name: str) -> str:
 class RotaryTable(nn.Module):
     """cos and sin of position x inverse frequency, in float32, grown to the longest sequence seen.
 
-    Inverse frequency j is base^(-2j / rotary_dim) (Su et al., RoFormer, arXiv 2104.09864, section 3.4).
+    Inverse frequency j is base^(-2j / rotary_dim) (Su et al., RoFormer, arXiv 2104.09864, section 3.4). The CPU
+    computes the table for every device: powers, sines and cosines differ in the last bit from processor to processor.
     """
 
     def __init__(self, rotary_dim: int, base: float) -> None:
@@ -46,9 +47,9 @@ class RotaryTable(nn.Module):
         """Return cos and sin, each [length, rotary_dim / 2]."""
         table = self._table
         if table is None or table[0].shape[0] < length or table[0].device != device:
-            exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
-            angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), self.base**-exponent)
-            table = self._table = (angles.cos(), angles.sin())
+            exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
+            angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), self.base**-exponent)
+            table = self._table = (angles.cos().to(device), angles.sin().to(device))
         return table[0][:length], table[1][:length]
 
 

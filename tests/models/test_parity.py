@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from openchatkit.models.layers import RotaryTable
 from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.stage import Stage
@@ -167,6 +169,26 @@ def test_recomputing_changes_no_bit(family_name, variant, starts):
         stage.logits(stage(tokens, starts)).square().mean().backward()
         found.append([p.grad for p in stage.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_another_device_is_given_the_table_that_the_cpu_computed():
+    """On the meta device, where values cannot be compared, by the operations: all that arrives there is a copy."""
+
+    class Arrivals(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and result.device.type == "meta":
+                copied.append(args[0].clone())
+            else:
+                assert result.device.type == "cpu" or func is torch.ops.aten.slice.Tensor, func
+            return result
+
+    copied = []
+    table = RotaryTable(16, 10000.0)
+    with Arrivals():
+        found = table(40, torch.device("meta"))
+    assert all(part.device.type == "meta" and part.shape == (40, 8) for part in found)
+    assert all(torch.equal(*pair) for pair in zip(copied, table(40, torch.device("cpu")), strict=True))
 
 
 @pytest.mark.parametrize(("family_name", "variant"), variants())

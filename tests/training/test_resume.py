@@ -51,6 +51,24 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, flags, unstopped, vict
     assert [row["step"] for row in metrics.read(again.parent)] == list(range(1, 61))
 
 
+def test_no_rank_waits_longer_for_a_frozen_one_than_the_timeout(tmp_path, flags):
+    """Over stages and replicas both, whose groups are not the one that all ranks share."""
+    change = {"pipeline_group_size": 2, "data_group_size": 2, "batch_size": 4, "total_steps": 100000, "timeout": 8}
+    processes = ranks.start(tmp_path, {**flags, **change, "checkpoint_path": tmp_path / "ckpt"}, world_size=4)
+    limit = time.monotonic() + 60
+    while not metrics.read(tmp_path / "ckpt"):
+        assert time.monotonic() < limit, "no step was done within a minute"
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    others, limit = [processes[rank] for rank in (0, 2, 3)], time.monotonic() + 60
+    for process in others:
+        process.join(max(0.1, limit - time.monotonic()))
+    statuses = [process.exitcode for process in others]
+    errors = ranks.finish(tmp_path, processes, seconds=0).errors
+    assert statuses == [75, 75, 75], errors
+    assert all("lost a peer" in errors[rank] for rank in (0, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("sign", "victims"),
     [(signal.SIGTERM, [0]), (signal.SIGTERM, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1])],
