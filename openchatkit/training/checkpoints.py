@@ -50,21 +50,22 @@ def load_weights(stage: Stage, source: Source, device: torch.device) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stage: Stage, path: Path) -> None:
-    """Give the optimizer the state that a verified checkpoint holds for this stage's parameters."""
+    """Give the optimizer the state that a verified checkpoint holds for this stage's parameters.
+
+    Each tensor goes from the file to its parameter's device by itself. `Optimizer.load_state_dict` wants all of them at
+    once, which for the ranks of one machine can be more than its memory.
+    """
     kind = family(stage.config)
-    stored = {shard: checkpoint.read_optimizer(path, shard) for shard in shards_read(stage)}
-    if stage.config.tie_embeddings and HEAD in stage.shards:
-        stored[HEAD][kind.tied_weight] = stored[EMBED][kind.embedding_weight]
-    state = optimizer.state_dict()
-    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for shard, module in stage.named_shards():
+        stored = checkpoint.read_optimizer(path, shard)
+        if stage.config.tie_embeddings and shard == HEAD:
+            stored[kind.tied_weight] = checkpoint.read_optimizer(path, EMBED)[kind.embedding_weight]
         for name, parameter in module.named_parameters():
-            entry = stored[shard][name]
             # What is read is a view of the file, and the optimizer updates its state in place.
-            state["state"][index[id(parameter)]] = {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in stored[name].items()
             }
-    optimizer.load_state_dict(state)
 
 
 def save(
