@@ -4,12 +4,16 @@ For a token with hidden state h and label y, let p = softmax(W h + b). The loss 
 logits is p - onehot(y). Both come out of one pass over a chunk, so the projection is computed once, and p stays in the
 dtype of the products. What that dtype would round away is kept by way of r, the sum of p over all but y, which has
 full relative precision: near certainty -log p[y] = -log(1 - r), and the gradient's entry at y is -r.
+
+float16 has no room for small entries of p, nor for the gradient of W, a sum over many tokens, before it is scaled.
+There p is float32, and so are the gradients until they are scaled.
 """
 
 import torch
 from torch import Tensor, nn
 
 from openchatkit.data.batch import IGNORE
+from openchatkit.libraries import pytorch
 
 # Tokens whose logits are alive at once. Each chunk costs one addition of the projection's whole gradient, which is why
 # it is not smaller.
@@ -17,6 +21,10 @@ _CHUNK_TOKENS = 1024
 
 # Below this probability -log p[y] is taken from the logits: p[y] may have lost digits, or be 0, in float16.
 _UNLIKELY = 1e-3
+
+# What p is multiplied by where a product takes it in float16: its largest entry, 1, stays within float16's range, and
+# entries down to 2e-12 do not become 0.
+_FLOAT16_FACTOR = 2.0**15
 
 
 class VocabularyLoss:
@@ -42,26 +50,35 @@ class VocabularyLoss:
         must therefore be backpropagated exactly once, with a gradient of one: every factor belongs into `scale`.
         The products run in the autocast dtype, if there is one. With `sources`, int64 and shaped as labels, each
         token's loss is also added, as it is without `scale`, to its source's entry of `sums`, in float64.
+
+        Labels and sources are best on the CPU, whatever the device of `hidden` and `sums`: how many tokens are trained
+        on decides about shapes, and to learn it from a GPU is to wait until it has done all it was given before.
         """
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.projection.weight.dtype
         trained = (labels != IGNORE).nonzero().squeeze(-1)
-        if trained.numel() < labels.numel():
-            hidden, labels = hidden.index_select(0, trained), labels.index_select(0, trained)
+        everything = trained.numel() == labels.numel()
+        of_each = [labels] if sources is None else [labels, sources.flatten()]
+        trained, labels, *sources_of_each = _on(
+            hidden.device, [trained, *(values.index_select(0, trained) for values in of_each)]
+        )
+        if not everything:
+            hidden = hidden.index_select(0, trained)
         total, losses = _Walk.apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
-        if sources is not None:
-            sums.index_add_(0, sources.flatten().index_select(0, trained), losses.double())
+        for own in sources_of_each:
+            sums.index_add_(0, own, losses.double())
         return total
 
     def buffers(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Two [tokens, vocab] tensors whose contents are anything."""
+        """Two [tokens, vocab] tensors whose contents are anything: one of `dtype` for logits, one for probabilities."""
         shape = (min(tokens, _CHUNK_TOKENS), self.projection.out_features)
         known = self._buffers
         if known is None or known[0].shape[0] < shape[0] or known[0].dtype != dtype:
             device = self.projection.weight.device
-            known = self._buffers = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            dtypes = (dtype, torch.float32 if dtype == torch.float16 else dtype)
+            known = self._buffers = tuple(torch.empty(shape, dtype=each, device=device) for each in dtypes)
         return known[0][:tokens], known[1][:tokens]
 
 
@@ -82,7 +99,7 @@ class _Walk(torch.autograd.Function):
             weight = projection.weight.detach().to(dtype)
             bias = None if projection.bias is None else projection.bias.detach().to(dtype)
             inputs = hidden.to(dtype)
-            gradient = torch.empty_like(inputs) if with_gradients else None
+            gradient = torch.empty_like(hidden if dtype == torch.float16 else inputs) if with_gradients else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             each = torch.empty(inputs.shape[0], dtype=torch.float32, device=hidden.device)
             for start in range(0, inputs.shape[0], _CHUNK_TOKENS):
@@ -92,18 +109,24 @@ class _Walk(torch.autograd.Function):
                 torch.mm(x, weight.T, out=logits)
                 if bias is not None:
                     logits += bias
-                torch.softmax(logits, dim=-1, out=probabilities)
+                torch.softmax(logits, dim=-1, dtype=probabilities.dtype, out=probabilities)
                 losses, rest = _losses(logits, probabilities, y)
                 total += losses.sum()
                 each[piece] = losses
                 if gradient is not None:
                     probabilities[torch.arange(len(y), device=y.device), y] = -rest
-                    torch.mm(probabilities, weight, out=gradient[piece])
-                    _add_to_grad(projection.weight, probabilities.T @ x, scale)
+                    if dtype == torch.float16:
+                        # The logits have served; their memory can hold what the products take.
+                        by_hidden, by_weight, factor = _float16_products(probabilities, weight, x, scratch=logits)
+                        gradient[piece] = by_hidden.mul_(scale / factor)
+                        _add_to_grad(projection.weight, by_weight, scale / factor)
+                    else:
+                        torch.mm(probabilities, weight, out=gradient[piece])
+                        _add_to_grad(projection.weight, probabilities.T @ x, scale)
                     if bias is not None:
                         _add_to_grad(projection.bias, probabilities.sum(0), scale)
         if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(scale).to(hidden.dtype))
+            ctx.save_for_backward(gradient if dtype == torch.float16 else gradient.mul_(scale).to(hidden.dtype))
         ctx.mark_non_differentiable(each)
         return total * scale, each
 
@@ -111,6 +134,27 @@ class _Walk(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient, None, None, None, None, None
+
+
+def _float16_products(
+    probabilities: Tensor, weight: Tensor, x: Tensor, *, scratch: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Return p W and p^T x in float32, both times a factor, and that factor.
+
+    probabilities [tokens, vocab] are float32, weight [vocab, hidden_size], x [tokens, hidden_size] and the scratch of
+    the probabilities' shape float16.
+    """
+    if pytorch.widens_products(x.device):
+        torch.mul(probabilities, _FLOAT16_FACTOR, out=scratch)
+        return pytorch.mm_in_float32(scratch, weight), pytorch.mm_in_float32(scratch.T, x), _FLOAT16_FACTOR
+    return probabilities @ weight.float(), probabilities.T @ x.float(), 1.0
+
+
+def _on(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
+    """The same int64 tensors, all of one length, on a device; brought to a GPU by one copy that nobody waits for."""
+    if device.type == "cuda" and tensors[0].device.type == "cpu":
+        return list(torch.stack(tensors).pin_memory().to(device, non_blocking=True).unbind())
+    return [tensor.to(device) for tensor in tensors]
 
 
 def _losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

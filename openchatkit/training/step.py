@@ -134,8 +134,7 @@ class Trainer:
         loss = self._start_losses(dataset)
         with autocast(self.layout.device, self.dtype):
             for batch in batches:
-                batch = batch.to(self.layout.device)
-                loss += self.pipeline.forward_backward(batch.tokens, _target(batch), batch.starts)
+                loss += self.pipeline.forward_backward(*self._fed(batch))
         squared_norm, loss_sum, stop, source_losses = self._reduce(loss, stop, digest)
         grad_norm = math.sqrt(squared_norm) / self.scaler.scale
         applied = math.isfinite(grad_norm)
@@ -164,8 +163,7 @@ class Trainer:
                 batch = self._batch(dataset, number * rows, 0)
                 # Every stage knows the labels: were each to count them, their sum over stages would be too many.
                 trained += _trained_tokens([batch], len(trained)) if self.layout.is_last_stage else 0
-                batch = batch.to(self.layout.device)
-                loss += self.pipeline.evaluate(batch.tokens, _target(batch), batch.starts)
+                loss += self.pipeline.evaluate(*self._fed(batch))
         total = torch.cat([loss.view(1), trained.to(loss.device), self._source_losses])
         self.layout.sum_over_replicas(total)
         self.layout.sum_over_stages(total)
@@ -179,6 +177,11 @@ class Trainer:
         size = self.schedule.batch_size
         start = first_row + (part * self.layout.replicas + self.layout.replica) * size
         return dataset.batch(start, size)
+
+    def _fed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch's tokens, target and starts for the pipeline; the target stays on the CPU (see `VocabularyLoss`)."""
+        moved = batch.to(self.layout.device)
+        return moved.tokens, _target(batch), moved.starts
 
     def _count(self, batches: Sequence[Batch], sources: int) -> tuple[int, list[int]]:
         """The digest of all rows of a step, over all replicas, and the trained tokens of each source."""

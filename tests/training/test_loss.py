@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from openchatkit.libraries import pytorch
 from openchatkit.training import loss as module
 from openchatkit.training.loss import VocabularyLoss
 
@@ -145,3 +146,61 @@ def test_certain_and_hopeless_tokens_keep_their_digits(dtype):
         # With one token, the gradient of the label's row of W is (p[y] - 1) h.
         wanted = torch.expm1(-expected[row]).item() * hidden[row]
         assert torch.allclose(projection.weight.grad[labels[row]], wanted, rtol=tolerance, atol=3 * smallest), row
+
+
+@pytest.fixture(params=["float32 operands", "widened products"])
+def products(request, monkeypatch):
+    """Both ways to the products of float16's gradients; that of a GPU with its arithmetic: float16 in, float32 out."""
+    if request.param == "widened products":
+
+        def multiply(left, right):
+            assert left.dtype == right.dtype == torch.float16
+            return left.float() @ right.float()
+
+        monkeypatch.setattr(pytorch, "widens_products", lambda device: True)
+        monkeypatch.setattr(pytorch, "mm_in_float32", multiply)
+
+
+@pytest.mark.parametrize("loss_scale", [32.0, 2.0**-10, 2.0**15])
+@pytest.mark.usefixtures("products")
+def test_float16_gradients_do_not_overflow_before_the_loss_scale(loss_scale):
+    """One label for all of a chunk and one channel of 80: unscaled, the label's row sums to 81,920 there."""
+    projection, hidden, labels = case(1024, bias=True, ignored=0.0)
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            parameter.copy_((parameter * 0.01).half())
+        hidden[:, 3] = 80.0
+    hidden, labels = hidden.half().float(), torch.full_like(labels, 7)
+    scale = loss_scale / 1024
+    expected = reference(projection, hidden, labels, scale)[1:]
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        VocabularyLoss(projection)(hidden, labels, scale=scale).backward()
+    for ours, theirs in zip([hidden.grad, projection.weight.grad, projection.bias.grad], expected, strict=True):
+        assert (ours - theirs).norm() <= 2e-3 * theirs.norm()
+
+
+@pytest.mark.usefixtures("products")
+def test_float16_keeps_what_only_the_loss_scale_lifts_into_its_range():
+    """Labels so certain that every other entry of p is below float16's smallest number, 6e-8."""
+    projection, _, _ = case(1, bias=False, ignored=0.0)
+    with torch.no_grad():
+        projection.weight.zero_()
+        projection.weight[7] = 1.0
+        projection.weight[:, 1] = torch.where(torch.arange(101) == 7, 4, torch.arange(101) % 3)
+    hidden = torch.zeros(50, 24)
+    hidden[:, 0] = 18.0
+    hidden[:, 2] = torch.arange(50) % 5 / 4
+    labels = torch.full((50,), 7)
+    _, by_hidden, by_weight, _ = reference(projection, hidden, labels, 2.0**20)
+    assert torch.softmax(hidden.double() @ projection.weight.double().T, -1)[:, 8].max() < 6e-8
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        VocabularyLoss(projection)(hidden, labels, scale=2.0**20).backward()
+    assert torch.allclose(hidden.grad.double(), by_hidden, rtol=2e-3, atol=0)
+    assert torch.allclose(projection.weight.grad.double(), by_weight, rtol=2e-3, atol=0)
+
+
+def test_float16_products_of_a_device_without_a_way_to_widen_them():
+    assert not pytorch.widens_products(torch.device("cpu"))
+    assert pytorch.widens_products(torch.device("meta"))

@@ -1,5 +1,6 @@
-"""What a rank holds in main memory while it takes up a checkpoint."""
+"""What a GPU would notice and a CPU does not, shown on the meta device: copies in main memory, and waits for values."""
 
+import contextlib
 import weakref
 
 import pytest
@@ -7,10 +8,15 @@ import torch
 from test_layouts import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from openchatkit.data.dataset import build_dataset
+from openchatkit.data.options import DataOptions
+from openchatkit.distributed.layout import Layout
 from openchatkit.formats import checkpoint
-from openchatkit.formats.layer_shards import read_config
+from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
+from openchatkit.training.precision import LossScaler
+from openchatkit.training.step import Schedule, Trainer
 
 
 class CopiesInMainMemory(TorchDispatchMode):
@@ -66,3 +72,25 @@ def test_what_was_loaded_is_not_the_file(tmp_path, flags):
                 value.add_(1)
                 assert not torch.equal(value, before[shard][name][key])
     checkpoint.verify(path)
+
+
+def test_a_step_asks_the_device_for_nothing_between_its_two_reductions(flags, prepared, monkeypatch):
+    """The meta device has no values: what would have to wait for a GPU's, as for the number of trained tokens, fails."""
+    stage = Stage(LayerShards.open(prepared["neox"]).config).to("meta")
+    layout = Layout(0, 1, 1, torch.device("meta"))
+    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
+    optimizer = torch.optim.SGD(stage.parameters())
+    scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
+    trainer = Trainer(stage, layout, optimizer, scaler, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place)
+    data = DataOptions(prepared["neox"], cache_dir=flags["data_cache"], seq_length=48, packing="documents")
+    dataset = build_dataset(str(flags["task_name"]), data)
+    assert (dataset.batch(0, 8).labels == -100).any()
+    assert (dataset.batch(0, 8).labels != -100).any()
+    # Autocast does not know the meta device.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(trainer, "_count", lambda batches, sources: (0, [100]))
+    monkeypatch.setattr(trainer, "_reduce", lambda loss, stop, digest: (1.0, 1.0, stop, [1.0]))
+    before = [parameter._version for parameter in stage.parameters()]
+    assert trainer.step(0, dataset).applied
+    assert all(p._version > version for p, version in zip(stage.parameters(), before, strict=True))
