@@ -191,6 +191,7 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of matrices")
     group.add_argument("--max-grad-norm", type=non_negative_float, default=1.0, help="clip the model's norm; 0: never")
     group.add_argument("--activation-checkpointing", type=truth, default=True, help="recompute layers in backward")
+    group.add_argument("--deterministic", action="store_true", help="the same bits from every run on GPUs; slower")
     group.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16", "float16"),

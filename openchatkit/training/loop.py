@@ -13,7 +13,7 @@ from openchatkit.cli import command
 from openchatkit.distributed import network
 from openchatkit.distributed.processes import ECHO_SECONDS
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
-from openchatkit.training import config
+from openchatkit.training import allocator, config
 from openchatkit.training.config import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.net_interface or settings.world_size > 1:
         host = network.parse_url(settings.dist_url)[0] if settings.dist_url else ""
         network.choose_interface(settings.net_interface, host)
+    if settings.use_cuda:
+        allocator.let_cuda_blocks_grow()
 
     # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
     from openchatkit.training.metrics import configure_logging
@@ -49,10 +51,13 @@ def _train(settings: Settings) -> int:
     from openchatkit.distributed import rendezvous
     from openchatkit.distributed.layout import make_layout
     from openchatkit.training import checkpoints, setup
+    from openchatkit.training.determinism import make_deterministic
 
     if settings.rank == 0:
         for flag, why in config.ignored_flags(settings).items():
             logger.warning("--{} has no effect: {}", flag, why)
+    if settings.deterministic:
+        make_deterministic()
     device = setup.choose_device(settings)
     run = setup.prepare_run(settings)
     timeout = timedelta(seconds=settings.timeout)

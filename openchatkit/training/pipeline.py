@@ -24,9 +24,9 @@ class Pipeline:
     """Forward and backward of a batch that is cut into micro-batches of a fixed shape.
 
     `loss(hidden, target)` runs on the last stage, once a micro-batch, and returns a scalar to backpropagate as it is;
-    the target is one tensor with a row for each row of tokens, on whatever device `loss` wants it. `starts` (see `Stage`), where there is one, is given to
-    every stage by its own rank and does not travel. A single stage runs a plain loop over the micro-batches, with the
-    same bits.
+    the target is one tensor with a row for each row of tokens, on whatever device `loss` wants it. `starts` (see
+    `Stage`), where there is one, is given to every stage by its own rank and does not travel. A single stage runs a
+    plain loop over the micro-batches, with the same bits.
     """
 
     def __init__(

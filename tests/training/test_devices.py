@@ -1,11 +1,15 @@
-"""What a GPU would notice and a CPU does not, shown on the meta device: copies in main memory, and waits for values."""
+"""What only a GPU would notice, shown without one: copies in main memory, waits for values, its libraries' settings."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
+import ranks
 import torch
-from test_layouts import run
+from test_layouts import STAGES, assert_same_bits, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openchatkit.data.dataset import build_dataset
@@ -14,7 +18,8 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.models.stage import Stage
-from openchatkit.training import checkpoints
+from openchatkit.training import allocator, checkpoints
+from openchatkit.training.determinism import make_deterministic
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer
 
@@ -75,7 +80,7 @@ def test_what_was_loaded_is_not_the_file(tmp_path, flags):
 
 
 def test_a_step_asks_the_device_for_nothing_between_its_two_reductions(flags, prepared, monkeypatch):
-    """The meta device has no values: what would have to wait for a GPU's, as for the number of trained tokens, fails."""
+    """The meta device has no values: whatever would wait for a GPU's, as for the number of trained tokens, fails."""
     stage = Stage(LayerShards.open(prepared["neox"]).config).to("meta")
     layout = Layout(0, 1, 1, torch.device("meta"))
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
@@ -94,3 +99,73 @@ def test_a_step_asks_the_device_for_nothing_between_its_two_reductions(flags, pr
     before = [parameter._version for parameter in stage.parameters()]
     assert trainer.step(0, dataset).applied
     assert all(p._version > version for p, version in zip(stage.parameters(), before, strict=True))
+
+
+def test_deterministic_runs_change_no_bit_on_the_cpu_and_are_recorded(tmp_path, flags):
+    flags = {**flags, "packing": "documents", "total_steps": 2}
+    plain = run(tmp_path / "plain", flags)
+    deterministic = run(tmp_path / "deterministic", flags, deterministic=True, **STAGES)
+    assert_same_bits(plain, deterministic)
+    recorded = [checkpoint.read_state(path)["settings"]["deterministic"] for path in (plain, deterministic)]
+    assert recorded == [False, True]
+
+
+@pytest.fixture
+def default_kernels(monkeypatch):
+    """Torch as it is without the flag, which the test may change."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.backends.cuda.enable_cudnn_sdp(before[1])
+
+
+@pytest.mark.usefixtures("default_kernels")
+def test_the_flag_asks_every_library_for_kernels_that_keep_their_order():
+    make_deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_an_environment_that_asks_cublas_for_the_opposite(tmp_path, flags):
+    flags = {**flags, "checkpoint_path": tmp_path / "ckpt"}
+    opposite = {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+    ended = ranks.train(tmp_path, {**flags, "deterministic": True}, environment=opposite)
+    assert ended.statuses == [2]
+    assert "error: CUBLAS_WORKSPACE_CONFIG=:0:0: --deterministic needs :4096:8 or :16:8" in ended.errors[0]
+    assert ranks.train(tmp_path, flags, environment=opposite).statuses == [0]
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_cuda_blocks_grow_unless_the_user_says_how(monkeypatch, name):
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(other, "")  # so that it is as before when the test is over
+        monkeypatch.delenv(other)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+    allocator.let_cuda_blocks_grow()
+    expected = {name: "max_split_size_mb:512"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")} == expected
+
+
+@pytest.mark.parametrize("use_cuda", ["true", "false"])
+def test_a_rank_sets_what_torch_reads_as_it_starts_before_torch_is_there(tmp_path, use_cuda):
+    program = (
+        "import os, sys\n"
+        "from openchatkit.training import loop\n"
+        "loop._train = lambda settings: print('torch' in before, os.environ.get('PYTORCH_ALLOC_CONF')) or 0\n"
+        "grow, before = loop.allocator.let_cuda_blocks_grow, set(sys.modules)\n"
+        "loop.main(sys.argv[1:])\n"
+    )
+    argv = ["--model-name", "m", "--task-name", "d", "--total-steps", "1", "--use-cuda", use_cuda]
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert ended.stderr == ""
+    assert ended.stdout.split() == ["False", "expandable_segments:True" if use_cuda == "true" else "None"]
