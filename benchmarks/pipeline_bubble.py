@@ -5,11 +5,16 @@
 The ideal is the time one stage takes for the whole work on one core, halved, times 1 + (p - 1) / m: p stages that never
 wait but for the pipeline's filling and draining. The layers are cut so that both stages have the same work (the head is
 replaced by a small vocabulary), since the figure is about the schedule and not about the balance.
+
+The last two columns tell work from waiting: the processor time of the busiest rank's step, and the pages of memory that
+it was given. What a step takes beyond its processor time is waiting: for the other rank, or for a core that something
+else on the machine has.
 """
 
 import argparse
 import json
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -73,16 +78,22 @@ def rank_main(options: argparse.Namespace) -> None:
         url = f"tcp://127.0.0.1:{options.port}"
         rendezvous.connect(url, rank=options.rank, world_size=options.stages, device=device, timeout=timeout)
     trainer = build(options.stages, options.rank, options, options.schedule)
-    data, times = RandomTokens(options.seq_length, vocabulary=256), []
+    data, steps = RandomTokens(options.seq_length, vocabulary=256), []
     for number in range(options.steps + 2):
-        started = time.perf_counter()
+        before = used()
         trainer.step(number, data)
-        times.append(time.perf_counter() - started)
+        steps.append([after - was for after, was in zip(used(), before, strict=True)])
     rendezvous.disconnect()
-    print(json.dumps(times[2:]))
+    print(json.dumps(steps[2:]))
 
 
-def measure(stages: int, schedule: str, options: argparse.Namespace) -> list[float]:
+def used() -> tuple[float, float, int]:
+    """The clock, and what this process has had so far: seconds of a processor, and pages."""
+    return time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def measure(stages: int, schedule: str, options: argparse.Namespace) -> list[tuple[float, float, int]]:
+    """Each step's time, and its most processor time and pages of any rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,7 +106,11 @@ def measure(stages: int, schedule: str, options: argparse.Namespace) -> list[flo
     ]
     outputs = [rank.communicate()[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), outputs
-    return json.loads(outputs[0].splitlines()[-1])
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return [
+        (steps[0][0], max(step[1] for step in steps), max(step[2] for step in steps))
+        for steps in zip(*found, strict=True)
+    ]
 
 
 def parse() -> argparse.Namespace:
@@ -124,16 +139,21 @@ def main() -> None:
         found["one stage, one core"] += measure(1, "gpipe", options)
         for schedule in ("1f1b", "gpipe"):
             found[schedule] += measure(2, schedule, options)
-    medians = {name: statistics.median(times) for name, times in found.items()}
-    ideal = medians["one stage, one core"] / 2 * (1 + 1 / options.micro_batches)
+    medians = {
+        name: [statistics.median(column) for column in zip(*steps, strict=True)] for name, steps in found.items()
+    }
+    one = medians["one stage, one core"]
+    ideal = one[0] / 2 * (1 + 1 / options.micro_batches)
     print(f"{options.layers} layers, width {options.width}, {options.micro_batches} micro-batches of ", end="")
     print(f"{options.micro_batch_size} x {options.seq_length}, {'bfloat16' if options.bf16 else 'float32'}\n")
-    print("| what | step | over the ideal |")
-    print("|-|-|-|")
-    print(f"| one stage, one core | {medians['one stage, one core'] * 1e3:.0f} ms | |")
-    print(f"| ideal of two stages | {ideal * 1e3:.0f} ms | |")
+    print("| what | step | over the ideal | processor time | new pages |")
+    print("|-|-|-|-|-|")
+    print(f"| one stage, one core | {one[0] * 1e3:.0f} ms | | {one[1] * 1e3:.0f} ms | {one[2]:.0f} |")
+    print(f"| ideal of two stages | {ideal * 1e3:.0f} ms | | {one[1] / 2 * 1e3:.0f} ms | |")
     for schedule in ("1f1b", "gpipe"):
-        print(f"| {schedule}, two stages | {medians[schedule] * 1e3:.0f} ms | {medians[schedule] / ideal - 1:+.1%} |")
+        step, processor, pages = medians[schedule]
+        print(f"| {schedule}, two stages | {step * 1e3:.0f} ms | {step / ideal - 1:+.1%} ", end="")
+        print(f"| {processor * 1e3:.0f} ms | {pages:.0f} |")
 
 
 if __name__ == "__main__":
