@@ -7,6 +7,7 @@ measured. Runs share the GPU, so nothing is timed here.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -206,18 +207,20 @@ def bitsandbytes(ended: Ended) -> Ended:
 
 
 def stopped(result: Result, ended: Ended) -> None:
-    """Require status 75 and a checkpoint of the step at which the run stopped."""
-    newest = checkpoint.latest(ended.folder) if ended.folder.exists() else None
+    """Require status 75, and that a run says at which step it stopped and how to go on."""
     result.values["exit status"] = ended.status
     result.require(ended.status == RESUMABLE, f"exit status {ended.status}: {last_line(ended)}")
-    result.require("the same command goes on from there" in ended.said, f"it said: {last_line(ended)}")
-    result.require(newest is not None, "there is no checkpoint")
+    said = re.search(rf"stopped after step (\d+) of {STEPS}.*the same command goes on from there", ended.said)
+    result.require(said is not None, f"it said: {last_line(ended)}")
+    result.values["stopped after step"] = int(said[1])
+    result.require(STOP_AFTER <= int(said[1]) < STEPS, "it stopped at another step than it was asked at")
 
 
 def killed(result: Result, ended: Ended) -> None:
-    """Require the run to have been killed by the signal, and not to have ended before it."""
+    """Require the run to have gone on from a checkpoint, and to have been killed by the signal before its end."""
     result.values["exit status"] = ended.status
     result.require(ended.status == -signal.SIGKILL, f"exit status {ended.status}: {last_line(ended)}")
+    result.require("resuming from" in ended.said, "it did not go on from a checkpoint")
 
 
 def same_bits(result: Result, one: Ended, other: Ended, *, required: bool = True) -> None:
