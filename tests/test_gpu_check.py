@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -200,6 +201,24 @@ def test_without_a_gpu_every_part_fails_and_says_why(tmp_path):
     assert ended.returncode == 1
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (row["part"], row["status"], row["reason"]) == ("machine", "failed", "torch finds no CUDA device")
+
+
+def test_ended_from_outside_it_leaves_no_part_running(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path), "--device", "cpu", "--parts", "correctness"]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        limit = time.monotonic() + 60
+        while not (parts := _children(process.pid)):
+            assert time.monotonic() < limit, "no part was started within a minute"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not any(map(_runs, parts))
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True).stdout
+    pairs = (map(int, line.split()) for line in found.splitlines())
+    return [child for parent, child in pairs if parent == pid]
 
 
 @pytest.mark.long

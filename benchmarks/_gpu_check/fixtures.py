@@ -77,9 +77,11 @@ def make_stage(config: ModelConfig, device: torch.device, *, recompute: bool, qu
                 stage.projection.weight.copy_(next(stage.shards[EMBED].parameters()))
         return stage
     with torch.no_grad():
-        for parameter in stage.parameters():
-            # Norms are the only vectors that must not be near zero.
-            parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+        for name, parameter in stage.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, config.init_std)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return stage
 
 
