@@ -23,7 +23,7 @@ GROWING, COMPILED, INT8 = "growing cache", "compiled", "compiled, int8"
 
 
 def run(context: Context) -> None:
-    """Decode with each model in each way; what compiles comes after what does not, and int8 last."""
+    """Decode with each model in each way: uncompiled first, int8 last."""
     device = torch.device(context.device)
     _, rate = timing.rates(context, device)
     shapes = context.pick({"2 x 64": (2, 64, 4)}, {name: fixtures.SHAPES[name][:3] for name in ("6.9b", "1.4b")})
@@ -117,7 +117,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def warnings_logged() -> Iterator[list[str]]:
-    """What the kit warns of meanwhile: that a model could not be compiled is only logged, and it runs uncompiled."""
+    """Collect the kit's warnings. A failure to compile is only logged, and the model then runs uncompiled."""
     warnings: list[str] = []
     sink = logger.add(lambda text: warnings.append(str(text).strip()), level="WARNING", format="{message}")
     try:

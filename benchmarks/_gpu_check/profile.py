@@ -1,4 +1,4 @@
-"""What one training step with recomputing consists of: weight casts, waits for the GPU, and where its time goes."""
+"""One training step with recomputing, taken apart: weight casts, waits for the GPU, and where its time goes."""
 
 import re
 from collections import Counter
@@ -106,7 +106,7 @@ def of_a_gradient(event: Any) -> bool:
 
 
 def kernel_times(events: list) -> Counter:
-    """Microseconds by the name of what ran on the GPU."""
+    """Microseconds by name of GPU kernel or copy."""
     times: Counter = Counter()
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:

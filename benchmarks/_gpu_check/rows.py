@@ -77,7 +77,7 @@ def cell(value: Any) -> str:
 
 
 class Result:
-    """What one check found: figures in `values`, and whether anything was required of them."""
+    """Findings of one check: figures in `values`, and whether anything was required of them."""
 
     def __init__(self) -> None:
         self.values: Values = {}
@@ -91,7 +91,7 @@ class Result:
 
 
 class Context:
-    """What a part is given: where it runs, at which size, and how much time is left. It makes checks into rows."""
+    """The surroundings of a part: device, size and the time that is left. Turns checks into rows."""
 
     def __init__(self, part: str, path: Path, *, device: str, size: str, seconds: float) -> None:
         self.part, self.path, self.device, self.size = part, path, device, size
@@ -112,7 +112,7 @@ class Context:
     def check(
         self, name: str, action: Callable[[Result], None], *, needs_cuda: bool = False, needs_seconds: float = 0.0
     ) -> Row:
-        """Run one check and report it as a row, whatever becomes of it; the part goes on after a failure."""
+        """Run one check and report it as a row, whatever its outcome; the part continues after a failure."""
         result, started = Result(), time.monotonic()
         if needs_cuda and not self.cuda:
             status, reason = SKIPPED, NEEDS_CUDA

@@ -1,4 +1,4 @@
-"""What a snapshot of the training state into pinned memory costs: alone, and while a step runs."""
+"""Cost of a snapshot of training state into pinned memory: the copy alone, and while a step runs."""
 
 import time
 
@@ -39,7 +39,7 @@ def snapshot(result: Result, context: Context) -> None:
     copied = timing.median_seconds(device, copy, repeat=3, warm=1)
     result.values["s to copy"], result.values["GB/s"] = copied, state.nbytes / copied / 1e9
     alone = timing.median_seconds(device, lambda: trainer.step(0, data), repeat=5, warm=2)
-    kept[-1000:].copy_(~state[-1000:])  # so that its end is the copy's only if the copy was made again
+    kept[-1000:].copy_(~state[-1000:])  # left over from an earlier copy, it would prove nothing
     copy()
     beside = []
     while not stream.query():
@@ -51,7 +51,6 @@ def snapshot(result: Result, context: Context) -> None:
     result.values["ms a step"] = 1e3 * alone
     result.values["steps during the copy"] = len(beside)
     result.require(bool(beside), "the copy was over before a step began")
-    # The last one may run beyond the copy, which only makes the loss look smaller than it is by a part of a step.
     result.values["ms a step during it"] = 1e3 * sum(beside) / len(beside)
     result.values["ms lost to the copy"] = 1e3 * (sum(beside) - alone * len(beside))
     result.require(torch.equal(kept[-1000:], state[-1000:].cpu()), "the snapshot's end is not what was copied")

@@ -1,4 +1,4 @@
-"""Training speed of the trainer's own step on random weights and tokens, by model and by what is switched on.
+"""Training speed of the trainer's own step on random weights and tokens, by model and variant.
 
 MFU = tokens/s x (6 N + 6 L H T) / rate, for N numbers of matrices that a token is multiplied with (the output layer
 included, the embedding not), L layers of width H and rows of T tokens, causal: half of the square. What is recomputed
@@ -28,7 +28,7 @@ KEPT, INPUT = 48, 2
 
 @dataclass(frozen=True)
 class Variant:
-    """What is switched on. Compiled layers stay compiled, so those variants come last."""
+    """Settings of one measurement. Compiled layers stay compiled, so those variants come last."""
 
     name: str
     recompute: bool
@@ -130,7 +130,7 @@ def measure(
     trainer.stage.recompute = variant.recompute
     if variant.compiled:
         if variant.cudnn:
-            # The choice of attention is part of a compiled graph, and no change of it makes torch compile anew.
+            # The choice of attention is part of a compiled graph, and changing it does not make torch compile again.
             torch.compiler.reset()
         for layer in fixtures.layers_of(trainer.stage):
             # On the CPU the tracing is what can be checked; its code generator needs a C++ compiler and minutes.
