@@ -38,6 +38,7 @@ RESUMABLE = 75
 DETERMINISTIC = """
 import sys, torch
 torch.use_deterministic_algorithms(True)
+torch.backends.cuda.enable_cudnn_sdp(False)
 from openchatkit.training.loop import main
 main(sys.argv[1:])
 """
