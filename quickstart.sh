@@ -25,6 +25,10 @@ step() {
     fi
     echo "[$(elapsed)] $number/$steps $what"
     "$@" || status=$?
+    if [ "$status" -eq 75 ] || [ "$status" -eq 130 ]; then
+        echo "Stopped in step $number/$steps after $(elapsed). What is done is kept: bash quickstart.sh goes on from there."
+        exit "$status"
+    fi
     if [ "$status" -ne 0 ]; then
         echo "error: step $number of quickstart.sh ended with status $status, see above; run it again to go on from there" >&2
         exit "$status"

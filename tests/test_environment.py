@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ case "$*" in
     *.py*)
         echo "$@" >>"$LOG"
         case "$1" in
-            "${FAKE_FAILS:-none}") exit 75 ;;
+            "${FAKE_FAILS:-none}") exit "$FAKE_STATUS" ;;
             data/*) leaves=data/python-docs/files/passages.jsonl ;;
             pretrained/*) leaves=pretrained/Quickstart/Quickstart/manifest.json ;;
             retrieval/*) leaves=data/python-docs/files/index/manifest.json ;;
@@ -287,11 +288,22 @@ def test_the_quickstart_goes_the_whole_way_once(checkout):
 
 def test_the_quickstart_stops_where_a_step_fails_and_goes_on_from_there(checkout):
     training = str(checkout.root / "training" / "launch.py")
-    failed = checkout.run(script="quickstart.sh", FAKE_FAILS=training)
-    assert failed.status == 75
+    failed = checkout.run(script="quickstart.sh", FAKE_FAILS=training, FAKE_STATUS="2")
+    assert failed.status == 2
     assert failed.err == (
-        "error: step 3 of quickstart.sh ended with status 75, see above; run it again to go on from there\n"
+        "error: step 3 of quickstart.sh ended with status 2, see above; run it again to go on from there\n"
     )
+    assert scripts(checkout.run(script="quickstart.sh").calls, checkout.root) == QUICKSTART[2:]
+
+
+@pytest.mark.parametrize("status", ["75", "130"])
+def test_a_quickstart_that_was_asked_to_stop_says_so_and_goes_on_from_there(checkout, status):
+    training = str(checkout.root / "training" / "launch.py")
+    stopped = checkout.run(script="quickstart.sh", FAKE_FAILS=training, FAKE_STATUS=status)
+    assert stopped.status == int(status)
+    assert stopped.err == ""
+    last = re.sub(r"\d+:\d\d", "M:SS", stopped.out.splitlines()[-1])
+    assert last == "Stopped in step 3/7 after M:SS. What is done is kept: bash quickstart.sh goes on from there."
     assert scripts(checkout.run(script="quickstart.sh").calls, checkout.root) == QUICKSTART[2:]
 
 

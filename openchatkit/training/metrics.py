@@ -11,6 +11,7 @@ from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import metrics
 from openchatkit.formats.tensor_file import storage_errors
+from openchatkit.training.forecast import Forecast
 
 LOG_FILE = "./logs/file_{time}.log"
 
@@ -47,6 +48,7 @@ class Reporter:
         self._bar = progress.bar(total_steps, "training", unit="step", initial=first_step)
         self._run = _wandb_run(project, job_id, config) if backend == "wandb" else None
         self._last_printed = 0.0
+        self._forecast = Forecast(total_steps)
 
     def step(self, row: dict[str, Any], *, applied: bool) -> None:
         """Report one step: step, loss, lr, grad_norm, tokens, tokens_per_second, loss_scale, trained_tokens, sources.
@@ -68,6 +70,8 @@ class Reporter:
                 f"step {row['step']}/{self._bar.total} | loss {_number(row['loss'])} | lr {row['lr']:.3g} | "
                 f"grad norm {_number(row['grad_norm'])} | {row['tokens_per_second']:.0f} tokens/s"
             )
+        if (forecast := self._forecast.after(row["step"])) is not None:
+            logger.info(forecast)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Report an evaluation: step, evaluation_loss, evaluation_tokens, evaluation_sources."""
