@@ -25,8 +25,10 @@ from openchatkit.retrieval.generation import sparse_paths
 from openchatkit.retrieval.passage import Hit
 from openchatkit.retrieval.sparse import Sparse
 from openchatkit.retrieval.table import Table
+from openchatkit.retrieval.words import stands_in
 
 Mode = Literal["fused", "dense", "sparse"]
+_TITLES = 20  # of the best rows, that are compared with the question
 _ATTEMPTS = 5  # a writer may replace the generation while it is being opened
 
 
@@ -165,15 +167,17 @@ class Index:
         counted = self.sparse.scores(query, rows)
         similarity = None if vector is None or self.vectors is None else kept.scores(self.vectors, vector, rows)
         scores = fusion.fuse([similarity] * by_meaning + [counted] * by_words)
+        named = self._named(query, rows)
+        scores += named  # before all others, whose scores reach 1
         best = np.argsort(-scores, kind="stable")
         ranking = Ranking(rows, scores, similarity, counted).only(best)
         if floor is not False:
             chosen = above(
                 self.record.floor if floor is True else floor,
-                None if similarity is None else self._cosines(similarity, vector, rows),
-                counted / self.sparse.rarest,
+                None if similarity is None else self._cosines(ranking.dense, vector, ranking.rows),
+                ranking.sparse / self.sparse.rarest,
             )
-            ranking = ranking.only(chosen)
+            ranking = ranking.only(chosen | named[best])
         return ranking.only(slice(k))
 
     def search_vectors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +230,17 @@ class Index:
     def _prepared(self, queries: np.ndarray) -> np.ndarray:
         assert self.record.encoder is not None, self.folder
         return kept.prepared(queries, self.record.encoder.dimension, self.record.encoder.metric)
+
+    def _named(self, query: str, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows the question names by their whole title: bool [n], of the best few in an index of words.
+
+        Words alone hardly tell a passage about `json` from one about `json.dumps`, which has the word as well.
+        """
+        named = np.zeros(len(rows), bool)
+        if self.dense is None:
+            for at, number in enumerate(rows[:_TITLES].tolist()):
+                named[at] = stands_in(self.table.row(number).title, query)
+        return named
 
     def _cosines(self, similarity: np.ndarray, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
         if self.record.encoder.metric == kept.COSINE:

@@ -51,6 +51,11 @@ def singular(word: str) -> str:
     return word[:-1]
 
 
+def stands_in(title: str, question: str) -> bool:
+    """Whether a question holds a title whole, in its own case, and not as a part of a longer name."""
+    return bool(title) and re.search(rf"(?<![\w.]){re.escape(title)}(?!\.?\w)", question) is not None
+
+
 def _of_unparted(run: str) -> list[str]:
     found = []
     for piece in _UNPARTED.split(run):

@@ -38,10 +38,16 @@ class WordEncoder:
         return EncoderRecord(self.name, self.digest, self.dimension, "cosine", 128)
 
 
-def make(folder: Path, texts: Sequence[str] = TEXTS, *, encoder: WordEncoder | None = None, **options) -> IndexRecord:
-    rows = [
-        Row(text, f"title {at}", "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)
-    ]
+def make(
+    folder: Path,
+    texts: Sequence[str] = TEXTS,
+    *,
+    encoder: WordEncoder | None = None,
+    titles: Sequence[str] | None = None,
+    **options,
+) -> IndexRecord:
+    titles = titles or [f"title {at}" for at in range(len(texts))]
+    rows = [Row(text, titles[at], "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)]
     vectors = [encoder.encode(texts)] if encoder else None
     if encoder and "floor" not in options:
         options["floor"] = floor.measured(encoder, vectors[0])

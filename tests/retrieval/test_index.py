@@ -80,6 +80,30 @@ def test_without_an_encoder_it_is_searched_by_words(tmp_path):
         Index.open(tmp_path, WordEncoder())
 
 
+NAMES = ["json", "json.dumps", "json.dump", "json.load", "json.loads", "json.tool"]
+SENTENCES = ["Encode.", "Write json as json text.", "Write json.", "Read json.", "Read json text.", "Check json."]
+
+
+def test_by_words_alone_a_passage_that_is_named_whole_comes_first_and_is_found(tmp_path):
+    make(tmp_path, [f"{name}: {said}" for name, said in zip(NAMES, SENTENCES, strict=True)], titles=NAMES)
+    with Index.open(tmp_path) as index:
+        for name in NAMES:
+            hits = index.search(f"What does {name} do?", 6)
+            assert hits[0].title == name
+            assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        assert index.search("What does json.nothing do?") == []
+
+
+def test_the_floor_asks_each_passage_by_its_own_scores(folder, encoder):
+    with Index.open(folder, encoder) as index:
+        # By meaning alone the second of these would be the first.
+        first, second, *_ = index.search("three boils twice object zebra", 5, floor=False)
+        assert first.dense < second.dense
+        between = (first.dense + second.dense) / 2
+        floor = layout.Floor(cosine=between, weak_cosine=1.0, strength=9.0, strength_alone=9.0)
+        assert index.search("three boils twice object zebra", 5, floor=floor) == [second]
+
+
 def test_another_encoder_is_refused(folder, encoder):
     encoder.digest = "e" * 64
     with pytest.raises(UserError, match=r"encoder words \(SHA-256 eeee.*is not the one that .* was made with"):

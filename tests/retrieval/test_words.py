@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openchatkit.retrieval.words import LONGEST, singular, words
+from openchatkit.retrieval.words import LONGEST, singular, stands_in, words
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,21 @@ def test_words_do_not_depend_on_case_of_plain_words_or_on_what_is_between(text):
         assert word
         assert not any(character.isspace() for character in word)
         assert len(word) <= 3 * LONGEST  # case-folding may make one letter three
+
+
+@pytest.mark.parametrize(
+    ("title", "question", "expected"),
+    [
+        ("json", "What does json do?", True),
+        ("json", "What does json.dumps do?", False),
+        ("dumps", "What does json.dumps do?", False),
+        ("json.dumps", "Explain json.dumps.", True),
+        ("json.dumps", "Is json.dumps_all there?", False),
+        ("Text Editing", "Who wrote Text Editing?", True),
+        ("Good", "good morning", False),
+        ("c++ (17)", "What is new in c++ (17)?", True),
+        ("", "What?", False),
+    ],
+)
+def test_a_title_stands_in_a_question_whole_or_not_at_all(title, question, expected):
+    assert stands_in(title, question) is expected
