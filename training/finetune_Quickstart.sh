@@ -23,8 +23,8 @@ ARGS=(
     --packing none
     --loss-on responses
     --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$MODEL_NAME}"
-    --total-steps "${FINETUNE_TOTAL_STEPS:-3600}"
-    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-1000}"
+    --total-steps "${FINETUNE_TOTAL_STEPS:-2000}"
+    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-500}"
     --keep-checkpoints 2
     --num-layers 2 --embedding-dim 128
     --use-cuda false
@@ -32,11 +32,10 @@ ARGS=(
     --dist-url tcp://127.0.0.1:7033
     --pp-mode 1f1b
     --dp-mode allreduce --dp-backend gloo
-    --seq-length 256
+    --seq-length 208
     --batch-size 8 --micro-batch-size 2 --gradient-accumulate-step 1
-    --optimizer adamw --lr 5e-3 --warmup-steps 100
+    --optimizer adamw --lr 5e-3 --warmup-steps 50
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --max-grad-norm 1.0
-    --bf16
     --activation-checkpointing false
     --seed 1
     --train-log-backend print

@@ -21,15 +21,19 @@ _TOKENIZER_RECORDS = 8000  # more of them do not change a vocabulary this small
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of the network and of its tokenizer, and how its weights are drawn."""
+    """The sizes of the network and of its tokenizer, and how its weights are drawn.
 
-    vocab_size: int = 2048
+    They are chosen for copying to be learnt from few tokens: it is the work of attention, so the MLPs are narrow; of
+    fewer tokens each is met more often; and what a head looks for by content is mostly left unturned by position.
+    """
+
+    vocab_size: int = 1024
     hidden_size: int = 128
     num_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 512
+    num_heads: int = 2
+    intermediate_size: int = 128
     max_positions: int = 1024
-    rotary_fraction: float = 1.0
+    rotary_fraction: float = 0.25
     # Where the width is small, weights drawn as large models' are would be lost beside the norms' unit scale.
     init_std: float = 0.05
     tie_embeddings: bool = True
@@ -48,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--save-dir", type=Path, default=paths.PRETRAINED / NAME, help=f"where {NAME}/ is made")
     parser.add_argument("--vocab-size", type=cli.positive_int, default=shape.vocab_size, help="tokens")
-    parser.add_argument("--hidden-size", type=cli.positive_int, default=shape.hidden_size, help="width")
+    parser.add_argument(
+        "--hidden-size", type=cli.positive_int, default=shape.hidden_size, help="width, of the MLPs too"
+    )
     parser.add_argument("--layers", type=cli.positive_int, default=shape.num_layers)
     parser.add_argument("--heads", type=cli.positive_int, default=shape.num_heads, help="attention heads of a layer")
     parser.add_argument("--seed", type=cli.natural, default=1, help="decides the weights")
@@ -60,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         hidden_size=args.hidden_size,
         num_layers=args.layers,
         num_heads=args.heads,
-        intermediate_size=4 * args.hidden_size,
+        intermediate_size=args.hidden_size,
     )
     folder, parameters = prepare(args.data, args.save_dir, shape=shape, seed=args.seed)
     logger.info(f"a model of {parameters / 1e6:.2f} million parameters; the shards are in {folder}")
@@ -88,9 +94,12 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
 
     from openchatkit.libraries import hf_transformers
 
-    if shape.hidden_size % (2 * shape.num_heads):
+    # What is turned of a head is turned in pairs.
+    unit = round(2 / shape.rotary_fraction) * shape.num_heads
+    if shape.hidden_size % unit:
         raise UserError(
-            f"--hidden-size {shape.hidden_size} is not a multiple of twice --heads {shape.num_heads}: change one"
+            f"--hidden-size {shape.hidden_size} is not a multiple of {unit} = {unit // shape.num_heads} x "
+            f"--heads {shape.num_heads}: change one"
         )
     tokenizer = train(texts, shape.vocab_size)
     config = GPTNeoXConfig(

@@ -6,8 +6,8 @@ once it is answered from. In some, earlier turns keep theirs: clients of the cha
 row teaches several answers at once. Three kinds of reply are taught: the passage's sentence, an honest `UNKNOWN` where
 there is no passage, and small talk.
 
-In most samples the sentence is random words of the corpus. Such a sentence cannot be learnt by heart, so a model has
-to learn to copy, and a copying model also answers from passages that it has never seen.
+In most samples the sentence is random words of the corpus, some of them of two words' parts. Such a sentence cannot be
+learnt by heart, so a model has to learn to copy, and a copying model also answers from passages that it has never seen.
 """
 
 import json
@@ -44,11 +44,13 @@ _SMALL_TALK = (
 class Shares:
     """How often samples are of each kind: probabilities, numbers of words, and the longest sample in characters."""
 
-    drill: float = 0.5
-    drill_characters: int = 510  # of a drill, about, its date aside
-    date: float = 0.7
+    drill: float = 0.6
+    drill_characters: int = 405  # of a drill, about
+    drill_date: float = 0.1  # a date takes room in which nothing is learnt
+    spliced: float = 0.3  # of random words, those made of two words' parts
     # What follows is of the samples that are no drill.
-    several_turns: float = 0.7
+    date: float = 0.6
+    several_turns: float = 0.85
     third_turn: float = 0.5  # of the samples with several turns
     kept_passages: float = 0.6  # of the samples with several turns, those whose earlier turns keep their passages
     small_talk: float = 0.04
@@ -57,7 +59,7 @@ class Shares:
     other_question: float = 0.2
     min_words: int = 3
     max_words: int = 14
-    max_characters: int = 560
+    max_characters: int = 405
 
 
 def split(entries: Sequence[Entry], *, held_out: float, seed: int) -> tuple[list[Entry], list[Entry]]:
@@ -78,9 +80,10 @@ def split(entries: Sequence[Entry], *, held_out: float, seed: int) -> tuple[list
 def compose(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> str:
     """One training sample as text. `words` is what random sentences are made of."""
     drill = rng.random() < shares.drill
-    system = chat.preamble(_random_time(rng)) if rng.random() < shares.date else ""
+    dated = rng.random() < (shares.drill_date if drill else shares.date)
+    system = chat.preamble(_random_time(rng)) if dated else ""
     if drill:
-        return chat.render_text(_drill(rng, entries, words, shares), system=system)
+        return chat.render_text(_drill(rng, entries, words, shares, len(system)), system=system)
     earlier: list[list[chat.Turn]] = []
     if rng.random() < shares.several_turns:
         kept = rng.random() < shares.kept_passages
@@ -133,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--library", type=Path, default=standard_library(), help="folder of Python sources to read")
     parser.add_argument("--save-dir", type=Path, default=FOLDER, help="where the files go")
-    parser.add_argument("--samples", type=cli.positive_int, default=32000, help="chats to train on")
+    parser.add_argument("--samples", type=cli.positive_int, default=16000, help="chats to train on")
     parser.add_argument(
         "--held-out", type=cli.non_negative_float, default=0.1, help="share of sentences not trained on"
     )
@@ -147,27 +150,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.save_dir / name}: {lines} lines")
 
 
-def _drill(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> list[chat.Turn]:
+def _drill(
+    rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares, taken: int
+) -> list[chat.Turn]:
     """Practice in copying and nothing else: in one to three turns, about as many random words as a row can hold.
 
-    What is learnt from a row goes by the number of replied tokens in it; real replies fill a tenth of theirs.
+    What is learnt from a row goes by the number of replied tokens in it; real replies fill a tenth of theirs, which is
+    why names are short here and dates few. `taken` characters of the row are used already.
     """
     turns: list[chat.Turn] = []
     count = rng.randint(1, 3)
     for _ in range(count):
-        name = rng.choice(entries).name
+        name = rng.choice(entries).name.rpartition(".")[2]
         # The name stands in the passage and in the question, the sentence in the passage and in the reply.
-        room = (shares.drill_characters // count - 2 * len(name) - _FRAME) // 2
-        sentence = rng.choice(words)
-        while len(longer := f"{sentence} {rng.choice(words)}") < room:
+        room = ((shares.drill_characters - taken) // count - 2 * len(name) - _FRAME) // 2
+        sentence = _word(rng, words, shares)
+        while len(longer := f"{sentence} {_word(rng, words, shares)}") < room:
             sentence = longer
         entry = Entry(name, sentence)
         turns += [chat.Turn("human", QUESTION.format(name), (entry.passage,)), chat.Turn("bot", sentence)]
     return turns
 
 
-def _random_sentence(rng: random.Random, words: Sequence[str], least: int, most: int) -> str:
-    return " ".join(rng.choice(words) for _ in range(rng.randint(least, most)))
+def _random_sentence(rng: random.Random, words: Sequence[str], shares: Shares) -> str:
+    return " ".join(_word(rng, words, shares) for _ in range(rng.randint(shares.min_words, shares.max_words)))
+
+
+def _word(rng: random.Random, words: Sequence[str], shares: Shares) -> str:
+    """A word of the corpus, or the beginning of one and the end of another: new sequences of tokens, without end."""
+    word = rng.choice(words)
+    if rng.random() >= shares.spliced:
+        return word
+    other = rng.choice(words)
+    return word[: rng.randint(1, len(word))] + other[rng.randint(0, len(other) - 1) :]
 
 
 def _turn_of_history(rng: random.Random, entries: Sequence[Entry], shares: Shares) -> list[chat.Turn]:
@@ -190,7 +205,7 @@ def _turn(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], sh
     if kind < shares.small_talk + shares.unknown:
         return [chat.Turn("human", question), chat.Turn("bot", UNKNOWN)]
     if rng.random() < shares.random_words:
-        entry = Entry(entry.name, _random_sentence(rng, words, shares.min_words, shares.max_words))
+        entry = Entry(entry.name, _random_sentence(rng, words, shares))
     return [chat.Turn("human", question, (entry.passage,)), chat.Turn("bot", entry.sentence)]
 
 

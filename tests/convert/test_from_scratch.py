@@ -67,7 +67,7 @@ def test_the_command_makes_the_sizes_asked_for(data, tmp_path, capsys):
         "--vocab-size",
         280,
         "--hidden-size",
-        8,
+        16,
         "--layers",
         3,
         "--heads",
@@ -77,7 +77,8 @@ def test_the_command_makes_the_sizes_asked_for(data, tmp_path, capsys):
         from_scratch.main([str(flag) for flag in flags])
     assert ended.value.code == 0
     config = LayerShards.open(tmp_path / "Quickstart").config
-    assert (config.vocab_size, config.hidden_size, config.num_layers, config.num_heads) == (280, 8, 3, 2)
+    assert (config.vocab_size, config.hidden_size, config.num_layers, config.num_heads) == (280, 16, 3, 2)
+    assert config.intermediate_size == 16
     assert f"the shards are in {tmp_path / 'Quickstart'}" in capsys.readouterr().err
 
 
@@ -86,7 +87,7 @@ def test_the_command_makes_the_sizes_asked_for(data, tmp_path, capsys):
     [
         ({"vocab_size": 257}, "--vocab-size 257: expected at least 258"),
         ({"vocab_size": 5000}, r"--vocab-size 5000: the data has text for \d+ tokens only"),
-        ({"hidden_size": 18}, "--hidden-size 18 is not a multiple of twice --heads 2"),
+        ({"hidden_size": 18}, "--hidden-size 18 is not a multiple of 16 = 8 x --heads 2: change one"),
     ],
 )
 def test_sizes_that_do_not_fit(data, tmp_path, sizes, message):

@@ -114,6 +114,39 @@ def test_random_sentences_keep_to_their_length():
     assert lengths == {2, 3, 4}
 
 
+# Of the words abc and xyz.
+PIECES = ("a", "ab", "abc", "x", "xy", "xyz")
+ENDS = ("c", "bc", "abc", "z", "yz", "xyz")
+
+
+def test_spliced_words_are_the_beginning_of_one_word_and_the_end_of_another():
+    words = ["abc", "xyz"]
+    shares = dataclasses.replace(
+        Shares(drill=0.0, date=0.0, several_turns=0.0), small_talk=0, unknown=0, random_words=1
+    )
+    for spliced, expected in ((0.0, {"abc", "xyz"}), (1.0, {f"{a}{b}" for a in PIECES for b in ENDS})):
+        seen = set()
+        for seed in range(200):
+            text = python_chats.compose(
+                random.Random(seed), ENTRIES, words, dataclasses.replace(shares, spliced=spliced)
+            )
+            seen |= set(text.rsplit("<bot>: ", 1)[1].split())
+        assert seen == expected
+
+
+@pytest.mark.parametrize("dated", [0.0, 1.0])
+def test_a_drill_is_a_row_of_copying_and_its_date_takes_of_its_room(dated):
+    words = [word for entry in ENTRIES for word in entry.sentence.split()]
+    shares = Shares(drill=1.0, drill_date=dated, drill_characters=400)
+    for seed in range(50):
+        text = python_chats.compose(random.Random(seed), ENTRIES, words, shares)
+        assert text.startswith("Current Date") == bool(dated)
+        assert 300 < len(text) <= 400 + 30
+        replies = re.findall(r"(?m)^<bot>: (.*)$", text)
+        assert replies == re.findall(r"(?m)^> part\d+: (.*)$", text)
+        assert 1 <= len(replies) <= 3
+
+
 def test_the_command_writes_and_counts(tmp_path, capsys):
     library = tmp_path / "library"
     library.mkdir()
