@@ -21,7 +21,7 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.download import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
-from openchatkit.inference.engine import attention, linear
+from openchatkit.inference.engine import attention, linear, neox
 from openchatkit.inference.engine.engine import is_out_of_memory
 from openchatkit.inference.loading import placement
 from openchatkit.libraries import hf_transformers
@@ -90,6 +90,8 @@ def load(
             model = _read(lambda: _settle(model, device, precision), folder)
     # Where the model is spread over several devices, its attention is left alone.
     fast = device.type == "cpu" and attention.use(model)
+    if fast:
+        neox.use(model)
     cache_dtype = attention.CACHE_DTYPE if fast else None
     return Loaded(model.eval(), tokenizer, device, precision, _ends(model, tokenizer, folder), folder, cache_dtype)
 
