@@ -1,9 +1,59 @@
-"""What moves between releases of torch, or that only some of its devices can do."""
+"""What is private in torch, moves between its releases, or only some devices can do: products of several kinds.
+
+Each function asks for the operator it wants. Where it is missing, or refuses this processor, a plain way gives the same
+result more slowly.
+"""
 
 import functools
+import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+# The 8-bit operator reads whole vectors: beyond the end of a row, where rows are no multiple of them.
+_VECTOR = 32
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether weights of `dtype` can be packed as oneDNN reads them fastest.
+
+    They are faster then on x86, if the processor computes in `dtype`.
+    """
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and platform.machine().lower() in ("x86_64", "amd64")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    )
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return x -> x @ weight.T + bias over a packed copy of `weight`; over `weight` itself where it cannot be packed.
+
+    The same numbers up to the order of additions.
+    """
+    if can_pack(weight.dtype):
+        try:
+            # 1 is the number of rows to lay out for; many rows are no slower for it.
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        except RuntimeError:  # an operator of another signature, or a processor that it does not know
+            pass
+    return lambda x: functional.linear(x, weight, bias)
+
+
+def multiply_int8(x: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
+    """Return (x @ steps.T) * scale: x bfloat16 [rows, in], steps int8 [out, in], scale bfloat16 [out].
+
+    Made for few rows, up to about 16 on a CPU; more are better multiplied by widened weights.
+    """
+    operator = getattr(torch, "_weight_int8pack_mm", None)
+    if operator is not None and x.device.type == "cpu" and x.shape[1] % _VECTOR == 0:
+        return operator(x.contiguous(), steps, scale)
+    return (functional.linear(x, steps.to(x.dtype)) * scale).to(x.dtype)
 
 
 @functools.cache

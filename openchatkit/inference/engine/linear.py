@@ -1,23 +1,26 @@
-"""Linear layers for inference: with weights of 8 bits, and with weights laid out as oneDNN reads them fastest.
+"""Linear layers for inference: with weights of 8 bits, and with weights in the form that this processor reads fastest.
 
-Owns the operators of torch that are private and may move between its releases; nobody else calls them. A reply is made
-one token at a time, and reading the weights is then what takes the time: 8 bits are half the bytes of bfloat16.
+Owns the choice; the operators of torch are `libraries.pytorch`'s. A reply is made one token at a time, and reading the
+weights is then what takes the time: 8 bits are half the bytes of bfloat16. A prompt is read many tokens at once, and
+arithmetic is what takes it: in 16 bits that is slow where the processor has no instructions for them, so that weights
+are widened to float32 there, a block at a time.
 """
 
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from openchatkit import loading
+from openchatkit.libraries import pytorch
 from openchatkit.progress import bar
 
 # Up to this many rows the CPU's 8-bit operator is faster than widening the weights for an ordinary product.
 FEW_ROWS = 16
-# The operator reads whole vectors: beyond the end of a row, where rows are no multiple of them.
-_VECTOR = 32
-# Rows are quantised in blocks of about this many numbers, which fit into a processor's cache when widened to float32.
+# Up to this many rows, weights of 16 bits are faster read again for each than widened.
+_FEW_NARROW_ROWS = 4
+# Rows are quantised and widened in blocks of about this many numbers, which fit into a processor's cache as float32.
 _BLOCK = 1 << 19
 # With the largest weight at this many steps, the rounding of the step itself to 8 bits of mantissa cannot push it over
 # the 127 that there are.
@@ -33,21 +36,32 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        # Steps in bfloat16 are what the CPU's operator takes; float16 could not hold small ones.
-        scale_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        weight, scale = quantise(linear.weight.detach(), device=device, scale_dtype=scale_dtype)
-        bias = None if linear.bias is None else linear.bias.detach().to(device, dtype)
+        weight, scale = quantise(linear.weight.detach(), device=device, scale_dtype=step_dtype(dtype))
+        self._hold(weight, scale, None if linear.bias is None else linear.bias.detach().to(device, dtype), dtype)
+
+    def _hold(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)  # [out, in]
         self.register_buffer("scale", scale)  # [out]
         self.register_buffer("bias", bias)  # [out]
-        self._fits = device.type == "cpu" and dtype == torch.bfloat16 and self.in_features % _VECTOR == 0
+        device = weight.device
+        self._on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+        self._widens = self._on_cpu and not loading.computes_in(device, dtype)
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> "Int8Linear":
+        """The layer of weights that were quantised before, where they are."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._hold(weight, scale, bias, dtype)
+        return made
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        rows = x.numel() // self.in_features
-        if self._fits and rows <= FEW_ROWS:
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1).contiguous(), self.weight, self.scale)
+        if self._on_cpu and x.numel() <= FEW_ROWS * self.in_features:
+            y = pytorch.multiply_int8(x.reshape(-1, self.in_features), self.weight, self.scale)
             y = y.view(*x.shape[:-1], self.out_features)
+        elif self._widens:
+            y = (multiply_widened(x, self.weight).mul_(self.scale)).to(x.dtype)
         elif x.dtype == torch.float16:
             # The steps first: sums of products with numbers up to 127 would not fit into float16.
             y = functional.linear(x, (self.weight * self.scale[:, None]).to(x.dtype))
@@ -57,28 +71,92 @@ class Int8Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with its weights copied into oneDNN's own layout; the same numbers up to the order of additions."""
+    """nn.Linear in `dtype` with its weights copied into oneDNN's own layout; equal up to the order of additions."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        # 1 is the number of rows to lay out for; many rows are no slower for it.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
+        self._multiply = pytorch.pack(linear.weight.detach().to(dtype), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return self._multiply(x)
+
+
+class NarrowLinear(nn.Module):
+    """nn.Linear with weights of 16 bits, for processors without instructions for them; sums are formed in float32.
+
+    The weights stay where they are if they are of `dtype`: in a mapped file, or shared.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("weight", linear.weight.detach().to(dtype))  # [out, in]
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if x.numel() > _FEW_NARROW_ROWS * self.in_features:
+            y = multiply_widened(x, self.weight)
+            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        # torch has a fast product of a matrix and a vector of 16 bits, which adds in float32.
+        rows = [torch.mv(self.weight, row) for row in x.reshape(-1, self.in_features)]
+        y = (rows[0] if len(rows) == 1 else torch.stack(rows)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@torch.no_grad()
+def multiply_widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] @ weight.T, computed in float32: float32 [..., out]; the weight is widened a block at a time."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    y = torch.empty(len(rows), len(weight), dtype=torch.float32)
+    for block, widened in _widen(weight):
+        torch.mm(rows, widened.T, out=y[:, block])
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _widen(weight: Tensor, device: torch.device | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight [out, in] and those rows in float32 on `device`, which are good until the next are asked for."""
+    count = max(1, _BLOCK // weight.shape[1])
+    # One piece of memory for all blocks: asking the system for new pages costs more than the arithmetic.
+    widened = torch.empty(min(count, len(weight)), weight.shape[1], dtype=torch.float32, device=device)
+    for start in range(0, len(weight), count):
+        rows = slice(start, min(start + count, len(weight)))
+        yield rows, widened[: rows.stop - start].copy_(weight[rows])
+
+
+def prepare(model: nn.Module, dtype: torch.dtype, *, room: float) -> None:
+    """Let a model on the CPU compute in `dtype`, with linear layers in the form that is fastest here.
+
+    Packing copies the weights; where that takes more than `room` bytes they stay, if they are of `dtype`, in the files
+    that they are mapped from. So a model larger than memory still runs, if slowly.
+    """
+    computes = loading.computes_in(torch.device("cpu"), dtype)
+    if computes and pytorch.can_pack(dtype) and linear_bytes(model, dtype) < room:
+        replace(model, lambda _, layer: PackedLinear(layer, dtype), "loading")
+    elif dtype.itemsize == 2 and not computes:
+        replace(model, lambda _, layer: NarrowLinear(layer, dtype), "loading")
+    convert(model, dtype)
+
+
+def convert(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Bring what parameters are left to a precision; buffers, as those of angles, keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+
+
+def step_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of a step, for layers that compute in `dtype`.
+
+    Steps in bfloat16 are what the CPU's operator takes; float16 could not hold small ones.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def quantise(weight: Tensor, *, device: torch.device, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Steps from -127 to 127, int8 [out, in], and the size of a step by output channel [out], both on `device`."""
     steps = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=scale_dtype, device=device)
-    count = max(1, _BLOCK // weight.shape[1])
-    # One piece of memory for all blocks: asking the system for new pages costs more than the arithmetic.
-    widened = torch.empty(count, weight.shape[1], dtype=torch.float32, device=device)
-    for start in range(0, len(weight), count):
-        rows = slice(start, start + count)
-        block = widened[: len(weight[rows])].copy_(weight[rows])
+    for rows, block in _widen(weight, device):
         # A channel of zeros has no largest weight to divide by.
         least, most = block.amin(dim=1), block.amax(dim=1)
         largest = torch.maximum(most, -least)
@@ -87,26 +165,25 @@ def quantise(weight: Tensor, *, device: torch.device, scale_dtype: torch.dtype) 
     return steps, scale
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether packed weights of this precision are faster here: on processors that oneDNN computes it on natively."""
-    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def linear_names(model: nn.Module) -> list[str]:
+    """The names of all linear layers, in the order of the model."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
 
 
-def linear_bytes(model: nn.Module) -> int:
-    """The size of the weights of all linear layers; an output layer that shares the embedding's counts too."""
-    return sum(module.weight.nbytes for module in model.modules() if type(module) is nn.Linear)
+def linear_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """The size in `dtype` of the weights of all linear layers, one that shares the embedding's included."""
+    weights = (module.weight for module in model.modules() if type(module) is nn.Linear)
+    return sum(weight.numel() for weight in weights) * dtype.itemsize
 
 
-def replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module], description: str) -> None:
-    """Put what `make` makes of it in the place of every linear layer, one after the other.
+def replace(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], description: str) -> None:
+    """Put what `make` makes of its name and itself in the place of every linear layer, one after the other.
 
     Each original goes before the next is looked at, so that two models are never in memory. An embedding that the
     output layer shares stays as it is.
     """
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = linear_names(model)
     with bar(len(names), description, unit="layer", leave=False, delay=1) as progress:
         for name in names:
-            model.set_submodule(name, make(model.get_submodule(name)))
+            model.set_submodule(name, make(name, model.get_submodule(name)))
             progress.update()

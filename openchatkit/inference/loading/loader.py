@@ -23,7 +23,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
 from openchatkit.inference.engine import attention, linear, neox
 from openchatkit.inference.engine.engine import is_out_of_memory
-from openchatkit.inference.loading import placement
+from openchatkit.inference.loading import int8, placement
 from openchatkit.libraries import hf_transformers
 from openchatkit.paths import HUGGINGFACE_MODELS
 
@@ -79,15 +79,21 @@ def load(
     stored = "int8" if dtype == "int8" else f"{bits} bits" if bits else str(precision).removeprefix("torch.")
     announce(f"loading {name}, {_rounded(parameters)} parameters, on {device} in {stored}")
     if dtype == "int8":
-        model = _read(lambda: _quantise(_load_model(folder, "auto", {}), device, precision), folder)
+        model = _load_model(folder, "auto", {})
+        _read(lambda: int8.quantise(model, folder, device, precision), folder)
     else:
         spread = placement.placement(device, gpu_gib, cpu_gib) if bits is None else None
         options = placement.quantised(bits, precision, device, gpu_gib) if bits else spread
-        model = _load_model(folder, precision, options)
+        on_cpu = device.type == "cpu" and not options
+        model = _load_model(folder, "auto" if on_cpu else precision, options)
         if bits == 4:
             placement.check_four_bits(model, device)
-        if not options:
-            model = _read(lambda: _settle(model, device, precision), folder)
+        if on_cpu:
+            # What is copied may come from mapped files, so that nothing is freed for it; a fifth is for the rest.
+            room = 0.8 * placement.available_memory()
+            _read(lambda: linear.prepare(model, precision, room=room), folder)
+        elif not options:
+            model = _read(lambda: model.to(device), folder)
     # Where the model is spread over several devices, its attention is left alone.
     fast = device.type == "cpu" and attention.use(model)
     if fast:
@@ -184,29 +190,6 @@ def _ends(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> frozens
     if not all(type(id) is int for id in ids):
         raise UserError(f"eos_token_id of the model in {folder} is {given!r}: expected a token id or a list of them")
     return frozenset(ids)
-
-
-def _settle(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on its device, and on a CPU that gains by it and has room for them, with packed weights.
-
-    Without the room, weights stay in the mapped files, so that a model larger than memory still runs, if slowly.
-    """
-    # What is packed may come from mapped files, so that nothing is freed for it; a fifth of memory is for the rest.
-    room = 0.8 * placement.available_memory()
-    if device.type == "cpu" and linear.can_pack(dtype) and linear.linear_bytes(model) < room:
-        linear.replace(model, linear.PackedLinear, "loading")
-    return model.to(device)
-
-
-def _quantise(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on its device with linear layers of 8 bits and all else in `dtype`.
-
-    It comes in the precision that it is stored in, mapped, so that main memory and the GPU's hold 8 bits alone.
-    """
-    linear.replace(model, lambda layer: linear.Int8Linear(layer, device=device, dtype=dtype), "loading")
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype)
-    return model.to(device)
 
 
 def _parameters(config: object) -> int:

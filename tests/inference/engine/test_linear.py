@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from openchatkit import loading
 from openchatkit.inference.engine import linear
+from openchatkit.libraries import pytorch
 
 CPU = torch.device("cpu")
 # Widths that the CPU's operator takes and others, and one that spreads over several blocks when those are small.
@@ -67,8 +69,8 @@ def test_float16_has_room_for_what_a_layer_of_8_bits_adds_up():
 def test_a_layer_reads_inputs_that_are_not_contiguous():
     original = layer(64, 96, torch.bfloat16, bias=False)
     made = [linear.Int8Linear(original, device=CPU, dtype=torch.bfloat16)]
-    if linear.can_pack(torch.bfloat16):
-        made.append(linear.PackedLinear(original))
+    made.append(linear.NarrowLinear(original, torch.bfloat16))
+    made.append(linear.PackedLinear(original, torch.bfloat16))
     x = torch.randn(64, 5).to(torch.bfloat16).T
     for one in made:
         torch.testing.assert_close(one(x), one(x.contiguous()))
@@ -80,25 +82,23 @@ def test_a_layer_reads_inputs_that_are_not_contiguous():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("width", "outputs"), SHAPES)
 def test_a_packed_layer_is_the_layer(width, outputs, dtype, bias, rows):
-    if not linear.can_pack(dtype):
-        pytest.skip("oneDNN does not compute this precision here")
     original = layer(width, outputs, dtype, bias=bias)
     x = torch.randn(1, rows, width).to(dtype)
     with torch.inference_mode():
-        torch.testing.assert_close(linear.PackedLinear(original)(x), original(x))
+        torch.testing.assert_close(linear.PackedLinear(original, dtype)(x), original(x))
 
 
 def test_layers_are_replaced_one_by_one_and_the_originals_go():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.Embedding(3, 4))
     alive, most = [], 0
 
-    def make(original):
+    def make(name, original):
         nonlocal most
         alive.append(weakref.ref(original.weight))
         most = max(most, sum(held() is not None for held in alive))
         return nn.Identity()
 
-    assert linear.linear_bytes(model) == 2 * 4 * 4 * 4
+    assert linear.linear_bytes(model, torch.float32) == 2 * 4 * 4 * 4
     linear.replace(model, make, "replacing")
     assert [type(module).__name__ for module in model.modules()][1:] == [
         "Identity",
@@ -111,7 +111,71 @@ def test_layers_are_replaced_one_by_one_and_the_originals_go():
     assert most <= 2
 
 
-def test_packing_is_for_processors_that_compute_the_precision(monkeypatch):
-    assert not linear.can_pack(torch.float16)
-    monkeypatch.setattr(linear.platform, "machine", lambda: "arm64")
-    assert not linear.can_pack(torch.float32)
+@pytest.fixture
+def emulating(monkeypatch):
+    """A processor that has no instructions for 16 bits."""
+    monkeypatch.setattr(loading, "computes_in", lambda device, dtype: dtype == torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 70])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "outputs"), SHAPES)
+def test_a_narrow_layer_is_as_near_to_float64_as_its_results_rounding_allows(
+    monkeypatch, width, outputs, dtype, bias, rows
+):
+    monkeypatch.setattr(linear, "_BLOCK", 200)
+    original = layer(width, outputs, dtype, bias=bias)
+    made = linear.NarrowLinear(original, dtype)
+    assert made.weight.data_ptr() == original.weight.data_ptr()
+    x = torch.randn(1, rows, width).to(dtype)
+    got, weight = made(x), original.weight.double()
+    assert (got.dtype, got.shape) == (dtype, (1, rows, outputs))
+    exact, size = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
+    if bias:
+        exact, size = exact + original.bias.double(), size + original.bias.double().abs()
+    smallest = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounding = 1.01 * torch.finfo(dtype).eps * exact.abs() + 1e-6 * size + smallest
+    # Few rows round the product before the bias is added.
+    rounding = rounding + (torch.finfo(dtype).eps * size if rows <= 4 else 0)
+    assert ((got.double() - exact).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("rows", [1, linear.FEW_ROWS + 1])
+def test_8_bits_are_widened_where_16_are_not_computed(emulating, rows):
+    original = layer(64, 96, torch.float32)
+    made = linear.Int8Linear(original, device=CPU, dtype=torch.bfloat16)
+    x = torch.randn(1, rows, 64).to(torch.bfloat16)
+    weight = made.weight.double() * made.scale.double()[:, None]
+    exact, size = x.double() @ weight.T + original.bias.double(), x.double().abs() @ weight.T.abs()
+    assert ((made(x).double() - exact).abs() <= 3 * torch.finfo(torch.bfloat16).eps * (size + exact.abs())).all()
+
+
+def test_a_layer_of_weights_that_were_quantised_before_is_the_layer():
+    made = linear.Int8Linear(layer(64, 96, torch.float32), device=CPU, dtype=torch.bfloat16)
+    again = linear.Int8Linear.of(made.weight, made.scale, made.bias, dtype=torch.bfloat16)
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    assert torch.equal(made(x), again(x))
+    assert again.weight.data_ptr() == made.weight.data_ptr()
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(part) for part in model]
+
+
+def test_a_model_gets_the_layers_that_are_fastest_here(monkeypatch):
+    def prepared(dtype, room=1e9):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        linear.prepare(model, dtype, room=room)
+        assert all(tensor.dtype == dtype for tensor in model.state_dict().values())
+        return kinds(model)
+
+    packed = pytorch.can_pack(torch.float32)
+    assert prepared(torch.float32) == [linear.PackedLinear if packed else nn.Linear, nn.LayerNorm]
+    assert prepared(torch.float32, room=63) == [nn.Linear, nn.LayerNorm]
+    monkeypatch.setattr(loading, "computes_in", lambda device, dtype: True)
+    assert prepared(torch.bfloat16, room=31) == [nn.Linear, nn.LayerNorm]
+    monkeypatch.setattr(loading, "computes_in", lambda device, dtype: dtype == torch.float32)
+    # They take no room, since they copy nothing.
+    for dtype in (torch.bfloat16, torch.float16):
+        assert prepared(dtype, room=0) == [linear.NarrowLinear, nn.LayerNorm]

@@ -1,0 +1,64 @@
+"""A loaded model's linear layers in 8 bits, quantised once: the next time they are mapped from the disk.
+
+Owns what is kept; how a weight is quantised is `linear`'s, where it is kept `formats.int8_cache`'s.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from openchatkit.errors import UserError
+from openchatkit.formats import int8_cache
+from openchatkit.inference.engine import linear
+from openchatkit.inference.engine.linear import Int8Linear
+
+# Of fewer numbers than this, making them costs less than finding them again.
+SMALLEST = 10**6
+
+
+def quantise(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring a model to its device with linear layers of 8 bits and all else in `dtype`.
+
+    It comes in the precision that it is stored in, mapped, so that main memory and the GPU's hold 8 bits alone.
+    """
+    path = _cache_path(model, folder, dtype)
+    kept = int8_cache.read(path) if path else None
+    if kept is not None and _fits(kept, model, linear.step_dtype(dtype)):
+
+        def make(name: str, layer: nn.Linear) -> Int8Linear:
+            weight, scale = (kept[f"{name}.{part}"].to(device) for part in ("weight", "scale"))
+            bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
+            return Int8Linear.of(weight, scale, bias, dtype=dtype)
+
+        linear.replace(model, make, "loading")
+    else:
+        names = linear.linear_names(model)
+        linear.replace(model, lambda _, layer: Int8Linear(layer, device=device, dtype=dtype), "loading")
+        if path:
+            layers = {name: model.get_submodule(name) for name in names}
+            parts = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+            int8_cache.write(path, parts | {f"{name}.scale": layer.scale for name, layer in layers.items()})
+    linear.convert(model, dtype, device)
+    model.to(device)
+
+
+def _cache_path(model: nn.Module, folder: Path, dtype: torch.dtype) -> Path | None:
+    """Where the model's weights are kept, or None where they need not or cannot be."""
+    if linear.linear_bytes(model, torch.int8) < SMALLEST:
+        return None
+    try:
+        return int8_cache.cache_path(folder, str(linear.step_dtype(dtype)))
+    except (OSError, UserError):
+        return None
+
+
+def _fits(kept: Mapping[str, Tensor], model: nn.Module, step_dtype: torch.dtype) -> bool:
+    """Whether tensors are those of the model's linear layers."""
+    expected = {}
+    for name in linear.linear_names(model):
+        shape = model.get_submodule(name).weight.shape
+        expected[f"{name}.weight"] = (torch.int8, shape)
+        expected[f"{name}.scale"] = (step_dtype, shape[:1])
+    return expected == {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}
