@@ -1,4 +1,4 @@
-"""A model for benchmarks of chatting: GPT-NeoX of Pythia-160m's width, its embedding shared with its output layer.
+"""A model for benchmarks of chatting: GPT-NeoX of Pythia-160m's width, its embedding tied to its output layer or not.
 
 At 12 layers of 768 and 50,304 words it has 124 M parameters. It is trained for a while on the sources of Python's
 standard library, so that its perplexity is finite and its greedy text is no noise; every 20th file is held out. Made
@@ -38,9 +38,9 @@ def sources(*, held_out: bool) -> list[str]:
     return texts
 
 
-def model_folder(root: Path, *, layers: int, width: int, seconds: float) -> Path:
+def model_folder(root: Path, *, layers: int, width: int, seconds: float, tied: bool = True) -> Path:
     """The folder of the model, in bfloat16; made, and trained for `seconds`, where it is not there."""
-    folder = root / f"neox-{layers}-{width}-{seconds:g}s"
+    folder = root / f"neox-{layers}-{width}-{seconds:g}s{'' if tied else '-untied'}"
     if (folder / WEIGHTS).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def model_folder(root: Path, *, layers: int, width: int, seconds: float) -> Path
         num_attention_heads=max(1, width // 64),
         intermediate_size=4 * width,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         # No token of the tokenizer's: replies are to have their full length.
         eos_token_id=VOCABULARY - 1,

@@ -1,11 +1,12 @@
 """Chatting with a 124 M GPT-NeoX on the CPU, against transformers: python benchmarks/chat.py
 
-Prints four tables. The first is of decoding: tokens a second behind a prompt of 256 tokens (the best of `--repeat` runs
-taken in turns, from the first new token to the last), as a share of what the memory's bandwidth allows, perplexity on
-text that the model was not trained on, and whether greedy text equals that of generate() in the same precision (in
-bfloat16 for int8). The limit is bandwidth / (bytes of weights + bytes of keys and values, read for each token): linear
-layers once, 2 x layers x width numbers for each token so far. The bandwidth is that of summing a large array, on the
-same threads in the same run. A bare loop over transformers' model and its DynamicCache is there for comparison.
+Prints four tables. The first is of decoding: how long a prompt of 256 tokens takes to its first new token, and tokens a
+second behind it (the best of `--repeat` runs taken in turns), as a share of what the memory's bandwidth allows;
+perplexity on text that the model was not trained on, and whether greedy text equals that of generate() in the same
+precision (in bfloat16 for int8). The limit is bandwidth / (bytes of weights + bytes of keys and values, read for each
+token): linear layers once, 2 x layers x width numbers for each token so far. The bandwidth is that of summing a large
+array, on the same threads in the same run. A bare loop over transformers' model and its DynamicCache is there for
+comparison, and llama.cpp where it is installed (pip install llama-cpp-python gguf).
 
 The second is of the first token of the n-th turn, with what was read kept and without. The third is of loading against
 reading the file, from the system's page cache and after it was told to drop the file. The fourth, with `--http`, asks
@@ -17,6 +18,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import _llama_peer
 import torch
 import transformers
 from _chat_model import model_folder, sources
@@ -33,14 +36,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, PreT
 from transformers.generation import BaseStreamer
 
 from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.formats.chat_file import HOME_VARIABLE, home
 from openchatkit.formats.hf_model import WEIGHTS
 from openchatkit.inference.engine.engine import Engine, Statistics
-from openchatkit.inference.engine.linear import Int8Linear
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader
 from openchatkit.paths import ROOT
 
-# A contestant: prompt -> the time at which each new token came, and the tokens.
+# A contestant: prompt -> the times at which it began and each new token came, and the tokens.
 Decode = Callable[[Sequence[int]], tuple[list[float], list[int]]]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 HELD_OUT_ROWS, HELD_OUT_LENGTH = 8, 512
@@ -53,7 +56,15 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     loader.quiet()
-    folder = model_folder(options.folder, layers=options.layers, width=options.width, seconds=options.train_seconds)
+    # What the kit keeps for its user is to stay as it is.
+    os.environ[HOME_VARIABLE] = str(options.folder / "home")
+    folder = model_folder(
+        options.folder,
+        layers=options.layers,
+        width=options.width,
+        seconds=options.train_seconds,
+        tied=not options.untied,
+    )
     tokenizer = Tokenizer(folder)
     held_out = [token for ids in tokenizer.encode(sources(held_out=True)) for token in ids]
     print(
@@ -75,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768, help="a multiple of 64")
     parser.add_argument("--train-seconds", type=float, default=120, help="0 leaves the weights random")
+    parser.add_argument("--untied", action="store_true", help="an output layer of its own")
     parser.add_argument("--threads", type=int, help="torch's own choice if not given")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -97,37 +109,44 @@ def decoding(folder: Path, held_out: Sequence[int], options: argparse.Namespace)
     """The first table."""
     contestants = make_contestants(folder, options.new_tokens)
     prompt = held_out[: options.prompt_tokens]
+    reading = dict.fromkeys(contestants, float("inf"))
     best = dict.fromkeys(contestants, 0.0)
     texts: dict[str, list[int]] = {}
     for _ in range(options.repeat):
         for name, (_, decode) in contestants.items():
             times, texts[name] = decode(prompt)
-            best[name] = max(best[name], (len(times) - 1) / (times[-1] - times[0]))
+            reading[name] = min(reading[name], times[1] - times[0])
+            best[name] = max(best[name], (len(times) - 2) / (times[-1] - times[1]))
     rate = bandwidth()
     print(f"memory is read at {rate / 1e9:.1f} GB/s")
-    row = table("what", "precision", "tokens/s", "limit", "of the limit", "perplexity", "greedy text of generate()")
+    read = f"reading {len(prompt)} tokens"
+    row = table("what", "precision", read, "tokens/s", "limit", "of it", "perplexity", "greedy text of generate()")
     for name, (model, _) in contestants.items():
         what, precision = name
-        bound = rate / bytes_per_token(model, what, len(prompt) + options.new_tokens / 2)
+        bound = rate / bytes_per_token(contestants, name, len(prompt) + options.new_tokens / 2)
         expected = texts[_GENERATE, "float32" if precision == "float32" else "bfloat16"]
         row(
             what,
             precision,
+            f"{1e3 * reading[name]:.0f} ms",
             f"{best[name]:.1f}",
             f"{bound:.0f}",
             f"{best[name] / bound:.0%}",
-            f"{perplexity(model, held_out):.2f}",
+            "" if model is None else f"{perplexity(model, held_out):.2f}",
             agreement(texts[name], expected),
         )
     print()
 
 
-_GENERATE, _BARE, _ENGINE = "generate()", "bare loop, DynamicCache", "this engine"
+_GENERATE, _BARE, _ENGINE, _LLAMA = "generate()", "bare loop, DynamicCache", "this engine", "llama.cpp"
 
 
-def make_contestants(folder: Path, new_tokens: int) -> dict[tuple[str, str], tuple[PreTrainedModel, Decode]]:
-    """By name and precision: the model, and how it decodes."""
-    made: dict[tuple[str, str], tuple[PreTrainedModel, Decode]] = {}
+Contestants = dict[tuple[str, str], tuple[PreTrainedModel | None, Decode]]
+
+
+def make_contestants(folder: Path, new_tokens: int) -> Contestants:
+    """By name and precision: the model, if it is one of transformers', and how it decodes."""
+    made: Contestants = {}
     for dtype, name in NAMES.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         made[_GENERATE, name] = model, lambda prompt, model=model: with_generate(model, prompt, new_tokens)
@@ -136,6 +155,11 @@ def make_contestants(folder: Path, new_tokens: int) -> dict[tuple[str, str], tup
         loaded = loader.load(str(folder), dtype=name)
         engine = Engine(loaded.model, eos_ids=(), device=loaded.device, cache_dtype=loaded.cache_dtype)
         made[_ENGINE, name] = loaded.model, lambda prompt, engine=engine: with_engine(engine, prompt, new_tokens)
+    if missing := _llama_peer.missing():
+        print(f"llama.cpp takes no part: {', '.join(missing)} is not installed\n")
+        return made
+    for name in _llama_peer.PRECISIONS:
+        made[_LLAMA, name] = None, _llama_peer.decoder(folder, name, new_tokens)
     return made
 
 
@@ -156,13 +180,13 @@ def with_generate(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int
     ids, clock = torch.tensor([prompt]), Clock()
     asked = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "streamer": clock}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
-    return clock.times[1:], output[0, len(prompt) :].tolist()
+    return clock.times, output[0, len(prompt) :].tolist()
 
 
 @torch.inference_mode()
 def with_bare_loop(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], list[int]]:
     cache, ids = DynamicCache(config=model.config), torch.tensor([prompt])
-    times, tokens = [], []
+    times, tokens = [time.perf_counter()], []
     for _ in range(new_tokens):
         logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
         tokens.append(int(logits[0, -1].argmax()))
@@ -172,7 +196,7 @@ def with_bare_loop(model: PreTrainedModel, prompt: Sequence[int], new_tokens: in
 
 
 def with_engine(engine: Engine, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], list[int]]:
-    times, tokens = [], []
+    times, tokens = [time.perf_counter()], []
     for token in engine.generate(prompt, Sampling(max_tokens=new_tokens, sample=False)):
         times.append(time.perf_counter())
         tokens.append(token)
@@ -190,15 +214,16 @@ def bandwidth() -> float:
     return array.nbytes / best
 
 
-def bytes_per_token(model: PreTrainedModel, what: str, tokens_so_far: float) -> float:
+def bytes_per_token(contestants: Contestants, name: tuple[str, str], tokens_so_far: float) -> float:
     """The weights of the linear layers, and keys and values of the text so far, in the bytes that each is kept in."""
-    config: GPTNeoXConfig = model.config
-    quantised = any(isinstance(module, Int8Linear) for module in model.modules())
-    dtype = model.get_input_embeddings().weight.dtype
+    what, precision = name
+    config: GPTNeoXConfig = contestants[_GENERATE, "float32"][0].config
     layers, width = config.num_hidden_layers, config.hidden_size
     weights = layers * (4 * width**2 + 2 * width * config.intermediate_size) + width * config.vocab_size
-    cached = 4 if what == _ENGINE else dtype.itemsize
-    return weights * (1 if quantised else dtype.itemsize) + 2 * layers * width * tokens_so_far * cached
+    own = {"float32": 4, "bfloat16": 2, "int8": 1}.get(precision)
+    weight = _llama_peer.PRECISIONS[precision][1] if what == _LLAMA else own
+    cached = {_LLAMA: _llama_peer.CACHED_BYTES, _ENGINE: 4}.get(what, own)
+    return weights * weight + 2 * layers * width * tokens_so_far * cached
 
 
 @torch.inference_mode()
@@ -252,14 +277,23 @@ def loading(folder: Path, options: argparse.Namespace) -> None:
     row = table("what", "file in the page cache", "against reading", "file dropped from it", "against reading")
     reading = [best_of(options.repeat, lambda: read_file(path), path, drop=drop) for drop in (False, True)]
     row("reading the file", f"{reading[0]:.2f} s", "", f"{reading[1]:.2f} s", "")
-    for dtype in ("bfloat16", "int8", "float32"):
+    for what, dtype, again in (
+        ("loading it in bfloat16", "bfloat16", False),
+        ("quantising it to int8", "int8", True),
+        ("loading what was kept of that", "int8", False),
+        ("loading it in float32", "float32", False),
+    ):
         cells = []
         for drop, read in zip((False, True), reading, strict=True):
-            seconds = best_of(
-                options.repeat, lambda dtype=dtype: loader.load(str(folder), dtype=dtype), path, drop=drop
-            )
+
+            def load(dtype: str = dtype, again: bool = again) -> object:
+                if again:
+                    shutil.rmtree(home() / "cache", ignore_errors=True)
+                return loader.load(str(folder), dtype=dtype)
+
+            seconds = best_of(options.repeat, load, path, drop=drop)
             cells += [f"{seconds:.2f} s", f"{seconds / read:.2f}"]
-        row(f"loading it in {dtype}", *cells)
+        row(what, *cells)
     print()
 
 
