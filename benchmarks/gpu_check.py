@@ -6,6 +6,7 @@ means that nothing failed and nothing was cut. `--device cpu` runs all that exis
 """
 
 import argparse
+import dataclasses
 import importlib
 import os
 import signal
@@ -54,6 +55,9 @@ def main() -> int:
     # Ended from outside, it must not leave a part running on the card.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     chosen = [part for part in PARTS if part.name in options.parts]
+    if options.device == "cpu":
+        # The limits are for a GPU; a CPU takes as long as it takes, within --seconds.
+        chosen = [dataclasses.replace(part, limit=options.seconds) for part in chosen]
     found = runner.run(chosen, command, seconds=options.seconds, folder=options.output, after=write)
     print(f"\n{report.markdown(found)}\n{len(found)} rows in {options.output}", flush=True)
     return report.exit_status(found)

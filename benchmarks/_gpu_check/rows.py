@@ -116,8 +116,10 @@ class Context:
         result, started = Result(), time.monotonic()
         if needs_cuda and not self.cuda:
             status, reason = SKIPPED, NEEDS_CUDA
+        elif self.left() <= 0:
+            status, reason = CUT, "out of time"
         elif self.left() < needs_seconds:
-            status, reason = CUT, f"needs {needs_seconds:.0f} s, {max(self.left(), 0):.0f} are left"
+            status, reason = CUT, f"needs {needs_seconds:.0f} s, {self.left():.0f} are left"
         else:
             status, reason = _outcome(action, result)
         row = Row(self.part, name, status, reason, round(time.monotonic() - started, 3), result.values)
