@@ -100,9 +100,17 @@ class Stage(nn.Module):
             generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
             for module in part.modules():
                 if isinstance(module, (nn.Linear, nn.Embedding)):
-                    values = torch.empty(module.weight.shape)
-                    module.weight.copy_(values.normal_(0.0, self.config.init_std, generator=generator))
+                    self._draw(module.weight, generator)
                 elif isinstance(module, nn.LayerNorm):
                     module.weight.fill_(1.0)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
+            if shard == HEAD and self.config.tie_embeddings:
+                # The embedding's own draw, which another stage may hold.
+                generator.manual_seed(seed * len(order) + order.index(EMBED))
+                self._draw(self.projection.weight, generator)
+
+    def _draw(self, weight: Tensor, generator: torch.Generator) -> None:
+        # On the CPU, where the generator is, so that every device has the same weights.
+        values = torch.empty(weight.shape)
+        weight.copy_(values.normal_(0.0, self.config.init_std, generator=generator))

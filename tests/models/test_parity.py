@@ -238,3 +238,12 @@ def test_init_weights_depends_on_the_shard_and_not_on_the_cut():
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert abs(whole["head/embed_out.weight"].std().item() - 0.02) < 2e-3
     assert not torch.equal(whole["layer_00000/mlp.dense_h_to_4h.weight"], whole["layer_00001/mlp.dense_h_to_4h.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_ends_of_a_new_tied_model_are_one_matrix_in_whichever_stages_they_are(tied):
+    config = config_from_hf(GPTNeoXConfig(**TINY, tie_word_embeddings=tied).to_dict())
+    first, second = Stage(config, last=1, head=False), Stage(config, 1, embed=False)
+    for part in (first, second):
+        part.init_weights(3)
+    assert torch.equal(first.shards["embed"].embed_in.weight, second.projection.weight) == tied
