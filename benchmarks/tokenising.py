@@ -86,7 +86,7 @@ def datasets_map(serialised: str, table: object) -> int:
                 row += ids
                 mask += [part.trained] * len(ids)
             tokens.append([*row, 0])
-            masks.append([*mask, chat.ends_with_reply(segments)])
+            masks.append([*mask, segments[-1].trained])
         return {"tokens": tokens, "mask": masks}
 
     made: list[Callable[[list[str]], list[list[int]]]] = []

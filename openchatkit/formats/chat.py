@@ -17,10 +17,16 @@ the shell exactly the characters it was trained on:
 
 A bot turn ends with a newline; what follows it, the next `<human>:` or end-of-text, tells a reader that the turn is
 over and not merely a line of it. Both are therefore part of the end of turn, and trained on with the reply.
+
+What a turn says stands as it was written, indentation included, but for three things: empty lines before it and white
+space after it go, passages stand on one line each, and a role tag at the start of a line, which would open a turn,
+begins with `(` instead of `<`. `CHAT_TEMPLATE` and `render` do the same, and so does `content` for a single text.
+
 Text is cut into segments at these borders and each is tokenised by itself, in training and in the shell alike, so no
 token ever straddles the border between what is trained on and what is not.
 """
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -32,7 +38,6 @@ BOT = "<bot>:"
 STOP_STRINGS = (f"\n{HUMAN}", f"\n{BOT}")
 
 _PASSAGES = "Passages:"
-_ROLE_TAG = re.compile(r"<(?=[\W_]{0,8}(?:human|bot)[\W_]{0,8}>)", re.IGNORECASE)
 # What shows nothing: control characters but white space, and Unicode's Default_Ignorable_Code_Point.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
@@ -42,28 +47,32 @@ _INVISIBLE = re.compile(
 _BORDER = re.compile(f"(?m)(^{HUMAN}|^{BOT})")
 
 # Jinja for `tokenizer.chat_template`: the same characters as `render`, from messages with roles system, user and
-# assistant. A user message may carry `passages`, a list of strings.
+# assistant. A user message may carry `passages`, a list of strings. Other implementations of Jinja know all of it, too.
+_DISARM = r".replace('\n<human>:', '\n(human>:').replace('\n<bot>:', '\n(bot>:')"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ message['content'] | trim + '\\n\\n' }}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{{ '<human>: ' }}"
-    "{%- if message['passages'] -%}{{ 'Passages:\\n' }}"
-    "{%- for passage in message['passages'] -%}{{ '> ' + passage.split() | join(' ') + '\\n' }}{%- endfor -%}"
-    "{{ '\\n' }}{%- endif -%}"
-    "{{ message['content'] | trim + '\\n' }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ '<bot>: ' + message['content'] | trim + '\\n' }}"
+    r"{%- set text = message['content'].lstrip('\r\n').rstrip()" + _DISARM + " -%}"
+    "{%- if message['role'] == 'system' -%}"
+    r"{%- if text -%}{{ ('\n' + text)" + _DISARM + r"[1:] + '\n\n' }}{%- endif -%}"
+    "{%- elif message['role'] == 'user' and message['passages'] -%}"
+    r"{{ '<human>: Passages:\n' }}"
+    r"{%- for passage in message['passages'] -%}{{ '> ' + passage.split() | join(' ') + '\n' }}{%- endfor -%}"
+    r"{{ ('\n' + text)" + _DISARM + r" + '\n' }}"
+    r"{%- elif message['role'] == 'user' -%}{{ '<human>: ' + text + '\n' }}"
+    r"{%- elif message['role'] == 'assistant' -%}{{ '<bot>: ' + text + '\n' }}"
     "{%- else -%}{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}"
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<bot>:' }}{%- endif -%}"
 )
+# SHA-256 of what earlier versions of this kit wrote into models; `render` is the better rendering of these.
+_FORMER_TEMPLATES = ("f1bf9a3a533858992651c4eb6fa757aeea1f90eb4ae3c67c4174f5793a9e927f",)
 
 
 @dataclass(frozen=True)
 class Turn:
     """What one side said; `passages` are retrieved texts that belong to this turn of the human's alone.
 
-    A bot's turn that is not `trained` is context: its tokens do not count in the loss on responses.
+    A bot's turn that is not `trained` is context: its tokens never count in the loss.
     """
 
     role: str
@@ -77,10 +86,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of characters tokenised by itself; `trained` says whether its tokens count in the loss on responses."""
+    """A run of characters tokenised by itself; `trained` says whether its tokens count in the loss on responses.
+
+    Those of an `excluded` one never count.
+    """
 
     text: str
     trained: bool
+    excluded: bool = False
 
 
 def preamble(now: datetime) -> str:
@@ -88,13 +101,30 @@ def preamble(now: datetime) -> str:
     return now.strftime("Current Date: %Y-%m-%d\nCurrent Time: %H:%M:%S %p %Z").rstrip() + "\n\n"
 
 
-def neutralise(text: str) -> str:
-    """`text` with role tags disarmed (compatibility forms and invisible characters seen through), else unchanged.
+def is_own_template(template: object) -> bool:
+    """Return whether a chat template is one that this kit has written."""
+    if template == CHAT_TEMPLATE:
+        return True
+    return isinstance(template, str) and hashlib.sha256(template.encode()).hexdigest() in _FORMER_TEMPLATES
 
-    Every turn's text and passages go through here as they are rendered, so none of them can forge another turn.
-    """
-    seen = seen_through(text)
-    return _ROLE_TAG.sub("(", seen) if _ROLE_TAG.search(seen) else text
+
+def content(text: str) -> str:
+    """Return what a message says, as it stands in a turn: see the module."""
+    return _disarm(text.lstrip("\r\n").rstrip())
+
+
+def join_system(texts: Sequence[str]) -> str:
+    """Return several system texts as one, an empty line between them; empty ones are left out."""
+    return "\n\n".join(text for text in map(content, texts) if text)
+
+
+def _disarm(text: str, *, at_line_start: bool = False) -> str:
+    """`text` without role tags at the start of a line; whether its first character is at one depends on the place."""
+    for tag in (HUMAN, BOT):
+        text = text.replace(f"\n{tag}", f"\n({tag[1:]}")
+        if at_line_start and text.startswith(tag):
+            text = f"({text[1:]}"
+    return text
 
 
 def seen_through(text: str) -> str:
@@ -102,32 +132,42 @@ def seen_through(text: str) -> str:
     return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
 
 
+def seen_places(text: str) -> tuple[str, list[int]]:
+    """Return about what `seen_through` does, character by character, and the place in `text` of each of these."""
+    seen = [(part, place) for place, character in enumerate(text) for part in seen_through(character)]
+    return "".join(part for part, _ in seen), [place for _, place in seen]
+
+
 def human_text(turn: Turn) -> str:
     """What stands between `<human>: ` and the newline: the passage block, one quoted line each, and the question."""
-    text = neutralise(turn.text).strip()
     if not turn.passages:
-        return text
-    quoted = "".join(f"> {' '.join(neutralise(passage).split())}\n" for passage in turn.passages)
-    return f"{_PASSAGES}\n{quoted}\n{text}"
+        return content(turn.text)
+    quoted = "".join(f"> {' '.join(passage.split())}\n" for passage in turn.passages)
+    return f"{_PASSAGES}\n{quoted}\n{_disarm(content(turn.text), at_line_start=True)}"
 
 
 def render(turns: Sequence[Turn], *, system: str = "", prompt: bool = True) -> list[Segment]:
     """Cut a chat into segments.
 
-    `system` (a date preamble, say) opens it, followed by an empty line. When the last turn is the human's, `prompt`
-    leaves the chat open for a reply: it ends with `<bot>:`.
+    `system` (a date preamble, say; several texts are joined by `join_system`) opens it, followed by an empty line. When
+    the last turn is the human's, `prompt` leaves the chat open for a reply: it ends with `<bot>:`.
     """
-    text = f"{neutralise(system).strip()}\n\n" if system.strip() else ""
+    opening = _disarm(content(system), at_line_start=True)
+    text = f"{opening}\n\n" if opening else ""
     for turn in turns:
         if turn.role == "human":
             text += f"{HUMAN} {human_text(turn)}\n"
         else:
-            text += f"{BOT} {neutralise(turn.text).strip()}\n"
+            text += f"{BOT} {content(turn.text)}\n"
     if prompt and turns and turns[-1].role == "human":
         text += BOT
     # No turn's text can hold a tag, so the trained segments are the bot's turns, one each and in order.
     replies = iter([turn for turn in turns if turn.role == "bot"])
-    return [Segment(segment.text, segment.trained and next(replies).trained) for segment in parse(text)]
+    return [segment if not segment.trained else _of_turn(segment, next(replies)) for segment in parse(text)]
+
+
+def _of_turn(segment: Segment, turn: Turn) -> Segment:
+    return segment if turn.trained else Segment(segment.text, trained=False, excluded=True)
 
 
 def render_text(turns: Sequence[Turn], *, system: str = "") -> str:
@@ -139,8 +179,7 @@ def parse(text: str) -> list[Segment]:
     """Cut any text in this form into segments; text without a line that starts with `<bot>:` is one, not trained on.
 
     Trained segments run from behind `<bot>:` up to and including the end of the turn: the newline, and the next
-    `<human>:` or `<bot>:` where there is one. End-of-text after the last turn is the tokeniser's to add (see
-    `ends_with_reply`).
+    `<human>:` or `<bot>:` where there is one. End-of-text after the last turn is the tokeniser's to add.
     """
     segments: list[Segment] = []
     pending, trained = "", False
@@ -152,8 +191,3 @@ def parse(text: str) -> list[Segment]:
     if pending:
         segments.append(Segment(pending, trained))
     return segments
-
-
-def ends_with_reply(segments: Sequence[Segment]) -> bool:
-    """Whether the chat ends with a bot's turn that is trained on; the end-of-text behind it is part of that turn."""
-    return bool(segments) and segments[-1].trained

@@ -141,7 +141,12 @@ class Responder:
     def _stream(self, stop_strings: Sequence[str], *, trim: bool) -> ReplyStream:
         if not all(stop_strings):
             raise UserError("a stop string is empty: expected at least one character, or no stop string")
-        return ReplyStream(partial(self.tokenizer.decode, special=False), stop_strings=stop_strings, trim=trim)
+        return ReplyStream(
+            partial(self.tokenizer.decode, special=False),
+            stop_strings=stop_strings,
+            trim=trim,
+            separator=self.rendering.separator,
+        )
 
     def _generate(
         self,

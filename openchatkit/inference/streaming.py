@@ -1,7 +1,7 @@
 """From token ids to text that is safe to show, as early as it is final.
 
 Owns what may be shown when: characters whose bytes are all there, nothing of a stop string, no control sequences, no
-space around a reply. Every step costs the same however long the reply has become.
+white space around a reply but its first line's indentation. Each step costs the same however long the reply is.
 """
 
 import re
@@ -127,33 +127,47 @@ class StopMatcher:
 
 
 class Trimmer:
-    """Takes the white space off both ends of a text that arrives in pieces."""
+    """Takes empty lines and `separator` off the start of a text that arrives in pieces, and white space off its end.
 
-    def __init__(self) -> None:
+    Without a separator a single space at the start goes, too, which some models write by habit; more are indentation.
+    """
+
+    def __init__(self, separator: str) -> None:
+        self._separator = separator
         self._started = False
         self._held = ""
 
     def push(self, text: str) -> str:
-        """What is not leading, and not yet trailing, white space."""
-        if not self._started:
-            text = text.lstrip()
-            self._started = bool(text)
+        """What is neither to go at the start nor, yet, white space at the end."""
         body = text.rstrip()
         if not body:
             self._held += text
             return ""
         shown, self._held = self._held + body, text[len(body) :]
+        if not self._started:
+            self._started = True
+            shown = self._begin(shown)
         return shown
+
+    def _begin(self, text: str) -> str:
+        body = text.lstrip()
+        _, newline, indentation = text[: len(text) - len(body)].rpartition("\n")
+        if not newline:
+            habit = " " if indentation == " " else ""
+            indentation = indentation.removeprefix(self._separator or habit)
+        return indentation + body
 
 
 class ReplyStream:
     """The steps above in their order, for one reply; `text` is what has been let through so far."""
 
-    def __init__(self, decode: Decode, *, stop_strings: Sequence[str] = (), trim: bool = True) -> None:
+    def __init__(
+        self, decode: Decode, *, stop_strings: Sequence[str] = (), trim: bool = True, separator: str = ""
+    ) -> None:
         self._detokeniser = Detokeniser(decode)
         self._filter = TerminalFilter()
         self._matcher = StopMatcher(stop_strings)
-        self._trimmer = Trimmer() if trim else None
+        self._trimmer = Trimmer(separator) if trim else None
         self._shown: list[str] = []
 
     @property

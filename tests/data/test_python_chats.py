@@ -67,7 +67,7 @@ def test_samples_are_chats_that_end_with_a_reply(tmp_path):
     turns = []
     for record in write(tmp_path)[TRAIN]:
         segments = chat.parse(record["text"])
-        assert chat.ends_with_reply(segments)
+        assert segments[-1].trained
         assert "".join(segment.text for segment in segments) == record["text"]
         turns.append(sum(segment.trained for segment in segments))
     assert set(turns) == {1, 2, 3}

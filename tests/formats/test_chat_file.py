@@ -58,7 +58,7 @@ def test_saved_chats_are_training_records(tmp_path):
     paths = [chat_file.write("first", MESSAGES, settings={"text": 1}), chat_file.write("second", MESSAGES[1:])]
     joined = tmp_path / "chats.jsonl"
     joined.write_bytes(b"".join(path.read_bytes() for path in paths))
-    turns = "<human>: 日本?\n\tyes\n<bot>: It is.\n(human>: no\n"
+    turns = "<human>: Passages:\n> one\n> two\n\n日本?\n\tyes\n<bot>: It is.\n(human>: no\n"
     assert list(document.texts(joined)) == [f"Be kind.\n\n{turns}", turns]
     assert [segment.trained for segment in document.decode(paths[0].read_bytes())] == [False, True]
 

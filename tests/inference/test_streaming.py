@@ -164,8 +164,27 @@ def test_a_stop_string_hidden_in_control_characters_is_found():
 
 
 def test_white_space_goes_from_both_ends_and_stays_within():
-    trimmer = Trimmer()
-    assert [trimmer.push(piece) for piece in (" ", " a ", "\n", " b", "\n", " ")] == ["", "a", "", " \n b", "", ""]
+    trimmer = Trimmer(" ")
+    assert [trimmer.push(piece) for piece in (" ", "a ", "\n", " b", "\n", " ")] == ["", "a", "", " \n b", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "separator", "shown"),
+    [
+        ("     if x:\n        y", " ", "    if x:\n        y"),
+        ("    if x:", "", "    if x:"),
+        (" yes", "", "yes"),
+        ("  yes", " ", " yes"),
+        ("yes", " ", "yes"),
+        (" \n\n    if x:", " ", "    if x:"),
+        ("\n \n yes", "", " yes"),
+        ("\tx", " ", "\tx"),
+        ("   ", " ", ""),
+    ],
+)
+def test_the_indentation_of_a_reply_s_first_line_stays(pieces, separator, shown):
+    for trimmer, parts in ((Trimmer(separator), list(pieces)), (Trimmer(separator), [pieces])):
+        assert "".join(map(trimmer.push, parts)) == shown
 
 
 def test_untrimmed_text_keeps_its_white_space():

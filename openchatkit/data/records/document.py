@@ -1,21 +1,31 @@
 """One record -> the segments of its document, or why there is none.
 
 Three forms. {"text": "<human>: ...\n<bot>: ..."}. {"messages": [{"role": ..., "content": ...}]} with the roles system
-(before all others), user and assistant; a message of the assistant with "weight": 0 is context, not trained on, and
-nothing that a message spells can open a turn. And text with a label, to train a moderation model on
-(`formats.moderation`): {"context": "...", "safety_label": "__casual__"}, or "text" for "context", as prosocial-dialog
-has them, or {"text": "Input: ...\nOutput: casual"}, as OIG-moderation has them. Other keys are ignored.
+(before all others), user and assistant; a user's message may have "passages", a list of strings; an assistant's with
+"weight": 0 (or "train": false) is context, not trained on, and nothing that a message spells can open a turn. And text
+with a label, to train a moderation model on (`formats.moderation`): {"context": "...", "safety_label": "__casual__"},
+or "text" for "context", as prosocial-dialog has them, or {"text": "Input: ...\nOutput: casual"}, as OIG-moderation has
+them.
+
+Keys that carry what a model should read or train on and that have no place in such a chat, tool calls and images for
+example, make a row unusable. Other keys are ignored.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from openchatkit.data.records import Records
+from openchatkit.data.records.tables import CARRIERS
 from openchatkit.errors import UserError
 from openchatkit.formats import chat, moderation
 
 _ROLES = {"user": "human", "assistant": "bot"}
+# What other kits and services keep in a message beside its content.
+_MESSAGE_CARRIERS = (
+    *("tool_calls", "tool_call_id", "function_call", "refusal", "reasoning", "reasoning_content", "thinking", "parts"),
+    *("images", "image", "image_url", "audio", "video", "videos", "files", "file", "attachments", "documents"),
+)
 
 
 class BadRowError(ValueError):
@@ -30,9 +40,10 @@ def decode(data: bytes) -> list[chat.Segment]:
 def segments(record: dict[str, object]) -> list[chat.Segment]:
     """The segments of one record; BadRowError where it cannot be used."""
     text, messages = record.get("text"), record.get("messages")
-    if text is not None and messages is not None:
+    if _says_something(text) and _says_something(messages):
         raise BadRowError("the record has both 'text' and 'messages': which of them is meant?")
-    if messages is not None:
+    if messages is not None and not _says_something(text):
+        _refuse(record, CARRIERS, "the record")
         return _chat(messages)
     if record.get("safety_label") is not None:
         return _labelled(record)
@@ -95,6 +106,18 @@ def _labelled(record: dict[str, object]) -> list[chat.Segment]:
     return moderation.record([(text, known)])
 
 
+def _says_something(value: object) -> bool:
+    """Whether a key's value holds anything: tables have empty ones in every row that has no such key."""
+    return value is not None and value is not False and value not in ("", [], {})
+
+
+def _refuse(mapping: dict[str, object], keys: Collection[str], what: str) -> None:
+    """BadRowError where `mapping` has something under one of `keys`, which nothing would be made of."""
+    for key, value in mapping.items():
+        if key in keys and _says_something(value):
+            raise BadRowError(f"{what} has '{key}', which the kit's form of a chat has no place for")
+
+
 def _chat(messages: object) -> list[chat.Segment]:
     if not isinstance(messages, list):
         raise BadRowError(f"expected 'messages' to be a list, found {_kind(messages)}")
@@ -104,6 +127,8 @@ def _chat(messages: object) -> list[chat.Segment]:
         if not isinstance(message, dict):
             raise BadRowError(f"expected message {number} to be an object, found {_kind(message)}")
         role, content = message.get("role"), message.get("content")
+        _refuse(message, _MESSAGE_CARRIERS, f"message {number}")
+        passages = _passages(message.get("passages"), role, number)
         if role == "system":
             if turns:
                 raise BadRowError(f"message {number} is the system's: expected it before all others")
@@ -112,16 +137,29 @@ def _chat(messages: object) -> list[chat.Segment]:
             system += [] if empty else [usable_string(content, f"the content of message {number}")]
         elif isinstance(role, str) and role in _ROLES:
             text = usable_string(content, f"the content of message {number}")
-            turns.append(chat.Turn(_ROLES[role], text, trained=_trained(message.get("weight"), number)))
+            turns.append(chat.Turn(_ROLES[role], text, passages, trained=_trained(message, number)))
         else:
             shown = repr(role)[:50] if isinstance(role, str) else _kind(role)
             raise BadRowError(f"message {number} has the role {shown}: expected system, user or assistant")
     if not turns:
         raise BadRowError("'messages' holds no message of a user or an assistant")
-    return chat.render(turns, system="\n\n".join(system), prompt=False)
+    return chat.render(turns, system=chat.join_system(system), prompt=False)
 
 
-def _trained(weight: object, number: int) -> bool:
+def _passages(passages: object, role: object, number: int) -> tuple[str, ...]:
+    """The retrieved texts of a user's message; those of its last question are what a chat shows the model."""
+    if not _says_something(passages):
+        return ()
+    if role != "user":
+        raise BadRowError(f"message {number} has passages: only a user's can")
+    if not isinstance(passages, list):
+        raise BadRowError(f"expected the passages of message {number} to be a list, found {_kind(passages)}")
+    return tuple(usable_string(passage, f"a passage of message {number}") for passage in passages)
+
+
+def _trained(message: dict[str, object], number: int) -> bool:
+    """Whether a message counts in the loss on responses: OpenAI's `weight`, or `train` as other kits have it."""
+    weight = message.get("weight", message.get("train"))
     if weight is None:
         return True
     if not isinstance(weight, int | float) or weight not in (0, 1):

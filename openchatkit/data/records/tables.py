@@ -19,6 +19,8 @@ PARQUET = ".parquet"
 _BATCH = 256  # rows
 _NO_UTF8 = "its text is not UTF-8"
 _LABELLED, _LABEL = "context", "safety_label"  # columns of texts for a moderation model; the first is nothing alone
+# What other kits keep beside the messages of a chat; `document` refuses a row that has something there.
+CARRIERS = ("tools", "functions", "system", "documents", "images", "audio", "videos")
 _MARKS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk puts beside a data set, or several
 
 
@@ -121,6 +123,8 @@ def _columns(path: Path, names: list[str], wanted: Sequence[str]) -> list[str]:
     if "text" in wanted and _LABEL in names:
         wanted = (*wanted, _LABELLED, _LABEL)
     found = [name for name in wanted if name in names]
+    if "messages" in found:
+        found += [name for name in CARRIERS if name in names and name not in found]
     if not found:
         looked_for = " nor ".join(f"'{name}'" for name in wanted)
         raise UserError(f"{path} has no column {looked_for} (its columns: {', '.join(names[:8])})")

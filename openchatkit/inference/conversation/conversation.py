@@ -118,7 +118,7 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
             _add(turns, Turn(_ROLES[role], content, _passages(message.get("passages"), role, number)))
         else:
             raise UserError(f"message {number} has the role {str(role)[:40]!r}: expected system, user or assistant")
-    return Conversation("\n\n".join(system), tuple(turns), preamble)
+    return Conversation(chat.join_system(system), tuple(turns), preamble)
 
 
 def _add(turns: list[Turn], turn: Turn) -> None:

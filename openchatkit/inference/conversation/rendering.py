@@ -14,10 +14,12 @@ from openchatkit.inference.conversation.conversation import Conversation
 class Rendering(Protocol):
     """How a conversation is written for a model. No text in it can forge a turn.
 
-    `stop_strings`, and the ids of special tokens in `stop_ids`, end a reply.
+    `stop_strings`, and the ids of special tokens in `stop_ids`, end a reply; `separator` is what a model writes before
+    one that is no part of it.
     """
 
     name: str
+    separator: str
     stop_strings: tuple[str, ...]
     stop_ids: frozenset[int]
 
@@ -35,6 +37,7 @@ class KitRendering:
     """`formats.chat`: the form that this kit trains models on. Each segment is tokenised by itself, as in training."""
 
     name = "kit"
+    separator = " "
     stop_strings = chat.STOP_STRINGS
     stop_ids: frozenset[int] = frozenset()
 
@@ -64,7 +67,7 @@ def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Rendering:
     own = tokenizer.chat_template
     if name == "model" and not own:
         raise UserError(f"--template model: the model in {folder} has no chat template, use --template kit")
-    if name == "kit" or not own or (name == "auto" and own == chat.CHAT_TEMPLATE):
+    if name == "kit" or not own or (name == "auto" and chat.is_own_template(own)):
         return KitRendering(tokenizer)
     return TemplateRendering(tokenizer)
 
@@ -76,5 +79,4 @@ def encode(tokenizer: Tokenizer, segments: Sequence[chat.Segment]) -> list[int]:
 
 def _segments(conversation: Conversation) -> list[chat.Segment]:
     read = conversation.as_read()
-    system = "\n\n".join(text.strip() for text in (read.preamble, read.system) if text.strip())
-    return chat.render(read.turns, system=system)
+    return chat.render(read.turns, system=chat.join_system([read.preamble, read.system]))

@@ -8,6 +8,7 @@ What a template does with a text beyond putting it somewhere is not done, but fo
 The date preamble belongs to the kit's own form and is left out.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ class TemplateRendering:
     """The model's chat template. A template that takes no system text has it in front of the first question."""
 
     name = "model"
+    separator = ""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -56,10 +58,10 @@ class TemplateRendering:
         read = conversation.as_read()
         roles = [_ROLES[turn.role] for turn in read.turns]
         texts = [
-            self._disarmed(chat.human_text(turn) if turn.role == "human" else chat.neutralise(turn.text).strip())
+            self._disarmed(chat.human_text(turn) if turn.role == "human" else chat.content(turn.text))
             for turn in read.turns
         ]
-        if system := self._disarmed(chat.neutralise(read.system).strip()):
+        if system := self._disarmed(chat.content(read.system)):
             if self._takes_system:
                 roles, texts = ["system", *roles], [system, *texts]
             elif "user" in roles:
@@ -102,10 +104,11 @@ class TemplateRendering:
 
     def _disarmed(self, text: str) -> str:
         """`text` without the template's marks of turns: a space parts the last character of each from the rest."""
-        seen = chat.seen_through(text)
-        if self._marks is None or not self._marks.search(seen):
+        if self._marks is None or not self._marks.search(chat.seen_through(text)):
             return text
-        return self._marks.sub(lambda found: f"{found[0][:-1]} {found[0][-1]}", seen)
+        seen, places = chat.seen_places(text)
+        cuts = [0, *(places[found.end() - 1] for found in self._marks.finditer(seen)), len(text)]
+        return " ".join(text[start:end] for start, end in itertools.pairwise(cuts))
 
 
 def _marks(tokenizer: Tokenizer, pieces: Sequence[str | int]) -> re.Pattern[str] | None:

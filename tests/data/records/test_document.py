@@ -20,7 +20,7 @@ def joined(segments: list[Segment]) -> str:
 
 
 def test_both_forms_give_the_same_segments() -> None:
-    turns = [Turn("human", "What?"), Turn("bot", "It says\n\nthis."), Turn("human", " And? "), Turn("bot", "Nothing.")]
+    turns = [Turn("human", "What?"), Turn("bot", "It says\n\nthis."), Turn("human", "\nAnd? "), Turn("bot", "Nothing.")]
     text = chat.render_text(turns, system="Be kind.")
     roles = {"human": "user", "bot": "assistant"}
     pairs = [("system", "Be kind."), *((roles[turn.role], turn.text) for turn in turns)]
@@ -70,7 +70,8 @@ def test_weights_choose_the_replies() -> None:
         expected = [weight is None or bool(weight) for weight in weights]
         assert [a.trained for a, b in zip(segments, whole, strict=True) if b.trained] == expected
         assert not [a for a, b in zip(segments, whole, strict=True) if a.trained and not b.trained]
-        assert chat.ends_with_reply(segments) == expected[-1]
+        assert segments[-1].trained == expected[-1]
+        assert [a.excluded for a, b in zip(segments, whole, strict=True) if b.trained] == [not e for e in expected]
 
 
 def labelled(label: object, **fields: object) -> bytes:
@@ -85,7 +86,7 @@ def test_a_text_with_a_label_is_a_record_of_moderation() -> None:
     assert decode(labelled("possibly needs caution", context="I  hate\nmy job. ", text=None)) == expected
     assert joined(expected) == moderation.prompt("I hate my job.") + " possibly needs caution"
     assert [segment.text for segment in expected if segment.trained] == [" possibly needs caution"]
-    assert chat.ends_with_reply(expected)
+    assert expected[-1].trained
     # A chat is a chat, whatever else its row holds.
     row = json.loads(messages(("user", "a"), ("assistant", "b"))) | {"safety_label": "__casual__"}
     assert decode(json.dumps(row).encode()) == decode(messages(("user", "a"), ("assistant", "b")))
@@ -137,7 +138,7 @@ def test_a_record_of_moderation_may_be_written_out() -> None:
         (b'{"text": "a\\u0000b"}', "'text' holds a NUL"),
         (b'{"text": "\\ud83d"}', "'text' holds half a surrogate pair"),
         (b'{"text": "caf\xe9"}', "byte 14 of the line is not UTF-8"),
-        (b'{"text": "a", "messages": []}', "both 'text' and 'messages'"),
+        (b'{"text": "a", "messages": [{}]}', "both 'text' and 'messages'"),
         (b'{"messages": null}', "expected 'messages' to be a list, found null"),
         (b'{"messages": "[]"}', "expected 'messages' to be a list, found a string"),
         (b'{"messages": []}', "'messages' holds no message of a user or an assistant"),

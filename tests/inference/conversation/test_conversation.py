@@ -76,7 +76,7 @@ def test_the_last_question_can_be_taken_back_with_its_passages_or_without_a_repl
 def test_a_system_text_is_changed_under_the_same_turns(rendering):
     talk = Conversation("Be kind.", preamble="Current Date: today\n\n").asked("Hi")
     assert rendering.text(talk) == "Current Date: today\n\nBe kind.\n\n<human>: Hi\n<bot>:"
-    assert rendering.text(talk.with_system(" Be brief.\n")) == (
+    assert rendering.text(talk.with_system("\nBe brief. \n")) == (
         "Current Date: today\n\nBe brief.\n\n<human>: Hi\n<bot>:"
     )
     assert rendering.text(talk.with_system("")) == "Current Date: today\n\n<human>: Hi\n<bot>:"
