@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,10 @@ PRETRAINED = ROOT / "pretrained"
 MODEL_CKPTS = ROOT / "model_ckpts"
 HUGGINGFACE_MODELS = ROOT / "huggingface_models"
 TOKEN_CACHE = ROOT / "data" / ".cache"
+
+# A file changed twice within a tick of its file system's clock has one stamp for both; the coarsest tick is 2 seconds.
+SETTLED_SECONDS = 2.0
+Stamp = list[int]
 
 
 @contextlib.contextmanager
@@ -106,6 +111,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def stamp(path: Path, stat: os.stat_result | None = None) -> Stamp:
+    """Return [bytes, time of modification, time of change, inode] of a file: what tells that its content was changed.
+
+    tar, rsync and git set the time of modification to what they like; nobody can set the time of change.
+    """
+    found = stat or os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def is_settled(stamp: Stamp) -> bool:
+    """Return whether a file that is changed from now on is bound to get another stamp.
+
+    It is not where the last change was a moment ago, lies in the future, or is not known: some file systems keep no
+    time of change. What such a file holds is only told by reading it.
+    """
+    _, modified, changed, _ = stamp
+    return changed > 0 and max(modified, changed) < time.time_ns() - SETTLED_SECONDS * 1e9
 
 
 def sha256(path: Path) -> str:

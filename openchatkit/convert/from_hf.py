@@ -37,22 +37,28 @@ def _command(prog: str, model_name: str, *, save_dir: Path, family: str | None) 
         parser.add_argument("--save-dir", type=Path, default=save_dir, help="where <org>_<model>/ is made")
         parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (not given: as they are stored)")
         parser.add_argument("--offload-dir", help="taken for old command lines' sake: the model is never in memory")
+        parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
         args = parser.parse_args(argv)
         from loguru import logger
 
         if args.offload_dir:
             logger.info("--offload-dir is not needed: the model is copied in pieces and never held in memory")
-        folder = prepare(args.model_name, args.save_dir, dtype=args.dtype, family=family)
+        folder = prepare(
+            args.model_name, args.save_dir, dtype=args.dtype, family=family, finite=not args.allow_non_finite
+        )
         logger.info(f"the shards are in {folder}")
 
     return main
 
 
-def prepare(model_name: str, save_dir: Path, *, dtype: str | None = None, family: str | None = None) -> Path:
+def prepare(
+    model_name: str, save_dir: Path, *, dtype: str | None = None, family: str | None = None, finite: bool = True
+) -> Path:
     """Write `<save_dir>/<org>_<model>/` from a hub name or a folder; returns that folder.
 
     What an earlier run wrote of the same model and dtype is kept if its bytes are as they were written. UserError when
-    the model is none that the kit knows (or not of `family`), is incomplete, or asks for remote code.
+    the model is none that the kit knows (or not of `family`), is incomplete, holds with `finite` numbers that are not,
+    or asks for remote code.
     """
     from openchatkit.convert.target import locked
     from openchatkit.formats import hf_model
@@ -68,10 +74,17 @@ def prepare(model_name: str, save_dir: Path, *, dtype: str | None = None, family
     plan = _plan(model)
     folder = Path(save_dir) / folder_name(model_name)
     with locked(folder):
-        writer = ShardWriter(folder, model.config, about={"source": _fingerprint(model), "dtype": dtype or "as stored"})
-        _copy(model, {shard: keys for shard, keys in plan.items() if shard not in writer.done}, writer, dtype)
+        about = {"source": _fingerprint(model), "dtype": dtype or "as stored"}
+        writer = ShardWriter(folder, model.config, source=model.path, about=about)
+        _copy(
+            model,
+            {shard: keys for shard, keys in plan.items() if shard not in writer.done},
+            writer,
+            dtype,
+            finite=finite,
+        )
         if not writer.complete:
-            writer.finish(model.path)
+            writer.finish()
     return folder
 
 
@@ -112,7 +125,7 @@ def _plan(model: "HFModel") -> Plan:
     return plan
 
 
-def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None) -> None:
+def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None, *, finite: bool) -> None:
     """Write the shards of `plan`, one after another."""
     import torch
 
@@ -131,7 +144,8 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
     with bar(total, writer.folder.name, unit="B", unit_scale=True) as progress:
 
         def chunks(key: str) -> Iterable[memoryview]:
-            return stream(model.chunks(key), model.specs[key].dtype, dtypes[key], what=key, progress=progress)
+            before = model.specs[key].dtype
+            return stream(model.chunks(key), before, dtypes[key], what=key, progress=progress, finite=finite)
 
         def write(shard: str) -> None:
             writer.write(shard, specs[shard], lambda name: chunks(plan[shard][name]))
@@ -140,10 +154,8 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
 
 
 def _fingerprint(model: "HFModel") -> dict[str, Any]:
-    """What tells one source from another without reading its weights: config, sizes and times of the files."""
+    """What tells one model's weights from another's without reading them: config, and the stamps of the files."""
     from openchatkit.formats.layer_shards import CONFIG
-    from openchatkit.paths import sha256
+    from openchatkit.paths import sha256, stamp
 
-    stats = {name: (model.path / name).stat() for name in model.files}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"config": sha256(model.path / CONFIG), "files": files}
+    return {"config": sha256(model.path / CONFIG), "files": {name: stamp(model.path / name) for name in model.files}}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from openchatkit import paths
 from openchatkit.download.digests import SHA256, Digest
 from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
@@ -31,13 +32,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
     for name, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [each for each in folders if not each.startswith(".")]
-        paths = (Path(name, each) for each in files if not each.startswith("."))
-        yield from (path for path in paths if path.is_file())
+        found = (Path(name, each) for each in files if not each.startswith("."))
+        yield from (path for path in found if path.is_file())
 
 
 def _remote(path: Path, name: str, sha256: str | None) -> Remote:
     stat = path.stat()
-    version = _version(stat)
+    version = _version(path, stat)
 
     @contextlib.contextmanager
     def open_at(start: int, _: str | None) -> Iterator[Answer]:
@@ -54,12 +55,12 @@ def _remote(path: Path, name: str, sha256: str | None) -> Remote:
     return Remote(name, str(path), open_at, size=stat.st_size, version=version, digests=digests)
 
 
-def _version(stat: os.stat_result) -> str:
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+def _version(path: Path, stat: os.stat_result) -> str:
+    return "-".join(map(str, paths.stamp(path, stat)))
 
 
 def _check_version(file: BinaryIO, path: Path, version: str) -> None:
-    if _version(os.fstat(file.fileno())) != version:
+    if _version(path, os.fstat(file.fileno())) != version:
         raise UserError(f"{path} was changed while it was copied: run again when it is complete")
 
 

@@ -2,8 +2,8 @@
 
     ~/.openchatkit/cache/<folder>-<key>.safetensors     (or below what OPENCHATKIT_HOME names)
 
-`folder` stands for the model's folder, `key` for its files: each one's name, size, time of change and inode, pieces of
-its content, and the version of this layout. Tensors are named `<layer>.weight` and `<layer>.scale`, with the layer's
+`folder` stands for the model's folder, `key` for its files: each one's name, stamp (`paths.stamp`) and pieces of its
+content, and the version of this layout. Tensors are named `<layer>.weight` and `<layer>.scale`, with the layer's
 name in the model. A file that is missing, damaged or of another key is as good as none, and is never an error.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
+from openchatkit import paths
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file, hf_model, layer_shards
 from openchatkit.formats.tensor_file import TensorFile, write_tensors
@@ -33,11 +34,11 @@ def cache_path(folder: Path, kind: str) -> Path:
     digest = hashlib.sha256(f"{VERSION} {kind}".encode())
     patterns = (layer_shards.CONFIG, *hf_model.SAFE_FILES, *hf_model.PICKLED_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        state = path.stat()
-        digest.update(f"\0{path.name}\0{state.st_size} {state.st_mtime_ns} {state.st_ino}\0".encode())
+        size, *_ = stamp = paths.stamp(path)
+        digest.update(f"\0{path.name}\0{stamp}\0".encode())
         with open(path, "rb") as file:
             for number in range(_PIECES):
-                file.seek(max(0, state.st_size - _PIECE) * number // (_PIECES - 1))
+                file.seek(max(0, size - _PIECE) * number // (_PIECES - 1))
                 digest.update(file.read(_PIECE))
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return chat_file.home() / "cache" / f"{place}-{digest.hexdigest()[:32]}.safetensors"

@@ -99,7 +99,10 @@ class Floor:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A file or address, the SHA-256 of its bytes, its size and time stamp, and its rows: so many from `first` on."""
+    """A file or address, the SHA-256 of its bytes, its rows (so many from `first` on), and its `paths.stamp`.
+
+    `changed_ns` is 0 where it could not be relied on, and in indices from before it was kept.
+    """
 
     source: str
     digest: str
@@ -107,6 +110,12 @@ class SourceRecord:
     mtime_ns: int
     first: int
     rows: int
+    changed_ns: int = 0
+    inode: int = 0
+
+    @property
+    def stamp(self) -> paths.Stamp:
+        return [self.size, self.mtime_ns, self.changed_ns, self.inode]
 
 
 @dataclass(frozen=True)
@@ -156,10 +165,9 @@ def exists(folder: Path) -> bool:
 def stamp(folder: Path) -> object:
     """What differs once another manifest is in place, and costs next to nothing to ask; None where there is none."""
     try:
-        found = (folder / MANIFEST).stat()
+        return paths.stamp(folder / MANIFEST)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def lock_path(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from openchatkit.formats import manifest
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, shard_file
 from openchatkit.formats.manifest import MANIFEST, DamagedError, FileRecord
 from openchatkit.formats.tensor_file import TensorSpec, storage_errors, write_stream
-from openchatkit.formats.tokenizer_files import copy_tokenizer
+from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, tokenizer_digests
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.names import shard_names
 from openchatkit.paths import atomic_path
@@ -23,14 +23,16 @@ _SHARD_FILE = re.compile(r"(embed|head|layer_\d{5})\.safetensors")
 class ShardWriter:
     """Writes a folder's shards, in any order and from any thread, then its manifest.
 
-    The folder must exist and have no other writer.
+    The folder must exist and have no other writer. `source` is the folder of config.json and the tokenizer.
 
     `about` says what the shards are made of: what an earlier run wrote of the same is kept where its bytes are still
-    what they were. `done` names those shards; `complete` says that nothing is left to do.
+    what they were. `done` names those shards; `complete` says that nothing is left to do: no shard is missing, and the
+    tokenizer has not changed.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, *, about: Mapping[str, Any]) -> None:
-        self.folder, self.about = folder, dict(about)
+    def __init__(self, folder: Path, config: ModelConfig, *, source: Path, about: Mapping[str, Any]) -> None:
+        self.folder, self.about, self._source = folder, dict(about), source
+        self._tokenizer = tokenizer_digests(source)
         self._shards = shard_names(config.num_layers)
         self._bookkeeping = threading.Lock()
         with storage_errors(folder):
@@ -51,14 +53,14 @@ class ShardWriter:
             self.done.add(shard)
             self._write_journal()
 
-    def finish(self, source: Path) -> None:
-        """Take config.json and the tokenizer from `source`, and make the folder whole."""
+    def finish(self) -> None:
+        """Take config.json and the tokenizer from the source, and make the folder whole."""
         assert self.done == set(self._shards), (self.done, self._shards)
         with storage_errors(self.folder):
             with atomic_path(self.folder / CONFIG) as temporary:
-                shutil.copyfile(source / CONFIG, temporary)
+                shutil.copyfile(self._source / CONFIG, temporary)
             shards = list(map(shard_file, self._shards))
-            small = [CONFIG, *copy_tokenizer(source, self.folder)]
+            small = [CONFIG, *copy_tokenizer(self._source, self.folder)]
             records = [self._records[name] for name in shards] + [manifest.record(self.folder / name) for name in small]
             for entry in self.folder.iterdir():
                 if _SHARD_FILE.fullmatch(entry.name) and entry.name not in shards:
@@ -84,9 +86,10 @@ class ShardWriter:
 
     def _is_complete(self) -> bool:
         with contextlib.suppress(DamagedError):
-            return manifest.read(self.folder).files.keys() == self._records.keys() and len(self.done) == len(
-                self._shards
-            )
+            written = manifest.read(self.folder).files
+            tokenizer = {name: written[name].sha256 for name in TOKENIZER_FILES if name in written}
+            whole = written.keys() == self._records.keys() and len(self.done) == len(self._shards)
+            return whole and tokenizer == self._tokenizer
         return False
 
     def _write_journal(self) -> None:

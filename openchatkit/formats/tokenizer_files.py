@@ -7,7 +7,7 @@ from typing import Any
 
 from openchatkit.errors import UserError
 from openchatkit.formats.chat import CHAT_TEMPLATE
-from openchatkit.paths import atomic_path, write_text
+from openchatkit.paths import atomic_path, sha256, write_text
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -17,9 +17,11 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
-_COMPLETE = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_COMPLETE = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -28,13 +30,27 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files, each atomically; returns their names. UserError when one asks for remote code."""
+    """Copy the tokenizer's files, each atomically, and remove those of another one; returns their names.
+
+    UserError when one asks for remote code.
+    """
     _refuse_code(source)
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names = _files(source)
     for name in names:
         with atomic_path(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
+    for name in set(_files(target)) - set(names):
+        (target / name).unlink()
     return names
+
+
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each of the tokenizer's files by name."""
+    return {name: sha256(folder / name) for name in _files(folder)}
+
+
+def _files(folder: Path) -> list[str]:
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def write_tokenizer(folder: Path, tokenizer: str, *, end_of_text: str, padding: str) -> None:
@@ -65,11 +81,24 @@ def add_chat_template(folder: Path) -> None:
 
 
 def special_token_id(folder: Path, kind: str) -> int | None:
-    """The id of a tokenizer's `kind` ("eos", "bos", "pad") token, or None where its files do not say."""
+    """Return the id of a tokenizer's `kind` ("eos", "bos", "pad") token, as training has it; None where it has none."""
     token: Any = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = token or read_json(folder / name, default={}).get(f"{kind}_token")
+    if token is None:
+        return _id_of_class(folder, kind)
     return _ids(folder).get(token.get("content") if isinstance(token, dict) else token)
+
+
+def _id_of_class(folder: Path, kind: str) -> int | None:
+    """The id of a token that the files do not name: the tokenizer's class may have one by itself."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:  # whatever keeps it from being loaded, its files name no such token
+        return None
+    return getattr(loaded, f"{kind}_token_id")
 
 
 def tokenizer_size(folder: Path) -> int | None:

@@ -74,7 +74,7 @@ def source(name: str, examples: list[Example]) -> Fresh:
         for number, each in enumerate(examples):
             yield row(each.text, "", each.source, "", number, 0)
 
-    return Fresh(name, whole.hexdigest(), sum(len(each.text) for each in examples), 0, rows)
+    return Fresh(name, whole.hexdigest(), [sum(len(each.text) for each in examples), 0, 0, 0], rows)
 
 
 def questions(examples: list[Example], *, count: int = QUESTIONS, seed: int = SEED) -> list[Question]:

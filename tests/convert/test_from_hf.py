@@ -113,6 +113,21 @@ def test_a_second_run_does_only_what_is_missing(tmp_path, monkeypatch):
     LayerShards.open(folder).verify()
 
 
+def test_another_tokenizer_comes_along_and_no_shard_is_written_again(tmp_path, tiny_tokenizer, monkeypatch):
+    tiny_models.save(tmp_path / "model", "neox", tokenizer=tiny_tokenizer)
+    (tmp_path / "model" / "added_tokens.json").write_text("{}")
+    folder = prepare(str(tmp_path / "model"), tmp_path / "out")
+    text = (tiny_tokenizer / "tokenizer_config.json").read_text(encoding="utf-8")
+    (tmp_path / "model" / "tokenizer_config.json").write_text(text.replace("padding", "endoftext"), encoding="utf-8")
+    (tmp_path / "model" / "added_tokens.json").unlink()
+    monkeypatch.setattr(shard_writer, "write_stream", None)
+    prepare(str(tmp_path / "model"), tmp_path / "out")
+    found = (folder / "tokenizer_config.json").read_bytes()
+    assert found == (tmp_path / "model" / "tokenizer_config.json").read_bytes()
+    assert not (folder / "added_tokens.json").exists()
+    LayerShards.open(folder).verify()
+
+
 @pytest.mark.parametrize("change", ["dtype", "weights"])
 def test_another_dtype_or_other_weights_are_prepared_anew(tmp_path, monkeypatch, change):
     model = tiny_models.save(tmp_path / "model", "neox")

@@ -109,7 +109,7 @@ def test_a_shard_the_manifest_does_not_know(prepared):
 
 def test_an_unfinished_preparation(prepared):
     config = config_from_hf(NEOX)
-    shard_writer.ShardWriter(prepared, config, about={"another": "source"})
+    shard_writer.ShardWriter(prepared, config, source=prepared, about={"another": "source"})
     with pytest.raises(UserError, match=f"preparing this model was not finished; {AGAIN}"):
         LayerShards.open(prepared)
 
@@ -253,14 +253,14 @@ def test_a_kill_at_any_shard_and_the_next_run_goes_on(tmp_path, monkeypatch):
 def test_a_second_run_writes_only_what_was_damaged(prepared):
     flip(prepared / "layer_00001.safetensors")
     (prepared / "head.safetensors").unlink()
-    writer = shard_writer.ShardWriter(prepared, config_from_hf(NEOX), about={"seed": 0})
+    writer = shard_writer.ShardWriter(prepared, config_from_hf(NEOX), source=prepared, about={"seed": 0})
     assert writer.done == {"embed", "layer_00000", "layer_00002"}
     assert not writer.complete
 
 
 def test_a_whole_folder_has_nothing_to_do(prepared):
     before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    assert shard_writer.ShardWriter(prepared, config_from_hf(NEOX), about={"seed": 0}).complete
+    assert shard_writer.ShardWriter(prepared, config_from_hf(NEOX), source=prepared, about={"seed": 0}).complete
     assert before == {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
     LayerShards.open(prepared)
 
@@ -272,7 +272,7 @@ def test_an_altered_small_file_is_mended(prepared):
 
 
 def test_another_source_starts_anew(prepared):
-    assert not shard_writer.ShardWriter(prepared, config_from_hf(NEOX), about={"seed": 1}).done
+    assert not shard_writer.ShardWriter(prepared, config_from_hf(NEOX), source=prepared, about={"seed": 1}).done
 
 
 def test_shards_of_a_deeper_model_go(prepared):

@@ -42,13 +42,13 @@ def write_prepared(folder, raw=NEOX, *, seed=0):
     for path in (folder, source):
         path.mkdir(parents=True, exist_ok=True)
     (source / CONFIG).write_text(json.dumps(raw))
-    writer = ShardWriter(folder, config_from_hf(raw), about={"seed": seed})
+    writer = ShardWriter(folder, config_from_hf(raw), source=source, about={"seed": seed})
     made = weights(raw, seed=seed)
     for shard, tensors in made.items():
         if shard not in writer.done:
             specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
             writer.write(shard, specs, lambda name, tensors=tensors: [tensor_bytes(tensors[name])])
-    writer.finish(source)
+    writer.finish()
     return made
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_encoder import WORDS, make_encoder
 
+from openchatkit import paths
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.retrieval import building, floor
@@ -129,13 +130,28 @@ def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, enc
     assert building.build([docs], tmp_path / "index", encoder=encoder).generation == first.generation
     assert building.update(tmp_path / "index").generation == first.generation
     assert embeddings == []
-    os.utime(docs / "sea.txt")  # another time stamp, the same bytes
+    os.utime(docs / "sea.txt")  # another stamp, the same bytes
+    monkeypatch.setattr(paths, "SETTLED_SECONDS", -3600.0)
     (docs / "broken.pdf").unlink()
     building.update(tmp_path / "index")
-    monkeypatch.setattr(building.reading, "digest", None)  # the new time stamp is known, nothing is hashed again
+    monkeypatch.setattr(building.reading, "digest", None)  # the new stamp is known, nothing is hashed again
     again = building.update(tmp_path / "index")
     assert (again.generation, again.rows) == (first.generation + 1, first.rows)
     assert embeddings == []
+
+
+@pytest.mark.parametrize("changed", ["time of change", "no time of change"])
+def test_another_file_with_the_old_one_s_times(docs, tmp_path, encoder, monkeypatch, changed):
+    """tar, rsync and git set times of modification: an equal size and an equal time are no proof of an equal file."""
+    plain = paths.stamp
+    monkeypatch.setattr(paths, "SETTLED_SECONDS", -3600.0)
+    if changed == "no time of change":
+        monkeypatch.setattr(paths, "stamp", lambda path: [*plain(path)[:2], 0, 0])
+    for text in ("white snow", "black coal"):
+        write(docs / "sea.txt", text)
+        os.utime(docs / "sea.txt", ns=(10**18, 10**18))
+        building.build([docs], tmp_path / "index", encoder=encoder)
+        assert text in [row.text for row in rows_of(tmp_path / "index")]
 
 
 def test_an_update_embeds_what_is_new_and_drops_what_is_gone(docs, tmp_path, encoder, embeddings):
@@ -271,7 +287,7 @@ def test_what_is_made_while_a_writer_waits_is_not_taken_for_what_it_wants(docs, 
 
 def test_an_index_of_files_is_not_replaced_by_a_set_of_rows(docs, tmp_path):
     index, rows = tmp_path / "index", [plan.row("green grass", "", "a", "", 0, 0)]
-    source = plan.Fresh("set", "digest", 1, 0, lambda _: iter(rows))
+    source = plan.Fresh("set", "digest", [1, 0, 0, 0], lambda _: iter(rows))
     building.build([docs], index, encoder=building.NO_ENCODER)
     with pytest.raises(UserError, match=r"is an index of other things, such as .*kitchen.md: pass another --index"):
         building.build_rows(source, index, encoder=building.NO_ENCODER)
@@ -515,6 +531,7 @@ class TestSeveralProcesses:
 import os, sys
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.command import main
+from openchatkit import paths
 from openchatkit.errors import UserError
 def refuse(self, texts, **options):
     if os.environ["RANK"] == "1":

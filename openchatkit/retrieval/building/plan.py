@@ -1,7 +1,7 @@
 """What an index is to hold: which sources stay as they are, which are read anew, and what is left out.
 
-A file is the same while its size and time stamp are, or else its SHA-256; then its passages are taken from the index as
-they are. How files were read and cut stands in the manifest and is the same for all of them.
+A file is the same while its stamp is (`paths.stamp`), or else its SHA-256; then its passages are taken from the index
+as they are. How files were read and cut stands in the manifest and is the same for all of them.
 """
 
 import functools
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openchatkit import progress
+from openchatkit import paths, progress
 from openchatkit.formats.retrieval_index import Skipped, SourceRecord
 from openchatkit.retrieval import chunks, reading
 from openchatkit.retrieval.building import embedded
@@ -50,8 +50,7 @@ class Fresh:
 
     source: str
     digest: str
-    size: int
-    mtime_ns: int
+    stamp: paths.Stamp
     rows: Callable[[list[str]], Iterator[Row]]
 
 
@@ -108,9 +107,7 @@ def read_all(plan: Plan, found: list[SourceRecord]) -> Iterator[Row]:
                     yield Row(row.text, row.title, row.source, row.place, row.digest, document, row.position)
                 if number == first:
                     raise Unreadable("holds no text")
-                found.append(
-                    SourceRecord(fresh.source, fresh.digest, fresh.size, fresh.mtime_ns, first, number - first)
-                )
+                found.append(_record(fresh.source, fresh.digest, fresh.stamp, first, number - first))
             except Unreadable as error:
                 notes = [str(error)]
             plan.notes += (Skipped(fresh.source, note) for note in notes)
@@ -125,15 +122,21 @@ def row(text: str, title: str, source: str, place: str, document: int, position:
 
 def _compared(path: Path, before: SourceRecord | None, settings: Settings, count: Count) -> SourceRecord | Fresh:
     stamp = _stamp(path)
-    if before is not None and (before.size, before.mtime_ns) == stamp:
+    if before is not None and before.changed_ns and stamp == before.stamp:
         return before
     digest = reading.digest(path)
     if before is not None and before.digest == digest:
-        return SourceRecord(str(path), digest, *stamp, before.first, before.rows)
-    return Fresh(str(path), digest, *stamp, functools.partial(_rows, path, stamp, settings, count))
+        return _record(str(path), digest, stamp, before.first, before.rows)
+    return Fresh(str(path), digest, stamp, functools.partial(_rows, path, stamp, settings, count))
 
 
-def _rows(path: Path, stamp: tuple[int, int], settings: Settings, count: Count, notes: list[str]) -> Iterator[Row]:
+def _record(source: str, digest: str, stamp: paths.Stamp, first: int, rows: int) -> SourceRecord:
+    """The record of a source, without a time of change where a later change might keep the stamp."""
+    size, modified, changed, inode = stamp
+    return SourceRecord(source, digest, size, modified, first, rows, changed if paths.is_settled(stamp) else 0, inode)
+
+
+def _rows(path: Path, stamp: paths.Stamp, settings: Settings, count: Count, notes: list[str]) -> Iterator[Row]:
     """The passages of a file. Unreadable, perhaps behind the last of them."""
     options = settings.options(notes)
     for number, document in enumerate(reading.read(path, options)):
@@ -144,10 +147,9 @@ def _rows(path: Path, stamp: tuple[int, int], settings: Settings, count: Count, 
         raise Unreadable("was changed while it was read: run again when it is complete")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time stamp of a file. Unreadable: it is not there any more."""
+def _stamp(path: Path) -> paths.Stamp:
+    """`paths.stamp` of a file. Unreadable: it is not there any more."""
     try:
-        stat = path.stat()
+        return paths.stamp(path)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from error
-    return stat.st_size, stat.st_mtime_ns
