@@ -23,9 +23,19 @@ class Progress(Protocol):
 
 
 def stream(
-    chunks: Iterable[memoryview], source: torch.dtype, target: torch.dtype, *, what: str, progress: Progress
+    chunks: Iterable[memoryview],
+    source: torch.dtype,
+    target: torch.dtype,
+    *,
+    what: str,
+    progress: Progress,
+    finite: bool = True,
 ) -> Iterator[memoryview]:
-    """The bytes of one tensor in the dtype `target`; UserError names the tensor (`what`) that would become infinite."""
+    """The bytes of one tensor in the dtype `target`.
+
+    UserError names the tensor (`what`) that would become infinite, or that with `finite` is not finite as it stands.
+    """
+    chunks = _finite(chunks, source, what) if finite else chunks
     try:
         for chunk in chunks if source == target else cast(chunks, source, target):
             yield chunk
@@ -34,6 +44,16 @@ def stream(
     except OverflowError as error:
         name = str(target).removeprefix("torch.")
         raise UserError(f"{what} holds {error}, more than {name} can; convert to bfloat16 or keep the dtype") from error
+
+
+def _finite(chunks: Iterable[memoryview], dtype: torch.dtype, what: str) -> Iterator[memoryview]:
+    for chunk in chunks:
+        if not torch.stack(torch.frombuffer(chunk, dtype=dtype).aminmax()).isfinite().all():
+            raise UserError(
+                f"{what} holds NaN or infinite numbers: such a model answers nothing; fetch it again, go back to an "
+                "earlier checkpoint, or pass --allow-non-finite to convert it as it is"
+            )
+        yield chunk
 
 
 def digest(chunks: Iterable[memoryview]) -> bytes:

@@ -47,6 +47,7 @@ def convert_command(
         dtype = parser.add_mutually_exclusive_group()
         dtype.add_argument("--fp16", action="store_true", help="convert to float16 (not given: as stored)")
         dtype.add_argument("--bf16", action="store_true", help="convert to bfloat16 (not given: as stored)")
+        parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
         args = parser.parse_args(argv)
         from loguru import logger
 
@@ -59,6 +60,7 @@ def convert_command(
             layers_per_stage=args.n_layer_per_stage,
             dtype="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
             family=family,
+            finite=not args.allow_non_finite,
         )
         logger.info(f"the model is in {folder}")
 
@@ -75,11 +77,13 @@ def convert(
     layers_per_stage: int | None = None,
     dtype: str | None = None,
     family: str | None = None,
+    finite: bool = True,
 ) -> Path:
     """Make a Hugging Face model of a checkpoint, in `dtype` or as stored; returns its folder.
 
-    UserError when the checkpoint is damaged or incomplete, does not fit what the other arguments say, or when
-    `save_path` holds something else than a converted model; nothing is left there then.
+    UserError when the checkpoint is damaged or incomplete, does not fit what the other arguments say, holds with
+    `finite` numbers that are not, or when `save_path` holds something else than a converted model; nothing is left
+    there then.
     """
     import torch
 
@@ -102,7 +106,7 @@ def convert(
     main_dtype = sizes.most_common(1)[0][0]
     with whole_folder(save_path) as folder:
         check_room(folder, sizes.total())
-        _write_weights(folder, source, specs)
+        _write_weights(folder, source, specs, finite=finite)
         hf_writer.write_config(folder, source.raw_config, source.config, dtype=main_dtype, tokenizer=source.tokenizer)
         hf_writer.write_tokenizer(folder, source.tokenizer)
     return save_path
@@ -126,7 +130,7 @@ def _open(
     )
 
 
-def _write_weights(folder: Path, source: "Source", specs: "Mapping[str, TensorSpec]") -> None:
+def _write_weights(folder: Path, source: "Source", specs: "Mapping[str, TensorSpec]", *, finite: bool) -> None:
     from openchatkit.convert.streams import stream
     from openchatkit.formats import hf_writer
     from openchatkit.progress import bar
@@ -134,6 +138,7 @@ def _write_weights(folder: Path, source: "Source", specs: "Mapping[str, TensorSp
     with bar(sum(spec.nbytes for spec in specs.values()), "converting", unit="B", unit_scale=True) as progress:
 
         def chunks(key: str) -> Iterable[memoryview]:
-            return stream(source.chunks(key), source.specs[key].dtype, specs[key].dtype, what=key, progress=progress)
+            before, after = source.specs[key].dtype, specs[key].dtype
+            return stream(source.chunks(key), before, after, what=key, progress=progress, finite=finite)
 
         hf_writer.write_weights(folder, specs, chunks)

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import checkpoint_of, run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -19,7 +20,7 @@ from openchatkit.convert import to_hf
 from openchatkit.convert.from_hf import prepare
 from openchatkit.convert.to_hf import convert
 from openchatkit.errors import UserError
-from openchatkit.formats import chat, hf_writer, legacy
+from openchatkit.formats import chat, hf_writer, legacy, manifest
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.names import layer_number
 
@@ -168,12 +169,47 @@ def test_a_tokenizer_that_names_no_end_of_text(made, tmp_path):
     folder = convert(tmp_path / "ckpts", tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, 0)
-    assert json.loads((folder / "generation_config.json").read_text())["pad_token_id"] == 0
+    # Its class has both tokens by itself, and training pads with the second.
+    assert json.loads((folder / "generation_config.json").read_text())["pad_token_id"] == 1
+
+
+def test_the_end_of_text_that_only_the_tokenizer_s_class_names(tmp_path, tiny_tokenizer):
+    """What a model was trained with, whatever it is numbered, goes into its configuration."""
+    from openchatkit.data.tokenizer import Tokenizer
+
+    tiny_models.save(tmp_path / "base", "neox", tokenizer=tiny_tokenizer)
+    whole = json.loads((tmp_path / "base" / "tokenizer.json").read_text(encoding="utf-8"))
+    names = {0: "<unk>", 1: "<|padding|>", 2: "<|endoftext|>"}
+    vocabulary = {token: id for token, id in whole["model"]["vocab"].items() if id > 2}
+    whole["model"]["vocab"] = {name: id for id, name in names.items()} | vocabulary
+    whole["added_tokens"] = [{**whole["added_tokens"][0], "id": id, "content": name} for id, name in names.items()]
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPTNeoXTokenizer"}))
+    assert Tokenizer(tmp_path / "base").end_of_text == 2
+    checkpoint_of(prepare(str(tmp_path / "base"), tmp_path / "prepared"), tmp_path / "ckpts")
+    folder = convert(tmp_path / "ckpts", tmp_path / "hf")
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((folder / name).read_text())
+        assert (written["bos_token_id"], written["eos_token_id"]) == (2, 2), name
+
+
+def test_weights_that_are_no_numbers_are_refused_unless_they_are_meant(made, tmp_path, capsys):
+    prepared = tmp_path / "prepared" / "base"
+    path = prepared / "layer_00001.safetensors"
+    weights = load_file(path)
+    weights["mlp.dense_4h_to_h.bias"][0] = float("inf")
+    save_file(weights, path)
+    listed = manifest.read(prepared)
+    manifest.write(prepared, [manifest.record(prepared / name) for name in listed.files], about=listed.about)
+    checkpoint_of(prepared, tmp_path / "broken")
+    line = failing(capsys, "--ckpt-path", tmp_path / "broken", "--save-path", tmp_path / "hf")
+    assert "layers.1.mlp.dense_4h_to_h.bias holds NaN or infinite numbers" in line
+    assert not (tmp_path / "hf").exists()
+    flags = ["--ckpt-path", tmp_path / "broken", "--save-path", tmp_path / "hf", "--allow-non-finite"]
+    assert neox(*flags) == 0
 
 
 def rewrite_manifest(folder, *, without):
-    from openchatkit.formats import manifest
-
     old = manifest.read(folder)
     manifest.write(folder, [r for name, r in old.files.items() if name != without], about=old.about)
 
