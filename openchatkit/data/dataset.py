@@ -4,6 +4,7 @@ Sample n is a pure function of (seed, n): the mixture says which source it comes
 rank can therefore take its own slice of a step, in any order, and a checkpoint needs to store no more than a number.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -41,6 +42,10 @@ class Dataset:
         self.seq_length = options.seq_length
         self.epoch_samples = sum(part.samples for part in packed)
         self.fingerprint = fingerprint
+        self._confined = options.packing == "documents"
+        if options.whole_epochs:
+            self.interleaving = Interleaving([part.samples for part in packed], seed=options.seed)
+            return
         weights = [source.weight for source in sources]
         if options.mixture_unit == "tokens":
             # Turns are of samples. A source whose samples hold fewer tokens than full rows gets so many more turns.
@@ -48,8 +53,12 @@ class Dataset:
                 weight * (options.seq_length / part.tokens_per_sample)
                 for weight, part in zip(weights, packed, strict=True)
             ]
-        self.interleaving = Interleaving(weights, seed=options.seed)
-        self._confined = options.packing == "documents"
+        self.interleaving = Interleaving.by_weight(weights, seed=options.seed)
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each source is gone through by the first `samples` samples."""
+        counts = self.interleaving.counts(samples)
+        return [count / part.samples for count, part in zip(counts, self.packed, strict=True)]
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first to first + count - 1."""
@@ -77,6 +86,8 @@ def build_dataset(
     UserError: see `mixture.parse`, `records`, `cache`, `source`, `packing`.
     """
     parts = parse(task_names, cache_dir=options.cache_dir, flag=flag)
+    whole = options.whole_epochs and len(parts) > 1 and not any(part.weighted for part in parts)
+    options = dataclasses.replace(options, whole_epochs=whole)
     tokenizer = Tokenizer(options.tokenizer)
     sources, packed = [], []
     for number, (part, name) in enumerate(zip(parts, _unique([part.name for part in parts]), strict=True)):
@@ -85,6 +96,7 @@ def build_dataset(
             part.weight,
             _contents(part, tokenizer, options),
             loss_on=options.loss_on,
+            max_without_reply=options.max_without_reply,
             number=number,
             seed=options.seed,
             cache_dir=options.cache_dir,
@@ -105,10 +117,20 @@ def _contents(part: Part, tokenizer: Tokenizer, options: DataOptions) -> list[Co
             bad_rows=options.bad_rows,
             cache_dir=options.cache_dir,
         )
-        contents.append(Content(store, record.key, record.rows, record.quarantined, record.trained_tokens))
+        contents.append(
+            Content(
+                store,
+                record.key,
+                record.rows,
+                quarantined=record.quarantined,
+                trained_tokens=record.trained_tokens,
+                excluded_tokens=record.excluded_tokens,
+                untrained=record.untrained,
+            )
+        )
     for prefix in part.stores:
-        store = TokenStore(prefix)
-        contents.append(Content(store, store_identity(prefix), store.documents, vocab_size=tokenizer.vocab_size))
+        store, identity = TokenStore(prefix), store_identity(prefix, options.cache_dir)
+        contents.append(Content(store, identity, store.documents, vocab_size=tokenizer.vocab_size))
     return contents
 
 
@@ -123,6 +145,7 @@ def _fingerprint(sources: Sequence[Source], tokenizer: Tokenizer, options: DataO
         "document_separator": options.document_separator,
         "padding": tokenizer.padding,
         "sources": [[source.weight, *source.identity] for source in sources],
+        **({"whole_epochs": True} if options.whole_epochs else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

@@ -2,7 +2,7 @@
 
 Weights are shares of sequences, as in the original kit. Sources take turns by quota, not by chance: a cycle of slots is
 shared out in proportion to the weights and repeats for ever, so sample n's source, and how many samples that source
-has given before, are arithmetic.
+has given before, are arithmetic. Where whole epochs are asked for and no weights, the cycle is an epoch.
 """
 
 import math
@@ -16,19 +16,22 @@ from openchatkit.data import names
 from openchatkit.errors import UserError
 
 CYCLE = 1 << 14
+_STRIDE = 1 << 10
 
 
 @dataclass(frozen=True)
 class Part:
     """One entry of `--task-name`: as it was written, its weight, and what it stands for.
 
-    That is files of records, or token stores made before, by their prefixes: one of the two.
+    That is files of records, or token stores made before, by their prefixes: one of the two. `weighted`: the weight was
+    given.
     """
 
     name: str
     weight: float
     files: tuple[Path, ...]
     stores: tuple[Path, ...]
+    weighted: bool = False
 
 
 def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> list[Part]:
@@ -37,9 +40,8 @@ def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> lis
     What lies elsewhere is fetched into `cache_dir`. UserError, naming `flag`, for a bad weight, for a name that stands
     for nothing, and when fetching fails.
     """
-    entries = [entry.strip() for entry in task_names.split(",")]
     try:
-        parts = [_part(entry, cache_dir) for entry in entries if entry]
+        parts = [_part(entry, cache_dir) for entry in _entries(task_names)]
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     except OSError as error:  # a name too long for a file's, or a folder that may not be looked into
@@ -49,6 +51,23 @@ def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> lis
     return parts
 
 
+def _entries(task_names: str) -> list[str]:
+    """The entries between commas, of which the name of a file may hold some, too."""
+    pieces, entries = task_names.split(","), []
+    while pieces:
+        lengths = range(len(pieces), 1, -1) if not _is_here(pieces[0].strip()) else ()
+        taken = next((length for length in lengths if _is_here(",".join(pieces[:length]).strip())), 1)
+        entries.append(",".join(pieces[:taken]).strip())
+        del pieces[:taken]
+    return [entry for entry in entries if entry]
+
+
+def _is_here(entry: str) -> bool:
+    """Whether an entry, or what is left of it without a weight, is the name of a file of this machine."""
+    name, _, weight = entry.rpartition(":")
+    return names.is_path(entry) or (_number(weight) is not None and names.is_path(name))
+
+
 def _part(entry: str, cache_dir: Path) -> Part:
     # A path may itself hold colons, so what is there as it stands is a path and nothing else.
     if found := names.here(entry):
@@ -56,7 +75,8 @@ def _part(entry: str, cache_dir: Path) -> Part:
     head, _, text = entry.rpartition(":")
     name, weight = head.strip(), _number(text)
     # The colon may also be the one of an address, or of a name with none behind it.
-    if not name or (weight is None and (names.is_address(entry) or not names.here(name))):
+    weighted = bool(name) and (weight is not None or not (names.is_address(entry) or not names.here(name)))
+    if not weighted:
         name, text, weight = entry, "", 1.0
     found = names.here(name)
     if weight is None or not math.isfinite(weight) or weight <= 0:
@@ -64,7 +84,7 @@ def _part(entry: str, cache_dir: Path) -> Part:
     found = found or names.elsewhere(name, cache_dir)
     if found is None:
         raise UserError(names.missing(name))
-    return Part(name, weight, found.files, found.stores)
+    return Part(name, weight, found.files, found.stores, weighted)
 
 
 def _number(text: str) -> float | None:
@@ -100,18 +120,33 @@ class Interleaving:
     sources in about their proportions.
     """
 
-    def __init__(self, weights: Sequence[float], *, seed: int) -> None:
-        self.quotas = apportion(weights, CYCLE)
+    def __init__(self, quotas: Sequence[int], *, seed: int) -> None:
+        self.quotas = list(quotas)
+        self._cycle = sum(quotas)
         generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, CYCLE])))
         keys = [(np.arange(quota) + generator.random_sample(quota)) / quota for quota in self.quotas]
-        sources = np.repeat(np.arange(len(weights)), self.quotas)
+        sources = np.repeat(np.arange(len(quotas), dtype=np.min_scalar_type(len(quotas))), self.quotas)
         self._source = sources[np.argsort(np.concatenate(keys), kind="stable")]
-        self._before = np.empty(CYCLE, np.int64)
-        for source, quota in enumerate(self.quotas):
-            self._before[self._source == source] = np.arange(quota)
+        # How many samples each source has given before every so many slots; those between are counted when asked for.
+        starts = range(0, self._cycle, _STRIDE)
+        counts = [np.bincount(self._source[start : start + _STRIDE], minlength=len(quotas)) for start in starts]
+        self._before = np.cumsum([np.zeros(len(quotas), np.int64), *counts], axis=0)
+
+    @classmethod
+    def by_weight(cls, weights: Sequence[float], *, seed: int) -> "Interleaving":
+        """Sources in proportion to weights, over a cycle of 16,384 slots."""
+        return cls(apportion(weights, CYCLE), seed=seed)
 
     def locate(self, n: int) -> tuple[int, int]:
         """The source of sample n, and n's number among that source's samples."""
-        cycle, slot = divmod(n, CYCLE)
+        cycle, slot = divmod(n, self._cycle)
         source = int(self._source[slot])
-        return source, cycle * self.quotas[source] + int(self._before[slot])
+        group = slot // _STRIDE
+        given = np.count_nonzero(self._source[group * _STRIDE : slot] == source)
+        return source, cycle * self.quotas[source] + int(self._before[group][source]) + int(given)
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples are of each source."""
+        cycles, slots = divmod(samples, self._cycle)
+        rest = np.bincount(self._source[:slots], minlength=len(self.quotas))
+        return [cycles * quota + int(count) for quota, count in zip(self.quotas, rest, strict=True)]

@@ -8,6 +8,7 @@ a later run takes it from there without asking anyone.
 
 import glob
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from openchatkit.data.records import tables
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import token_store
 
-_PACKED = ("", ".gz", ".zst")
+_PACKED = ("", ".gz", ".zst", ".bz2", ".xz")
+# What a folder of a hub's data set is searched for; JSON there is as often what describes the data.
+_HUB_SUFFIXES = tuple(suffix for suffix in records.RECORD_SUFFIXES if suffix.split(".")[1] != "json")
 _ADDRESS = re.compile(r"(https?|s3)://")
 _HUB = re.compile(r"(?:hf://datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<glob>.+))?")
 # A name that the original's documentation uses and that no file has.
@@ -40,12 +43,18 @@ def is_address(name: str) -> bool:
     return bool(_ADDRESS.match(name)) or name.startswith("hf://")
 
 
+def is_path(name: str) -> bool:
+    """Whether there is a file or folder of exactly this name on this machine."""
+    return bool(name) and not is_address(name) and os.path.lexists(os.path.expanduser(name))
+
+
 def here(name: str) -> Found | None:
     """What a name stands for on this machine; None if there is nothing of that name."""
     if not name or is_address(name):
         return None
+    name = os.path.expanduser(name)
     for candidate in (Path(name + packed) for packed in _PACKED):
-        if candidate.is_file() and candidate.name.endswith(records.RECORD_SUFFIXES):
+        if candidate.is_file() and records.is_readable(candidate.name):
             return Found(files=(candidate,))
     if prefix := token_store.find_prefix(Path(name)):
         return Found(stores=(prefix,))
@@ -88,7 +97,7 @@ def missing(name: str) -> str:
         return f"{name} is a folder: pass its files, for example {path / '*.jsonl'}"
     folder = path.parent
     if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(records.RECORD_SUFFIXES))
+        names = sorted(entry.name for entry in folder.iterdir() if records.is_readable(entry.name))
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         found = f"{folder} holds {', '.join(names[:5]) or 'no file of records'}{more}"
     else:
@@ -97,15 +106,45 @@ def missing(name: str) -> str:
 
 
 def _matching(pattern: str) -> Found | None:
-    """The files of a glob, sorted: of records, or of token stores, each of which is met by several files."""
-    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
-    files = tuple(path for path in matches if path.name.endswith(records.RECORD_SUFFIXES))
-    stores = tuple(dict.fromkeys(prefix for path in matches if (prefix := token_store.find_prefix(path))))
+    """What a glob matches, sorted: files of records and saved data sets, or token stores, met by several files each.
+
+    UserError where it matches anything else besides: nobody would notice what is left out.
+    """
+    matches = list(map(Path, sorted(glob.glob(_literal_folders(pattern), recursive=True))))
+    saved = [path for path in matches if tables.is_saved_dataset(path)]
+    matches = [path for path in matches if path.is_file() and not set(saved).intersection(path.parents)]
+    parts = {path: prefix for path in matches if (prefix := _store_of(path))}
+    stores = tuple(dict.fromkeys(parts.values()))
+    rest = [path for path in matches if path not in parts]
+    files = tuple(sorted([*saved, *(path for path in rest if records.is_readable(path.name))]))
+    unknown = [path for path in rest if not records.is_readable(path.name)]
     if files and stores:
         raise UserError(f"{pattern} matches files of records and token stores: expected one kind, name them apart")
     if not files and not stores:
-        return Found(files=tuple(matches)) if matches else None
+        return Found(files=tuple(unknown)) if unknown else None
+    if unknown:
+        names = ", ".join(str(path) for path in unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
+        raise UserError(
+            f"{pattern} also matches what cannot be read, {names}: name the files, or give a pattern that matches "
+            f"nothing but {', '.join(records.RECORD_SUFFIXES)}"
+        )
     return Found(files, stores)
+
+
+def _literal_folders(pattern: str) -> str:
+    """A glob in which the names of folders that are there as they are written, `[v2]` say, stand for themselves."""
+    place, parts = Path(), []
+    for part in Path(pattern).parts:
+        place = place / part
+        parts.append(glob.escape(part) if place.is_dir() else part)
+    return os.path.join(*parts)
+
+
+def _store_of(path: Path) -> Path | None:
+    """The prefix of the token store that a file is part of, its mask included."""
+    if path.name.endswith(".mask.bin"):
+        return token_store.find_prefix(path.with_name(path.name.removesuffix(".mask.bin")))
+    return token_store.find_prefix(path)
 
 
 def _prepared(name: str) -> Found | None:
@@ -123,7 +162,7 @@ def _prepared(name: str) -> Found | None:
 def _is_hub_name(name: str) -> bool:
     """ORG/NAME, and not rather a path that is spelt wrong."""
     folder, _, rest = name.partition("/")
-    return "/" not in rest and not rest.endswith(records.RECORD_SUFFIXES) and not Path(folder).is_dir()
+    return "/" not in rest and not records.is_readable(rest) and not Path(folder).is_dir()
 
 
 def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ...]:
@@ -139,7 +178,7 @@ def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ..
 
 
 def _for_training(file: str) -> bool:
-    return file.endswith(records.RECORD_SUFFIXES) and not _HELD_OUT.search(file)
+    return file.lower().endswith(_HUB_SUFFIXES) and not _HELD_OUT.search(file)
 
 
 def _fetch_command(folder: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from openchatkit import paths
-from openchatkit.cli import natural, positive_int
+from openchatkit.cli import natural, positive_int, share
 
 PACKINGS = ("concat", "documents", "none")
 LOSS_ON = ("all", "responses")
@@ -23,7 +23,9 @@ class DataOptions:
     packing: "concat" cuts all documents, one after another, into windows of `seq_length`; "documents" puts whole
     documents into rows, each seeing itself alone; "none" gives each document a row. loss_on: "all" tokens, or
     "responses" alone. mixture_unit: what the weights are shares of. document_separator: what closes each document.
-    bad_rows: "error" stops at a row that cannot be used, "quarantine" sets it aside.
+    bad_rows: "error" stops at a row that cannot be used, "quarantine" sets it aside. max_without_reply: the share of a
+    source's documents that may have no reply where the loss is on responses. whole_epochs: where no weights are given,
+    every source is gone through as often as every other.
     """
 
     tokenizer: Path
@@ -34,6 +36,8 @@ class DataOptions:
     mixture_unit: str = "sequences"
     document_separator: str = "end-of-text"
     bad_rows: str = "error"
+    max_without_reply: float = 0.5
+    whole_epochs: bool = False
     cache_dir: Path = paths.TOKEN_CACHE
 
     def __post_init__(self) -> None:
@@ -52,6 +56,9 @@ def add_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     group.add_argument("--mixture-unit", choices=MIXTURE_UNITS, default="sequences", help="what weights are shares of")
     group.add_argument("--document-separator", choices=SEPARATORS, default="end-of-text", help="closes each document")
     group.add_argument("--bad-rows", choices=BAD_ROWS, default="error", help="stop at an unusable row, or set it aside")
+    group.add_argument(
+        "--max-without-reply", type=share, default=0.5, help="of a source's rows, 0 to 1, with --loss-on responses"
+    )
     group.add_argument("--data-cache", type=Path, default=paths.TOKEN_CACHE, help="folder of tokenised data")
     group.add_argument("--seed", type=natural, default=1, help="decides the order of the data")
 
@@ -61,8 +68,13 @@ def from_settings(settings: Mapping[str, Any]) -> DataOptions:
     return DataOptions(
         tokenizer=Path(settings["tokenizer_name"]),
         cache_dir=Path(settings["data_cache"]),
-        **{name: settings[name] for name in _PLAIN},
+        whole_epochs=settings.get("nepochs") is not None and settings.get("total_steps") is None,
+        # A checkpoint from before there was an option has none of it.
+        **{name: settings[name] for name in _PLAIN if name in settings},
     )
 
 
-_PLAIN = ("seq_length", "seed", "packing", "loss_on", "mixture_unit", "document_separator", "bad_rows")
+_PLAIN = (
+    *("seq_length", "seed", "packing", "loss_on", "mixture_unit", "document_separator", "bad_rows"),
+    "max_without_reply",
+)

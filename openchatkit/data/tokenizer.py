@@ -23,8 +23,8 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 class Tokenizer:
     """`vocab_size` is one more than the largest id, `digest` a name for everything that decides a text's ids.
 
-    `end_of_text` and `padding` are ids; a tokenizer without a padding token pads with end-of-text. `chat_template` is
-    the model's own, in Jinja, if it has one.
+    `end_of_text` and `padding` are ids, `end_of_text_token` is how the first is written; a tokenizer without a padding
+    token pads with end-of-text. `chat_template` is the model's own, in Jinja, if it has one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,6 +48,7 @@ class Tokenizer:
         if loaded.eos_token_id is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token: set eos_token in its configuration")
         self.end_of_text: int = loaded.eos_token_id
+        self.end_of_text_token: str = loaded.eos_token
         self.padding: int = self.end_of_text if loaded.pad_token_id is None else loaded.pad_token_id
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.digest = hashlib.sha256(f"{self.end_of_text} {self._backend.to_str()}".encode()).hexdigest()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli, paths, progress
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records import RECORD_SUFFIXES, Records, document
+from openchatkit.data.records import RECORD_SUFFIXES, Records, document, is_readable
 from openchatkit.data.records.row import Row
 from openchatkit.data.stores.build import bad_row
 from openchatkit.errors import UserError
@@ -130,7 +130,7 @@ def input_files(patterns: Iterable[str], folder: Path | None = None) -> list[Pat
             raise UserError(f"--input {pattern}: no such file")
         files.update(found)
     if folder is not None:
-        found = [path for path in folder.glob("*") if path.name.endswith(RECORD_SUFFIXES)]
+        found = [path for path in folder.glob("*") if is_readable(path.name)]
         if not found:
             raise UserError(f"--json_input_dir {folder}: no files of records there ({', '.join(RECORD_SUFFIXES)})")
         files.update(found)

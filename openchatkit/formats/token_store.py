@@ -6,9 +6,10 @@
     int32 sizes[N] in tokens | int64 pointers[N] in bytes into .bin | int64 doc_idx[D], 0 first, one border a document
 
 A document is one of the N sequences: GPT-NeoX's own training takes it so and never looks at `doc_idx`, which stores
-merged by older tools do not even hold in full. `<prefix>.mask.bin`, where there is one, has a byte for every token: 1
-where it is trained on. A cached store is a folder with such a set of files and `store.json`, its record; rows that were
-set aside are in `quarantine.jsonl`. While it is built, `progress.json` says how far the files are known to be on disk.
+merged by older tools do not even hold in full. `<prefix>.mask.bin`, where there is one, has a byte for every token:
+TRAINED where it is part of a reply, EXCLUDED where it is never to be trained on, else CONTEXT. A cached store is a
+folder with such a set of files and `store.json`, its record; rows that were set aside are in `quarantine.jsonl`. While
+it is built, `progress.json` says how far the files are known to be on disk.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ _MAGIC = b"MMIDIDX\0\0"
 _LEGACY_MAGIC = b"TNTIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+CONTEXT, TRAINED, EXCLUDED = 0, 1, 2  # bytes of a mask
 _UINT16_VOCABULARY = 65500  # vocabularies smaller than this are written as uint16, others as int32
 _PIECE = 1 << 20  # documents indexed at a time when a store is closed, so that memory stays flat
 
@@ -73,9 +75,11 @@ def quarantine_path(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class StoreRecord:
-    """What a cached store was made from and holds. `trained_tokens` is 0, and there is no mask, where no row has roles.
+    """What a cached store was made from and holds. Every row of the source is a document or in quarantine.
 
-    Every row of the source is a document or in quarantine.
+    Of its mask, `trained_tokens` and `excluded_tokens` count the bytes TRAINED and EXCLUDED; where there are none of
+    either, there is no mask. `untrained` is the number of documents that have no token of the first kind, `spelled`
+    that of those whose text has the end-of-text token in it, as characters.
     """
 
     source: str
@@ -85,6 +89,9 @@ class StoreRecord:
     quarantined: int
     tokens: int
     trained_tokens: int
+    excluded_tokens: int = 0
+    untrained: int = 0
+    spelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,9 @@ class StoreProgress:
     documents: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    excluded_tokens: int = 0
+    untrained: int = 0
+    spelled: int = 0
     quarantined: int = 0
     quarantine_size: int = 0
 
@@ -153,6 +163,8 @@ class TokenStoreWriter:
         self.documents = start.documents
         self.tokens = start.tokens
         self.trained_tokens = start.trained_tokens
+        self.excluded_tokens = start.excluded_tokens
+        self.untrained = start.untrained
         self._prefix = prefix
         self._vocab_size = vocab_size
         self._code = 8 if vocab_size < _UINT16_VOCABULARY else 4
@@ -162,14 +174,19 @@ class TokenStoreWriter:
         try:
             self._bin = self._open(bin_path(prefix), self.tokens * self._dtype.itemsize)
             self._idx = self._open(idx_path(prefix), _HEADER.size + 4 * self.documents if resume else 0)
-            # A mask without a token trained on is all zeros, and may have been removed already.
-            self._mask = self._open(mask_path(prefix), self.tokens, grow=not self.trained_tokens) if masked else None
+            # A mask that is all zeros may have been removed already.
+            self._mask = self._open(mask_path(prefix), self.tokens, grow=not self._marked) if masked else None
         except BaseException:
             self._release()
             raise
         self._idx.seek(0)
         self._idx.write(bytes(_HEADER.size))
         self._idx.seek(0, 2)
+
+    @property
+    def _marked(self) -> int:
+        """How many bytes of the mask are not zero."""
+        return self.trained_tokens + self.excluded_tokens
 
     def _open(self, path: Path, size: int, *, grow: bool = False) -> BinaryIO:
         """A file of which `size` bytes are kept, at its end."""
@@ -182,7 +199,7 @@ class TokenStoreWriter:
         return file
 
     def add(self, tokens: np.ndarray, sizes: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Append documents: their tokens one after another, each one's size, and a 0 or 1 for every token."""
+        """Append documents: their tokens one after another, each one's size, and the mask's byte of every token."""
         assert int(sizes.sum()) == len(tokens), (int(sizes.sum()), len(tokens))
         assert len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < self._vocab_size), "token id out of range"
         self._bin.write(tokens.astype(self._dtype))
@@ -191,7 +208,12 @@ class TokenStoreWriter:
             assert mask is not None
             assert mask.shape == tokens.shape, (mask.shape, tokens.shape)
             self._mask.write(mask.astype("<u1"))
-            self.trained_tokens += int(mask.sum(dtype=np.int64))
+            trained = mask == TRAINED
+            self.trained_tokens += int(np.count_nonzero(trained))
+            self.excluded_tokens += int(np.count_nonzero(mask == EXCLUDED))
+            before = np.concatenate([[0], np.cumsum(trained)])
+            ends = np.cumsum(sizes)
+            self.untrained += int(np.count_nonzero(before[ends] == before[ends - sizes]))
         self.documents += len(sizes)
         self.tokens += len(tokens)
 
@@ -202,7 +224,7 @@ class TokenStoreWriter:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Write pointers, document borders and, last, the header; a mask that trains on nothing is removed."""
+        """Write pointers, document borders and, last, the header; a mask of zeros is removed."""
         offset = 0
         for first in range(0, self.documents, _PIECE):
             self._idx.seek(_HEADER.size + 4 * first)
@@ -218,7 +240,7 @@ class TokenStoreWriter:
         self._idx.seek(0)
         self._idx.write(_HEADER.pack(_MAGIC, 1, self._code, self.documents, self.documents + 1))
         self._release()
-        if self._mask is not None and not self.trained_tokens:
+        if self._mask is not None and not self._marked:
             mask_path(self._prefix).unlink()
 
     def __enter__(self) -> "TokenStoreWriter":

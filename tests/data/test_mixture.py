@@ -138,7 +138,7 @@ def test_quotas_of_random_weights() -> None:
 
 def test_turns_are_counted() -> None:
     """Sample numbers of each source go up by one, from nought, across cycles, and quotas are exact."""
-    turns = Interleaving([0.2, 0.5, 0.001, 1.3], seed=3)
+    turns = Interleaving.by_weight([0.2, 0.5, 0.001, 1.3], seed=3)
     given = Counter()
     for n in range(3 * CYCLE):
         source, number = turns.locate(n)
@@ -152,18 +152,62 @@ def test_turns_are_counted() -> None:
 
 def test_a_short_run_meets_the_weights() -> None:
     for seed in range(5):
-        turns = Interleaving([1, 2, 5], seed=seed)
+        turns = Interleaving.by_weight([1, 2, 5], seed=seed)
         for length in (80, 800, 5000):
             given = Counter(turns.locate(n)[0] for n in range(length))
             for source, weight in enumerate([1, 2, 5]):
                 assert abs(given[source] - length * weight / 8) <= 3
 
 
+@pytest.mark.parametrize("samples", [[400, 8], [1, 1], [3, 70_000, 2_000], [5]])
+def test_whole_epochs(samples: list[int]) -> None:
+    """Every epoch has each sample of each source once, and the smallest source is spread over it."""
+    turns, total = Interleaving(samples, seed=1), sum(samples)
+    for epoch in range(2):
+        found = [turns.locate(n) for n in range(epoch * total, (epoch + 1) * total)]
+        for source, count in enumerate(samples):
+            numbers = [number for place, number in found if place == source]
+            assert numbers == list(range(epoch * count, (epoch + 1) * count))
+    for n in (0, 1, total // 2, total, total + 1, 3 * total - 1):
+        given = Counter(turns.locate(each)[0] for each in range(n))
+        assert turns.counts(n) == [given[source] for source in range(len(samples))]
+
+
 def test_the_seed_decides() -> None:
     def order(seed: int) -> list[int]:
-        turns = Interleaving([1, 1], seed=seed)
+        turns = Interleaving.by_weight([1, 1], seed=seed)
         return [turns.locate(n)[0] for n in range(100)]
 
     assert order(1)[:16] == [0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
     assert order(1) == order(1)
     assert order(1) != order(2)
+
+
+@pytest.mark.parametrize(
+    ("path", "entry", "weight"),
+    [
+        ("a,b.jsonl", "{}", 1.0),
+        ("a,b.jsonl", "{}:2", 2.0),
+        ("[v2]/rows.jsonl", "{}", 1.0),
+        ("[v2]/rows.jsonl", "[v2]/*.jsonl", 1.0),
+        ("[v2]/x,y/1.jsonl", "[v2]/x,y/1.jsonl:0.5", 0.5),
+    ],
+)
+def test_names_with_commas_and_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, entry: str, weight: float
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (path, "other.jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    first, second = parse(f"{entry.format(path)}, other.jsonl", cache_dir=tmp_path)
+    assert (first.files, first.weight) == ((Path(path),), weight)
+    assert second.files == (Path("other.jsonl"),)
+
+
+def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "a.jsonl").touch()
+    assert [part.files for part in parse("~/a.jsonl:2,~/*.jsonl", cache_dir=tmp_path)] == [(home / "a.jsonl",)] * 2

@@ -134,3 +134,35 @@ def test_a_data_set_that_the_hub_does_not_know(here: Path, hub: Hub) -> None:
     hub.add("datasets/some/tests", {"test.jsonl": b"", "README.md": b""})
     with pytest.raises(UserError, match="some/tests holds no file"):
         parse("some/tests", cache_dir=here / "cache")
+
+
+READABLE = ("a.jsonl", "b.json", "c.ndjson", "d.JSONL", "e.jsonl.bz2", "f.jsonl.xz", "g.parquet", "h.jsonl.gz")
+
+
+def test_a_glob_takes_all_that_can_be_read(here: Path) -> None:
+    (here / "mix").mkdir()
+    for name in READABLE:
+        (here / "mix" / name).touch()
+    found = names.here("mix/*")
+    assert found == names.Found(files=tuple(Path("mix") / name for name in READABLE))
+
+
+def test_a_glob_that_also_matches_other_files_names_them(here: Path) -> None:
+    (here / "mix").mkdir()
+    for name in (*READABLE, "README.md", "z.csv"):
+        (here / "mix" / name).touch()
+    message = r"mix/\* also matches what cannot be read, mix/README\.md, mix/z\.csv: name the files, or give a pattern"
+    with pytest.raises(UserError, match=message):
+        names.here("mix/*")
+
+
+def test_a_glob_over_saved_datasets_and_stores(here: Path) -> None:
+    (here / "mix" / "saved").mkdir(parents=True)
+    (here / "mix" / "saved" / "dataset_info.json").touch()
+    (here / "mix" / "a.jsonl").touch()
+    assert names.here("mix/*") == names.Found(files=(Path("mix/a.jsonl"), Path("mix/saved")))
+    assert names.here("mix/**") == names.Found(files=(Path("mix/a.jsonl"), Path("mix/saved")))
+    (here / "stores").mkdir()
+    for name in ("s.bin", "s.idx", "s.mask.bin"):
+        (here / "stores" / name).touch()
+    assert names.here("stores/*") == names.Found(stores=(Path("stores/s"),))

@@ -45,9 +45,9 @@ class Archive:
         try:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
-                    if member.isfile() and member.name.endswith(lines.SUFFIXES):
+                    if member.isfile() and lines.suffix_of(member.name):
                         name = f"{self.path}:{member.name}"
-                        source = lines.Lines(archive.extractfile(member), Path(name).suffix, member.size)
+                        source = lines.Lines(archive.extractfile(member), name, member.size)
                         yield from ((name, row) for row in Records(Path(name), source).rows())
             while stream.read(_PIECE):
                 pass

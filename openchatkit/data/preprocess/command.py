@@ -18,7 +18,7 @@ from openchatkit.data.options import BAD_ROWS
 from openchatkit.data.preprocess import fields, neox_tokenizers
 from openchatkit.data.preprocess.archives import ARCHIVE_SUFFIXES, Archive
 from openchatkit.data.preprocess.unfinished import Unfinished, set_aside_path, store_prefix
-from openchatkit.data.records import RECORD_SUFFIXES, Records
+from openchatkit.data.records import RECORD_SUFFIXES, Records, is_readable
 from openchatkit.data.records import files as record_files
 from openchatkit.data.records.row import Row
 from openchatkit.data.stores import workers
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = neox_tokenizers.load(args.tokenizer_type, args.vocab_file, args.merge_file)
     if args.append_eod and encoder.end_of_text is None:
         raise UserError(f"--append-eod: {args.vocab_file} has no {neox_tokenizers.END_OF_TEXT} token")
+    if args.loss_mask and not args.append_eod:
+        logger.warning("--loss-mask without --append-eod: no model trained on this learns to end its last reply")
     keys = tuple(dict.fromkeys(args.jsonl_keys))
     if unfit := [key for key in keys if not key or "/" in key]:
         raise UserError(f"--jsonl-keys {unfit[0]!r}: a file is named after it: expected a name without a '/'")
@@ -101,7 +103,7 @@ def input_files(names: str) -> list[Path]:
             raise UserError(f"--input {path}: there is no such file") from error
         except OSError as error:
             raise UserError(f"--input {path} cannot be read: {error.strerror or error}") from error
-        if not path.is_dir() and not path.name.endswith((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES)):
+        if not path.is_dir() and not is_readable(path.name) and not path.name.endswith(ARCHIVE_SUFFIXES):
             endings = ", ".join((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES))
             raise UserError(f"--input {path}: expected a name that ends in {endings}")
     return files

@@ -16,6 +16,7 @@ import numpy as np
 from openchatkit.data.preprocess.neox_tokenizers import Encoder
 from openchatkit.data.records import document
 from openchatkit.data.records.document import BadRowError
+from openchatkit.data.records.tables import CARRIERS
 from openchatkit.data.stores.tokenise import assemble
 from openchatkit.formats import chat
 
@@ -32,7 +33,7 @@ class Job:
 
 
 class Documents(NamedTuple):
-    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask bool [T] (True: trained on).
+    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask uint8 [T] (see `token_store`).
 
     `empty` fields are no documents.
     """
@@ -92,7 +93,7 @@ def _segments(row: bytes, key: str, job: Job) -> list[chat.Segment]:
         return []
     if job.chats:
         form = "messages" if isinstance(value, list) else "text"
-        return document.segments({form: value})
+        return document.segments({key: record[key] for key in CARRIERS if key in record} | {form: value})
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n\n".join(value)  # paragraphs, as GPT-NeoX's reader joins them
     blank = isinstance(value, str) and not value.strip()

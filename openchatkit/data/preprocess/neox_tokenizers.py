@@ -126,6 +126,8 @@ def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Encoder:
 
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])  # GPT-NeoX has one token for it wherever a text spells it
     return _Library(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 

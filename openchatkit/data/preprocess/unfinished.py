@@ -82,7 +82,7 @@ class Unfinished:
             self._leave(keep=self._note.exists())
             raise UserError(f"{taken[0]} is there already: name another --output-prefix, or pass --overwrite")
         self._files = files
-        self._stamps = [records.stamp(path) for path in files]
+        self._stamps = [records.stamps(path) for path in files]
         self.done = Done(_identity(files, self._stamps, job))
         try:
             self._open(self._saved())
@@ -219,4 +219,10 @@ def _identity(files: Sequence[Path], stamps: Sequence[object], job: fields.Job) 
 
 
 def _held(writer: TokenStoreWriter) -> StoreProgress:
-    return StoreProgress(documents=writer.documents, tokens=writer.tokens, trained_tokens=writer.trained_tokens)
+    return StoreProgress(
+        documents=writer.documents,
+        tokens=writer.tokens,
+        trained_tokens=writer.trained_tokens,
+        excluded_tokens=writer.excluded_tokens,
+        untrained=writer.untrained,
+    )

@@ -1,19 +1,26 @@
 """Records: the raw rows of a file, one by one, each with its number, from the start or from where reading stopped.
 
-A file is jsonl, plain or compressed (`lines`), parquet, or a folder written by `save_to_disk` of `datasets` (`tables`).
-Rows of tables become JSON, so that one decoder (`document`) serves all. Blank lines are no records. A file that was cut
-short never passes for a shorter one, and a line too long to be a document never fills the memory.
+A file is JSON, a row a line or one array, plain or compressed (`lines`), parquet, or a folder written by `save_to_disk`
+of `datasets` (`tables`). Rows of tables and arrays become JSON, so that one decoder (`document`) serves all. Blank
+lines are no records. A file that was cut short never passes for a shorter one, and a line too long to be a document
+never fills the memory.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from openchatkit import paths
 from openchatkit.data.records import lines, tables
 from openchatkit.data.records.row import START, Mark, Row
 from openchatkit.errors import UserError
 
 RECORD_SUFFIXES = (*lines.SUFFIXES, tables.PARQUET)
+
+
+def is_readable(name: str) -> bool:
+    """Return whether a file's name says that it holds records, in whatever case."""
+    return name.lower().endswith(RECORD_SUFFIXES)
 
 
 def files(source: Path) -> list[Path]:
@@ -24,16 +31,19 @@ def files(source: Path) -> list[Path]:
     return sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("cache-"))
 
 
-def stamp(source: Path) -> list[list[object]]:
-    """Names, sizes and times of change of a source's files: what tells that it has been changed."""
-    found = [(path, path.stat()) for path in files(source)]
-    return [[str(path.relative_to(source)), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+# The name and stamp of each of a source's files.
+Stamps = list[tuple[str, paths.Stamp]]
 
 
-def unchanged(source: Path, before: list[list[object]]) -> bool:
+def stamps(source: Path) -> Stamps:
+    """Return the name and the stamp of each of a source's files: what tells that it has been changed."""
+    return [(str(path.relative_to(source)), paths.stamp(path)) for path in files(source)]
+
+
+def unchanged(source: Path, before: Stamps) -> bool:
     """Whether a source is there as it was when it had this stamp."""
     try:
-        return stamp(source) == before
+        return stamps(source) == before
     except OSError:
         return False
 
@@ -66,6 +76,8 @@ class Records:
             for row in self._source.read(start):
                 number = row.number
                 yield row
+        except lines.BrokenJSONError as error:
+            raise UserError(f"{self.path}: not JSON behind row {number} ({error}): mend or fetch it again") from error
         except lines.BROKEN_STREAM as error:
             raise UserError(
                 f"{self.path}: the compressed data is cut short or damaged behind line {number} ({error}): "
@@ -88,10 +100,10 @@ class Records:
 def _open(path: Path, columns: Sequence[str]) -> lines.Lines | tables.Parquet | tables.SavedDataset:
     if tables.is_saved_dataset(path):
         return tables.SavedDataset(path, columns)
-    if path.name.endswith(tables.PARQUET):
+    if path.name.lower().endswith(tables.PARQUET):
         return tables.Parquet(path, columns)
-    if path.name.endswith(lines.SUFFIXES):
-        return lines.Lines(open(path, "rb"), path.suffix, path.stat().st_size)  # closed by `Lines.close`
+    if is_readable(path.name):
+        return lines.Lines(open(path, "rb"), path.name, path.stat().st_size)  # closed by `Lines.close`
     raise UserError(
         f"{path} is no file of records that can be read: expected a name in {', '.join(RECORD_SUFFIXES)}, "
         "or a folder written by save_to_disk"

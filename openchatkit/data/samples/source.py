@@ -5,26 +5,31 @@ What of a store is read, and which of its tokens are trained on, is decided here
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from loguru import logger
 
 from openchatkit.data.samples import order
 from openchatkit.data.samples.arrays import IN_MEMORY, Arrays
 from openchatkit.errors import UserError
 from openchatkit.formats.chat import BOT
-from openchatkit.formats.token_store import TokenStore, bin_path, idx_path, mask_path
+from openchatkit.formats.token_store import EXCLUDED, TRAINED, TokenStore, bin_path, idx_path, mask_path
+
+_LOOKED_AT = 10_000  # documents of a store made elsewhere that are searched for replies, and tokens for their kind
+_CHARACTERS = 256
 
 
 @dataclass(frozen=True)
 class Content:
     """A store and what is known of it.
 
-    `identity` stands for its bytes in names of files and in fingerprints. `trained_tokens` is how many tokens its mask
-    marks, None where nobody has counted them: in a store made elsewhere, whose ids are then checked against
-    `vocab_size` as they are read.
+    `identity` stands for its bytes in names of files and in fingerprints. `trained_tokens`, `excluded_tokens` and
+    `untrained` are what `StoreRecord` says, None where nobody has counted them: in a store made elsewhere, whose ids
+    are then checked against `vocab_size` as they are read.
     """
 
     store: TokenStore
@@ -32,15 +37,18 @@ class Content:
     rows: int
     quarantined: int = 0
     trained_tokens: int | None = None
+    excluded_tokens: int | None = None
+    untrained: int | None = None
     vocab_size: int | None = None
 
 
 class Source:
     """The documents of some stores, numbered through; number n of the mixture's sources shuffles apart from others.
 
-    `loss_on` "responses" trains on what the masks mark, "all" on every token. `rows` are the records that were read,
-    of which `quarantined` became no document. UserError: an index and tokens that do not belong together; with
-    "responses" a mask that is missing, or marks nothing, or everything.
+    `loss_on` "responses" trains on what the masks mark, "all" on every token but those that they exclude. `rows` are
+    the records that were read, of which `quarantined` became no document. UserError: an index and tokens that do not
+    belong together; with "responses" a mask that is missing, or marks nothing, or everything, and more documents
+    without a reply than the share `max_without_reply`.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Source:
         contents: Sequence[Content],
         *,
         loss_on: str,
+        max_without_reply: float = 1.0,
         number: int,
         seed: int,
         cache_dir: Path,
@@ -73,13 +82,17 @@ class Source:
         for content in contents:
             if content.vocab_size is not None:
                 _check_index(content.store)
+                _check_kind(content)
         if self.masked:
             self._check_mask()
+            self._check_replies(max_without_reply)
 
     @functools.cached_property
     def trained_tokens(self) -> int:
         """How many tokens are trained on, were every token predicted; masks made elsewhere are read for it once."""
-        return sum(_marked(content) for content in self._contents) if self.masked else self.tokens
+        if self.masked:
+            return sum(_count(content, content.trained_tokens, TRAINED) for content in self._contents)
+        return self.tokens - sum(_count(content, content.excluded_tokens, EXCLUDED) for content in self._contents)
 
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         """How many tokens each of these documents has: int64."""
@@ -116,9 +129,9 @@ class Source:
                 target = np.repeat((ends - sizes)[places] - (behind - lengths), lengths) + steps
             tokens[target] = store.tokens[source]
             if self.masked:
-                mask[target] = False if store.mask is None else store.mask[source]
-        if not self.masked:
-            mask[:] = True
+                mask[target] = False if store.mask is None else store.mask[source] == TRAINED
+            else:
+                mask[target] = True if content.excluded_tokens == 0 else _not_excluded(store, source)
 
     def _by_store(self, documents: np.ndarray) -> Iterator[tuple[Content, slice | np.ndarray, np.ndarray]]:
         """Each store that holds any of these documents: it, their places in `documents`, their numbers in the store."""
@@ -162,13 +175,51 @@ class Source:
                 "make the store anew from records of chats, or pass --loss-on all if that is meant"
             )
 
+    def _check_replies(self, allowed: float) -> None:
+        """Say how many documents have no reply to train on; UserError where they are a larger share than `allowed`."""
+        looked_at, without = 0, 0
+        for content in self._contents:
+            if content.untrained is not None:
+                looked_at, without = looked_at + content.store.documents, without + content.untrained
+            else:
+                found = _sampled(content.store)
+                looked_at, without = looked_at + len(found), without + int(np.count_nonzero(~found))
+        if not without:
+            return
+        of = f"{looked_at:,} documents"
+        of += f" looked at, {self.documents:,} in all," if looked_at != self.documents else ""
+        finding = f"{self.name}: {without:,} of {of} have no reply to train on"
+        if without > allowed * looked_at:
+            raise UserError(
+                f"{finding}, replies being messages of the assistant or what follows `{BOT}` at the start of a line: "
+                f"mend or leave out these rows, or pass --max-without-reply {_rounded_up(without / looked_at)}"
+            )
+        logger.warning(finding)
 
-def _marked(content: Content) -> int:
-    """How many tokens a store's mask marks."""
-    if content.trained_tokens is not None:
-        return content.trained_tokens
+
+def _rounded_up(share: float) -> float:
+    return math.ceil(100 * share) / 100
+
+
+def _count(content: Content, known: int | None, mark: int) -> int:
+    """How many bytes of a store's mask are `mark`: so many as are known, else they are counted."""
     mask = content.store.mask
-    return sum(int(np.count_nonzero(mask[low:high])) for low, high in order.chunks(len(mask)))
+    if known is not None or mask is None:
+        return known or 0
+    return sum(int(np.count_nonzero(mask[low:high] == mark)) for low, high in order.chunks(len(mask)))
+
+
+def _not_excluded(store: TokenStore, places: np.ndarray) -> np.ndarray | bool:
+    return True if store.mask is None else store.mask[places] != EXCLUDED
+
+
+def _sampled(store: TokenStore) -> np.ndarray:
+    """Whether each of some documents, evenly spread over a store, has a token that is trained on."""
+    if store.mask is None:
+        return np.zeros(store.documents, bool)
+    documents = np.unique(np.linspace(0, store.documents - 1, min(store.documents, _LOOKED_AT)).astype(np.int64))
+    spans = zip(store.starts(documents).tolist(), store.sizes[documents].tolist(), strict=True)
+    return np.array([(store.mask[start : start + size] == TRAINED).any() for start, size in spans], bool)
 
 
 def _kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
@@ -183,8 +234,8 @@ def _kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
             if some and others:
                 break
             piece = content.store.mask[low:high]
-            some |= bool(piece.any())
-            others |= not piece.all()
+            some |= bool((piece == TRAINED).any())
+            others |= bool((piece != TRAINED).any())
     return some, others
 
 
@@ -200,6 +251,17 @@ def _check_index(store: TokenStore) -> None:
         raise UserError(
             f"{idx_path(store.prefix)} has documents of {total} tokens together and {bin_path(store.prefix)} holds "
             f"{len(store.tokens)}: they do not belong together, make the store anew"
+        )
+
+
+def _check_kind(content: Content) -> None:
+    """Stop at a store of bytes, as GPT-NeoX's CharLevelTokenizer makes them: all of its ids are in any vocabulary."""
+    first = content.store.tokens[:_LOOKED_AT]
+    if content.vocab_size > _CHARACTERS and len(first) == _LOOKED_AT and first.max() < _CHARACTERS:
+        raise UserError(
+            f"{content.store.prefix}: its first {_LOOKED_AT:,} tokens are all below {_CHARACTERS}, as "
+            f"CharLevelTokenizer makes them, and the tokenizer has a vocabulary of {content.vocab_size}: make the "
+            "store anew with the model's tokenizer"
         )
 
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from loguru import logger
 
 from openchatkit import paths, progress
-from openchatkit.data.records import Records, unchanged
+from openchatkit.data.records import Records, Stamps, unchanged
 from openchatkit.data.records.row import Mark, Row
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.tokenise import Tokenised, tokenise_all
@@ -49,7 +49,7 @@ def build_store(
     source: Path,
     folder: Path,
     *,
-    stamp: list[list[object]],
+    stamps: Stamps,
     key: str,
     tokenizer: Tokenizer,
     separator: str,
@@ -57,14 +57,14 @@ def build_store(
 ) -> None:
     """Tokenise `source` into `folder`, which appears only when it is complete. The caller holds the lock.
 
-    `stamp` is the source's from before `key` was worked out: what it holds by now may belong under another.
+    `stamps` are the source's from before `key` was worked out: what it holds by now may belong under another.
     UserError: a source that cannot be read or changes meanwhile; BadRowsError; OSError: the disk.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     if read_record(temporary) is None:
         try:
             done = _tokenise(
-                source, temporary, before=stamp, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows
+                source, temporary, before=stamps, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows
             )
         except BaseException as error:
             other_source = isinstance(error, UserError) and not isinstance(error, Interrupted | BadRowsError)
@@ -81,6 +81,9 @@ def build_store(
                 quarantined=done.quarantined,
                 tokens=done.tokens,
                 trained_tokens=done.trained_tokens,
+                excluded_tokens=done.excluded_tokens,
+                untrained=done.untrained,
+                spelled=done.spelled,
             ),
         )
     remove_progress(temporary)
@@ -117,7 +120,7 @@ def _tokenise(
     source: Path,
     folder: Path,
     *,
-    before: list[list[object]],
+    before: Stamps,
     tokenizer: Tokenizer,
     separator: str,
     bad_rows: str,
@@ -154,7 +157,7 @@ def _tokenise(
     return store.done
 
 
-def _check_unchanged(source: Path, before: list[list[object]]) -> None:
+def _check_unchanged(source: Path, before: Stamps) -> None:
     if not unchanged(source, before):
         raise UserError(f"{source} was changed while it was tokenised: run again when it is complete")
 
@@ -208,6 +211,9 @@ class _Unfinished:
             documents=self._writer.documents,
             tokens=self._writer.tokens,
             trained_tokens=self._writer.trained_tokens,
+            excluded_tokens=self._writer.excluded_tokens,
+            untrained=self._writer.untrained,
+            spelled=done.spelled + part.spelled,
             quarantined=done.quarantined + len(bad),
             quarantine_size=done.quarantine_size + len(lines),
         )

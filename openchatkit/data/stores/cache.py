@@ -2,7 +2,7 @@
 
 The key is the SHA-256 of a source's bytes, the tokenizer's digest, the separator, and the version of the tokenising
 code. A moved or touched file therefore finds its store again and an edited one never does. Reading 100 GB for their
-hash takes minutes, so a hash is remembered under the files' names, sizes and times of change.
+hash takes minutes, so a hash is remembered for as long as the files keep their stamps (`paths.stamp`).
 
 Every rank of a run may ask at once: a file lock lets one build (`data.stores.build`) while the others wait.
 """
@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +34,9 @@ from openchatkit.formats.token_store import (
     read_record,
 )
 
-# A file changed again within one tick of its file system's clock looks unchanged, so fresh hashes are not remembered.
-_SETTLED_SECONDS = 2.0
 _LARGE = 5 << 30  # bytes whose reading is worth a bar
 _PIECE = 1 << 20
+_PLACES, _SHORT = 1024, 1 << 12
 
 
 def cached_store(
@@ -51,7 +49,7 @@ def cached_store(
     source, cache_dir = Path(source), Path(cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        stamp = _stamp(source)
+        stamps = _stamps(source)
         key = _key(content_hash(source, cache_dir), tokenizer, separator)
         folder = _folder(cache_dir, source, key)
         if (record := read_record(folder)) is None:
@@ -60,7 +58,7 @@ def cached_store(
                     build_store(
                         source,
                         folder,
-                        stamp=stamp,
+                        stamps=stamps,
                         key=key,
                         tokenizer=tokenizer,
                         separator=separator,
@@ -76,6 +74,15 @@ def cached_store(
     if record.quarantined:
         listed = quarantine_path(folder)
         logger.warning("{}: {:,} of {:,} rows set aside, listed in {}", source, record.quarantined, record.rows, listed)
+    if record.spelled:
+        logger.warning(
+            "{}: {:,} of {:,} documents have {} in their text, which is learnt as characters: take it out, what ends a "
+            "document is added by itself",
+            source,
+            record.spelled,
+            record.documents,
+            tokenizer.end_of_text_token,
+        )
     return TokenStore(folder_prefix(folder)), record
 
 
@@ -85,25 +92,36 @@ def _folder(cache_dir: Path, source: Path, key: str) -> Path:
     return next(made, cache_dir / f"{source.name.split('.')[0][:60]}-{key[:16]}")
 
 
-def store_identity(prefix: Path) -> str:
-    """A digest of a store made elsewhere, quick for one of any size: sizes, first and last MiB of each of its files."""
-    digest = hashlib.sha256()
-    for path in (idx_path(prefix), bin_path(prefix), mask_path(prefix)):
-        if not path.exists():
-            digest.update(b"none")
-            continue
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(size.to_bytes(8, "little"))
-            for start in (0, max(size - _PIECE, 0)):
-                file.seek(start)
-                digest.update(file.read(_PIECE))
+def store_identity(prefix: Path, cache_dir: Path) -> str:
+    """Return a digest of a store made elsewhere: its whole index, and so much of its other files as is read quickly.
+
+    Arrays that are kept under this name follow from the index alone. Of tokens and mask it takes their sizes, the first
+    and last MiB and a thousand pieces between, so that a store of a terabyte opens in a second; a small edit between
+    these is not noticed, and all that it misses is the warning that the data has changed since a checkpoint.
+    """
+    digest = hashlib.sha256(content_hash(idx_path(prefix), cache_dir).encode())
+    for path in (bin_path(prefix), mask_path(prefix)):
+        digest.update(_sampled(path) if path.exists() else b"none")
     return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """SHA-256 of a file's size, its first and last MiB, and pieces of it between."""
+    with _reading(path), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        last = max(size - _PIECE, 0)
+        between = () if last <= _PIECE else (last * place // _PLACES for place in range(1, _PLACES))
+        for start, length in ((0, _PIECE), *((start, _SHORT) for start in between), (last, _PIECE)):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.digest()
 
 
 def content_hash(source: Path, cache_dir: Path) -> str:
     """SHA-256 of a source's bytes, remembered for as long as its place, sizes and times of change stay the same."""
-    known = {"path": str(source.resolve()), "files": _stamp(source)}
+    stamps = _stamps(source)
+    known = {"path": str(source.resolve()), "files": [[name, *stamp] for name, stamp in stamps]}
     memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
     if digest := _remembered(memory, known):
         return digest
@@ -111,16 +129,15 @@ def content_hash(source: Path, cache_dir: Path) -> str:
         if digest := _remembered(memory, known):
             return digest
         with _reading(source):
-            digest = _digest(source, sum(size for _, size, _ in known["files"]))
-        changed = max((changed for _, _, changed in known["files"]), default=0)
-        if time.time() - changed / 1e9 > _SETTLED_SECONDS:
+            digest = _digest(source, sum(size for _, (size, *_) in stamps))
+        if all(paths.is_settled(stamp) for _, stamp in stamps):
             paths.write_text(memory, json.dumps(known | {"sha256": digest}) + "\n")
     return digest
 
 
-def _stamp(source: Path) -> list[list[object]]:
+def _stamps(source: Path) -> records.Stamps:
     with _reading(source):
-        return records.stamp(source)
+        return records.stamps(source)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ from openchatkit.data.records.row import Row
 from openchatkit.data.stores import workers
 from openchatkit.data.tokenizer import Encode, Tokenizer, encoder
 from openchatkit.formats import chat
+from openchatkit.formats.token_store import CONTEXT, EXCLUDED, TRAINED
 
 T = TypeVar("T")
 
 # Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
-VERSION = 4
+VERSION = 5
 
 # Large enough to make little of each message between processes, small enough to keep all of them busy to the end.
 _BATCH_BYTES = 1 << 17
@@ -32,19 +33,21 @@ _BATCH_BYTES = 1 << 17
 
 @dataclasses.dataclass(frozen=True)
 class Tokenised:
-    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask bool [T] (True: trained on).
+    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask uint8 [T] (see `token_store`).
 
-    `bad`: the rows that are none, as (place among the rows given, reason).
+    `bad`: the rows that are none, as (place among the rows given, reason). `spelled`: how many documents have the
+    end-of-text token in their text, where it is no more than characters.
     """
 
     tokens: np.ndarray
     sizes: np.ndarray
     mask: np.ndarray
     bad: list[tuple[int, str]]
+    spelled: int = 0
 
 
-def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int]) -> Tokenised:
-    """The tokens of some records, given as JSON, and the mask on their responses."""
+def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int], *, marker: str = "") -> Tokenised:
+    """The tokens of some records, given as JSON, and the mask on their responses; `marker` is the end-of-text token."""
     chats: list[list[chat.Segment]] = []
     bad: list[tuple[int, str]] = []
     for place, row in enumerate(rows):
@@ -52,7 +55,8 @@ def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int]) ->
             chats.append(decode(row))
         except BadRowError as error:
             bad.append((place, str(error)))
-    return Tokenised(*assemble(chats, encode, separator), bad)
+    spelled = sum(any(marker in segment.text for segment in segments) for segments in chats) if marker else 0
+    return Tokenised(*assemble(chats, encode, separator), bad, spelled)
 
 
 def assemble(
@@ -64,7 +68,7 @@ def assemble(
     """
     encoded = iter(encode([segment.text for segments in chats for segment in segments]))
     pieces: list[Sequence[int]] = []
-    trained: list[bool] = []
+    marks: list[int] = []
     sizes: list[int] = []
     for segments in chats:
         ids = list(itertools.islice(encoded, len(segments)))
@@ -72,12 +76,17 @@ def assemble(
             continue
         pieces += ids
         pieces.append(separator)
-        trained.extend(segment.trained for segment in segments)
-        trained.append(chat.ends_with_reply(segments))
+        marks += map(_mark, segments)
+        # The separator after the last turn is part of that turn.
+        marks.append(_mark(segments[-1]) if segments else CONTEXT)
         sizes.append(sum(map(len, ids)) + len(separator))
     tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, sum(sizes))
-    mask = np.repeat(np.array(trained, bool), np.array([len(piece) for piece in pieces], np.int64))
+    mask = np.repeat(np.array(marks, np.uint8), np.array([len(piece) for piece in pieces], np.int64))
     return tokens, np.array(sizes, np.int32), mask
+
+
+def _mark(segment: chat.Segment) -> int:
+    return TRAINED if segment.trained else EXCLUDED if segment.excluded else CONTEXT
 
 
 def tokenise_all(
@@ -87,23 +96,23 @@ def tokenise_all(
 
     Rows that could not be read are among the bad ones, for the reason they bring.
     """
-    closing = separator_ids(tokenizer, separator)
+    closing, marker = separator_ids(tokenizer, separator), tokenizer.end_of_text_token
     done: Iterator[tuple[list[Row], Tokenised]]
     batches = ((batch, [row.data for row in batch]) for batch in in_batches(rows, lambda row: len(row.data)))
     if processes and workers.can_start():
-        arguments = (tokenizer.serialised, closing)
+        arguments = (tokenizer.serialised, closing, marker)
         done = workers.in_order(batches, processes=processes, make=_worker, arguments=arguments)
     else:
-        done = ((batch, tokenise(data, tokenizer.encode, closing)) for batch, data in batches)
+        done = ((batch, tokenise(data, tokenizer.encode, closing, marker=marker)) for batch, data in batches)
     for batch, part in done:
         bad = [(place, batch[place].error or reason) for place, reason in part.bad]
         yield batch, dataclasses.replace(part, bad=bad)
 
 
-def _worker(serialised: str, separator: Sequence[int]) -> Callable[[Sequence[bytes]], Tokenised]:
+def _worker(serialised: str, separator: Sequence[int], marker: str) -> Callable[[Sequence[bytes]], Tokenised]:
     """What a worker process does with the rows it is sent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by processes
-    return functools.partial(tokenise, encode=encoder(serialised), separator=separator)
+    return functools.partial(tokenise, encode=encoder(serialised), separator=separator, marker=marker)
 
 
 def separator_ids(tokenizer: Tokenizer, separator: str) -> list[int]:

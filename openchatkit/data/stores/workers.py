@@ -19,6 +19,8 @@ from multiprocessing import connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TypeVar
 
+from loguru import logger
+
 from openchatkit.errors import Interrupted
 
 Kept = TypeVar("Kept")
@@ -68,8 +70,21 @@ def in_order(
 
 
 def can_start() -> bool:
-    """Whether this process may have children; a daemonic one may not."""
-    return not multiprocessing.current_process().daemon
+    """Whether this process may have workers: a daemonic one may have no children, and they share locks in memory.
+
+    Without a /dev/shm that can be written, as in some containers, there are none; that is said in the log.
+    """
+    if multiprocessing.current_process().daemon:
+        return False
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        logger.warning(
+            "one process does all the work, since the system gives no shared memory (/dev/shm: {}): mount it for speed",
+            error.strerror or error,
+        )
+        return False
+    return True
 
 
 # In a worker, what is applied to each batch: the one way a pool has to keep anything from batch to batch.

@@ -121,6 +121,29 @@ def test_every_tokenizer_of_the_tokenizers_library(tiny_tokenizer: Path, tmp_pat
         assert written(tmp_path / kind) == expected, kind
 
 
+def test_end_of_text_in_a_text_is_the_one_token_that_gpt_neox_has(
+    tiny_tokenizer: Path, tmp_path: Path, data: Path
+) -> None:
+    backend = Backend.from_file(str(tiny_tokenizer / "tokenizer.json"))
+    backend.model.save(str(tmp_path))
+    files = ["--vocab-file", tmp_path / "vocab.json", "--merge-file", tmp_path / "merges.txt"]
+    data.write_bytes(jsonl(["a<|endoftext|>b"]))
+    kind = ["--tokenizer-type", "GPT2BPETokenizer", *files]
+    assert run("--input", data, *kind, "--output-prefix", tmp_path / "o") == 0
+    document = [*backend.encode("a").ids, backend.token_to_id("<|endoftext|>"), *backend.encode("b").ids]
+    assert written(tmp_path / "o") == by_hand([document], vocab_size=384)
+
+
+def test_a_mask_without_ends_is_told_of(
+    tiny_tokenizer: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    kind = ["--tokenizer-type", "HFTokenizer", "--vocab-file", tiny_tokenizer / "tokenizer.json", "--loss-mask"]
+    assert run("--input", data, *kind, "--output-prefix", tmp_path / "o") == 0
+    assert "no model trained on this learns to end its last reply" in capsys.readouterr().err
+    assert run("--input", data, *kind, "--append-eod", "--output-prefix", tmp_path / "p") == 0
+    assert "learns to end its last reply" not in capsys.readouterr().err
+
+
 def test_truncation_that_a_tokenizer_asks_for_is_off(tiny_tokenizer: Path, tmp_path: Path, data: Path) -> None:
     backend = Backend.from_file(str(tiny_tokenizer / "tokenizer.json"))
     documents = [backend.encode(text).ids for text in CHATS]

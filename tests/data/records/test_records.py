@@ -1,8 +1,10 @@
 """Rows of every kind of file, from the start or from the middle, and how damage is told."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import random
 import tracemalloc
 from pathlib import Path
@@ -13,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from openchatkit.data.records import Records
+from openchatkit.data.records import Records, is_readable
+from openchatkit.data.records import lines as json_files
 from openchatkit.data.records.row import ROW_LIMIT, START, Mark
 from openchatkit.errors import UserError
 
@@ -233,3 +236,46 @@ def test_saved_datasets(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     with pytest.raises(UserError, match="plain is no file of records"):
         Records(tmp_path / "plain")
+
+
+ROWS = [{"text": f"row {number} \u00e9"} for number in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+PACK = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress, "": bytes}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES),
+        ("a.NDJSON", LINES),
+        ("A.JSONL", LINES),
+        ("lines.json", LINES),
+        ("array.json", json.dumps(ROWS).encode()),
+        ("pretty.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=2).encode()),
+    ],
+)
+def test_forms_of_json(tmp_path: Path, name: str, data: bytes, packing: str) -> None:
+    path = tmp_path / (name + packing)
+    path.write_bytes(PACK[packing](data))
+    with Records(path) as records:
+        rows = list(records.rows())
+    assert [json.loads(row.data) for row in rows] == ROWS
+    assert is_readable(path.name)
+    with Records(path) as records:
+        assert [json.loads(row.data) for row in records.rows(rows[2].mark)] == ROWS[3:]
+
+
+@pytest.mark.parametrize("cut", [10, 60])
+def test_an_array_that_is_cut_short(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(json.dumps(ROWS).encode()[:-cut])
+    with Records(path) as records, pytest.raises(UserError, match=r"a\.json: not JSON behind row [2-4] "):
+        list(records.rows())
+
+
+def test_an_element_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "ROW_LIMIT", 40)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "b" * 50}, {"text": "c"}]))
+    with Records(tmp_path / "a.json") as records:
+        assert [(row.number, bool(row.error)) for row in records.rows()] == [(1, False), (2, True), (3, False)]

@@ -48,6 +48,25 @@ def test_trained_tokens(make_source: Callable, elsewhere: int | None) -> None:
     assert make_source([DOCUMENTS], masks, elsewhere=elsewhere, loss_on="all").trained_tokens == 21
 
 
+@pytest.mark.parametrize("loss_on", ["all", "responses"])
+def test_what_is_excluded_is_never_trained_on(make_source: Callable, loss_on: str) -> None:
+    marks = [[[number % 3 for number, _ in enumerate(document)] for document in DOCUMENTS]]
+    source = make_source([DOCUMENTS], marks, elsewhere=1 << 20, loss_on=loss_on)
+    tokens, mask = np.empty(6, np.int64), np.empty(6, bool)
+    source.copy(np.array([6]), np.array([0]), np.array([6]), tokens, mask)
+    assert mask.tolist() == [[True, True, False] * 2, [False, True, False] * 2][loss_on == "responses"]
+    trained = (1,) if loss_on == "responses" else (0, 1)
+    assert source.trained_tokens == sum(mark in trained for document in marks[0] for mark in document)
+
+
+def test_a_store_of_bytes_is_none_of_tokens(make_source: Callable) -> None:
+    documents = [[number % 256 for number in range(1000)]] * 12
+    with pytest.raises(UserError, match=r"store0: its first 10,000 tokens are all below 256, as CharLevelTokenizer"):
+        make_source([documents], elsewhere=50_000)
+    make_source([[[*documents[0][:-1], 300]] * 12], elsewhere=50_000)
+    make_source([documents], elsewhere=256)
+
+
 @pytest.mark.parametrize(
     ("mark", "elsewhere", "message"),
     [

@@ -36,6 +36,7 @@ class Bytes:
 
     vocab_size = 257
     end_of_text = 256
+    end_of_text_token = "<end>"
     digest = "bytes"
 
     def __init__(self) -> None:
@@ -162,7 +163,12 @@ source, tokenizer, cache = map(Path, sys.argv[1:])
 tokenise._BATCH_BYTES, workers.SMALL, build._SAVE_TOKENS = 500, 0, 1
 serialised = tokenizer.read_text()
 tokenizer = SimpleNamespace(
-    serialised=serialised, encode=encoder(serialised), vocab_size=384, end_of_text=0, digest="tiny"
+    serialised=serialised,
+    encode=encoder(serialised),
+    vocab_size=384,
+    end_of_text=0,
+    end_of_text_token="<end>",
+    digest="tiny",
 )
 cached_store(source, tokenizer=tokenizer, separator="end-of-text", bad_rows="quarantine", cache_dir=cache)
 """

@@ -24,6 +24,7 @@ class Bytes:
 
     vocab_size = 257
     end_of_text = 256
+    end_of_text_token = "<end>"
 
     def __init__(self, marks: Path, *, digest: str = "bytes", seconds: float = 0.0) -> None:
         self.marks = marks
@@ -64,9 +65,10 @@ def folders(source: Path) -> list[str]:
     return sorted(name for name in names if not name.endswith(".lock") and name != "hashes")
 
 
-def age(path: Path) -> None:
-    """Make a file old enough for its hash to be remembered."""
-    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 7200 * 10**9))
+def age(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a file count as old enough for its hash to be remembered: nobody can set the time of change."""
+    os.utime(path, ns=(path.stat().st_atime_ns, 10**18))
+    monkeypatch.setattr(paths, "SETTLED_SECONDS", -3600.0)
 
 
 def test_contents(source: Path, tokenizer: Bytes) -> None:
@@ -83,6 +85,14 @@ def test_contents(source: Path, tokenizer: Bytes) -> None:
         "tokens.mask.bin",
     ]
     assert record.source == str(source)
+
+
+def test_end_of_text_in_a_text_is_told_of(tmp_path: Path, tokenizer: Bytes, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "spelled.jsonl"
+    path.write_text('{"text": "a<end>b"}\n{"text": "plain"}\n{"text": "<end>"}\n')
+    for _ in range(2):
+        assert build(path, tokenizer)[1].spelled == 2
+        assert "2 of 3 documents have <end> in their text, which is learnt as characters" in capsys.readouterr().err
 
 
 def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
@@ -102,14 +112,16 @@ def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
     assert len(folders(source)) == 4
 
 
-def test_hash_is_remembered_until_the_file_changes(source: Path, tmp_path: Path, monkeypatch: object) -> None:
+def test_hash_is_remembered_until_the_file_changes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = []
     monkeypatch.setattr(cache, "_digest", lambda path, size: read.append(path) or f"{len(read):064}")
-    os.utime(source, (time.time() + 3600,) * 2)  # a moment ago, however slow the machine
+    monkeypatch.setattr(paths, "SETTLED_SECONDS", 3600.0)  # a moment ago, however slow the machine
     content_hash(source, tmp_path)
     content_hash(source, tmp_path)
     assert len(read) == 2, "a file changed a moment ago may change again unseen"
-    age(source)
+    age(source, monkeypatch)
     assert content_hash(source, tmp_path) == content_hash(source, tmp_path)
     assert len(read) == 3
     for memory in (tmp_path / "hashes").glob("*.json"):
@@ -117,9 +129,28 @@ def test_hash_is_remembered_until_the_file_changes(source: Path, tmp_path: Path,
     content_hash(source, tmp_path)
     assert len(read) == 4
     source.write_text(source.read_text() + "\n")
-    age(source)
+    age(source, monkeypatch)
     content_hash(source, tmp_path)
     assert len(read) == 5
+
+
+def test_another_file_with_the_old_one_s_times(source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tar, rsync and git set times of modification: an equal size and an equal time are no proof of an equal file."""
+    for text in ("OLDOLD", "NEWNEW"):
+        source.write_text(json.dumps({"text": text}))
+        age(source, monkeypatch)
+        store, _ = build(source, tokenizer)
+        assert bytes(store.document(0)[:-1].tolist()) == text.encode()
+
+
+def test_a_file_system_without_times_of_change(source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = paths.stamp
+    monkeypatch.setattr(paths, "stamp", lambda path: [*plain(path)[:2], 0, 0])
+    for text in ("OLDOLD", "NEWNEW"):
+        source.write_text(json.dumps({"text": text}))
+        age(source, monkeypatch)
+        store, _ = build(source, tokenizer)
+        assert bytes(store.document(0)[:-1].tolist()) == text.encode()
 
 
 def test_a_saved_dataset(tmp_path: Path, tokenizer: Bytes) -> None:
@@ -149,8 +180,8 @@ def test_identity_of_a_store_made_elsewhere(tmp_path: Path, monkeypatch: pytest.
     for name in ("a", "b"):
         (tmp_path / f"{name}.idx").write_bytes(b"index")
         (tmp_path / f"{name}.bin").write_bytes(b"0123456789")
-    identity = store_identity(tmp_path / "a")
-    assert store_identity(tmp_path / "b") == identity
+    identity = store_identity(tmp_path / "a", tmp_path / "cache")
+    assert store_identity(tmp_path / "b", tmp_path / "cache") == identity
     changes = [(".bin", b"01234567890"), (".bin", b"0123456780"), (".bin", b"1123456789"), (".idx", b"iNdex")]
     found = {identity}
     for suffix, content in [*changes, (".mask.bin", b"1" * 10), (".mask.bin", b"0" * 10)]:
@@ -159,7 +190,7 @@ def test_identity_of_a_store_made_elsewhere(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / "b.idx").write_bytes(b"index")
         (tmp_path / "b.bin").write_bytes(b"0123456789")
         (tmp_path / f"b{suffix}").write_bytes(content)
-        found.add(store_identity(tmp_path / "b"))
+        found.add(store_identity(tmp_path / "b", tmp_path / "cache"))
     assert len(found) == 7
 
 

@@ -24,6 +24,7 @@ from openchatkit.data.tokenizer import Tokenizer, encoder
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
+from openchatkit.formats.token_store import EXCLUDED
 
 END = "<|endoftext|>"
 
@@ -183,7 +184,7 @@ def test_random_chats(tokenizer: Tokenizer) -> None:
             turns += [Turn("human", human, passages), Turn("bot", bot)]
         if generator.random() < 0.2:
             turns.pop()
-        replies = [f" {chat.neutralise(turn.text).strip()}\n" for turn in turns if turn.role == "bot"]
+        replies = [f" {chat.content(turn.text)}\n" for turn in turns if turn.role == "bot"]
         ends = ["<human>:"] * (len(replies) - (turns[-1].role == "bot")) + [END] * (turns[-1].role == "bot")
         expected.append([reply + end for reply, end in zip(replies, ends, strict=True)])
         chats.append(chat.render_text(turns))
@@ -227,7 +228,9 @@ def test_an_untrained_reply_at_the_end(tokenizer: Tokenizer) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     part = tokenise([json.dumps({"messages": turns}).encode()], tokenizer.encode, [0])
     assert tokenizer.decode(part.tokens.tolist()) == f"<human>: a\n<bot>: b\n{END}"
-    assert not part.mask.any()
+    # `b`, the end of its turn and of the chat: never trained on.
+    assert part.mask.tolist()[-4:] == [EXCLUDED] * 4
+    assert not part.mask[:-4].any()
 
 
 def test_only_bad_rows(tokenizer: Tokenizer) -> None:
