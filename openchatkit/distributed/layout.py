@@ -1,12 +1,16 @@
 """How the ranks of a job are laid out: stages of a pipeline times replicas of it, and the groups they talk in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from openchatkit.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,19 @@ class Layout:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """What `action` gives on each rank. UserError on all ranks where it raises one on any: that of the first."""
+        given, problem = None, None
+        try:
+            given = action()
+        except UserError as error:
+            problem = error
+        found = self.gather((given, None if problem is None else str(problem)))
+        for _, reason in found:
+            if reason is not None:
+                raise UserError(reason) from problem
+        return [each for each, _ in found]
 
     def barrier(self) -> None:
         """Wait for every rank."""

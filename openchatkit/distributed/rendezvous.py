@@ -16,6 +16,12 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
     Rank 0 listens on the address of the URL alone, not on every interface. UserError when its port is taken or the
     other ranks do not come within `timeout`.
     """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if url is None and not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"RANK is set, and {missing[0]} is not: set it to where rank 0 listens, as torchrun does, or give --rank, "
+            "--world-size and --dist-url"
+        )
     options = {"backend": "gloo", "rank": rank, "world_size": world_size, "timeout": timeout}
     if device.type == "cuda":
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}

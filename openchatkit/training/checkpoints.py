@@ -19,6 +19,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.formats.manifest import FileRecord
+from openchatkit.formats.tensor_file import storage_errors
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.names import EMBED, HEAD
 from openchatkit.models.registry import family
@@ -44,6 +45,8 @@ def load_weights(stage: Stage, source: Source, device: torch.device) -> None:
         source.verify(shards_read(stage))
     for shard in stage.shards:
         tensors = _read(source, shard)
+        for name, tensor in tensors.items():
+            _check_finite(tensor, f"{name} of {shard}", source)
         if stage.config.tie_embeddings and shard == HEAD:
             tensors[kind.tied_weight] = _read(source, EMBED)[kind.embedding_weight]
         stage.load(shard, {name: _owned(tensor, device) for name, tensor in tensors.items()})
@@ -79,36 +82,40 @@ def save(
     raw_config: dict[str, Any],
     tokenizer_from: Path,
     keep: int,
+    proven: int | None,
 ) -> None:
     """Write checkpoint_<step> from all ranks, read it back, and delete those older than the newest `keep`.
 
-    The replicas of a stage hold the same bits, so they share its shards among themselves.
+    The replicas of a stage hold the same bits, so they share its shards among themselves. What this checkpoint holds no
+    step has been taken with yet: that of step `proven`, the last with which one was, is not deleted; without one, none.
     """
-    temporary = layout.gather(checkpoint.begin(root, step) if layout.rank == 0 else None)[0]
+    temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else None)[0]
     own = [shard for number, shard in enumerate(stage.shards) if number % layout.replicas == layout.replica]
+
+    def finish() -> None:
+        if layout.rank == 0:
+            checkpoint.finish(
+                temporary,
+                root,
+                step,
+                state=state,
+                records=[record for part in written for record in part],
+                raw_config=raw_config,
+                tokenizer_from=tokenizer_from,
+            )
+
     try:
-        records = [record for shard in own for record in _write(temporary, shard, stage, optimizer)]
+        written = layout.together(lambda: [r for shard in own for r in _write(temporary, shard, stage, optimizer)])
+        layout.together(finish)
     except UserError:
-        # A full disk, most likely: what was written of this checkpoint is only in the way.
-        checkpoint.discard(temporary)
+        # A full disk, most likely: what was written of this checkpoint is only in the way. All ranks are done with it.
+        if layout.rank == 0:
+            checkpoint.discard(temporary)
         raise
-    gathered = layout.gather(records)
     path = checkpoint.checkpoint_path(root, step)
-    if layout.rank == 0:
-        checkpoint.finish(
-            temporary,
-            root,
-            step,
-            state=state,
-            records=[record for part in gathered for record in part],
-            raw_config=raw_config,
-            tokenizer_from=tokenizer_from,
-        )
-    layout.barrier()
-    checkpoint.verify(path, own)
-    layout.barrier()
-    if layout.rank == 0:
-        checkpoint.prune(root, keep, verified=path)
+    layout.together(lambda: checkpoint.verify(path, own))
+    if layout.rank == 0 and proven is not None:
+        checkpoint.prune(root, keep, verified=path, protected=proven)
 
 
 def _write(temporary: Path, shard: str, stage: Stage, optimizer: torch.optim.Optimizer) -> Iterator[FileRecord]:
@@ -120,7 +127,7 @@ def _write(temporary: Path, shard: str, stage: Stage, optimizer: torch.optim.Opt
 
 def newest(root: Path, layout: Layout) -> Path | None:
     """The checkpoint to resume from; rank 0 decides for all."""
-    return layout.gather(checkpoint.latest(root) if layout.rank == 0 else None)[0]
+    return layout.together(lambda: checkpoint.latest(root) if layout.rank == 0 else None)[0]
 
 
 def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_a_step: int, data: str) -> None:
@@ -138,6 +145,22 @@ def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_
         )
     if state["data"] != data:
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)
+
+
+# What decides how weights change from here on, besides data and batch, which `check_resume` compares.
+_OPTIMIZATION = (
+    *("lr", "warmup_steps", "total_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay"),
+    *("max_grad_norm", "precision", "loss_scale", "loss_on"),
+)
+
+
+def tell_changes(state: dict[str, Any], settings: dict[str, Any], *, path: Path) -> None:
+    """Warn of each setting of the optimization that differs from that of the run that wrote `state`."""
+    before = state.get("settings", {}) | {"total_steps": state.get("total_steps")}
+    for name in _OPTIMIZATION:
+        old, new = before.get(name), settings.get(name)
+        if old is not None and old != new:
+            logger.warning("--{} was {} up to {} and is {} from here on", name.replace("_", "-"), old, path.name, new)
 
 
 def check_same_data(datasets: Sequence[Dataset | None], layout: Layout) -> None:
@@ -158,11 +181,16 @@ def versions() -> dict[str, str]:
 
 def check_shared_folder(root: Path, layout: Layout) -> None:
     """UserError unless every rank sees the folder that rank 0 sees."""
-    name = None
-    if layout.rank == 0:
-        handle, name = tempfile.mkstemp(prefix=".seen_by_all_", dir=root)
+
+    def leave() -> str | None:
+        if layout.rank:
+            return None
+        with storage_errors(root):
+            handle, name = tempfile.mkstemp(prefix=".seen_by_all_", dir=root)
         os.close(handle)
-    name = layout.gather(name)[0]
+        return name
+
+    name = layout.together(leave)[0]
     seen = layout.gather(Path(name).exists())
     if layout.rank == 0:
         Path(name).unlink()
@@ -176,13 +204,21 @@ def check_shared_folder(root: Path, layout: Layout) -> None:
 @contextlib.contextmanager
 def only_run_in(root: Path, layout: Layout) -> Iterator[None]:
     """Hold the checkpoint folder for this run; UserError if another run has it. Freed however the holder ends."""
-    lock = None
-    if layout.rank == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = paths.try_lock(root / ".lock")
-    if not layout.gather(lock is not None)[0]:
-        raise UserError(f"--checkpoint-path {root} is in use by another run: wait for it, or give another folder")
-    with lock or contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            if layout.rank:
+                return
+            with storage_errors(root):
+                root.mkdir(parents=True, exist_ok=True)
+                lock = paths.try_lock(root / ".lock")
+            if lock is None:
+                raise UserError(
+                    f"--checkpoint-path {root} is in use by another run: wait for it, or give another folder"
+                )
+            held.enter_context(lock)
+
+        layout.together(hold)
         yield
 
 
@@ -196,6 +232,16 @@ def check_same_model(path: Path, config: ModelConfig) -> None:
 
 def _read(source: Source, shard: str) -> dict[str, Tensor]:
     return source.read(shard) if isinstance(source, LayerShards) else checkpoint.read_weights(source, shard)
+
+
+def _check_finite(tensor: Tensor, what: str, source: Source) -> None:
+    """UserError for weights that no step could be taken with."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        folder = source.path if isinstance(source, LayerShards) else source
+        raise UserError(
+            f"{folder}: {what} holds NaN or infinite numbers, with which nothing can be trained: prepare the model "
+            "again from whole files, or go back to an earlier checkpoint"
+        )
 
 
 def _owned(tensor: Tensor, device: torch.device) -> Tensor:

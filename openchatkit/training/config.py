@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit import paths
-from openchatkit.cli import Parser, natural, non_negative_float, positive_int, truth
+from openchatkit.cli import Parser, below_one, natural, non_negative_float, positive_float, positive_int, truth
 from openchatkit.data import options
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
@@ -98,6 +98,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     if settings.total_steps is None and settings.nepochs is None:
         raise UserError("give --total-steps N or --nepochs N: how long to train")
     _complete_precision(settings)
+    if settings.min_loss_scale > settings.initial_loss_scale:
+        raise UserError(
+            f"--min-loss-scale {settings.min_loss_scale:g} is above --initial-loss-scale "
+            f"{settings.initial_loss_scale:g}: make it smaller"
+        )
     if bool(settings.evaluation_steps) != bool(settings.evaluation_data):
         raise UserError("--evaluation-steps and --evaluation-data go together: how often, and on what")
     return settings
@@ -117,12 +122,14 @@ def _complete_from_environment(settings: Settings) -> None:
     """Fill rank, world size and meeting point that were not given: from torchrun if it started us, else defaults."""
     launched = "RANK" in os.environ and settings.rank is None
     if launched:
-        settings.rank = int(os.environ["RANK"])
-        world_size = int(os.environ["WORLD_SIZE"])
+        settings.rank = _number_in("RANK")
+        world_size = _number_in("WORLD_SIZE")
         if settings.world_size not in (None, world_size):
             raise UserError(f"--world-size {settings.world_size}, but torchrun started {world_size} ranks")
         settings.world_size = world_size
-        settings.cuda_id = int(os.environ["LOCAL_RANK"]) if settings.cuda_id is None else settings.cuda_id
+        # Kubernetes' operators start one rank a pod, and say nothing of local ranks.
+        if settings.cuda_id is None and "LOCAL_RANK" in os.environ:
+            settings.cuda_id = _number_in("LOCAL_RANK")
         settings.dist_url = None
     settings.rank = settings.rank or 0
     settings.cuda_id = settings.cuda_id or 0
@@ -131,6 +138,18 @@ def _complete_from_environment(settings: Settings) -> None:
     name = str(settings.model_name).rstrip("/")
     settings.tokenizer_name = settings.tokenizer_name or Path(name)
     settings.checkpoint_path = settings.checkpoint_path or paths.MODEL_CKPTS / Path(name).name
+
+
+def _number_in(name: str) -> int:
+    """The whole number in a variable that torchrun, or what stands in for it, sets beside RANK."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        found = f"is {text!r}" if text else "is not set"
+        raise UserError(
+            f"RANK is set, and {name} {found}: expected a whole number there, as torchrun sets them; or give --rank, "
+            "--world-size and --dist-url"
+        )
+    return int(text)
 
 
 def _complete_precision(settings: Settings) -> None:
@@ -185,8 +204,8 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=positive_int, default=32, help="rows a replica puts through at once")
     group.add_argument("--micro-batch-size", type=positive_int, default=8, help="rows of one micro-batch")
     group.add_argument("--gradient-accumulate-step", type=positive_int, default=1, help="batches a step")
-    group.add_argument("--adam-beta1", type=non_negative_float, default=0.9)
-    group.add_argument("--adam-beta2", type=non_negative_float, default=0.999)
+    group.add_argument("--adam-beta1", type=below_one, default=0.9)
+    group.add_argument("--adam-beta2", type=below_one, default=0.999)
     group.add_argument("--adam-eps", type=non_negative_float, default=1e-6)
     group.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of matrices")
     group.add_argument("--max-grad-norm", type=non_negative_float, default=1.0, help="clip the model's norm; 0: never")
@@ -200,8 +219,8 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--bf16", action="store_true", help="the same as --precision bfloat16")
     group.add_argument("--fp16", action="store_true", help="the same as --precision float16, with a loss scale")
     group.add_argument("--loss-scale", type=non_negative_float, default=0, help="fixed loss scale for fp16; 0: dynamic")
-    group.add_argument("--initial-loss-scale", type=non_negative_float, default=32768)
-    group.add_argument("--min-loss-scale", type=non_negative_float, default=1)
+    group.add_argument("--initial-loss-scale", type=positive_float, default=32768)
+    group.add_argument("--min-loss-scale", type=positive_float, default=1)
     group.add_argument("--loss-scale-window", type=positive_int, default=1000, help="good steps before it doubles")
     group.add_argument("--hysteresis", type=positive_int, default=2, help="overflows before it halves")
 

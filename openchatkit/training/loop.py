@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from openchatkit.training.accounts import Accounts
     from openchatkit.training.metrics import Reporter
     from openchatkit.training.setup import Progress, Run
-    from openchatkit.training.step import Trainer
+    from openchatkit.training.step import StepResult, Trainer
 
 # After this many steps in a row whose gradient is not finite, training is not coming back by itself.
 _HOPELESS = 20
@@ -56,6 +56,8 @@ def _train(settings: Settings) -> int:
     if settings.rank == 0:
         for flag, why in config.ignored_flags(settings).items():
             logger.warning("--{} has no effect: {}", flag, why)
+        if settings.nepochs is not None and settings.total_steps is not None:
+            logger.warning("--nepochs has no effect: --total-steps {} is given", settings.total_steps)
     if settings.deterministic:
         make_deterministic()
     device = setup.choose_device(settings)
@@ -84,7 +86,13 @@ class Loop:
         self._accounts: Accounts | None = None
         self._stop = False
         self._asked_to_stop = math.inf  # when, in seconds of time.monotonic()
-        self._not_finite = 0
+        self._not_finite = 0  # steps in a row, up to the last one, whose gradient was not finite
+        self._hopeless = 0  # of these, those that no lower loss scale could have helped
+        self._first_step = progress.step + 1
+        self._applied = 0  # steps of this run that changed weights
+        self._last_loss = math.nan
+        self._save_due = False
+        self._unchanged_since_save = progress.saved is not None  # the weights
 
     def run(self) -> int:
         """Train; returns 0 when all steps are done, 75 when stopped before (a checkpoint is written either way)."""
@@ -105,7 +113,7 @@ class Loop:
                 self._save_if_due(stop)
                 if stop and self.progress.step < self.total_steps:
                     return self._stopped()
-        return 0
+        return self._finished()
 
     def _step(self) -> bool:
         from openchatkit.training.step import by_name
@@ -116,7 +124,7 @@ class Loop:
         tokens = self.trainer.global_batch * self.settings.seq_length
         self.progress.step += 1
         self.progress.tokens += tokens
-        self._not_finite = 0 if result.applied else self._not_finite + 1
+        self._note(result)
         if self._accounts is not None:
             self._accounts.add(self.progress.step, self.trainer.global_batch, result)
         if self._reporter is not None:
@@ -132,12 +140,44 @@ class Loop:
                 "sources": by_name(self.run_data.dataset, result.sources),
             }
             self._reporter.step(row, applied=result.applied)
-        if self._not_finite == _HOPELESS:
+        if self._hopeless == _HOPELESS:
             raise UserError(
                 f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}: lower "
-                "--lr, use --bf16 instead of --fp16, or look at the data; the last checkpoint is from before"
+                f"--lr, use --bf16 instead of --fp16, or look at the data; {self._go_back()}"
             )
         return result.stop
+
+    def _note(self, result: "StepResult") -> None:
+        """Keep what a step says of the weights that it was taken with, and of those that it leaves."""
+        from openchatkit.formats import checkpoint
+
+        if result.applied:
+            self._not_finite, self._hopeless, self._last_loss = 0, 0, result.loss
+            self._applied += 1
+            # Until now the weights were those of the last checkpoint, and both loss and gradient are finite.
+            if self.progress.saved not in (None, self.progress.proven) and self._unchanged_since_save:
+                self.progress.proven = self.progress.saved
+                if self.trainer.layout.rank == 0:
+                    keep, proven = self.settings.keep_checkpoints, self.progress.proven
+                    path = checkpoint.checkpoint_path(self.settings.checkpoint_path, proven)
+                    checkpoint.prune(self.settings.checkpoint_path, keep, verified=path, protected=proven)
+            self._unchanged_since_save = False
+        elif result.trained_tokens:
+            self._not_finite, self._last_loss = self._not_finite + 1, result.loss
+            self._hopeless += not (math.isfinite(result.loss) and self.trainer.scaler.can_fall)
+
+    def _go_back(self) -> str:
+        """Let the next run start from the last checkpoint that is known to be of use; says which one that is."""
+        from openchatkit.formats import checkpoint
+
+        root, proven = self.settings.checkpoint_path, self.progress.proven
+        if proven is None:
+            return "nothing was saved" if self.progress.saved is None else f"nothing in {root} is known to be good"
+        if self.trainer.layout.rank == 0 and self.progress.saved != proven:
+            checkpoint.point_to(root, proven)
+        return (
+            f"the same command goes on from {checkpoint.checkpoint_path(root, proven)}, the last one known to be good"
+        )
 
     def _evaluate_if_due(self) -> None:
         from openchatkit.training.step import by_name
@@ -162,8 +202,9 @@ class Loop:
         every = self.settings.checkpoint_steps
         if not every and self.settings.num_checkpoints:
             every = math.ceil(self.total_steps / self.settings.num_checkpoints)
-        due = every and self.progress.step % every == 0
-        if not (due or stop or self.progress.step == self.total_steps):
+        self._save_due |= bool(every) and self.progress.step % every == 0
+        last = stop or self.progress.step == self.total_steps
+        if not (self._save_due or last) or not self._may_save(last=last):
             return
         if self._accounts is not None:
             self.progress.ledger = self._accounts.sync()
@@ -177,12 +218,40 @@ class Loop:
             raw_config=self.run_data.shards.raw_config,
             tokenizer_from=self.settings.tokenizer_name,
             keep=self.settings.keep_checkpoints,
+            proven=self.progress.proven,
         )
+        self.progress.saved, self._save_due, self._unchanged_since_save = self.progress.step, False, True
+
+    def _may_save(self, *, last: bool) -> bool:
+        """Whether the weights may be taken for good: not after a step whose gradient was not finite.
+
+        What is due then waits for the next step. The last step's weights are saved where its loss was finite: they are
+        those that it was computed with.
+        """
+        if self._not_finite == 0:
+            return self._applied > 0 or self.progress.saved is not None
+        return last and math.isfinite(self._last_loss) and self._applied > 0
+
+    def _finished(self) -> int:
+        """All steps are done. UserError where none changed a weight, or the last ones are not saved."""
+        if not self._applied:
+            raise UserError(
+                f"none of the steps {self._first_step} to {self.progress.step} changed a weight, since no gradient was "
+                f"finite or no token trained on: look at the warnings above; {self._go_back()}"
+            )
+        if self.progress.saved != self.progress.step:
+            raise UserError(
+                f"the loss of the last {self._not_finite} steps was not finite, so that nothing of them is saved: "
+                f"lower --lr, or look at the data; {self._go_back()}"
+            )
+        return 0
 
     def _stopped(self) -> int:
         if self.trainer.layout.rank == 0:
+            saved = self.progress.saved == self.progress.step
+            what = "which is saved in" if saved else "which is not saved, its gradient not being finite; see"
             raise Interrupted(
-                f"stopped after step {self.progress.step} of {self.total_steps}, which is saved in "
+                f"stopped after step {self.progress.step} of {self.total_steps}, {what} "
                 f"{self.settings.checkpoint_path}: the same command goes on from there"
             )
         return RESUMABLE

@@ -57,7 +57,8 @@ class Reporter:
         """
         row = _finite(row)
         if not applied:
-            logger.warning("step {}: the gradient is not finite, no weight was changed", row["step"])
+            why = "the gradient is not finite" if row["trained_tokens"] else "none of its tokens is trained on"
+            logger.warning("step {}: {}, no weight was changed", row["step"], why)
         self._append(row)
         self._bar.update()
         self._bar.set_postfix(loss=_number(row["loss"]), tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
@@ -112,7 +113,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+    return "none" if value is None else f"{value:.4g}"
 
 
 def _wandb_run(project: str, job_id: str, config: dict[str, Any]) -> Any:

@@ -40,8 +40,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 @dataclass
 class LossScaler:
-    """A loss scale, fixed or dynamic as in Megatron-LM: it grows after `window` good steps in a row, and halves when
-    `hysteresis` steps have overflowed since it last changed.
+    """A loss scale, fixed or dynamic as in Megatron-LM and DeepSpeed: it doubles after `window` good steps in a row.
+
+    The first `hysteresis` - 1 steps that overflow leave it as it is; from then on each of them halves it, until it has
+    doubled again.
     """
 
     scale: float
@@ -62,6 +64,11 @@ class LossScaler:
         dynamic = fixed == 0
         return cls(initial if dynamic else fixed, dynamic, minimum, window, hysteresis, 0, hysteresis)
 
+    @property
+    def can_fall(self) -> bool:
+        """Whether further overflows lead to a lower scale."""
+        return self.dynamic and self.scale > self.minimum
+
     def update(self, *, overflow: bool) -> None:
         """Account for one step. Every rank calls this with the same `overflow`, so all scales stay equal."""
         if not self.dynamic:
@@ -71,7 +78,6 @@ class LossScaler:
             self.overflows_left -= 1
             if self.overflows_left <= 0:
                 self.scale = max(self.scale / 2, self.minimum)
-                self.overflows_left = self.hysteresis
             return
         self.good_steps += 1
         if self.good_steps % self.window == 0:

@@ -16,6 +16,7 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
 from openchatkit.training.allocator import keep_freed_memory
@@ -24,6 +25,8 @@ from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.partition import check_model, stage_layers
 from openchatkit.training.precision import LossScaler, compute_dtype
 from openchatkit.training.step import Schedule, Trainer
+
+_DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class Progress:
     """Where a run stands: steps taken, and tokens put through, both since its first start.
 
     `ledger` is the chain of the ledger's rows up to the last checkpoint, which only rank 0 keeps up to date; None for
-    a checkpoint from before there was one.
+    a checkpoint from before there was one. `saved` is the step of the last checkpoint, and `proven` that of the last
+    one with whose weights a step has been taken: only then are they known to be of use.
     """
 
     step: int = 0
     tokens: int = 0
     ledger: str | None = ledger.EMPTY
+    saved: int | None = None
+    proven: int | None = None
 
 
 def choose_device(settings: Settings) -> torch.device:
@@ -83,7 +89,12 @@ def prepare_run(settings: Settings) -> Run:
     evaluation = None
     if settings.evaluation_data:
         evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
-    return Run(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
+    if settings.rank == 0:
+        _tell_what_is_ignored(settings, shards)
+    run = Run(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
+    if settings.rank == 0:
+        _tell_epochs(dataset, run.total_steps * _rows(settings))
+    return run
 
 
 def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer, Progress]:
@@ -99,16 +110,8 @@ def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer
             head=layout.is_last_stage,
             recompute=settings.activation_checkpointing,
         )
-    resumed = _resume_from(settings, run, layout)
-    if resumed is not None:
-        # One pass over the bytes covers the weights and the optimizer's state.
-        checkpoint.verify(resumed, checkpoints.shards_read(stage))
-        checkpoints.load_weights(stage, resumed, layout.device)
-    elif settings.load_pretrained_model:
-        checkpoints.load_weights(stage, run.shards, layout.device)
-    else:
-        stage.to_empty(device=layout.device)
-        stage.init_weights(settings.seed)
+    resumed = layout.together(lambda: _resume_from(settings, run, layout))[layout.rank]
+    layout.together(lambda: _fill(stage, settings, run, resumed, layout.device))
     trainer = _trainer(settings, run, layout, stage)
     if resumed is None:
         return trainer, Progress()
@@ -120,7 +123,20 @@ def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer
         before, now = state.get("precision"), str(trainer.dtype).removeprefix("torch.")
         if before not in (None, now):
             logger.warning("{} was trained in {}: going on in {}", resumed, before, now)
-    return trainer, Progress(state["step"], state["tokens"], state.get("ledger"))
+    return trainer, Progress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
+
+
+def _fill(stage: Stage, settings: Settings, run: Run, resumed: Path | None, device: torch.device) -> None:
+    """Give a stage its weights: a checkpoint's, the model's, or random ones."""
+    if resumed is not None:
+        # One pass over the bytes covers the weights and the optimizer's state.
+        checkpoint.verify(resumed, checkpoints.shards_read(stage))
+        checkpoints.load_weights(stage, resumed, device)
+    elif settings.load_pretrained_model:
+        checkpoints.load_weights(stage, run.shards, device)
+    else:
+        stage.to_empty(device=device)
+        stage.init_weights(settings.seed)
 
 
 def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress) -> dict[str, Any]:
@@ -134,6 +150,7 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
         "total_steps": run.total_steps,
         "data": run.dataset.fingerprint,
         "ledger": progress.ledger,
+        "proven": progress.proven,
         "precision": str(trainer.dtype).removeprefix("torch."),
         "loss_scaler": trainer.scaler.state_dict(),
         "layout": {
@@ -149,8 +166,35 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
 def _total_steps(settings: Settings, dataset: Dataset) -> int:
     if settings.total_steps is not None:
         return settings.total_steps
-    rows = settings.batch_size * settings.gradient_accumulate_step * settings.data_group_size
-    return math.ceil(settings.nepochs * dataset.epoch_samples / rows)
+    return math.ceil(settings.nepochs * dataset.epoch_samples / _rows(settings))
+
+
+def _rows(settings: Settings) -> int:
+    """Rows of a step."""
+    return settings.batch_size * settings.gradient_accumulate_step * settings.data_group_size
+
+
+def _tell_what_is_ignored(settings: Settings, shards: LayerShards) -> None:
+    """Warn of what of the model's configuration has no effect, and of a tokenizer that is not the model's."""
+    dropout = {key: value for key, value in shards.raw_config.items() if key in _DROPOUT and value}
+    if dropout:
+        stated = ", ".join(f"{key} {value:g}" for key, value in dropout.items())
+        logger.warning("{}: {} in config.json has no effect, nothing is dropped out", shards.path, stated)
+    if has_tokenizer(shards.path) and settings.tokenizer_name.resolve() != shards.path.resolve():
+        own, given = Tokenizer(shards.path), Tokenizer(settings.tokenizer_name)
+        if own.digest != given.digest:
+            logger.warning(
+                "--tokenizer-name {} gives other ids than the tokenizer of {}, which its embedding was trained with: "
+                "leave the flag out unless the model is trained anew",
+                settings.tokenizer_name,
+                shards.path,
+            )
+
+
+def _tell_epochs(dataset: Dataset, samples: int) -> None:
+    """Say how often each source is gone through: with weights, some may be seen many times and others in part."""
+    for source, epochs in zip(dataset.sources, dataset.epochs(samples), strict=True):
+        logger.info("{}: {:.3g} epochs in {:,} samples of all sources", source.name, epochs, samples)
 
 
 def _resume_from(settings: Settings, run: Run, layout: Layout) -> Path | None:
@@ -164,8 +208,11 @@ def _resume_from(settings: Settings, run: Run, layout: Layout) -> Path | None:
             "give another --checkpoint-path or move them away"
         )
     checkpoints.check_same_model(newest, run.shards.config)
+    state = checkpoint.read_state(newest)
+    if layout.rank == 0:
+        checkpoints.tell_changes(state, recorded(settings) | {"total_steps": run.total_steps}, path=newest)
     checkpoints.check_resume(
-        checkpoint.read_state(newest),
+        state,
         path=newest,
         batch_size=settings.batch_size,
         batches_a_step=settings.gradient_accumulate_step * layout.replicas,

@@ -50,9 +50,10 @@ def by_name(dataset: Dataset, losses: Sequence[SourceLoss]) -> dict[str, dict[st
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of one step, equal on every rank. `loss` is the mean over the step's `trained_tokens`.
+    """Numbers of one step, equal on every rank. `loss` is the mean over the step's `trained_tokens`, NaN without any.
 
-    `applied` is false when the gradient was not finite: then no parameter of any rank has changed. `digest` is that of
+    `applied` is false when the gradient was not finite, or nothing was trained on: then no parameter of any rank has
+    changed, nor the optimizer's state. `digest` is that of
     all the rows the step was fed, over all replicas (see `Batch.digest`); `sources` has an entry for each source.
     """
 
@@ -68,7 +69,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over the trained tokens of an evaluation, their number, and the same by source."""
+    """Mean loss over the trained tokens of an evaluation (NaN without any), their number, and the same by source."""
 
     loss: float
     trained_tokens: int
@@ -137,7 +138,8 @@ class Trainer:
                 loss += self.pipeline.forward_backward(*self._fed(batch))
         squared_norm, loss_sum, stop, source_losses = self._reduce(loss, stop, digest)
         grad_norm = math.sqrt(squared_norm) / self.scaler.scale
-        applied = math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm)
+        applied = finite and sum(trained) > 0
         lr = learning_rate(
             number,
             peak=self.schedule.peak_lr,
@@ -147,9 +149,11 @@ class Trainer:
         if applied:
             self._update(grad_norm, lr)
         sources = tuple(map(SourceLoss, source_losses, trained))
-        result = StepResult(loss_sum / self.scaler.scale, grad_norm, lr, sum(trained), applied, stop, digest, sources)
+        loss_mean = loss_sum / self.scaler.scale if sum(trained) else math.nan
+        result = StepResult(loss_mean, grad_norm, lr, sum(trained), applied, stop, digest, sources)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(overflow=not applied)
+        if applied or not finite:
+            self.scaler.update(overflow=not finite)
         return result
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
@@ -170,7 +174,7 @@ class Trainer:
         loss_sum, *found = total.tolist()
         counts = [int(count) for count in found[: len(trained)]]
         sources = tuple(map(SourceLoss, found[len(trained) :], counts))
-        return Evaluation(loss_sum / max(sum(counts), 1), sum(counts), sources)
+        return Evaluation(loss_sum / sum(counts) if sum(counts) else math.nan, sum(counts), sources)
 
     def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
         """This replica's rows of a step's part: replicas take turns batch by batch, so rows follow each other."""
