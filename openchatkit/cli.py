@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import io
 import math
 import os
 import signal
@@ -34,6 +35,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
+        _open_standard_streams()
         try:
             with _noting_interrupts() as pressed:
                 _log_to_the_terminal()
@@ -55,6 +57,24 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
         sys.exit(status)
 
     return wrapped
+
+
+def _open_standard_streams() -> None:
+    """Give a command that was started without one of the standard streams one that leads nowhere.
+
+    The next file that is opened would take its number, and be written to by whatever writes there. What a stream's
+    encoding has no form for is written as its escape.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - it lasts as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def one_line(error: BaseException | str) -> str:
@@ -90,6 +110,30 @@ def non_negative_float(text: str) -> float:
         value = math.nan
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = non_negative_float(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def below_one(text: str) -> float:
+    """An argparse type: a number of at least 0 and below 1."""
+    value = non_negative_float(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0 and below 1, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = non_negative_float(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
     return value
 
 
