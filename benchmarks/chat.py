@@ -153,8 +153,7 @@ def make_contestants(folder: Path, new_tokens: int) -> Contestants:
         made[_BARE, name] = model, lambda prompt, model=model: with_bare_loop(model, prompt, new_tokens)
     for name in ("float32", "bfloat16", "int8"):
         loaded = loader.load(str(folder), dtype=name)
-        engine = Engine(loaded.model, eos_ids=(), device=loaded.device, cache_dtype=loaded.cache_dtype)
-        made[_ENGINE, name] = loaded.model, lambda prompt, engine=engine: with_engine(engine, prompt, new_tokens)
+        made[_ENGINE, name] = loaded.model, lambda prompt, loaded=loaded: with_engine(loaded, prompt, new_tokens)
     if missing := _llama_peer.missing():
         print(f"llama.cpp takes no part: {', '.join(missing)} is not installed\n")
         return made
@@ -195,7 +194,9 @@ def with_bare_loop(model: PreTrainedModel, prompt: Sequence[int], new_tokens: in
     return times, tokens
 
 
-def with_engine(engine: Engine, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], list[int]]:
+def with_engine(loaded: loader.Loaded, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], list[int]]:
+    """With an engine of its own, since one keeps what it has read."""
+    engine = Engine(loaded.model, eos_ids=(), device=loaded.device, cache_dtype=loaded.cache_dtype)
     times, tokens = [time.perf_counter()], []
     for token in engine.generate(prompt, Sampling(max_tokens=new_tokens, sample=False)):
         times.append(time.perf_counter())

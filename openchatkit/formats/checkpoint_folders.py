@@ -96,11 +96,17 @@ def newest_verified(root: Path, *, but: Path | None = None) -> Path | None:
     return None
 
 
-def prune(root: Path, keep: int, *, verified: Path | None = None) -> list[Path]:
+def point_to(root: Path, step: int) -> None:
+    """Let `latest` name the checkpoint of a step."""
+    write_text(root / LATEST, f"{step}\n")
+
+
+def prune(root: Path, keep: int, *, verified: Path | None = None, protected: int | None = None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints and what killed saves left; returns what was deleted.
 
-    Nothing goes unless a newer checkpoint is verified: `verified` if the caller has done that, else this reads the
-    newest. Damaged ones newer than that are not counted and stay; checkpoints of the original kit always stay.
+    That of the step `protected` stays. Nothing goes unless a newer checkpoint is verified: `verified` if the caller has
+    done that, else this reads the newest. Damaged ones newer than that are not counted and stay; checkpoints of the
+    original kit always stay.
     """
     assert keep >= 1, keep
     remove_leftovers(root)
@@ -112,7 +118,7 @@ def prune(root: Path, keep: int, *, verified: Path | None = None) -> list[Path]:
     if step is None:
         return []
     kept = [number for number in ours if number <= step][-keep:]
-    doomed = {number: path for number, path in ours.items() if number < kept[0]}
+    doomed = {number: path for number, path in ours.items() if number < kept[0] and number != protected}
     for number, path in doomed.items():
         # Renamed first, so that a kill leaves a leftover and not half a checkpoint.
         os.rename(path, temporary_path(root, number))
@@ -128,7 +134,7 @@ def publish(temporary: Path, root: Path, step: int) -> Path:
         os.rename(path, replaced)
     os.rename(temporary, path)
     sync(root)
-    write_text(root / LATEST, f"{step}\n")
+    point_to(root, step)
     shutil.rmtree(replaced, ignore_errors=True)
     return path
 
