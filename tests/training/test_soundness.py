@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,27 @@ def test_epochs_are_told_and_whole(tmp_path, flags):
     ended = train(tmp_path / "weighted", flags, task_name=names, total_steps=None, nepochs=1, seq_length=16)
     assert "large.jsonl: 0.51 epochs in 408 samples of all sources" in ended.errors[0]
     assert "small.jsonl: 25.5 epochs in 408 samples of all sources" in ended.errors[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_of_every_rank_and_leaves_the_old_checkpoint(tmp_path, flags, small_disk):
+    place = {**flags, **STAGES, "checkpoint_path": small_disk / "ckpt", "total_steps": 2, "checkpoint_steps": 1}
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(40 << 10))
+    ended = ranks.train(tmp_path, place, world_size=2)
+    assert ended.statuses == [2, 2], ended.errors
+    for errors in ended.errors:
+        assert "the disk is full: make room" in errors
+        assert "Traceback" not in errors
+    assert not [path for path in (small_disk / "ckpt").iterdir() if path.name.endswith(".tmp")]
