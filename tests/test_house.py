@@ -20,6 +20,7 @@ LEVELS = {
     "loading": 3,
     **dict.fromkeys(("data", "retrieval", "minimal20b"), 4),
     **dict.fromkeys(("training", "inference", "convert", "evaluation"), 5),
+    "__main__": 6,
 }
 # Packages that the library is imported without: of extras, or of the tests.
 OPTIONAL = (

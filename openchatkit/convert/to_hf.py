@@ -28,7 +28,7 @@ class Original:
 
 
 def convert_command(
-    script: str, *, family: str, config_name: str, stages: int, layers_per_stage: int
+    script: str, *, family: str | None, config_name: str, stages: int, layers_per_stage: int
 ) -> Callable[..., None]:
     """The command of a `tools/convert_to_hf_*.py`; the last three are for checkpoints of the original kit."""
     original = Original(config_name, stages, layers_per_stage)

@@ -1,0 +1,67 @@
+"""The command `openchatkit`, or `python -m openchatkit`: the kit's programs by name, with their scripts' flags."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from openchatkit import __version__, cli, paths
+from openchatkit.errors import UserError
+
+# What each is for, its script, and the module that has its `main`.
+COMMANDS = {
+    "prepare": ("make layer shards of a base model", "pretrained/*/prepare.py", ""),
+    "fetch": ("fetch and unpack data", "data/prepare_data.py", "data.fetching"),
+    "preprocess": ("tokenise records into .bin and .idx", "tools/preprocess_data.py", "data.preprocess.command"),
+    "tokenizer": ("train a tokenizer", "tools/train_tokenizer.py", "data.tokenizer_training"),
+    "inspect": ("show what training would be given", "tools/inspect_data.py", "data.inspection.command"),
+    "train": ("fine-tune, one process a rank", "training/dist_clm_train.py", "training.loop"),
+    "launch": ("start a process for each rank", "training/launch.py", "distributed.launcher"),
+    "convert": ("make a Hugging Face model of a checkpoint", "tools/convert_to_hf_*.py", ""),
+    "evaluate": ("examine a model with lm-eval's tasks", "tools/run_evaluation.py", "evaluation.harness"),
+    "chat": ("chat with a model", "inference/bot.py", "inference.bot"),
+    "serve": ("serve a model by OpenAI's API, with a page", "inference/server.py", "inference.server.command"),
+    "moderate": ("judge texts", "inference/moderate.py", "inference.moderation.command"),
+    "index": ("make and search an index of documents", "retrieval/build_index.py", "retrieval.command"),
+}
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program that the first argument names, with the others."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = given[0] if given else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        print(f"openchatkit {__version__}")
+    elif name in COMMANDS:
+        find(name)(given[1:])
+    else:
+        raise UserError(f"there is no command {name!r}: expected one of {', '.join(COMMANDS)}")
+
+
+def find(name: str) -> Callable[[Sequence[str]], None]:
+    """Return the `main` of a command; nothing of it is imported before."""
+    if name == "prepare":
+        from openchatkit.convert import from_hf
+
+        return from_hf.prepare_command(str(paths.PRETRAINED / "prepare.py"), "EleutherAI/pythia-1.4b-deduped")
+    if name == "convert":
+        from openchatkit.convert import to_hf
+
+        # The last three are for checkpoints of the original kit.
+        base = {"config_name": "EleutherAI/gpt-neox-20b", "stages": 8, "layers_per_stage": 6}
+        return to_hf.convert_command("convert", family=None, **base)
+    module = importlib.import_module(f"openchatkit.{COMMANDS[name][2]}")
+    return module.prepare_data if name == "fetch" else module.main
+
+
+def usage() -> str:
+    """Return what the command prints of itself."""
+    lines = [f"  {name:10}  {what} ({script})" for name, (what, script, _) in COMMANDS.items()]
+    head = "usage: openchatkit COMMAND [FLAGS]    (openchatkit COMMAND --help lists the flags)"
+    return "\n".join([head, "", *lines])
+
+
+if __name__ == "__main__":
+    main()
