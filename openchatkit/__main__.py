@@ -4,7 +4,8 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from openchatkit import __version__, cli, paths
+import openchatkit
+from openchatkit import cli, paths
 from openchatkit.errors import UserError
 
 # What each is for, its script, and the module that has its `main`.
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
-        print(f"openchatkit {__version__}")
+        print(f"openchatkit {openchatkit.__version__}")
     elif name in COMMANDS:
         find(name)(given[1:])
     else:

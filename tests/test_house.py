@@ -181,3 +181,28 @@ def test_shell_is_bash_that_a_mac_has(path):
     # An empty array counts as unset there, so under `set -u` it needs the form ${a[@]+"${a[@]}"}, unless it never is.
     for name in re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}"', code):
         assert re.search(rf"(?m)^\s*{name}=\(\n?\s*[^)\s]", code), name
+
+
+TOURS = re.findall(r"`(openchatkit/[\w/]+\.py):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+
+
+def test_architecture_names_what_there_is():
+    """The tours of ARCHITECTURE.md lead to functions, classes and methods that exist."""
+    assert len(TOURS) > 40
+    for file, name in TOURS:
+        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            found = [node for node in body if isinstance(node, kinds) and node.name == part]
+            assert found, f"{file} has no {name}"
+            body = found[0].body
+
+
+def test_architecture_has_every_room():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = {
+        room: int(level)
+        for level, rooms in re.findall(r"(?m)^\| (\d) \| (.*?) \|", text)
+        for room in re.findall(r"`(\w+)`", rooms)
+    }
+    assert named == LEVELS
