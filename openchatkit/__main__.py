@@ -51,8 +51,8 @@ def find(name: str) -> Callable[[Sequence[str]], None]:
         from openchatkit.convert import to_hf
 
         # The last three are for checkpoints of the original kit.
-        base = {"config_name": "EleutherAI/gpt-neox-20b", "stages": 8, "layers_per_stage": 6}
-        return to_hf.convert_command("convert", family=None, **base)
+        base = "EleutherAI/gpt-neox-20b"
+        return to_hf.convert_command("convert", family=None, config_name=base, stages=8, layers_per_stage=6)
     module = importlib.import_module(f"openchatkit.{COMMANDS[name][2]}")
     return module.prepare_data if name == "fetch" else module.main
 

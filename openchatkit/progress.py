@@ -1,11 +1,12 @@
 """One live line for long work: drawn on a terminal, silent elsewhere."""
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 
-def bar(total: int | None, description: str, *, unit: str = "it", initial: int = 0, **options: object) -> tqdm:
+def bar(total: int | None, description: str, *, unit: str = "it", initial: int = 0, **options: Any) -> tqdm:
     """A tqdm bar on stderr with rate and time left; nothing is drawn when stderr is no terminal."""
     options.setdefault("disable", None)
     return tqdm(total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True, **options)

@@ -106,6 +106,7 @@ class _Launch:
 
     def pass_on(self, rank: Rank) -> None:
         """Copy a rank's stderr, in a thread of its own, holding back what the lead may say as well."""
+        assert rank.process.stderr is not None
         for line in rank.process.stderr:
             text = line.decode("utf-8", "replace").rstrip()
             if text.startswith("error: "):
@@ -161,6 +162,7 @@ class _Launch:
     def stop(self, running: list[Rank]) -> None:
         """SIGTERM to those left once the cause is certain, SIGKILL to those that do not heed it."""
         cause = self.cause()
+        assert cause.status is not None
         elapsed = time.monotonic() - min(rank.ended for rank in self.failures())
         patience = KILL_SECONDS_USER_ERROR if cause.status == USER_ERROR else KILL_SECONDS
         for rank in running:

@@ -115,6 +115,7 @@ def _own_group(members: Sequence[range], rank: int, timeout: timedelta) -> dist.
     NCCL, whatever that of the whole job is (https://github.com/pytorch/pytorch/issues/119613).
     """
     if len(members) == 1:
+        assert dist.group.WORLD is not None
         return dist.group.WORLD  # A second communicator of the same ranks would only take memory on the GPU.
     groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)

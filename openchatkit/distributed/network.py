@@ -33,11 +33,11 @@ def parse_url(url: str) -> tuple[str, int]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError:
-        parts = host = port = None
-    if parts is None or parts.scheme != "tcp" or not host or not port:
-        raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT, for example tcp://127.0.0.1:7033")
-    return host, port
+        if parts.scheme == "tcp" and host and port:
+            return host, port
+    except ValueError:  # brackets that do not close, a port that is no number
+        pass
+    raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT, for example tcp://127.0.0.1:7033")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -70,6 +70,7 @@ class Rank:
 def guard() -> Iterator[IO[bytes]]:
     """A helper process that kills the process groups written to it, one number a line, should the launcher die."""
     helper = subprocess.Popen(["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True)
+    assert helper.stdin is not None
     try:
         yield helper.stdin
     finally:

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
             f"RANK is set, and {missing[0]} is not: set it to where rank 0 listens, as torchrun does, or give --rank, "
             "--world-size and --dist-url"
         )
-    options = {"backend": "gloo", "rank": rank, "world_size": world_size, "timeout": timeout}
+    options: dict[str, Any] = {"backend": "gloo", "rank": rank, "world_size": world_size, "timeout": timeout}
     if device.type == "cuda":
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     try:
@@ -47,7 +48,7 @@ def disconnect() -> None:
 
 def _store(url: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     host, port = parse_url(url)
-    options = {"world_size": world_size, "timeout": timeout, "wait_for_workers": False}
+    options: dict[str, Any] = {"world_size": world_size, "timeout": timeout, "wait_for_workers": False}
     if rank != 0:
         return dist.TCPStore(host, port, is_master=False, **options)
     # The store owns the socket's descriptor from here on.

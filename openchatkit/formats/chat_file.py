@@ -162,7 +162,7 @@ def _bytes(path: Path, name: str) -> bytes:
         names = ", ".join(list_chats()[:8]) or "none yet"
         raise UserError(f"there is no saved chat {name}: there are {names}") from error
     except OSError as error:
-        raise UserError(f"the chat {path} cannot be read: {os.strerror(error.errno)}") from error
+        raise UserError(f"the chat {path} cannot be read: {error.strerror or error}") from error
     if len(data) > SIZE_LIMIT:
         raise _wrong(path, f"it is longer than {SIZE_LIMIT} bytes")
     return data

@@ -49,7 +49,8 @@ class HFModel:
             self.files = sorted(contents)
             for name in self.files:
                 found = self._file(name).specs
-                for key in found if contents[name] is None else contents[name]:
+                listed = contents[name]
+                for key in found if listed is None else listed:
                     if key not in found:
                         raise DamagedError(f"{self.path / name} lacks {key}, which the index promises")
                     self.specs[key], self._file_of[key] = found[key], name

@@ -33,7 +33,7 @@ _NAMES = {
 _SPLIT_INSIDE = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 _ADDED = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
 # GPT-NeoX-20B as its own yml describes it: its weights are often fetched without that file.
-_PUBLISHED = {
+_PUBLISHED: dict[str, Any] = {
     "num_layers": 44,
     "hidden_size": 6144,
     "num_attention_heads": 64,

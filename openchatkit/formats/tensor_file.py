@@ -155,7 +155,7 @@ def write_tensors(
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, flat, without a copy where it is contiguous and on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def cast(chunks: Iterable[memoryview], source: torch.dtype, target: torch.dtype) -> Iterator[memoryview]:

@@ -202,12 +202,12 @@ class TokenStoreWriter:
         """Append documents: their tokens one after another, each one's size, and the mask's byte of every token."""
         assert int(sizes.sum()) == len(tokens), (int(sizes.sum()), len(tokens))
         assert len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < self._vocab_size), "token id out of range"
-        self._bin.write(tokens.astype(self._dtype))
-        self._idx.write(sizes.astype("<i4"))
+        self._bin.write(tokens.astype(self._dtype).data)
+        self._idx.write(sizes.astype("<i4").data)
         if self._mask is not None:
             assert mask is not None
             assert mask.shape == tokens.shape, (mask.shape, tokens.shape)
-            self._mask.write(mask.astype("<u1"))
+            self._mask.write(mask.astype("<u1").data)
             trained = mask == TRAINED
             self.trained_tokens += int(np.count_nonzero(trained))
             self.excluded_tokens += int(np.count_nonzero(mask == EXCLUDED))
@@ -233,10 +233,10 @@ class TokenStoreWriter:
             starts = offset + np.concatenate([[0], ends[:-1]])
             offset += int(ends[-1])
             self._idx.seek(_HEADER.size + 4 * self.documents + 8 * first)
-            self._idx.write((starts * self._dtype.itemsize).astype("<i8"))
+            self._idx.write((starts * self._dtype.itemsize).astype("<i8").data)
         self._idx.seek(0, 2)
         for first in range(0, self.documents + 1, _PIECE):
-            self._idx.write(np.arange(first, min(first + _PIECE, self.documents + 1), dtype="<i8"))
+            self._idx.write(np.arange(first, min(first + _PIECE, self.documents + 1), dtype="<i8").data)
         self._idx.seek(0)
         self._idx.write(_HEADER.pack(_MAGIC, 1, self._code, self.documents, self.documents + 1))
         self._release()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def _keeps_keys(model: nn.Module) -> bool:
     """Whether any layer of the model's own cache keeps keys and values, or the model says of itself that it might."""
     from transformers.cache_utils import DynamicLayer
 
-    layers = DynamicCache(config=model.config).layers
+    layers = DynamicCache(config=cast(PreTrainedConfig, model.config)).layers
     if layers:
         return any(isinstance(layer, DynamicLayer) for layer in layers)
     return not getattr(model, "_is_stateful", False)
@@ -71,7 +72,8 @@ def gptj_attentions(model: PreTrainedModel) -> Sequence[nn.Module]:
 
     That is until 5.24, whose GPT-J takes the attention interface; then there are none.
     """
-    modules = [block.attn for block in model.transformer.h]
+    body: Any = model.transformer
+    modules = [block.attn for block in body.h]
     return modules if all(hasattr(m, "scale_attn") and hasattr(m, "_attn") for m in modules) else []
 
 

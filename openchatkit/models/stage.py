@@ -103,8 +103,8 @@ class Stage(nn.Module):
                     self._draw(module.weight, generator)
                 elif isinstance(module, nn.LayerNorm):
                     module.weight.fill_(1.0)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    bias.zero_()
             if shard == HEAD and self.config.tie_embeddings:
                 # The embedding's own draw, which another stage may hold.
                 generator.manual_seed(seed * len(order) + order.index(EMBED))

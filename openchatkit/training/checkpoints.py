@@ -89,7 +89,7 @@ def save(
     The replicas of a stage hold the same bits, so they share its shards among themselves. What this checkpoint holds no
     step has been taken with yet: that of step `proven`, the last with which one was, is not deleted; without one, none.
     """
-    temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else None)[0]
+    temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else root)[0]
     own = [shard for number, shard in enumerate(stage.shards) if number % layout.replicas == layout.replica]
 
     def finish() -> None:
@@ -182,9 +182,9 @@ def versions() -> dict[str, str]:
 def check_shared_folder(root: Path, layout: Layout) -> None:
     """UserError unless every rank sees the folder that rank 0 sees."""
 
-    def leave() -> str | None:
+    def leave() -> str:
         if layout.rank:
-            return None
+            return ""
         with storage_errors(root):
             handle, name = tempfile.mkstemp(prefix=".seen_by_all_", dir=root)
         os.close(handle)

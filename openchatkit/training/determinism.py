@@ -23,6 +23,6 @@ def make_deterministic() -> None:
         )
     torch.use_deterministic_algorithms(True)
     # Else every new tensor is filled first, in case that someone reads it before it is written; here nobody does.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Flash and memory-efficient attention have backward passes that keep the order; cuDNN's has none.
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -310,7 +310,7 @@ def _explained(settings: Settings) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        causes = [error]
+        causes: list[BaseException] = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
         if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):

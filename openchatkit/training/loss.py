@@ -9,6 +9,8 @@ float16 has no room for small entries of p, nor for the gradient of W, a sum ove
 There p is float32, and so are the gradients until they are scaled.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +70,7 @@ class VocabularyLoss:
             hidden = hidden.index_select(0, trained)
         total, losses = _Walk.apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
         for own in sources_of_each:
+            assert sums is not None
             sums.index_add_(0, own, losses.double())
         return total
 
@@ -78,7 +81,8 @@ class VocabularyLoss:
         if known is None or known[0].shape[0] < shape[0] or known[0].dtype != dtype:
             device = self.projection.weight.device
             dtypes = (dtype, torch.float32 if dtype == torch.float16 else dtype)
-            known = self._buffers = tuple(torch.empty(shape, dtype=each, device=device) for each in dtypes)
+            logits, probabilities = (torch.empty(shape, dtype=each, device=device) for each in dtypes)
+            known = self._buffers = logits, probabilities
         return known[0][:tokens], known[1][:tokens]
 
 
@@ -131,7 +135,7 @@ class _Walk(torch.autograd.Function):
         return total * scale, each
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient, None, None, None, None, None
 
@@ -174,7 +178,7 @@ def _losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> tuple[Tens
     return losses, rest
 
 
-def _add_to_grad(parameter: nn.Parameter, gradient: Tensor, scale: float) -> None:
+def _add_to_grad(parameter: Tensor, gradient: Tensor, scale: float) -> None:
     if parameter.grad is None:
         parameter.grad = gradient.to(parameter.dtype).mul_(scale)
     else:

@@ -58,8 +58,14 @@ def squared_norms(stage: Stage) -> Tensor:
     device = next(stage.parameters()).device
     norms = torch.zeros(len(order), dtype=torch.float64, device=device)
     for shard, _, parameter in own_parameters(stage):
-        norms[order[shard]] += torch.linalg.vector_norm(parameter.grad).double().square()
+        norms[order[shard]] += torch.linalg.vector_norm(gradient_of(parameter)).double().square()
     return norms
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter that has one."""
+    assert parameter.grad is not None, tuple(parameter.shape)
+    return parameter.grad
 
 
 def add_tied_gradients(stage: Stage, layout: Layout) -> None:
@@ -68,22 +74,22 @@ def add_tied_gradients(stage: Stage, layout: Layout) -> None:
         return
     ends = [_tied_ends(stage, shard) for shard in (EMBED, HEAD) if shard in stage.shards]
     if layout.stages == 1:
-        total = ends[0].grad + ends[1].grad
+        total = gradient_of(ends[0]) + gradient_of(ends[1])
     else:
         # Every stage takes part, those in the middle with zeros: only the ends hold a gradient, so the sum is exact.
         config = stage.config
         shape = (config.vocab_size, config.hidden_size)
-        total = ends[0].grad if ends else torch.zeros(shape, device=layout.device)
+        total = gradient_of(ends[0]) if ends else torch.zeros(shape, device=layout.device)
         layout.sum_over_stages(total)
     for parameter in ends:
-        parameter.grad.copy_(total)
+        gradient_of(parameter).copy_(total)
 
 
 def sum_gradients_over_replicas(parameters: Iterable[nn.Parameter], layout: Layout, *, through_cpu: bool) -> None:
     """Add every gradient over the replicas, in buckets that one all-reduce takes; `through_cpu` reduces by gloo."""
     if layout.data is None:
         return
-    for bucket in _buckets([p.grad for p in parameters], limit=1 << 25):
+    for bucket in _buckets([gradient_of(p) for p in parameters], limit=1 << 25):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         reduced = flat.cpu() if through_cpu else flat
         layout.sum_over_replicas(reduced)
@@ -106,5 +112,5 @@ def _is_tied_copy(stage: Stage, shard: str, name: str) -> bool:
     return stage.config.tie_embeddings and shard == HEAD and name == family(stage.config).tied_weight
 
 
-def _tied_ends(stage: Stage, shard: str) -> nn.Parameter:
+def _tied_ends(stage: Stage, shard: str) -> Tensor:
     return stage.projection.weight if shard == HEAD else next(stage.shards[EMBED].parameters())

@@ -4,7 +4,9 @@ Parameters, gradients and optimizer state are float32 throughout; autocast casts
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from loguru import logger
@@ -88,7 +90,7 @@ class LossScaler:
         """What a checkpoint keeps."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, float | int | bool]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; a scale that is fixed, or not needed, now stays as the flags say."""
         if self.dynamic and state["dynamic"]:
             self.scale = state["scale"]

@@ -19,6 +19,7 @@ from openchatkit.models.stage import Stage
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import (
     add_tied_gradients,
+    gradient_of,
     learning_rate,
     squared_norms,
     sum_gradients_over_replicas,
@@ -241,7 +242,7 @@ class Trainer:
         factor = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
         factor /= self.scaler.scale
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in self.stage.parameters()], factor)
+            torch._foreach_mul_([gradient_of(p) for p in self.stage.parameters()], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
