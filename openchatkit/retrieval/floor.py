@@ -22,6 +22,7 @@ REMARKS = _REMARKS.replace("\n", "|").split("|")
 _NEAR, _WEAK = 0.2, 0.05
 # Of BM25's scores, as `above` takes them, chosen in the same way.
 _STRENGTH, _STRENGTH_ALONE = 0.74, 0.57
+_HINTED, _NAMED = 0.3, 0.55  # of what a question is about
 _ROWS = 50_000  # that the remarks are compared with, at most
 
 # Where there are no vectors, or nobody has measured.
@@ -56,14 +57,20 @@ def measured(encoder: Encoder, vectors: np.ndarray) -> Floor:
     return Floor(cosine=near, weak_cosine=weak, strength=_STRENGTH, strength_alone=_STRENGTH_ALONE)
 
 
-def above(floor: Floor, cosines: np.ndarray | None, strengths: np.ndarray) -> np.ndarray:
+def above(floor: Floor, cosines: np.ndarray | None, strengths: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Which of n rows show enough to be found: bool [n].
 
     A row's strength is its BM25 score over the weight of a word that is in one row only: 1 is about what two rare words
     in common give, whatever the size of the index. A row is found if the cosine of its vector is at least
     `floor.cosine`, or that is at least `weak_cosine` and the strength at least `strength`; where there are no vectors,
     if its strength is at least `strength_alone`.
+
+    `shares` are those of `Sparse.shares`. A row whose rare words are a third of what a question is about counts as one
+    of strength 1 at least; if they are more than half, it is found as if there were no vectors.
     """
+    strengths = np.where(shares >= _HINTED, np.maximum(strengths, 1.0), strengths)
+    alone = strengths >= floor.strength_alone
     if cosines is None:
-        return strengths >= floor.strength_alone
-    return (cosines >= floor.cosine) | ((cosines >= floor.weak_cosine) & (strengths >= floor.strength))
+        return alone
+    near = (cosines >= floor.cosine) | ((cosines >= floor.weak_cosine) & (strengths >= floor.strength))
+    return near | ((shares >= _NAMED) & alone)

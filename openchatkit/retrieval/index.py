@@ -176,6 +176,7 @@ class Index:
                 self.record.floor if floor is True else floor,
                 None if similarity is None else self._cosines(ranking.dense, vector, ranking.rows),
                 ranking.sparse / self.sparse.rarest,
+                self.sparse.shares(query, ranking.rows) if by_words else np.zeros(len(rows)),
             )
             ranking = ranking.only(chosen | named[best])
         return ranking.only(slice(k))

@@ -25,10 +25,13 @@ import pyarrow as pa
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats.retrieval_index import SparseRecord
+from openchatkit.retrieval.everyday import telling
 from openchatkit.retrieval.words import words
 
 K1, B = 1.2, 0.75
 _PIECE = 8192  # rows at a time
+_FEW = 32  # rows that a rare word may be in, in a small index; in a large one, a quarter of all
+_NAME = 4  # times that a word with digits in it outweighs another
 _MOST_WORDS = 64  # of a question: a pasted page is told from others by fewer
 _SCORE, _ROW, _START = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<i8")
 _ENTRY = np.dtype([("word", "<i4"), ("row", "<i4"), ("count", "<i4")])
@@ -195,6 +198,26 @@ class Sparse:
         result = np.empty_like(found)
         result[order] = found
         return result
+
+    def shares(self, query: str, rows: np.ndarray) -> np.ndarray:
+        """How much of what a question is about each of these rows holds, by its rare words: float64 [n], 0 to 1.
+
+        A rare word is no everyday one, and few rows hold it. Each of the question's words weighs as much as it is rare,
+        an everyday one nothing, one that no row holds as much as one that one row does, and a number or a code such as
+        `E4021` four times as much.
+        """
+        few = max(_FEW, self._rows // 4)
+        told, whole = np.zeros(len(rows)), 0.0
+        numbers = {self._words[number].as_py(): number for number in self._known(query)}
+        for word in telling(query):
+            number = numbers.get(word)
+            weight = self.rarest if number is None else float(self._weights[number].as_py())
+            weight *= _NAME if any(character.isdigit() for character in word) else 1
+            whole += weight
+            if number is not None and len(postings := self._entries(number)[0]) <= few:
+                at = np.minimum(np.searchsorted(postings, rows), len(postings) - 1)
+                told += weight * (postings[at] == rows)
+        return told / max(whole, 1e-9)
 
     def vocabulary(self) -> list[str]:
         """All words, sorted: a word's number in the arrays is its place here."""

@@ -8,6 +8,7 @@ words, count as pairs of characters. English words that say nothing about a subj
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
 LONGEST = 64  # characters; what is longer is no word: an encoded file, say
 # Letters and digits; those of the first group are part of a name: joined to others by a point, a colon or a low line.
@@ -24,19 +25,15 @@ _EMPTY = frozenset(_EMPTY_WORDS.split())
 
 def words(text: str) -> list[str]:
     """The words of a text in order, repeated ones too."""
-    found = []
+    return [word for word, _ in terms(text)]
+
+
+def terms(text: str) -> Iterator[tuple[str, bool]]:
+    """The words of a text in order, repeated ones too, each with whether it is part of a name such as `json.dumps`."""
     for match in _RUNS.finditer(unicodedata.normalize("NFKC", text)):
         run, in_name = match[0], match[1] is not None
-        if not run.isascii():
-            found += _of_unparted(run)
-            continue
-        word = run.lower()
-        if word in _EMPTY or len(word) > LONGEST:
-            continue
-        parts = [] if word == run or run[1:] == word[1:] or run.isupper() else _HUMPS.split(run)
-        found.append(word if in_name or len(parts) > 1 else singular(word))
-        found += [singular(part.lower()) for part in parts] if len(parts) > 1 else []
-    return found
+        for word in _of_ascii(run, in_name) if run.isascii() else _of_unparted(run):
+            yield word, in_name
 
 
 def singular(word: str) -> str:
@@ -54,6 +51,16 @@ def singular(word: str) -> str:
 def stands_in(title: str, question: str) -> bool:
     """Whether a question holds a title whole, in its own case, and not as a part of a longer name."""
     return bool(title) and re.search(rf"(?<![\w.]){re.escape(title)}(?!\.?\w)", question) is not None
+
+
+def _of_ascii(run: str, in_name: bool) -> list[str]:
+    word = run.lower()
+    if word in _EMPTY or len(word) > LONGEST:
+        return []
+    parts = [] if word == run or run[1:] == word[1:] or run.isupper() else _HUMPS.split(run)
+    if len(parts) > 1:
+        return [word, *(singular(part.lower()) for part in parts)]
+    return [word if in_name else singular(word)]
 
 
 def _of_unparted(run: str) -> list[str]:

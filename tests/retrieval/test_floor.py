@@ -23,13 +23,22 @@ class Nearness:
 def test_a_row_is_found_by_its_cosine_or_by_less_of_it_and_words():
     asked = Floor(cosine=0.5, weak_cosine=0.2, strength=1.0, strength_alone=0.7)
     cosines, strengths = np.array([0.5, 0.4, 0.4, 0.1]), np.array([0.0, 0.9, 1.0, 9.0])
-    assert above(asked, cosines, strengths).tolist() == [True, False, True, False]
-    assert above(asked, None, strengths).tolist() == [False, True, True, True]
+    assert above(asked, cosines, strengths, np.zeros(4)).tolist() == [True, False, True, False]
+    assert above(asked, None, strengths, np.zeros(4)).tolist() == [False, True, True, True]
+
+
+def test_a_row_with_what_a_question_is_about_needs_less():
+    asked = Floor(cosine=0.5, weak_cosine=0.2, strength=1.0, strength_alone=0.7)
+    cosines, strengths, shares = np.array([0.3, 0.3, 0.0, 0.0]), np.full(4, 0.4), np.array([0.2, 0.3, 0.3, 1.0])
+    assert above(asked, cosines, strengths, shares).tolist() == [False, True, False, True]
+    assert above(asked, None, strengths, shares).tolist() == [False, True, True, True]
+    high = Floor(cosine=2.0, weak_cosine=2.0, strength=9.0, strength_alone=9.0)
+    assert not above(high, cosines, strengths, shares).any()
 
 
 def test_without_vectors_words_alone_are_asked_and_without_measure_no_cosine():
-    assert above(floor.NO_COSINE, np.array([-0.9]), np.array([0.8])).all()
-    assert above(floor.NO_COSINE, None, np.array([0.5, 0.6])).tolist() == [False, True]
+    assert above(floor.NO_COSINE, np.array([-0.9]), np.array([0.8]), np.zeros(1)).all()
+    assert above(floor.NO_COSINE, None, np.array([0.5, 0.6]), np.zeros(2)).tolist() == [False, True]
 
 
 def test_a_floor_lies_a_fifth_above_what_remarks_typically_reach():

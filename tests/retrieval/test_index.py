@@ -44,6 +44,45 @@ def test_small_talk_finds_nothing(folder, encoder, query):
             assert index.search(query, mode=mode) == []
 
 
+ERRORS = [f"The device stopped: {part} {number} gave no answer." for number, part in enumerate(["pump", "valve"] * 30)]
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_a_rare_word_of_a_question_finds_its_passage_by_title_or_text(tmp_path, encoder, with_vectors):
+    encoder = encoder if with_vectors else None
+    texts = [*ERRORS, "There is a gizmo on the shelf beside the red lamp."]
+    titles = [*(f"Errors > E{4000 + at}" for at in range(60)), "News"]
+    make(tmp_path, texts, titles=titles, encoder=encoder)
+    with Index.open(tmp_path, encoder) as index:
+        for question in ("What does E4021 mean?", "e4021", "My neighbour's boiler shows E4021 on its panel, why?"):
+            assert index.search(question)[0].title == "Errors > E4021"
+        for question in ("What is a gizmo?", "GIZMO", "Where did you put the gizmos yesterday?"):
+            assert index.search(question)[0].title == "News"
+        assert index.search("What does E5021 mean?") == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12])
+def test_a_word_is_found_in_a_small_index_even_if_all_passages_hold_it(tmp_path, count):
+    make(tmp_path, [f"Part {at} of the gizmo is made of {what}." for at, what in enumerate(["tin"] * count)])
+    with Index.open(tmp_path) as index:
+        assert len(index.search("What is the gizmo?", 3)) == min(count, 3)
+        assert index.search("What is the sprocket?") == []
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_everyday_words_and_one_word_of_many_find_nothing(tmp_path, encoder, with_vectors):
+    encoder = encoder if with_vectors else None
+    said = ["Hello and welcome, have a nice day.", "Tell me a joke, I am bored.", "Danke, bis morgen!", "你好,谢谢。"]
+    make(tmp_path, [*said, *ERRORS], encoder=encoder)
+    with Index.open(tmp_path, encoder) as index:
+        rows = np.arange(4)
+        for remark in ("Hello, nice day!", "Tell me a joke", "I'm so bored today", "Danke!", "谢谢你好"):
+            assert not index.sparse.shares(remark, rows).any()
+        question = "Which pumps did Roman, Greek and Persian engineers invent?"
+        assert index.sparse.shares(question, np.arange(len(said), 64)).max() < 0.3
+        assert index.search(question) == []
+
+
 def test_the_floor_is_the_index_s_own_unless_another_is_given(tmp_path, encoder):
     high = layout.Floor(cosine=2, weak_cosine=2, strength=9, strength_alone=9)
     make(tmp_path, encoder=encoder, floor=high)

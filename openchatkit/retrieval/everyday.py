@@ -1,0 +1,111 @@
+"""Words that everybody uses about everything, so that a passage which holds one need not be about the question.
+
+Two lists: the commonest words of English and of its small talk, and greetings of other languages. Of Chinese, Japanese
+and Korean, whose terms are pairs of characters (`words`), a pair that holds a character of grammar is an everyday one.
+"""
+
+import functools
+import re
+
+from openchatkit.retrieval.words import terms, words
+
+_ENGLISH = """
+ability able above accept accord account across act action active actual actually add afraid after afternoon again
+against age ago agree ahead ain air alive all allow almost alone along already alright also although always amazing
+among amount angry animal another answer any anybody anyhow anymore anyone anything anyway anywhere apart appear apply
+april area aren around arrive art aside ask asleep ate attention august available average avoid awake away awesome
+awful baby back bad ball bank base basic beautiful because become bed been before began begin behind believe below
+beside best better between beyond big birthday bit black bless blue board body book bored boring born bot both bottom
+bought box boy break breakfast brief bright bring bro broke broken brother brought brown buddy build built business
+busy buy bye call calm came capital car card care carry case catch cause certain certainly chance change chat check
+cheer child children chill choice choose city class clean clear clearly clever close cold color colour come comfortable
+comment common company compare complete completely computer concern confuse confused congrats congratulation consider
+contain continue control conversation cook cool copy correct cost couldn country couple course cover crazy create cry
+cup current cut cute cya daily damn dark date daughter day dead deal dear death december decide deep definitely deliver
+describe detail didn die differ difference different difficult dinner direct direction discover discuss distance doctor
+doesn dog doing don done door double doubt down draw drawn dream dress drew drink drive driven drop drove dry dude
+during each early earth easily easy eat eaten edge effect eight either eleven else empty end enjoy enough enter entire
+especially even evening ever every everybody everyone everything everywhere exact exactly example excellent except
+excite excited excuse exist expect expensive experience explain eye face fact fail fair fall false family famous
+fantastic far farewell fast father favor favorite favourite fear february feel feeling fell fella felt few field fight
+figure fill final finally find fine finish fire first fish five fix flat floor flower fly folk follow food foot force
+forever forget form forward fought found four free fresh friday friend friendly front fruit full fully fun funny
+further future game garden general get girl give given glad go goal god goes going gold gone gonna good goodbye
+goodnight got gotta great green greet greeting grew ground group grow grown guess guy hadn haha hahaha hair half hand
+handle happen happy hard hardly hasn hate haven having head health hear heard heart heat heavy held hello help helpful
+hence here hey heya hi hidden high him himself hit hiya hmm hold holiday home honest honestly hope horrible hot hour
+house howdy however huge huh human hundred hungry hurry hurt husband idea ill imagine immediately important impossible
+include indeed inform information inside instead intend interest interested interesting involve isn issue item january
+job join joke july june just keep kept kid kill kind kitchen knew know knowledge known lady laid land language large
+last late later latest laugh law lazy lead learn least leave led left leg lent less let letter level lie life light
+like likely line list listen lit little live local lol lonely long longer look lose lost lot loud love lovely low luck
+lucky lunch machine mad made main mainly make man manage many march mark market marry matter maybe meal mean meaning
+meant measure meet meeting member men mention message method middle might mind minute miss mistake modern moment monday
+money month mood moon more morning most mostly mother move movie much mum music must mustn myself name nation nature
+near nearly necessary need neither never new news next nice night nine nobody noise none nope normal normally note
+nothing notice november now nowhere number obvious obviously occur october offer office often oh ok okay old once one
+only onto oops open opinion option orange order ordinary original other otherwise ought ourselves outside over own page
+paid pain paint pair pal paper pardon parent part particular particularly partly party pass past pay peace people per
+perfect perhaps period person personal phone photo pick picture piece place plan plant play please pleasure pls plz
+point poor popular position possible possibly post power practice prefer prepare present president pretty prevent
+previous price private probably problem process produce promise proper properly protect proud prove provide public pull
+purpose push put quality question quick quickly quiet quite race rain raise ran random rang rather reach read ready
+real really reason receive recent recently recommend red regard regular relate remain remember remind remove repeat
+reply report require reset respond response rest result return rich ride right ring rise river road robot rode role
+room rose round rule run sad safe said same sang sat saturday save saw say school science sea season second secret see
+seem seen sell send sense sent sentence separate september serious seriously serve set seven several shall shape share
+shop short shot shouldn show shown shut sick side sign silly similar simple simply since sing single sir sister sit
+site six size skip sky sleep sleepy slept slow slowly small smart smell smile so soft sold solution solve some somebody
+somehow someone something sometimes somewhat somewhere son song soon sorry sort sought sound speak special specific
+speech speed spell spend spent spoke spoken spring stand star start state stay step stick still stole stood stop store
+story straight strange street strong stuck study stuff stupid subject such suddenly suggest suggestion summer sun
+sunday sup super suppose sure surprise swam sweet swim system table take taken talk tall taste taught teach teacher
+tell ten tend term terrible test text thank thanks then there therefore thing think third thirsty tho thought thousand
+three threw throw thrown thursday thus thx tie till time tiny tip tire tired title today together told tomorrow tonight
+tool top topic tore torn total touch toward town travel treat tree trip trouble true truly trust truth try tuesday turn
+twelve twenty twice two type typical uh um uncle understand understood unfortunately unless until up upon upset ur use
+used useful user usual usually value various version via view visit voice wait wake walk wall wanna want warm wash wasn
+waste watch water way weak wear weather wednesday week weekend weird welcome well went weren wet whatever whenever
+wherever whether while white whoa whole whose wide wife win wind window winter wise wish within without woke woman
+women won wonder wonderful word wore work worker world worn worried worry worse worst worth wouldn wow write writer
+written wrong wrote yay yeah year yellow yep yes yesterday yet yo young yours yourself yup zero
+"""
+_GREETINGS = """
+aber adios alles allo arigato au auf avec bien bist bitte bonjour bonsoir buenas bueno buenos buongiorno ca ciao comme
+comment como con da danke das dass de dein dem den der des dia dias die dir du ein eine einen el ella en er es est
+estas et eu geht gracias grazie gut gute guten guter hallo heisst heißt hola ich ihr il ist ja je kann kein la las le
+les los ma mais mal mas me merci mi mir moi mon morgen muy nach nein nicht noch noche noches non nous nuit obrigado ola
+olá oui para pas per pero por pour prego puis que quel quelle qui quien quoi qué salut salve se sehr sein si sie sind
+soir son sont sta stai su sur sí tag tarde tardes toi tous tout très tschüss tu un una und une vielen vous warum was
+wer wie wiedersehen wieso wir wo y да для до если есть здравствуйте или как кто меня мне можно мы на не нет но он она
+они от по пожалуйста почему привет спасибо так там тебя ты у утро что это я
+"""  # noqa: RUF001
+# A pair with one of these is mostly grammar: particles, pronouns, questions, greetings. Pairs of hiragana are as well.
+_GRAMMAR = re.compile(
+    "[的了是我你您他她它们們在有不这這那吗嗎呢吧啊呀么麼什甚怎哪谁誰为為好谢謝请請今明昨天几幾多少和与與及或就都也很要会會能可以把被给給从從到对對]"
+    "|[\u3041-\u3096ー]{2}|(何|今日|明日|昨日|元気|お.|ご.)"
+    "|[은는을를]$|어디|무엇|뭐|안녕|감사|누구|언제|어떻|떻게|있나|나요|니다|습니|합니|입니|니까|하세|세요|해요|하는|에요|예요|이에|인가|가요"
+    "|는지|인지|무슨|오늘|내일|그리|그런|이것|저것|우리|당신|얼마|마나|왜|까지|에서|으로|에게|부터"
+)
+_NUMBER = re.compile(r"\d{1,2}|(1[5-9]|20)\d\d")  # a count, a day or a year
+_ENDING = re.compile(r"(.{3,}?)(ing|ed|ly)")
+
+
+def telling(text: str) -> list[str]:
+    """The words of a text that tell what it is about, each once; all of a name such as `json.load`."""
+    return list(dict.fromkeys(word for word, in_name in terms(text) if in_name or not is_everyday(word)))
+
+
+def is_everyday(term: str) -> bool:
+    """Whether a term of `words` tells too little of a subject for a passage to be found by it alone."""
+    if not term.isascii():
+        return term in _listed() or _GRAMMAR.search(term) is not None
+    if len(term) < 2 or term in _listed() or _NUMBER.fullmatch(term):
+        return True
+    ending = _ENDING.fullmatch(term)
+    return ending is not None and not _listed().isdisjoint((stem := ending[1], f"{stem}e", stem[:-1], f"{stem[:-1]}y"))
+
+
+@functools.cache
+def _listed() -> frozenset[str]:
+    return frozenset(words(f"{_ENGLISH} {_GREETINGS}"))
