@@ -22,7 +22,7 @@ from openchatkit.retrieval import vectors as kept
 from openchatkit.retrieval.dense import Dense
 from openchatkit.retrieval.floor import above
 from openchatkit.retrieval.generation import sparse_paths
-from openchatkit.retrieval.passage import Hit
+from openchatkit.retrieval.passage import Hit, merge_copies
 from openchatkit.retrieval.sparse import Sparse
 from openchatkit.retrieval.table import Table
 from openchatkit.retrieval.words import stands_in
@@ -134,13 +134,19 @@ class Index:
         return self.dense.to_gpus(self.device)
 
     def search(self, query: str, k: int = 5, *, mode: Mode = "fused", floor: Floor | bool = True) -> list[Hit]:
-        """The best k passages for a question; none where nothing in the index is about it.
+        """The best k passages for a question, each text once; none where nothing in the index is about it.
 
         `mode`: by meaning (dense), by words (sparse), or both. `floor`: what a passage must show, by default what the
         index says; False asks for nothing.
         """
         vector = None if mode == "sparse" or not query.strip() or self._words_alone(mode) else self.encode(query)
-        return self.fetch(self.rank(query, vector, k, mode=mode, floor=floor))
+        depth = max(k, fusion.DEPTH)
+        while True:
+            ranking = self.rank(query, vector, depth if k > 0 else 0, mode=mode, floor=floor)
+            hits = merge_copies(self.fetch(ranking), k)
+            if len(hits) >= k or len(ranking.rows) < depth:
+                return hits
+            depth *= 4  # there are so many copies that they hide what is not one
 
     def encode(self, query: str) -> np.ndarray:
         """A question's vector: float32 [d]."""

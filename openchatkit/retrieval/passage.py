@@ -1,5 +1,7 @@
 """A passage, and what finds passages for a question."""
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +11,8 @@ class Passage:
     """A piece of a document, and where it is from.
 
     `source` is a path or an address, `place` where in it ("page 3", "lines 10-20", "row 7"). `score` orders the
-    passages of one search and means nothing across searches; `id` is the row of the index, -1 for none.
+    passages of one search and means nothing across searches; `id` is the row of the index, -1 for none. `also` names
+    the other places where the same text was found.
     """
 
     text: str
@@ -18,6 +21,12 @@ class Passage:
     place: str = ""
     score: float = 0.0
     id: int = -1
+    also: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """Source and place in one line."""
+        return f"{self.source}, {self.place}" if self.place else self.source
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,25 @@ class Hit(Passage):
 
     dense: float | None = None
     sparse: float = 0.0
+
+
+def merge_copies(hits: Iterable[Hit], k: int) -> list[Hit]:
+    """The first k hits without those whose text one before them has, whose `also` says where these stand.
+
+    Under two headings of one file, the same text may mean two things: those stay apart.
+    """
+    kept: dict[str, list[Hit]] = {}
+    also: dict[int, list[str]] = {}
+    for hit in hits:
+        alike = kept.setdefault(" ".join(hit.text.split()), [])
+        first = next((each for each in alike if each.source != hit.source or each.title == hit.title), None)
+        if first is not None:
+            also[first.id].append(hit.where)
+        elif len(also) < k:
+            alike.append(hit)
+            also[hit.id] = []
+    found = {hit.id: hit for alike in kept.values() for hit in alike}
+    return [dataclasses.replace(found[number], also=tuple(dict.fromkeys(places))) for number, places in also.items()]
 
 
 class Searcher(Protocol):

@@ -14,6 +14,7 @@ from openchatkit.formats.retrieval_index import Skipped
 from openchatkit.retrieval.passage import Hit
 
 _SNIPPET = 300  # characters
+_COPIES = 3  # places named beside the first
 _NARROWEST = 80  # columns, where the output is no terminal
 
 
@@ -25,7 +26,8 @@ def print_hits(hits: Sequence[Hit]) -> None:
         table.add_column(name, justify="right", no_wrap=True, style="cyan")
     table.add_column("passage", ratio=1, overflow="fold")
     for number, hit in enumerate(hits, 1):
-        where = Text(visible(f"{hit.source}, {hit.place}" if hit.place else hit.source), style="green")
+        where = Text(visible("; also ".join([hit.where, *hit.also[:_COPIES]])), style="green")
+        where.append(f" and {len(hit.also) - _COPIES:,} more" if len(hit.also) > _COPIES else "")
         title = Text(hit.title, style="bold")
         text = " ".join(hit.text.split())
         snippet = Text(text if len(text) <= _SNIPPET else f"{text[:_SNIPPET].rsplit(' ', 1)[0]} ...")

@@ -92,6 +92,18 @@ def test_a_search_prints_scores_and_places(capsys, index):
     assert hit["sparse"] > 0
 
 
+def test_a_search_names_the_other_places_of_a_text(capsys, tmp_path):
+    for at in range(6):
+        (tmp_path / f"{at}.txt").write_text("the old king and queen")
+    assert call(capsys, "build", tmp_path, "--index", tmp_path / "index", "--encoder", "none")[0] == 0
+    out = call(capsys, "search", "old king", "--index", tmp_path / "index", "--json")[1]
+    [hit] = json.loads(out)
+    assert [Path(place).name for place in hit["also"]] == [f"{at}.txt, line 1" for at in range(1, 6)]
+    out = call(capsys, "search", "old king", "--index", tmp_path / "index")[1]
+    assert "also" in out
+    assert "and2more" in "".join(out.split())
+
+
 def test_there_are_colours_on_a_terminal_alone(index):
     outer, inner = pty.openpty()
     with open(outer, "rb", buffering=0) as terminal:

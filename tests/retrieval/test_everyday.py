@@ -15,7 +15,7 @@ from openchatkit.retrieval.everyday import telling
         ("I'm so bored, tell me a joke. Are you doing well?", []),
         ("What happened on the 3rd in 1998?", ["3rd"]),
         ("Guten Morgen, wie geht es dir?", []),
-        ("Привет! Как у тебя?", []),
+        ("Привет! Как у тебя?", []),  # noqa: RUF001
         ("你好,你是谁?", []),
         ("안녕하세요, 감사합니다", []),
         ("ありがとうございます", []),

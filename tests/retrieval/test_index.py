@@ -20,6 +20,8 @@ from openchatkit.formats.manifest import DamagedError
 from openchatkit.retrieval import generation
 from openchatkit.retrieval.floor import NO_COSINE
 from openchatkit.retrieval.index import Index, verify
+from openchatkit.retrieval.passage import Hit, merge_copies
+from openchatkit.retrieval.table import Row
 
 pytest.importorskip("faiss")
 
@@ -141,6 +143,30 @@ def test_the_floor_asks_each_passage_by_its_own_scores(folder, encoder):
         between = (first.dense + second.dense) / 2
         floor = layout.Floor(cosine=between, weak_cosine=1.0, strength=9.0, strength_alone=9.0)
         assert index.search("three boils twice object zebra", 5, floor=floor) == [second]
+
+
+@pytest.mark.parametrize("with_vectors", [True, False])
+def test_a_text_in_several_files_takes_one_place_and_names_the_others(tmp_path, encoder, with_vectors):
+    encoder = encoder if with_vectors else None
+    texts = [*["Sourdough bread rises\n overnight.", "Sourdough bread rises overnight."] * 60, "Sourdough needs salt."]
+    rows = [Row(text, f"t{at}", f"{at}.txt", "line 1", bytes([at]), at) for at, text in enumerate(texts)]
+    vectors = [encoder.encode(texts)] if encoder else None
+    made_with = encoder.record() if encoder else None
+    with generation.writing(tmp_path):
+        generation.write_generation(tmp_path, rows=rows, vectors=vectors, encoder=made_with)
+    with Index.open(tmp_path, encoder) as index:
+        first, second = index.search("sourdough bread overnight", 2, floor=False)
+        assert sorted([len(first.also), len(second.also)]) == [0, 119]
+        assert {first.where, *first.also, second.where, *second.also} == {f"{at}.txt, line 1" for at in range(121)}
+        assert len(index.search("sourdough bread overnight", 1, floor=False)[0].also) >= 99
+
+
+def test_the_same_text_under_two_headings_of_a_file_is_two_passages():
+    hits = [Hit("Run setup.", title, "a.md", place, 1.0, at) for at, (title, place) in enumerate([("A", "line 2")] * 2)]
+    hits += [Hit("Run setup.", "B", "a.md", "line 9", 1.0, 2), Hit("Run  setup.", "B", "b.md", "page 1", 1.0, 3)]
+    found = merge_copies(hits, 5)
+    assert [(hit.id, hit.also) for hit in found] == [(0, ("a.md, line 2", "b.md, page 1")), (2, ())]
+    assert [hit.id for hit in merge_copies(hits, 1)] == [0]
 
 
 def test_another_encoder_is_refused(folder, encoder):
