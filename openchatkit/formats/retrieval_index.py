@@ -32,7 +32,7 @@ from openchatkit.formats import manifest
 from openchatkit.formats.manifest import DamagedError, FileRecord
 
 FORMAT = "openchatkit retrieval index"
-VERSION = 2  # rises too when `retrieval.words` would no longer make the same of a text
+VERSION = 3  # rises too when `retrieval.words` would no longer make the same of a text
 MANIFEST = manifest.MANIFEST
 ROLES = {
     "table": ".arrow",
@@ -186,7 +186,10 @@ def check_own(folder: Path) -> None:
     if kind == FORMAT and version == VERSION:
         return
     if kind == FORMAT:
-        raise UserError(f"{folder} is a retrieval index of version {version}, of another OpenChatKit: remove it first")
+        raise UserError(
+            f"{folder} is a retrieval index of version {version}, of another OpenChatKit: remove it first, so that it "
+            f"is built again as version {VERSION}"
+        )
     entries = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
     ours = [name for name in entries if _OURS.fullmatch(name)]
     others = [name for name in entries if name not in ours and not (name == MANIFEST and ours)]

@@ -2,8 +2,9 @@
 
 A chunk never reaches over a heading. Within a section, paragraphs and code are put together until they would be too
 long; one that is too long by itself is cut into sentences (code into lines), a sentence into words, a word only where
-it is too long alone. The next chunk of a section repeats the last sentences of the one before, as far as they fit into
-the overlap. The same document and settings give the same chunks.
+it is too long alone; text without spaces is cut at its commas and full stops. The next chunk of a section repeats the
+last sentences of the one before, as far as they fit into the overlap. The same document and settings give the same
+chunks.
 """
 
 import itertools
@@ -13,17 +14,22 @@ from dataclasses import dataclass
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval.reading import Block, Document, place
+from openchatkit.retrieval.scripts import MARKS, paired
 
 Count = Callable[[Sequence[str]], Sequence[int]]
 
 DEFAULT_TOKENS = 200
 DEFAULT_OVERLAP = 30
-# Encoders make one unknown token of a word that is too long for them: so many characters count as one at least.
+# Encoders make one unknown token of a word that is too long for them: so many characters count as one at least. Where
+# no spaces part words, each character does.
 _CHARACTERS = 16
 _AT_ONCE = 256  # blocks whose tokens are counted in one call
 _TITLE_SHARE = 4  # a title takes at most this part of the room of a chunk
 # Behind a sentence's end and the quotes that close it; Chinese and Japanese put no space there.
-_SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*(\s+)(?=[\w\"'“‘(\[`*])|(?<=[。！？])[」』”）]*()")  # noqa: RUF001
+_SENTENCE = re.compile(
+    r"(?<=[.!?…।॥؟۔።။។])[\"'”’)\]]*(\s+)(?=[\w\"'“‘(\[`*])|(?<=[。！？｡])[」』”）]*()"  # noqa: RUF001
+)
+_CLAUSE = re.compile(r"(?<=[、，；：])()")  # noqa: RUF001
 _WORD = re.compile(r"(?<=\S)(\s+)(?=\S)")
 _LINE = re.compile(r"(\n)")
 
@@ -109,12 +115,12 @@ class _Packer:
     def weigh(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, at least one for every so many characters."""
         counts = self._count(texts) if texts else ()
-        return [max(tokens, -(-len(text) // _CHARACTERS)) for text, tokens in zip(texts, counts, strict=True)]
+        return [max(tokens, _least(text)) for text, tokens in zip(texts, counts, strict=True)]
 
     def add(self, block: Block, weight: int) -> Iterator[Chunk]:
         """Take a block in; chunks that are full come out."""
         whole = _Atom(block, 0, len(block.text.rstrip()), "\n\n", weight)
-        for atom in self._fitting(whole, [_LINE, _WORD] if block.code else [_SENTENCE, _WORD]):
+        for atom in self._fitting(whole, [_LINE, _WORD] if block.code else [_SENTENCE, _CLAUSE, _WORD]):
             if self._atoms and self._weight + atom.weight > self._room:
                 yield from self._cut(atom.weight)
             self._atoms.append(atom)
@@ -176,13 +182,21 @@ class _Packer:
                 yield _Atom(atom.block, start, end, before, weight)
 
     def _characters(self, atom: _Atom) -> Iterator[_Atom]:
-        """A word too long for a chunk, in pieces that fit."""
-        start, before = atom.start, atom.before
+        """A word too long for a chunk, in pieces that fit, cut before no mark of a letter."""
+        text, start, before = atom.block.text, atom.start, atom.before
+        size = max((atom.end - atom.start) * self._room // atom.weight, 1)
         while start < atom.end:
-            end, weight = atom.end, atom.weight
-            while weight > self._room and end - start > 1:
+            end = min(start + size, atom.end)
+            while (weight := self.weigh([text[start:end]])[0]) > self._room and end - start > 1:
                 end = start + max(min((end - start) * self._room // weight, end - start - 1), 1)
-                weight = self.weigh([atom.block.text[start:end]])[0]
-            if not atom.block.text[start:end].isspace():
+            while end < atom.end and end - start > 1 and text[end] in MARKS:
+                end -= 1
+            if not text[start:end].isspace():
                 yield _Atom(atom.block, start, end, before, weight)
             start, before = end, ""
+
+
+def _least(text: str) -> int:
+    """How many tokens a text counts as at least."""
+    alone = paired(text)
+    return alone - (-(len(text) - alone) // _CHARACTERS)

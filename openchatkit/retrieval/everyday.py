@@ -79,6 +79,9 @@ olá oui para pas per pero por pour prego puis que quel quelle qui quien quoi qu
 soir son sont sta stai su sur sí tag tarde tardes toi tous tout très tschüss tu un una und une vielen vous warum was
 wer wie wiedersehen wieso wir wo y да для до если есть здравствуйте или как кто меня мне можно мы на не нет но он она
 они от по пожалуйста почему привет спасибо так там тебя ты у утро что это я
+감사합니다 고마워요 고맙습니다 괜찮아요 누구세요 뭐해요 미안해요 반가워요 반갑습니다 안녕하세요 어때요
+어디에 있어요 죄송합니다 지내세요
+ขอบคุณ ขอโทษ ครับ คือ ค่ะ ทำไม ที่ไหน มี สบายดีไหม สวัสดี หรือ อย่างไร อะไร เป็น เมื่อไหร่ ใคร ไม่ ได้
 """  # noqa: RUF001
 # A pair with one of these is mostly grammar: particles, pronouns, questions, greetings. Pairs of hiragana are as well.
 _GRAMMAR = re.compile(

@@ -30,7 +30,7 @@ from openchatkit.retrieval.words import words
 
 K1, B = 1.2, 0.75
 _PIECE = 8192  # rows at a time
-_FEW = 32  # rows that a rare word may be in, in a small index; in a large one, a quarter of all
+_FEW = 64  # rows that a rare word may be in, in a small index; in a large one, a quarter of all
 _NAME = 4  # times that a word with digits in it outweighs another
 _MOST_WORDS = 64  # of a question: a pasted page is told from others by fewer
 _SCORE, _ROW, _START = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<i8")

@@ -85,7 +85,7 @@ def test_sizes_and_time_stamps_are_compared(folder):
     ("changes", "message"),
     [
         ({"format": "something"}, "another kind of folder"),
-        ({"version": 1}, "version 1: this program reads version 2"),
+        ({"version": 2}, "version 2: this program reads version 3; remove it and build it again"),
         ({"generation": 4}, "should name one file for each part"),
         ({"encoder": None}, "a part of the record is missing"),
         ({"sparse": {"k1": 1}}, "is damaged"),

@@ -256,6 +256,25 @@ def test_an_index_of_another_version_is_not_made_anew(docs, tmp_path):
     assert (index / layout.file_name("table", 1)).exists()
 
 
+def test_scripts_without_spaces_are_cut_to_size_and_found_by_parts_of_words(tmp_path):
+    rule = "图书馆每天早上八点开门，晚上九点关门。"  # noqa: RUF001
+    write(tmp_path / "docs" / "zh.txt", "".join(f"第{number}条规定，{rule}" for number in range(200)))  # noqa: RUF001
+    write(tmp_path / "docs" / "ko.txt", "도서관은 아침 여덟 시에 문을 엽니다.\n\n# 물은 정수기에서 마십니다.")
+    write(tmp_path / "docs" / "th.txt", "ห้องสมุดเปิดทุกวันเวลาแปดโมงเช้า")
+    write(tmp_path / "docs" / "ru.txt", "Библиотека открывается ежедневно. " * 200)
+    building.build([tmp_path / "docs"], tmp_path / "index", encoder=building.NO_ENCODER)
+    with Index.open(tmp_path / "index") as index:
+        sizes = {name: [] for name in ("zh", "ko", "th", "ru")}
+        for row in index.table.rows():
+            sizes[Path(row.source).stem].append(len(row.text))
+        assert max(sizes["zh"]) <= 210
+        assert max(sizes["ru"]) <= 800
+        for question, name in {"도서관": "ko", "물": "ko", "ห้องสมุด": "th", "关门": "zh", "библиотека": "ru"}.items():
+            assert {Path(hit.source).stem for hit in index.search(question)} == {name}
+        for remark in ("안녕하세요", "你好", "สวัสดีครับ", "今天天气怎么样?", "오늘 날씨 어때요?"):
+            assert index.search(remark) == []
+
+
 def test_an_index_is_named_by_dots_and_links_too(docs, tmp_path, monkeypatch):
     index = tmp_path / "index"
     index.mkdir()

@@ -99,6 +99,20 @@ def test_chinese_is_cut_behind_its_full_stops(tmp_path):
     assert [each.text for each in chunks(document, Chunking(9, 0), characters)] == ["我是学生。你好吗。", "我很好。"]
 
 
+def test_text_without_spaces_is_cut_to_size_whatever_the_tokenizer_knows():
+    def unknown(texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+    for sentence in ("図書館は月曜日に休みです。", "ห้องสมุดเปิดทุกวัน ", "天地玄黄，宇宙洪荒，", "ខ្ញុំជាសិស្ស។ "):  # noqa: RUF001
+        document = Document(iter([Block(sentence * 100, 1, 1)]), "line", "")
+        found = [each.text for each in chunks(document, Chunking(40, 0), unknown)]
+        assert max(map(len, found)) <= 45
+        assert {each.strip()[-1] for each in found} == {sentence.strip()[-1]}
+        assert "".join("".join(found).split()) == "".join((sentence * 100).split())
+    document = Document(iter([Block("永" * 1000, 1, 1)]), "line", "")
+    assert {len(each.text) for each in chunks(document, Chunking(40, 0), unknown)} == {40}
+
+
 def test_a_long_title_leaves_room_for_the_text(tmp_path):
     [chunk] = cut(f"# {'very long ' * 30}\ntext here", tmp_path, 20)
     assert chunk.text == "text here"

@@ -22,7 +22,8 @@ SHARE = 4  # passages may take this part of the context
 class Found:
     """A conversation whose last question has its passages, and where each is from; None if none was looked for.
 
-    Passages that the user gave have neither source nor title. `note` says what went wrong in looking.
+    Passages that the user gave have neither source nor title. `note` says what went wrong in looking, or that what was
+    found has no room.
     """
 
     conversation: Conversation
@@ -53,7 +54,7 @@ class Retriever:
             return Found(asked, given, f"no passages were looked up: {cli.one_line(error)}")
         hits = [hit for hit in hits if as_read(hit) not in question.passages]
         kept = _kept(asked, hits, responder, sampling)
-        return Found(_with(asked, kept), (*given, *kept))
+        return Found(_with(asked, kept), (*given, *kept), _no_room(hits) if hits and not kept else "")
 
     def _search(self, asked: Conversation) -> list[Passage]:
         for query in queries(asked.turns):
@@ -66,6 +67,11 @@ def as_read(passage: Passage) -> str:
     """A passage as the model reads it: with its title in front, unless it begins with that."""
     title, text = " ".join(passage.title.split()), " ".join(passage.text.split())
     return text if not title or text.startswith(title) else f"{title}: {text}"
+
+
+def _no_room(hits: list[Passage]) -> str:
+    passages = "a passage was" if len(hits) == 1 else f"{len(hits)} passages were"
+    return f"{passages} found, and none fits beside the question into what the model reads at once"
 
 
 def _with(asked: Conversation, passages: list[Passage]) -> Conversation:

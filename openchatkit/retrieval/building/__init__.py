@@ -5,7 +5,6 @@ the index holds, nor what a run that was stopped has made. Not in here: how file
 cut (`chunks`), and how an index is laid out (`generation`).
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import IndexRecord, Skipped, SourceRecord
-from openchatkit.retrieval import chunks, reading
+from openchatkit.retrieval import chunks, reading, scripts
 from openchatkit.retrieval.building import plan
 from openchatkit.retrieval.building.assembly import carry_out
 from openchatkit.retrieval.building.plan import Fresh, Plan, Settings
@@ -156,10 +155,10 @@ class _Tools:
     settings: Settings
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text; words and marks where there is no encoder."""
+        """Tokens of each text; about so many where there is no encoder."""
         if self.encoder is not None:
             return self.encoder.count(texts)
-        return [len(re.findall(r"\w+|[^\w\s]", text)) for text in texts]
+        return [scripts.tokens(text) for text in texts]
 
 
 @dataclass(frozen=True)

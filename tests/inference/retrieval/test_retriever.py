@@ -97,7 +97,10 @@ def test_one_whole_passage_goes_in_beyond_the_quarter_if_it_fits_at_all(responde
     assert tokens(responder, beyond) > 48
     assert added(responder, Fixed(whole, beyond, beyond + "s"), sampling=short).sources[0].text == beyond
     assert len(added(responder, Fixed(whole, beyond, beyond + "s"), sampling=short).sources) == 1
-    assert added(responder, Fixed(whole), sampling=short).sources == ()
+    found = added(responder, Fixed(whole, whole + "s"), sampling=short)
+    assert found.sources == ()
+    assert found.note == "2 passages were found, and none fits beside the question into what the model reads at once"
+    assert added(responder, Fixed(), sampling=short).note == ""
     assert added(responder, Fixed(beyond), given=["red"], sampling=short).sources == (Passage("red"),)
 
 
