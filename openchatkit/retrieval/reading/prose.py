@@ -27,24 +27,24 @@ _CODE = re.compile(r"\s*\.\. (code|code-block|sourcecode|parsed-literal|highligh
 _DIRECTIVE = re.compile(r"\s*\.\. [\w-]+::")
 
 
-def text(path: Path, _: Options) -> Iterator[Document]:
+def text(path: Path, options: Options) -> Iterator[Document]:
     """A plain text, titled by its file's name."""
-    yield Document(_paragraphs(_cleaned(path)), "line", streams.stem(path))
+    yield Document(_paragraphs(_cleaned(path, options)), "line", streams.stem(path))
 
 
-def markdown(path: Path, _: Options) -> Iterator[Document]:
+def markdown(path: Path, options: Options) -> Iterator[Document]:
     """A Markdown text, titled by its front matter, by the heading that it begins with, or by its file's name."""
-    title, lines = _front_matter(_cleaned(path))
+    title, lines = _front_matter(_cleaned(path, options))
     yield _titled(title, _markdown(lines), path)
 
 
-def restructured(path: Path, _: Options) -> Iterator[Document]:
+def restructured(path: Path, options: Options) -> Iterator[Document]:
     """A text in reStructuredText, titled by the heading that it begins with, or by its file's name."""
-    yield _titled("", _restructured(_cleaned(path)), path)
+    yield _titled("", _restructured(_cleaned(path, options)), path)
 
 
-def _cleaned(path: Path) -> Lines:
-    return ((number, clean(line)) for number, line in streams.lines(path))
+def _cleaned(path: Path, options: Options) -> Lines:
+    return ((number, clean(line)) for number, line in streams.lines(path, options.notes))
 
 
 def _titled(title: str, blocks: Iterator[Block], path: Path) -> Document:

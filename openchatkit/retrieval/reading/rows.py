@@ -22,7 +22,9 @@ Row = Mapping[str, Any]
 
 def jsonl(path: Path, options: Options) -> Iterator[Document]:
     """One document a row; a row that is no object with a text is left out, noted and counted."""
-    rows = ((number, _object(line)) for number, line in streams.lines(path, whole_rows=True) if line.strip())
+    rows = (
+        (number, _object(line)) for number, line in streams.lines(path, options.notes, whole_rows=True) if line.strip()
+    )
     yield from _documents(path, rows, _text_field, options)
 
 
@@ -32,7 +34,7 @@ def table(path: Path, options: Options) -> Iterator[Document]:
     Columns are parted by the mark that the header has most of.
     """
     csv.field_size_limit(_FIELD_LIMIT)
-    lines = (f"{line}\n" for _, line in streams.lines(path, whole_rows=True))
+    lines = (f"{line}\n" for _, line in streams.lines(path, options.notes, whole_rows=True))
     head = next(lines, "")
     tabs = streams.plain_name(path).lower().endswith(".tsv")
     mark = "\t" if tabs else max(_MARKS, key=head.count)

@@ -1,10 +1,10 @@
 """The bytes and lines of text files, plain or compressed by gzip: a digest in one pass, and lines of bounded length.
 
 A file is looked through once before it is read, which gives its digest and says whether it is text at all; so reading
-meets no surprise half way, unless the file is changed in between.
+meets no surprise half way, unless the file is changed in between. What is not UTF-8 is read in the encoding that
+`encodings` takes it for, and noted.
 """
 
-import codecs
 import contextlib
 import gzip
 import io
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from openchatkit import paths
+from openchatkit.retrieval.reading import encodings
 from openchatkit.retrieval.reading.document import Unreadable
+from openchatkit.retrieval.reading.encodings import Encoding
 
 GZIP = ".gz"
 LINE_LIMIT = 1 << 14  # characters; a longer line comes in pieces
 ROW_LIMIT = 1 << 24
 _PIECE = 1 << 20
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -28,20 +29,22 @@ def digest(path: Path, *, text: bool) -> str:
     """SHA-256 of a file as it lies on disk. Unreadable: it cannot be opened, or is not the `text` that it should be."""
     try:
         if text:
-            _check(path)
+            encoding(path)
         return paths.sha256(path)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
 
 
-def lines(path: Path, *, whole_rows: bool = False) -> Iterator[tuple[int, str]]:
+def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, text without its end) of each line. One that is too long comes in pieces of the same number.
 
-    Unreadable: with `whole_rows`, there is such a line.
+    `notes` takes what had to be supposed of the file's encoding. Unreadable: with `whole_rows`, there is such a line.
     """
     limit = ROW_LIMIT if whole_rows else LINE_LIMIT
     number, held = 1, ""
-    with _opened(path) as file, _reading(file) as text:
+    found = encoding(path)
+    notes += [found.note] if found.note else []
+    with _opened(path) as file, _whole_packed(), _text(file, found) as text:
         while (line := held + text.readline(limit - len(held))) != held or held:
             ended = line.endswith("\n")
             if whole_rows and not ended and len(line) == limit:
@@ -55,24 +58,27 @@ def lines(path: Path, *, whole_rows: bool = False) -> Iterator[tuple[int, str]]:
 
 def whole(path: Path, limit: int) -> bytes:
     """All bytes of a file, unpacked. Unreadable: they are more than `limit`."""
-    with _opened(path) as file:
-        try:
-            data = file.read(limit + 1)
-        except _BROKEN as error:
-            raise Unreadable(f"the compressed data is cut short or damaged ({error})") from error
+    with _opened(path) as file, _whole_packed():
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise Unreadable(f"too large: more than {limit:,} bytes (see --max-bytes)")
     return data
 
 
-def marked(data: bytes) -> str | None:
-    """The encoding that a text's first bytes say it has, if they do."""
-    return next((name for mark, name in _MARKS if data.startswith(mark)), None)
-
-
-def undecodable(encoding: str) -> str:
-    """What to tell of bytes that are not in the encoding that they should be in."""
-    return f"holds bytes that are no {encoding.removesuffix('-sig').upper()}: save it as UTF-8"
+def encoding(path: Path) -> Encoding:
+    """The encoding of a text file: that of its first bytes or UTF-8, where all of it is. Unreadable: it is no text."""
+    with _opened(path) as file, _whole_packed():
+        name = encodings.marked(file.read(3)) or "utf-8"
+        file.seek(0)
+        try:
+            with _text(file, Encoding(name)) as text:
+                while piece := text.read(_PIECE):
+                    if "\0" in piece:
+                        raise Unreadable("holds zero bytes, so it is no text")
+            return Encoding(name)
+        except UnicodeDecodeError:
+            file.seek(0)
+            return encodings.supposed(_telling(file) if name.startswith("utf-8") else file.read(_PIECE), name)
 
 
 def stem(path: Path) -> str:
@@ -93,21 +99,27 @@ def _opened(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def _reading(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
-    """The text in a file, in the encoding that it begins with or UTF-8; what is wrong with it is Unreadable."""
-    encoding = "utf-8"
+def _text(file: BinaryIO, encoding: Encoding) -> Iterator[io.TextIOWrapper]:
+    """The text in a file that stays open."""
+    text = io.TextIOWrapper(file, encoding=encoding.name, errors=encoding.errors, newline=None)
     try:
-        encoding = marked(file.read(3)) or encoding
-        file.seek(0)
-        yield io.TextIOWrapper(file, encoding=encoding, newline=None)
-    except UnicodeDecodeError as error:
-        raise Unreadable(undecodable(encoding)) from error
+        yield text
+    finally:
+        text.detach()
+
+
+@contextlib.contextmanager
+def _whole_packed() -> Iterator[None]:
+    """Unreadable where compressed data is not whole."""
+    try:
+        yield
     except _BROKEN as error:
         raise Unreadable(f"the compressed data is cut short or damaged ({error})") from error
 
 
-def _check(path: Path) -> None:
-    with _opened(path) as file, _reading(file) as text:
-        while piece := text.read(_PIECE):
-            if "\0" in piece:
-                raise Unreadable("holds zero bytes, so it is no text")
+def _telling(file: BinaryIO) -> bytes:
+    """Lines, or pieces of them, that are not ASCII alone: some of all there are."""
+    found = bytearray()
+    while len(found) < _PIECE and (line := file.readline(LINE_LIMIT)):
+        found += b"" if line.isascii() else line
+    return bytes(found)

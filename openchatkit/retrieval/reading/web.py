@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from openchatkit.retrieval.reading import streams
-from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, clean, one_line, pieces
+from openchatkit.retrieval.reading import encodings, streams
+from openchatkit.retrieval.reading.document import Block, Document, Options, clean, one_line, pieces
 
 _DROPPED = {
     *("canvas", "iframe", "math", "noscript", "object", "script", "select", "style", "svg", "template", "textarea"),
@@ -30,23 +30,21 @@ _SNIFFED = 4096  # bytes in which an encoding may be named
 def html(path: Path, options: Options) -> Iterator[Document]:
     """An HTML page, titled by its title, its first heading, or its file's name; lines are those of its source."""
     parser = _Parser()
-    parser.feed(_decoded(streams.whole(path, options.max_bytes)))
+    parser.feed(_decoded(streams.whole(path, options.max_bytes), options.notes))
     parser.close()
     parser.end_block()
     heading = next((block.text for block in parser.blocks if block.level), "")
     yield Document(iter(parser.blocks), "line", one_line(parser.title) or heading or streams.stem(path))
 
 
-def _decoded(data: bytes) -> str:
+def _decoded(data: bytes, notes: list[str]) -> str:
     named = _CHARSET.search(data[:_SNIFFED])
-    encoding = streams.marked(data)
     try:
-        encoding = encoding or _meant(named[1].decode("ascii") if named else "utf-8")
-        return data.decode(encoding)
+        encoding = encodings.marked(data) or _meant(named[1].decode("ascii") if named else "utf-8")
     except LookupError:
-        raise Unreadable(f"names an encoding that is not known, {named[1].decode()}: save it as UTF-8") from None
-    except UnicodeError:
-        raise Unreadable(streams.undecodable(encoding)) from None
+        notes.append(f"names an encoding that is not known, {named[1].decode()}")
+        encoding = "utf-8"
+    return encodings.decoded(data, encoding, notes)
 
 
 def _meant(name: str) -> str:

@@ -42,6 +42,50 @@ def test_a_text_may_begin_with_the_mark_of_its_encoding(tmp_path):
         assert documents(path)[0][1] == [Block("ein Gruß", 1, 1)]
 
 
+FRENCH = "L’été dernier, les élèves ont découvert où l’eau était gelée."  # noqa: RUF001
+RUSSIAN = "Проверка оборудования проводится ежегодно. Размер и вес должны совпадать."
+POLISH = "Zażółć gęślą jaźń. Urządzenia są sprawdzane corocznie, a następnie oznaczane."
+JAPANESE = "図書館は朝八時に開きます。本は五冊まで借りられます。"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "note"),
+    [
+        ("ein Café", "cp1252", "is no UTF-8: read as Windows-1252"),
+        (FRENCH, "cp1252", "is no UTF-8: read as Windows-1252"),
+        (RUSSIAN, "cp1251", "is no UTF-8: read as cp1251"),
+        (POLISH, "cp1250", "is no UTF-8: read as cp1250"),
+        (JAPANESE, "shift_jis", "is no UTF-8: read as cp932"),
+    ],
+)
+def test_text_in_another_encoding_is_read_and_noted(tmp_path, text, encoding, note):
+    for name, packed in (("a.txt", False), ("a.md", False), ("a.rst.gz", True)):
+        options = Options()
+        data = ("Plain.\n\n" * 3000 + text).encode(encoding)
+        path = write(tmp_path / name, gzip.compress(data) if packed else data)
+        reading.digest(path)
+        assert documents(path, options)[0][1][-1].text == text
+        assert options.notes == [note]
+    rows = write(tmp_path / "a.csv", f"text,name\n{text.replace(',', ';')},x\n".encode(encoding))
+    assert documents(rows)[0][1][0].text == text.replace(",", ";")
+
+
+def test_one_bad_byte_among_others_does_not_make_it_another_encoding(tmp_path):
+    for encoding, name, bad in (("utf-8", "UTF-8", b"\xff"), ("utf-16", "UTF-16", b"\x00\xdc")):
+        options = Options()
+        path = write(tmp_path / "a.txt", "Grüße und Küsse: 5 €".encode(encoding) + bad + b"")
+        reading.digest(path)
+        assert documents(path, options)[0][1] == [Block("Grüße und Küsse: 5 €\ufffd", 1, 1)]
+        assert options.notes == [f"some bytes are no {name}: \ufffd stands in their place"]
+
+
+def test_a_missing_package_that_tells_encodings_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "charset_normalizer", None)
+    assert "telling what needs a package: pip install charset-normalizer" in unreadable(
+        write(tmp_path / "a.txt", b"caf\xe9")
+    )
+
+
 def test_a_long_line_and_a_long_paragraph_come_in_pieces(tmp_path):
     line = "word " * (streams.LINE_LIMIT // 2)
     [(_, blocks)] = documents(write(tmp_path / "line.txt", f"{line}\nnext\n"))
@@ -176,11 +220,15 @@ goes on.<br>Then<ul><li>item</ul>
 def test_html_says_its_own_encoding(tmp_path):
     page = '<meta charset="{}"><p>Gruß</p>'
     assert documents(write(tmp_path / "a.htm", page.format("latin-1").encode("latin-1")))[0][1][0].text == "Gruß"
-    assert unreadable(write(tmp_path / "b.htm", page.format("utf-8").encode("latin-1"))).startswith(
-        "holds bytes that are no UTF-8"
-    )
-    assert "an encoding that is not known, klingon" in unreadable(write(tmp_path / "c.htm", page.format("klingon")))
-    assert "bytes that are no UNDEFINED" in unreadable(write(tmp_path / "d.htm", page.format("undefined")))
+    for name, written, notes in (
+        ("utf-8", "latin-1", ["is no UTF-8: read as Windows-1252"]),
+        ("klingon", "utf-8", ["names an encoding that is not known, klingon"]),
+        ("undefined", "latin-1", ["is no UNDEFINED: read as Windows-1252"]),
+    ):
+        options = Options()
+        path = write(tmp_path / "b.htm", page.format(name).encode(written))
+        assert documents(path, options)[0][1][0].text == "Gruß"
+        assert options.notes == notes
 
 
 def test_names_of_encodings_mean_in_html_what_browsers_take_them_for(tmp_path):
@@ -248,7 +296,7 @@ def test_what_is_packed_is_read_too(tmp_path):
     ("name", "data", "reason"),
     [
         ("a.txt", b"\xff\xfe\x01", "holds bytes that are no UTF-16: save it as UTF-8"),
-        ("a.txt", b"caf\xe9", "holds bytes that are no UTF-8: save it as UTF-8"),
+        ("a.txt", b"\x80\x01\x02\x9f\x10 etc.", "holds bytes that are no UTF-8: save it as UTF-8"),
         ("a.md", b"a\0b", "holds zero bytes, so it is no text"),
         ("a.bin", b"text", "of no kind that is read"),
         ("a.pdf.gz", b"", "of no kind that is read"),

@@ -1,0 +1,81 @@
+"""The encoding of text that is not UTF-8, or not whole: supposed from its bytes, and always told of."""
+
+import codecs
+import re
+from dataclasses import dataclass
+
+from openchatkit.retrieval.reading.document import Unreadable
+
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_WESTERN = "cp1252"
+_CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")
+_NO_GUESS = ["utf_7", "utf_16", "utf_16_be", "utf_16_le", "utf_32", "utf_32_be", "utf_32_le"]  # have marks, or zeros
+_OF_MANY_BYTES = [
+    *("big5", "big5hkscs", "cp932", "cp949", "cp950", "euc_jis_2004", "euc_jisx0213", "euc_jp", "euc_kr", "gb18030"),
+    *("gb2312", "gbk", "hz", "johab", "shift_jis", "shift_jis_2004", "shift_jisx0213"),
+]
+_FEW = 32  # bytes that are not ASCII: too few among others to tell whole words of Chinese characters by
+_LATIN_SHARE = 0.3  # of the bytes of a text in a Latin alphabet, fewer are letters with accents
+_NO_WORSE = 0.02  # in charset-normalizer's coherence, from 0 to 1
+_SAMPLE = 1 << 16  # bytes that are enough to guess by
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How bytes are read as text: `note` tells what was supposed, empty where nothing had to be."""
+
+    name: str
+    note: str = ""
+
+    @property
+    def errors(self) -> str:
+        return "replace" if self.note else "strict"
+
+
+def marked(data: bytes) -> str | None:
+    """The encoding that a text's first bytes say it has, if they do."""
+    return next((name for mark, name in _MARKS if data.startswith(mark)), None)
+
+
+def decoded(data: bytes, name: str, notes: list[str]) -> str:
+    """The text of bytes in an encoding, or in the one that they are supposed to be in; Unreadable: they are no text."""
+    try:
+        return data.decode(name)
+    except UnicodeError:
+        found = supposed(data, name)
+        notes.append(found.note)
+        return data.decode(found.name, found.errors)
+
+
+def supposed(sample: bytes, name: str) -> Encoding:
+    """What to take bytes for that are not all in the encoding `name`: in that all the same, where few of them are not.
+
+    Unreadable: they are no text in any encoding.
+    """
+    told = name.removesuffix("-sig").upper()
+    try:
+        text = sample.decode(name, "replace")
+    except UnicodeError:  # of an encoding that is none of text
+        text = "\ufffd"
+    if 2 * text.count("\ufffd") <= len(text) - sum(map(str.isascii, text)):
+        return Encoding(name, f"some bytes are no {told}: \ufffd stands in their place")
+    if 20 * len(_CONTROLS.findall(sample)) > len(sample):
+        raise Unreadable(f"holds bytes that are no {told}: save it as UTF-8")
+    found = _guessed(sample[:_SAMPLE])
+    return Encoding(found, f"is no {told}: read as {'Windows-1252' if found == _WESTERN else found}")
+
+
+def _guessed(sample: bytes) -> str:
+    """The likeliest encoding of text that is not UTF-8: Windows-1252, where another is not clearly likelier."""
+    try:
+        import charset_normalizer
+    except ImportError:
+        raise Unreadable("is no UTF-8, and telling what needs a package: pip install charset-normalizer") from None
+    others = sum(byte > 127 for byte in sample)
+    excluded = _OF_MANY_BYTES if others < min(_FEW, _LATIN_SHARE * len(sample)) else []
+    found = charset_normalizer.from_bytes(sample, cp_exclusion=[*_NO_GUESS, *excluded])
+    best = found.best()
+    western = next((each for each in found if _WESTERN in each.could_be_from_charset), None)
+    if best is None or (western is not None and western.coherence >= best.coherence - _NO_WORSE):
+        return _WESTERN
+    return best.encoding
