@@ -33,7 +33,8 @@ def parser() -> cli.Parser:
     whole = cli.Parser(
         prog="retrieval/build_index.py",
         description="Make an index of your own files, keep it in step with them, search it, and measure how well it "
-        f"finds. Files are read by their endings: {', '.join(reading.KINDS)}; all but .pdf packed as .gz too.",
+        f"finds. Files are read by their endings: {', '.join(reading.READABLE)}, source code, and names without an "
+        "ending; all that is plain text packed as .gz too.",
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)

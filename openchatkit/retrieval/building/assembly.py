@@ -177,7 +177,7 @@ def _nothing(wanted: Plan) -> str:
     """Why there is nothing to make an index of."""
     left_out = wanted.left_out
     if not left_out:
-        return f"no file to read there: expected files of these kinds: {', '.join(reading.KINDS)}"
+        return f"no file to read there: expected files of these kinds: {', '.join(reading.READABLE)}, or code"
     some = "; ".join(f"{each.source} ({each.reason})" for each in left_out[:3])
     return f"no text to make an index of; {len(left_out):,} files and folders were left out: {some}"
 

@@ -1,18 +1,19 @@
 """Files as documents: what kinds there are, which files a folder offers, and why one is left out.
 
 `find` says which files there are, `digest` looks through one, `read` gives its documents. Nothing here fetches, runs or
-follows anything that lies in a file, and only HTML and PDF are read whole, up to a limit.
+follows anything that lies in a file; what cannot be read line by line is read whole, up to a limit.
 """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from openchatkit.retrieval.reading import pdf, prose, rows, streams, web
+from openchatkit.retrieval.reading import packed, pdf, prose, rows, streams, web
 from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, place
 from openchatkit.retrieval.reading.walk import find, real_path
 
 __all__ = [
     "KINDS",
+    "READABLE",
     "Block",
     "Document",
     "Options",
@@ -27,16 +28,29 @@ __all__ = [
 
 Reader = Callable[[Path, Options], Iterator[Document]]
 
+_CODE = """
+.bash .bat .c .cc .cfg .clj .cmake .conf .cpp .cs .css .cxx .dart .el .erl .ex .exs .fish .go .gradle .graphql .groovy
+.h .hh .hpp .hs .ini .java .jl .js .jsx .kt .kts .lisp .lua .m .mjs .mk .ml .php .pl .pm .properties .proto .ps1 .py
+.pyi .r .rb .rs .scala .scss .sh .sql .svelte .swift .tex .tf .toml .ts .tsx .vb .vue .xml .yaml .yml .zig .zsh
+"""
 KINDS: dict[str, Reader] = {
-    **dict.fromkeys((".txt", ".text"), prose.text),
+    "": prose.text,  # a README without an ending
+    **dict.fromkeys((".txt", ".text", ".log"), prose.text),
     **dict.fromkeys((".md", ".markdown"), prose.markdown),
     ".rst": prose.restructured,
     **dict.fromkeys((".html", ".htm", ".xhtml"), web.html),
     ".pdf": pdf.pdf,
     **dict.fromkeys((".jsonl", ".ndjson"), rows.jsonl),
+    ".json": rows.json_file,
     **dict.fromkeys((".csv", ".tsv"), rows.table),
+    ".docx": packed.docx,
+    ".pptx": packed.pptx,
+    ".xlsx": packed.xlsx,
+    ".epub": packed.epub,
+    **dict.fromkeys(_CODE.split(), prose.code),
 }
-_BINARY = (".pdf",)
+_BINARY = (".pdf", ".docx", ".pptx", ".xlsx", ".epub")
+READABLE = [ending for ending, reader in KINDS.items() if ending and reader is not prose.code]
 
 
 def kind(path: Path) -> str | None:

@@ -70,7 +70,7 @@ def _guessed(sample: bytes) -> str:
     try:
         import charset_normalizer
     except ImportError:
-        raise Unreadable("is no UTF-8, and telling what needs a package: pip install charset-normalizer") from None
+        raise Unreadable("is no UTF-8, and reading it needs a package: pip install charset-normalizer") from None
     others = sum(byte > 127 for byte in sample)
     excluded = _OF_MANY_BYTES if others < min(_FEW, _LATIN_SHARE * len(sample)) else []
     found = charset_normalizer.from_bytes(sample, cp_exclusion=[*_NO_GUESS, *excluded])

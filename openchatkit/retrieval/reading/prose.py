@@ -1,6 +1,6 @@
-"""Plain text, Markdown and reStructuredText as blocks: headings, paragraphs and code with their lines.
+"""Plain text, code, Markdown and reStructuredText as blocks: headings, paragraphs and code with their lines.
 
-All three are read line by line, so that a file of any size takes little memory. Markup inside a paragraph stays as it
+All of them are read line by line, so that a file of any size takes little memory. Markup inside a paragraph stays as it
 is written: it is what its reader knows it by, and an encoder does not mind.
 """
 
@@ -30,6 +30,11 @@ _DIRECTIVE = re.compile(r"\s*\.\. [\w-]+::")
 def text(path: Path, options: Options) -> Iterator[Document]:
     """A plain text, titled by its file's name."""
     yield Document(_paragraphs(_cleaned(path, options)), "line", streams.stem(path))
+
+
+def code(path: Path, options: Options) -> Iterator[Document]:
+    """The source of a program, or a file of settings, titled by its whole name; cut at empty lines, then at others."""
+    yield Document(_paragraphs(_cleaned(path, options), code=True), "line", streams.plain_name(path))
 
 
 def markdown(path: Path, options: Options) -> Iterator[Document]:
@@ -77,11 +82,11 @@ class _Gathering:
             yield from pieces(Block("\n".join(line for _, line in lines), lines[0][0], lines[-1][0], code=code))
 
 
-def _paragraphs(lines: Lines) -> Iterator[Block]:
+def _paragraphs(lines: Lines, *, code: bool = False) -> Iterator[Block]:
     gathered = _Gathering()
     for number, line in lines:
-        yield from gathered.add(number, line) if line.strip() else gathered.take()
-    yield from gathered.take()
+        yield from gathered.add(number, line, code=code) if line.strip() else gathered.take(code=code)
+    yield from gathered.take(code=code)
 
 
 def _front_matter(lines: Lines) -> tuple[str, Lines]:

@@ -1,13 +1,14 @@
-"""Rows as documents: JSON lines, and tables of comma or tab separated values with a header."""
+"""Rows as documents: JSON lines, arrays in JSON, and tables of comma or tab separated values."""
 
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from openchatkit.retrieval.reading import streams
+from openchatkit.retrieval.reading import encodings, prose, streams
 from openchatkit.retrieval.reading.document import Document, Options, Unreadable, one_line, paragraphs
 
 # The names that a field is looked for by where none is given, the likeliest first.
@@ -15,6 +16,10 @@ _TEXT = ("text", "content", "body", "passage")
 _TITLE = ("title", "name", "heading")
 _SOURCE = ("url", "source", "link")
 _MARKS = ",;\t"  # between the columns of a table; spreadsheets of half of Europe write the second
+_PEEKED = 20  # rows that are compared with the first, which may be a header
+_YEAR = re.compile(r"(1[5-9]|20)\d\d")
+# No name of a column: a number, also of money, a date or a time, an address, a sentence.
+_VALUE = re.compile(r"[-+$€£(]*\d[\d.,:/ T-]*[%€$£)Z]*|\w+://\S+|\S+@\S+\.\w+|(\S+\s+){3,}\S+[.!。]|.{200,}", re.DOTALL)
 _FIELD_LIMIT = 1 << 24  # characters of a field of a table
 
 Row = Mapping[str, Any]
@@ -28,25 +33,84 @@ def jsonl(path: Path, options: Options) -> Iterator[Document]:
     yield from _documents(path, rows, _text_field, options)
 
 
-def table(path: Path, options: Options) -> Iterator[Document]:
-    """One document a row: the field that holds the text, or all fields, each with its column's name.
+def json_file(path: Path, options: Options) -> Iterator[Document]:
+    """One document for each object of an array that has the field of a text; any other JSON as the text that it is."""
+    data, notes = streams.whole(path, options.max_bytes), []
+    try:
+        found = json.loads(encodings.decoded(data, encodings.marked(data) or "utf-8", notes))
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, list) and any(isinstance(row, dict) and _text_field(row, options).strip() for row in found):
+        options.notes += notes
+        rows = enumerate((row if isinstance(row, dict) else None for row in found), 1)
+        yield from _documents(path, rows, _text_field, options)
+    else:
+        yield from prose.code(path, options)
 
-    Columns are parted by the mark that the header has most of.
-    """
+
+def table(path: Path, options: Options) -> Iterator[Document]:
+    """One document a row of a table in text. Columns are parted by the mark that the first row has most of."""
     csv.field_size_limit(_FIELD_LIMIT)
     lines = (f"{line}\n" for _, line in streams.lines(path, options.notes, whole_rows=True))
     head = next(lines, "")
     tabs = streams.plain_name(path).lower().endswith(".tsv")
     mark = "\t" if tabs else max(_MARKS, key=head.count)
-    reader = csv.DictReader(itertools.chain([head], lines), delimiter=mark, restkey=None)
+    reader = csv.reader(itertools.chain([head], lines), delimiter=mark)
     try:
-        if not reader.fieldnames:
-            raise Unreadable("holds no header: expected the names of the columns in its first row")
-        if options.text_field and options.text_field not in reader.fieldnames:
-            raise Unreadable(_no_field(options.text_field, reader.fieldnames))
-        yield from _documents(path, enumerate(reader, 1), _text_or_all, options)
+        yield from of_cells(path, filter(None, reader), options)
     except csv.Error as error:
         raise Unreadable(f"line {reader.line_num} is no row of a table: {error}") from error
+
+
+def of_cells(path: Path, cells: Iterator[list[str]], options: Options) -> Iterator[Document]:
+    """One document a row: the field that holds the text, or all fields, each with its column's name.
+
+    Where the first row is no header but like the others, columns are named by their numbers, which texts do not repeat.
+    """
+    first = list(itertools.islice(cells, _PEEKED))
+    if not any(map(any, first)):
+        raise Unreadable("holds no text")
+    if headed := _is_header(first[0], first[1:], options):
+        names = [name.strip() for name in first.pop(0)]
+        if options.text_field and options.text_field not in names:
+            raise Unreadable(_no_field(options.text_field, names))
+    else:
+        names = []
+        options.notes.append(f"has no header: its columns are 1 to {len(first[0])} (see --text-field)")
+
+    def whole_row(row: Row, options: Options) -> str:
+        return _text_or_all(row, options, named=headed)
+
+    named = (_named(names, row) for row in itertools.chain(first, cells))
+    yield from _documents(path, enumerate(named, 1), whole_row, options)
+
+
+def _named(names: list[str], row: list[str]) -> dict[str, str]:
+    """The cells of a row by their columns' names; those behind the last name by their numbers."""
+    return dict(zip([*names, *map(str, range(len(names) + 1, len(row) + 1))], row, strict=False))
+
+
+def _is_header(row: list[str], others: list[list[str]], options: Options) -> bool:
+    """Whether the first row of a table names its columns.
+
+    It does not where it holds a number, a date, an address or a sentence, but for years that count up; nor where a cell
+    of it stands again in its column, or --text-field is the number of a column. It does where it has a name that is
+    looked for.
+    """
+    names = {name.strip() for name in row}
+    if options.text_field:
+        if options.text_field in names:
+            return True
+        if options.text_field.isdecimal():
+            return False
+    if not names.isdisjoint(_TEXT):
+        return True
+    if any(cell and cell == other for each in others for cell, other in zip(row, each, strict=False)):
+        return False
+    years = [cell for cell in row if _YEAR.fullmatch(cell.strip())]
+    if len(years) > 1 and years == sorted(set(years)):
+        row = [cell for cell in row if cell not in years]
+    return not any(_VALUE.fullmatch(cell.strip()) for cell in row)
 
 
 def _documents(
@@ -85,11 +149,12 @@ def _text_field(row: Row, options: Options) -> str:
     return _string(_first(row, options.text_field, _TEXT))
 
 
-def _text_or_all(row: Row, options: Options) -> str:
+def _text_or_all(row: Row, options: Options, *, named: bool) -> str:
     text = _text_field(row, options)
     if text or options.text_field or any(name in row for name in _TEXT):
         return text
-    return "\n".join(f"{name}: {value}" for name, value in row.items() if name and value and str(value).strip())
+    cells = [(name, value) for name, value in row.items() if name and value.strip()]
+    return "\n".join(f"{name}: {value}" if named else value for name, value in cells)
 
 
 def _first(row: Row, given: str | None, usual: tuple[str, ...]) -> Any:

@@ -29,12 +29,22 @@ _SNIFFED = 4096  # bytes in which an encoding may be named
 
 def html(path: Path, options: Options) -> Iterator[Document]:
     """An HTML page, titled by its title, its first heading, or its file's name; lines are those of its source."""
-    parser = _Parser()
-    parser.feed(_decoded(streams.whole(path, options.max_bytes), options.notes))
-    parser.close()
-    parser.end_block()
+    parser = _parsed(streams.whole(path, options.max_bytes), options.notes)
     heading = next((block.text for block in parser.blocks if block.level), "")
     yield Document(iter(parser.blocks), "line", one_line(parser.title) or heading or streams.stem(path))
+
+
+def blocks(data: bytes, notes: list[str]) -> list[Block]:
+    """The blocks of a page."""
+    return _parsed(data, notes).blocks
+
+
+def _parsed(data: bytes, notes: list[str]) -> "_Parser":
+    parser = _Parser()
+    parser.feed(_decoded(data, notes))
+    parser.close()
+    parser.end_block()
+    return parser
 
 
 def _decoded(data: bytes, notes: list[str]) -> str:

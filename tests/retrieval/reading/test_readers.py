@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_one_bad_byte_among_others_does_not_make_it_another_encoding(tmp_path):
 
 def test_a_missing_package_that_tells_encodings_is_noted(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "charset_normalizer", None)
-    assert "telling what needs a package: pip install charset-normalizer" in unreadable(
+    assert "reading it needs a package: pip install charset-normalizer" in unreadable(
         write(tmp_path / "a.txt", b"caf\xe9")
     )
 
@@ -273,7 +274,67 @@ def test_tables(tmp_path):
     assert documents(path) == [("A, B", [Block("old; king", 1, 1)])]
     path = write(tmp_path / "b.tsv", "text\turl\nhello\tx\n")
     assert "no row has a field 'what' (its fields: text, url)" in unreadable(path, Options(text_field="what"))
-    assert "holds no header" in unreadable(write(tmp_path / "c.csv", ""))
+    assert unreadable(write(tmp_path / "c.csv", "")) == "holds no text"
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("1,The lamp is lit,2020-05-01\n2,Bread rises,2020-05-02\n", "1\nThe lamp is lit\n2020-05-01"),
+        ("fox;red\nhen;white\nowl;red\n", "fox\nred"),
+        ("Ann,ann@example.org\nBob,bob@example.org\n", "Ann\nann@example.org"),
+        ("How tall is it?,It is as tall as I.\nWhy?,Nobody knows that.\n", "How tall is it?\nIt is as tall as I."),
+        ("$1.50,tea\n$2,milk\n", "$1.50\ntea"),
+    ],
+)
+def test_a_table_without_a_header_loses_no_row(tmp_path, text, first):
+    options = Options()
+    path = write(tmp_path / "a.csv", text)
+    found = documents(path, options)
+    assert found[0] == ("a", [Block(first, 1, 1)])
+    assert len(found) == text.count("\n")
+    columns = first.count("\n") + 1
+    assert options.notes == [f"has no header: its columns are 1 to {columns} (see --text-field)"]
+    assert documents(path, Options(text_field="2"))[0][1] == [Block(first.split("\n")[1], 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("kind,what\nfox,red\n", "kind: fox\nwhat: red"),
+        ("country,1990,1991\nFrance,5,6\n", "country: France\n1990: 5\n1991: 6"),
+        ("What is your name?,How old are you?\nAnn,7\n", "What is your name?: Ann\nHow old are you?: 7"),
+        (",a,b\n0,x,y\n", "a: x\nb: y"),
+        ("a,b\nx,y,z\n", "a: x\nb: y\n3: z"),
+        ("1,text\n2,hello\n", "hello"),
+    ],
+)
+def test_the_header_of_a_table_names_its_columns(tmp_path, text, first):
+    options = Options()
+    assert documents(write(tmp_path / "a.csv", text), options) == [("a", [Block(first, 1, 1)])]
+    assert options.notes == []
+
+
+def test_json_is_rows_or_text(tmp_path):
+    path = write(tmp_path / "a.json", '[{"text": "one", "title": "T"}, 5, {"text": "two"}]')
+    options = Options()
+    assert documents(path, options) == [("T", [Block("one", 1, 1)]), ("a", [Block("two", 3, 3)])]
+    assert options.notes == ["1 rows without a text, the first of them row 2"]
+    for text in ('{"key":\n "value"}', "[1, 2]", "[" * 100_000, '{"no json'):
+        [(title, blocks)] = documents(write(tmp_path / "b.json", text))
+        assert title == "b.json"
+        assert "".join("".join(block.text.split()) for block in blocks) == "".join(text.split())
+    data = '[{"text": "Gruß"}]'
+    assert documents(write(tmp_path / "c.json", data.encode("utf-16")))[0][1][0].text == "Gruß"
+
+
+def test_code_and_names_without_an_ending_are_read(tmp_path):
+    path = write(tmp_path / "a.py", "import os\n\n\ndef run():\n    return 1\n")
+    code = [Block("import os", 1, 1, code=True), Block("def run():\n    return 1", 4, 5, code=True)]
+    assert documents(path) == [("a.py", code)]
+    assert documents(write(tmp_path / "README", "Read me.\n")) == [("README", [Block("Read me.", 1, 1)])]
+    assert documents(write(tmp_path / "LICENSE.gz", gzip.compress(b"Free.")))[0][1] == [Block("Free.", 1, 1)]
+    assert "zero bytes" in unreadable(write(tmp_path / "program", b"\x7fELF\0\1"))
 
 
 def test_a_row_without_end_is_not_held(tmp_path, monkeypatch):
@@ -322,6 +383,102 @@ def test_a_file_that_may_not_be_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(streams, "open", refuse, raising=False)
     assert unreadable(path) == "cannot be read: Permission denied"
+
+
+class TestPacked:
+    """Documents of office programs, made by the libraries that read them, and books."""
+
+    def test_word(self, tmp_path):
+        docx = pytest.importorskip("docx")
+        document = docx.Document()
+        document.add_heading("Manual", 0)
+        document.add_heading("Lamp", 2)
+        document.add_paragraph("Light it\nevery evening.")
+        table = document.add_table(2, 2)
+        for at, text in enumerate(("part", "price", "lamp", "5 €")):
+            table.cell(at // 2, at % 2).text = text
+        document.save(tmp_path / "a.docx")
+        reading.digest(tmp_path / "a.docx")
+        [found] = reading.read(tmp_path / "a.docx", Options())
+        assert (found.unit, found.title) == ("paragraph", "a")
+        assert list(found.blocks) == [
+            Block("Manual", 1, 1, level=1),
+            Block("Lamp", 2, 2, level=2),
+            Block("Light it\nevery evening.", 3, 3),
+            Block("part | price\nlamp | 5 €", 4, 4),
+        ]
+
+    def test_slides(self, tmp_path):
+        pptx = pytest.importorskip("pptx")
+        show = pptx.Presentation()
+        slide = show.slides.add_slide(show.slide_layouts[1])
+        slide.shapes.title.text, slide.placeholders[1].text = "Lamp", "Light it"
+        slide.notes_slide.notes_text_frame.text = "Say it slowly."
+        show.core_properties.title = "Manual"
+        show.save(tmp_path / "a.pptx")
+        [found] = reading.read(tmp_path / "a.pptx", Options())
+        assert (found.unit, found.title) == ("slide", "Manual")
+        said = [Block("Lamp", 1, 1, level=1), Block("Light it", 1, 1), Block("Say it slowly.", 1, 1)]
+        assert list(found.blocks) == said
+
+    def test_sheets(self, tmp_path):
+        openpyxl = pytest.importorskip("openpyxl")
+        book = openpyxl.Workbook()
+        book.active.append(["part", "price"])
+        book.active.append(["lamp", 5])
+        other = book.create_sheet("Facts")
+        other.append([1, "The lamp is lit."])
+        book.create_sheet("Empty")
+        book.save(tmp_path / "a.xlsx")
+        options = Options()
+        assert documents(tmp_path / "a.xlsx", options) == [
+            ("a > Sheet", [Block("part: lamp\nprice: 5", 1, 1)]),
+            ("a > Facts", [Block("1\nThe lamp is lit.", 1, 1)]),
+        ]
+        assert options.notes == [
+            "has no header: its columns are 1 to 2 (see --text-field)",
+            "sheet Empty: holds no text",
+        ]
+
+    @staticmethod
+    def book(path: Path) -> Path:
+        package = """<package xmlns="http://www.idpf.org/2007/opf" xmlns:dc="http://purl.org/dc/elements/1.1/">
+            <metadata><dc:title>The Lamp</dc:title></metadata>
+            <manifest><item id="b" href="text/two%202.xhtml"/><item id="a" href="text/one.xhtml"/></manifest>
+            <spine><itemref idref="a"/><itemref idref="b"/></spine></package>"""
+        container = """<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>
+            <rootfile full-path="OPS/book.opf"/></rootfiles></container>"""
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("META-INF/container.xml", container)
+            archive.writestr("OPS/book.opf", package)
+            archive.writestr("OPS/text/one.xhtml", "<h1>Dusk</h1><p>It was lit.</p>")
+            archive.writestr("OPS/text/two 2.xhtml", "<p>It went\nout.</p>")
+        return path
+
+    def test_books(self, tmp_path):
+        [found] = reading.read(self.book(tmp_path / "a.epub"), Options())
+        assert (found.unit, found.title) == ("chapter", "The Lamp")
+        chapters = [Block("Dusk", 1, 1, level=1), Block("It was lit.", 1, 1), Block("It went out.", 2, 2)]
+        assert list(found.blocks) == chapters
+
+    def test_a_missing_package_is_noted(self, tmp_path, monkeypatch):
+        for ending, module, package in (
+            ("docx", "docx", "python-docx"),
+            ("pptx", "pptx", "python-pptx"),
+            ("xlsx", "openpyxl", "openpyxl"),
+        ):
+            monkeypatch.setitem(__import__("sys").modules, module, None)
+            path = self.book(tmp_path / f"a.{ending}")
+            assert unreadable(path) == f"reading it needs a package: pip install {package}"
+
+    @pytest.mark.parametrize("ending", ["docx", "pptx", "xlsx", "epub"])
+    def test_broken_and_large_ones_are_noted(self, tmp_path, monkeypatch, ending):
+        assert unreadable(write(tmp_path / f"a.{ending}", b"no zip")).startswith("broken: ")
+        with zipfile.ZipFile(tmp_path / f"b.{ending}", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("big", b"0" * 100_000)
+        assert unreadable(tmp_path / f"b.{ending}").startswith("broken: ")
+        assert "unpacks to more than 8,000" in unreadable(tmp_path / f"b.{ending}", Options(max_bytes=1000))
+        assert "too large: more than 9 bytes" in unreadable(tmp_path / f"b.{ending}", Options(max_bytes=9))
 
 
 class TestPDF:

@@ -1,0 +1,165 @@
+"""Documents that are packed as zip: Word, PowerPoint and Excel by libraries of their own, EPUB by the reader of HTML.
+
+Nothing in them is run or fetched, and macros and pictures are passed over.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import posixpath
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+from openchatkit.retrieval.reading import rows, streams, web
+from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, clean, one_line, pieces
+
+_UNPACKED = 8  # times `max_bytes` that all of a file may unpack to
+_CONTAINER = "META-INF/container.xml"
+_ROOT, _PACKAGE, _NAMES = (
+    "{urn:oasis:names:tc:opendocument:xmlns:container}",
+    "{http://www.idpf.org/2007/opf}",
+    "{http://purl.org/dc/elements/1.1/}",
+)
+
+
+def docx(path: Path, options: Options) -> Iterator[Document]:
+    """A Word document: headings by their styles, tables a row a line; places count its paragraphs and tables."""
+    library = _library("docx", "python-docx")
+    with _unpacked(path, options):
+        document = library.Document(str(path))
+        blocks = [
+            block for number, part in enumerate(document.iter_inner_content(), 1) for block in _of_word(part, number)
+        ]
+        title = one_line(document.core_properties.title or "")
+    yield _document(path, blocks, "paragraph", title)
+
+
+def pptx(path: Path, options: Options) -> Iterator[Document]:
+    """The slides of a presentation, each under its title, with its notes."""
+    library = _library("pptx", "python-pptx")
+    with _unpacked(path, options):
+        show = library.Presentation(str(path))
+        blocks = [block for number, slide in enumerate(show.slides, 1) for block in _of_slide(slide, number)]
+        title = one_line(show.core_properties.title or "")
+    yield _document(path, blocks, "slide", title)
+
+
+def xlsx(path: Path, options: Options) -> Iterator[Document]:
+    """One document for each row of a workbook's sheets, whose first row names the columns, as in other tables."""
+    library = _library("openpyxl", "openpyxl")
+    stem, found = streams.stem(path), False
+    with _unpacked(path, options):
+        book = library.load_workbook(path, read_only=True, data_only=True)
+        for sheet in book.worksheets:
+            title = f"{stem} > {sheet.title}" if len(book.worksheets) > 1 else stem
+            cells = ([_cell(value) for value in row] for row in sheet.iter_rows(values_only=True))
+            try:
+                for document in rows.of_cells(path, filter(any, cells), options):
+                    found = True
+                    yield dataclasses.replace(document, title=title if document.title == stem else document.title)
+            except Unreadable as error:
+                options.notes.append(f"sheet {sheet.title}: {error}")
+        book.close()
+    if not found:
+        raise Unreadable("; ".join(options.notes) or "holds no sheet")
+
+
+def epub(path: Path, options: Options) -> Iterator[Document]:
+    """The chapters of a book, in the order in which it is read."""
+    with _unpacked(path, options), zipfile.ZipFile(path) as archive:
+        entry = ElementTree.fromstring(archive.read(_CONTAINER)).find(f".//{_ROOT}rootfile")
+        if entry is None:
+            raise Unreadable("is no book: it names no list of chapters")
+        name = entry.get("full-path", "")
+        package = ElementTree.fromstring(archive.read(name))
+        files = {item.get("id"): item.get("href", "") for item in package.iter(f"{_PACKAGE}item")}
+        order = [files.get(item.get("idref"), "") for item in package.iter(f"{_PACKAGE}itemref")]
+        title = one_line(package.findtext(f".//{_NAMES}title") or "")
+        blocks = []
+        for number, href in enumerate(filter(None, order), 1):
+            chapter = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(href)))
+            for block in web.blocks(archive.read(chapter), options.notes):
+                blocks.append(dataclasses.replace(block, first=number, last=number))
+    yield _document(path, blocks, "chapter", title)
+
+
+def _document(path: Path, blocks: list[Block], unit: str, title: str) -> Document:
+    if not blocks:
+        raise Unreadable("holds no text: pictures alone, perhaps")
+    return Document(iter(blocks), unit, title or streams.stem(path))
+
+
+def _library(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise Unreadable(f"reading it needs a package: pip install {package}") from None
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path, options: Options) -> Iterator[None]:
+    """Unreadable where a file is too large, packed or unpacked, or leads its library into an error."""
+    limit = options.max_bytes
+    if path.stat().st_size > limit:
+        raise Unreadable(f"too large: more than {limit:,} bytes (see --max-bytes)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _UNPACKED * limit:
+                raise Unreadable(f"too large: unpacks to more than {_UNPACKED * limit:,} bytes (see --max-bytes)")
+        yield
+    except (Unreadable, OSError):
+        raise
+    except Exception as error:  # the libraries let through whatever a broken file leads to
+        raise Unreadable(f"broken: {one_line(str(error)) or type(error).__name__}") from error
+
+
+def _of_word(part: Any, number: int) -> Iterator[Block]:
+    if hasattr(part, "rows"):
+        yield from _block(_table(part), number)
+        return
+    style = (part.style.name if part.style is not None else "") or ""
+    level = 1 if style == "Title" else int(style[8:]) if style.startswith("Heading ") and style[8:].isdigit() else 0
+    yield from _block(part.text, number, level)
+
+
+def _of_slide(slide: Any, number: int) -> Iterator[Block]:
+    title = slide.shapes.title
+    if title is not None:
+        yield from _block(title.text_frame.text, number, level=1)
+    for shape in _shapes(slide.shapes):
+        if title is not None and shape.shape_id == title.shape_id:
+            continue
+        if shape.has_text_frame:
+            yield from _block(shape.text_frame.text, number)
+        elif shape.has_table:
+            yield from _block(_table(shape.table), number)
+    if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+        yield from _block(slide.notes_slide.notes_text_frame.text, number)
+
+
+def _shapes(shapes: Any) -> Iterator[Any]:
+    for shape in shapes:
+        yield from _shapes(shape.shapes) if hasattr(shape, "shapes") else [shape]
+
+
+def _table(table: Any) -> str:
+    """A row a line; a cell that several are joined to is there once."""
+    lines = ([" ".join(cell.text.split()) for cell in row.cells] for row in table.rows)
+    return "\n".join(" | ".join(text for text, _ in itertools.groupby(line)) for line in lines if any(line))
+
+
+def _block(text: str, number: int, level: int = 0) -> Iterator[Block]:
+    text = clean(text.replace("\v", "\n")).strip("\n").rstrip()
+    if text.strip():
+        whole = Block(one_line(text) if level else text, number, number, level)
+        yield from [whole] if level else pieces(whole)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
