@@ -75,8 +75,14 @@ def _add_build(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
     group.add_argument("--text-field", metavar="NAME", help="field or column that holds the text of a row")
     group.add_argument("--title-field", metavar="NAME", help="field or column that holds its title")
     group.add_argument("--source-field", metavar="NAME", help="field or column that holds its address")
-    group.add_argument("--max-bytes", type=cli.positive_int, help="of an HTML or PDF file; 67108864")
+    group.add_argument("--max-bytes", type=cli.positive_int, help="of a file that is no plain text; 67108864")
     group.add_argument("--max-pages", type=cli.positive_int, help="of a PDF file; 5000")
+    group.add_argument(
+        "--include-ignored",
+        action="store_true",
+        default=None,
+        help="read what .gitignore names too, node_modules and virtual environments",
+    )
 
 
 def _add_search(commands: "argparse._SubParsersAction[cli.Parser]") -> None:

@@ -171,7 +171,7 @@ def test_an_update_embeds_what_is_new_and_drops_what_is_gone(docs, tmp_path, enc
 def test_a_file_that_has_become_unreadable_is_gone(docs, tmp_path, encoder):
     index = tmp_path / "index"
     building.build([docs], index, encoder=encoder)
-    write(docs / "sea.txt", b"\xff\xff")
+    write(docs / "sea.txt", b"\xff\0" + b"text " * 99)
     write(docs / "kitchen.md", "\n")
     record = building.update(index)
     assert files_of(index) == {"rows.jsonl": 2}
@@ -273,6 +273,21 @@ def test_scripts_without_spaces_are_cut_to_size_and_found_by_parts_of_words(tmp_
             assert {Path(hit.source).stem for hit in index.search(question)} == {name}
         for remark in ("안녕하세요", "你好", "สวัสดีครับ", "今天天气怎么样?", "오늘 날씨 어때요?"):
             assert index.search(remark) == []
+
+
+def test_what_a_project_ignores_is_read_if_the_index_was_made_so(tmp_path):
+    write(tmp_path / "docs" / ".gitignore", "*.txt\n")
+    write(tmp_path / "docs" / "a.txt", "kept out")
+    write(tmp_path / "docs" / "a.md", "kept in")
+    sizes = []
+    for name, settings in (("with", {"include_ignored": True}), ("without", {})):
+        options = {"encoder": building.NO_ENCODER, "settings": settings}
+        building.build([tmp_path / "docs"], tmp_path / name, **options)
+        write(tmp_path / "docs" / "b.txt", "more")
+        sizes.append(building.update(tmp_path / name).sources)
+    assert sizes == [3, 1]
+    with pytest.raises(UserError, match="--include-ignored False, not True"):
+        building.build([tmp_path / "docs"], tmp_path / "without", settings={"include_ignored": True})
 
 
 def test_an_index_is_named_by_dots_and_links_too(docs, tmp_path, monkeypatch):

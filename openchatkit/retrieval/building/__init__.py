@@ -48,7 +48,7 @@ def build(
 
     def planned(present: Present | None) -> Plan:
         tools = _tools(folder, encoder, device, settings or {})
-        files, skipped = reading.find([Path(root) for root in roots], leave_out=[folder])
+        files, skipped = _find(roots, folder, tools.settings)
         return _whole(folder, tools, present, files, skipped, roots, [])
 
     return carry_out(folder, planned, device=device, ranks=ranks, anew=True)
@@ -62,7 +62,7 @@ def add(paths: Sequence[Path], folder: Path, *, device: str = "auto", ranks: Ran
     def planned(present: Present | None) -> Plan:
         tools = _tools(folder, None, device, {})
         before = _before(folder, present)
-        files, skipped = reading.find([Path(root) for root in new], leave_out=[folder])
+        files, skipped = _find(new, folder, tools.settings)
         names = {str(file) for file in files}
         here = [source for source in before.sources if source.source in names]
         others = [source for source in before.sources if source.source not in names]
@@ -90,7 +90,7 @@ def update(folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> Inde
         for root in before.roots:
             if not Path(root).exists():
                 raise UserError(f"{root} is not there any more: bring it back, or delete it from the index")
-        files, skipped = reading.find([Path(root) for root in before.roots], leave_out=[folder])
+        files, skipped = _find(before.roots, folder, tools.settings)
         files = [file for file in files if not _within(str(file), before.left_out)]
         return _whole(folder, tools, present, files, skipped, before.roots, before.left_out)
 
@@ -185,6 +185,11 @@ def _whole(
     kept, fresh, unread = plan.compare(files, before.sources, tools.settings, tools.count)
     about = _about(tools.settings, roots, left_out)
     return Plan(tools.encoder, kept, fresh, [*skipped, *unread, *_notes_of(kept, before.skipped)], about)
+
+
+def _find(roots: Sequence[str], folder: Path, settings: Settings) -> tuple[list[Path], list[Skipped]]:
+    paths = [Path(root) for root in roots]
+    return reading.find(paths, leave_out=[folder], include_ignored=settings.include_ignored)
 
 
 def _before(folder: Path, present: Present | None) -> _Before:

@@ -31,6 +31,7 @@ class Settings:
     source_field: str | None = None
     max_bytes: int = Options.max_bytes
     max_pages: int = Options.max_pages
+    include_ignored: bool = False
 
     @property
     def chunking(self) -> Chunking:

@@ -52,15 +52,16 @@ def supposed(sample: bytes, name: str) -> Encoding:
 
     Unreadable: they are no text in any encoding.
     """
-    told = name.removesuffix("-sig").upper()
+    told, of_zeros = name.removesuffix("-sig").upper(), name.startswith("utf-16")
     try:
         text = sample.decode(name, "replace")
     except UnicodeError:  # of an encoding that is none of text
         text = "\ufffd"
-    if 2 * text.count("\ufffd") <= len(text) - sum(map(str.isascii, text)):
-        return Encoding(name, f"some bytes are no {told}: \ufffd stands in their place")
-    if 20 * len(_CONTROLS.findall(sample)) > len(sample):
+    few = 2 * text.count("\ufffd") <= len(text) - sum(map(str.isascii, text))
+    if not (few if of_zeros else 20 * len(_CONTROLS.findall(sample)) <= len(sample) and b"\0" not in sample):
         raise Unreadable(f"holds bytes that are no {told}: save it as UTF-8")
+    if few:
+        return Encoding(name, f"some bytes are no {told}: \ufffd stands in their place")
     found = _guessed(sample[:_SAMPLE])
     return Encoding(found, f"is no {told}: read as {'Windows-1252' if found == _WESTERN else found}")
 

@@ -7,10 +7,14 @@ from pathlib import Path
 
 from openchatkit.errors import UserError
 from openchatkit.formats.retrieval_index import Skipped
+from openchatkit.retrieval.reading.ignored import Rules, rules_above, rules_in
 
 
-def find(paths: Sequence[Path], *, leave_out: Sequence[Path] = ()) -> tuple[list[Path], list[Skipped]]:
-    """All files under `paths`, absolute and sorted, and what was left out: hidden names, links, what is no file.
+def find(
+    paths: Sequence[Path], *, leave_out: Sequence[Path] = (), include_ignored: bool = False
+) -> tuple[list[Path], list[Skipped]]:
+    """All files under `paths`, absolute and sorted, and what was left out: hidden names, links, what is no file, and,
+    unless `include_ignored`, what a project keeps out of its files (`ignored`).
 
     A path that is named itself is taken whatever it is called, links included; `leave_out` are folders that belong to
     the index. UserError: a path that is not there, or whose name no index can hold.
@@ -23,7 +27,8 @@ def find(paths: Sequence[Path], *, leave_out: Sequence[Path] = ()) -> tuple[list
         if os.fsencode(real) != str(real).encode("utf-8", "replace"):
             raise UserError(f"{path}: its name is not in UTF-8: rename it")
         if real.is_dir():
-            for found in _under(real, real, barred):
+            rules = None if include_ignored else Rules(real, above=rules_above(real))
+            for found in _under(real, real, barred, rules):
                 files.add(found) if isinstance(found, Path) else skipped.append(found)
         elif real.is_file():
             files.add(real)
@@ -37,21 +42,24 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
-def _under(folder: Path, root: Path, barred: set[Path]) -> Iterator[Path | Skipped]:
+def _under(folder: Path, root: Path, barred: set[Path], rules: Rules | None) -> Iterator[Path | Skipped]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         yield Skipped(str(folder), f"cannot be read: {error.strerror}")
         return
+    if rules is not None:
+        *told, rules = rules_in(folder, rules)
+        yield from told
     for entry in entries:
         path = folder / entry.name
         if path in barred:
             continue
-        reason = _unwanted(entry, path, root)
+        reason = _unwanted(entry, path, root) or ("" if rules is None else rules.reason(entry))
         if reason:
             yield Skipped(str(path), reason)
         elif entry.is_dir(follow_symlinks=False):
-            yield from _under(path, root, barred)
+            yield from _under(path, root, barred, rules)
         else:
             yield path
 

@@ -74,9 +74,9 @@ def test_text_in_another_encoding_is_read_and_noted(tmp_path, text, encoding, no
 def test_one_bad_byte_among_others_does_not_make_it_another_encoding(tmp_path):
     for encoding, name, bad in (("utf-8", "UTF-8", b"\xff"), ("utf-16", "UTF-16", b"\x00\xdc")):
         options = Options()
-        path = write(tmp_path / "a.txt", "Grüße und Küsse: 5 €".encode(encoding) + bad + b"")
+        path = write(tmp_path / "a.txt", "Grüße, привет: 5 €".encode(encoding) + bad)
         reading.digest(path)
-        assert documents(path, options)[0][1] == [Block("Grüße und Küsse: 5 €\ufffd", 1, 1)]
+        assert documents(path, options)[0][1] == [Block("Grüße, привет: 5 €\ufffd", 1, 1)]
         assert options.notes == [f"some bytes are no {name}: \ufffd stands in their place"]
 
 
@@ -585,6 +585,42 @@ class TestWalk:
             ("pipe.txt", "no ordinary file"),
             ("ring", "a link to what is met there itself"),
         ]
+
+    def test_what_a_project_ignores_is_left_out_unless_it_is_asked_for(self, tmp_path):
+        root = tmp_path / "repository"
+        kept = ["a.txt", "docs/keep.log", "docs/a.txt", "docs/deep/out/a.txt", "logs.txt"]
+        ignored = ["b.log", "docs/b.log", "out/a.txt", "docs/deep/tmp.txt"]
+        others = ["node_modules/x/readme.md", "docs/env/lib/a.py", "docs/env/pyvenv.cfg"]
+        for name in [*kept, *ignored, *others, ".git/config.txt"]:
+            write(root / name, "x")
+        write(root / ".gitignore", "# what is made\n*.log\n/out/\n")
+        write(root / "docs" / ".gitignore", "!keep.log\ndeep/tmp.*\n")
+
+        def found(folder, **options):
+            files, skipped = reading.find([folder], **options)
+            told = {each.source[len(str(root)) + 1 :]: each.reason for each in skipped if "/." not in each.source}
+            return {str(path.relative_to(root)) for path in files}, told
+
+        files, skipped = found(root)
+        assert files == set(kept)
+        named, made = "named by .gitignore", "made by a program or by others"
+        reasons = {"b.log": named, "docs/b.log": named, "out": named, "docs/deep/tmp.txt": named}
+        reasons |= {"node_modules": made, "docs/env": made}
+        assert skipped == {name: f"{reason} (see --include-ignored)" for name, reason in reasons.items()}
+        assert found(root, include_ignored=True) == ({*kept, *ignored, *others}, {})
+        # The rules of the repository hold in a folder of it; but what is named itself is read.
+        assert found(root / "docs")[0] == {name for name in kept if name.startswith("docs/")}
+        assert found(root / "out")[0] == {"out/a.txt"}
+        assert found(root / "node_modules")[0] == {"node_modules/x/readme.md"}
+        assert reading.find([root / "b.log"])[0] == [root / "b.log"]
+
+    def test_a_missing_package_for_ignoring_is_noted(self, tmp_path, monkeypatch):
+        write(tmp_path / ".gitignore", "a.txt\n")
+        path = write(tmp_path / "a.txt", "x")
+        monkeypatch.setitem(__import__("sys").modules, "pathspec", None)
+        files, skipped = reading.find([tmp_path])
+        assert files == [path]
+        assert "not heeded, which needs a package: pip install pathspec" in [each.reason for each in skipped]
 
     def test_a_file_that_goes_while_the_folder_is_read_is_left_out(self, tmp_path, monkeypatch):
         write(tmp_path / "a.txt", "x")
