@@ -5,8 +5,12 @@ long; one that is too long by itself is cut into sentences (code into lines), a 
 it is too long alone; text without spaces is cut at its commas and full stops. The next chunk of a section repeats the
 last sentences of the one before, as far as they fit into the overlap. The same document and settings give the same
 chunks.
+
+A table is cut at its rows, and each chunk of it begins with its header. Where pages, slides or chapters are counted, a
+chunk goes on from one to the next only in the middle of a sentence.
 """
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +28,7 @@ DEFAULT_OVERLAP = 30
 # no spaces part words, each character does.
 _CHARACTERS = 16
 _AT_ONCE = 256  # blocks whose tokens are counted in one call
+_APART = ("page", "slide", "chapter")  # what a passage is to lie on one of
 _TITLE_SHARE = 4  # a title takes at most this part of the room of a chunk
 # Behind a sentence's end and the quotes that close it; Chinese and Japanese put no space there.
 _SENTENCE = re.compile(
@@ -32,6 +37,7 @@ _SENTENCE = re.compile(
 _CLAUSE = re.compile(r"(?<=[、，；：])()")  # noqa: RUF001
 _WORD = re.compile(r"(?<=\S)(\s+)(?=\S)")
 _LINE = re.compile(r"(\n)")
+_TEXT_CUTS = (_SENTENCE, _CLAUSE, _WORD)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,12 @@ class _Atom:
     def text(self) -> str:
         return self.block.text[self.start : self.end]
 
+    @property
+    def head(self) -> str:
+        """What a chunk that begins with it repeats: the header of its table, unless it holds that."""
+        held = self.start == 0 and self.block.text.startswith(self.block.head)
+        return "" if held else self.block.head
+
 
 def embedded(title: str, text: str) -> str:
     """What the encoder is shown of a passage."""
@@ -81,11 +93,15 @@ def embedded(title: str, text: str) -> str:
 def chunks(document: Document, chunking: Chunking, count: Count) -> Iterator[Chunk]:
     """The chunks of a document; `count` says of texts how many tokens the encoder makes of each."""
     headings: list[Block] = []
+    before: Block | None = None
     packer = _Packer(document, chunking, count)
     while blocks := list(itertools.islice(document.blocks, _AT_ONCE)):
         for block, weight in zip(blocks, packer.weigh([block.text for block in blocks]), strict=True):
             if not block.level:
+                if document.unit in _APART and before is not None and not _runs_on(before, block):
+                    yield from packer.end()
                 yield from packer.add(block, weight)
+                before = block
                 continue
             yield from packer.end()
             headings = [*(each for each in headings if each.level < block.level), block]
@@ -119,10 +135,17 @@ class _Packer:
 
     def add(self, block: Block, weight: int) -> Iterator[Chunk]:
         """Take a block in; chunks that are full come out."""
+        head, cuts = self._weigh_head(block), _TEXT_CUTS
+        if block.code or block.head:
+            cuts = (_LINE, _WORD)
+        if 2 * head > self._room:
+            block, head = dataclasses.replace(block, head=""), 0
         whole = _Atom(block, 0, len(block.text.rstrip()), "\n\n", weight)
-        for atom in self._fitting(whole, [_LINE, _WORD] if block.code else [_SENTENCE, _CLAUSE, _WORD]):
+        for atom in self._table(whole, head) if block.head else self._fitting(whole, self._room, cuts):
             if self._atoms and self._weight + atom.weight > self._room:
-                yield from self._cut(atom.weight)
+                yield from self._cut(atom.weight + head)
+            if not self._atoms:
+                self._weight = self._weigh_head(block) if atom.head else 0
             self._atoms.append(atom)
             self._weight += atom.weight
             self._fresh = True
@@ -136,6 +159,7 @@ class _Packer:
     def _chunk(self) -> Chunk:
         first, last = self._atoms[0], self._atoms[-1]
         text = first.text + "".join(atom.before + atom.text for atom in self._atoms[1:])
+        text = f"{first.head}\n{text}" if first.head else text
         begin, end = first.block.lines(first.start, first.end)[0], last.block.lines(last.start, last.end)[1]
         return Chunk(text, self._title, place(self._document.unit, begin, end))
 
@@ -143,7 +167,26 @@ class _Packer:
         """End a chunk, and begin the next with what it repeats, where that leaves room for what is `needed`."""
         repeated = self._end_of(self._atoms, min(self._chunking.overlap, self._room - needed))
         yield from self.end()
-        self._atoms, self._weight = repeated, sum(atom.weight for atom in repeated)
+        weight = sum(atom.weight for atom in repeated)
+        if repeated and repeated[0].head:
+            weight += self._weigh_head(repeated[0].block)
+        # What is repeated may be of another table, whose header there is no room for.
+        self._atoms, self._weight = (repeated, weight) if weight + needed <= self._room else ([], 0)
+
+    def _weigh_head(self, block: Block) -> int:
+        return self.weigh([block.head])[0] if block.head else 0
+
+    def _table(self, whole: _Atom, head: int) -> Iterator[_Atom]:
+        """A table that fits, or its header, if it has it, and its rows, each with room for the header before it."""
+        if whole.weight + (head if whole.head else 0) <= self._room:
+            yield whole
+            return
+        block, start = whole.block, 0
+        if not whole.head:
+            yield _Atom(block, 0, len(block.head), whole.before, head)
+            start = len(block.head) + 1
+        for row in self._parts(_Atom(block, start, whole.end, "\n" if start else whole.before, whole.weight), _LINE):
+            yield from self._fitting(row, self._room - head, [_WORD])
 
     def _end_of(self, atoms: list[_Atom], most: int) -> list[_Atom]:
         """The last atoms, or else the last sentences of the last one, that weigh at most so much; never all."""
@@ -158,15 +201,15 @@ class _Packer:
             found.insert(0, atom)
         return found
 
-    def _fitting(self, atom: _Atom, cuts: Sequence[re.Pattern[str]]) -> Iterator[_Atom]:
+    def _fitting(self, atom: _Atom, room: int, cuts: Sequence[re.Pattern[str]]) -> Iterator[_Atom]:
         """An atom, or what it has to be cut into; by the first of the cuts, what is too long still by the next."""
-        if atom.weight <= self._room:
+        if atom.weight <= room:
             yield atom
         elif cuts:
             for part in self._parts(atom, cuts[0]):
-                yield from self._fitting(part, cuts[1:])
+                yield from self._fitting(part, room, cuts[1:])
         else:
-            yield from self._characters(atom)
+            yield from self._characters(atom, room)
 
     def _parts(self, atom: _Atom, cut: re.Pattern[str]) -> Iterator[_Atom]:
         """The pieces between the matches of a cut, whose group is what they are joined by."""
@@ -181,19 +224,27 @@ class _Packer:
             if not atom.block.text[start:end].isspace() and start < end:
                 yield _Atom(atom.block, start, end, before, weight)
 
-    def _characters(self, atom: _Atom) -> Iterator[_Atom]:
+    def _characters(self, atom: _Atom, room: int) -> Iterator[_Atom]:
         """A word too long for a chunk, in pieces that fit, cut before no mark of a letter."""
         text, start, before = atom.block.text, atom.start, atom.before
-        size = max((atom.end - atom.start) * self._room // atom.weight, 1)
+        size = max((atom.end - atom.start) * room // atom.weight, 1)
         while start < atom.end:
             end = min(start + size, atom.end)
-            while (weight := self.weigh([text[start:end]])[0]) > self._room and end - start > 1:
-                end = start + max(min((end - start) * self._room // weight, end - start - 1), 1)
+            while (weight := self.weigh([text[start:end]])[0]) > room and end - start > 1:
+                end = start + max(min((end - start) * room // weight, end - start - 1), 1)
             while end < atom.end and end - start > 1 and text[end] in MARKS:
                 end -= 1
             if not text[start:end].isspace():
                 yield _Atom(atom.block, start, end, before, weight)
             start, before = end, ""
+
+
+def _runs_on(before: Block, after: Block) -> bool:
+    """Whether two blocks are on one page, or a sentence goes on from one page to the next."""
+    if before.last == after.first:
+        return True
+    text, following = before.text.rstrip(), after.text.lstrip()
+    return bool(text and following) and not before.code and following[0].islower() and text[-1] not in ".!?…。:"
 
 
 def _least(text: str) -> int:

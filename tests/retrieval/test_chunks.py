@@ -82,6 +82,26 @@ def test_code_stays_whole_where_it_fits_and_is_cut_between_lines(tmp_path):
     ]
 
 
+def test_a_table_is_cut_at_rows_and_each_chunk_has_its_header(tmp_path):
+    rows = [f"| part {number} | {number} euros each |" for number in range(30)]
+    head = ["| what | price |", "|---|---|"]
+    found = cut("\n".join(["Prices follow.", "", *head, *rows, "", "The end."]), tmp_path, 60, 15, name="n.md")
+    assert len(found) > 3
+    seen = []
+    for each in found:
+        lines = [line for line in each.text.split("\n") if line.startswith("|")]
+        assert lines[:2] == head
+        seen += [row for row in lines[2:] if row not in seen]
+        assert set(lines[2:]) <= set(rows)
+        assert words([each.text])[0] <= 60
+    assert seen == rows
+    assert found[0].text.startswith("Prices follow.\n\n| what")
+    assert found[-1].text.endswith("|\n\nThe end.")
+    # A header that leaves no room is not repeated, and a row that is too long is cut.
+    wide = f"| {'name ' * 40} |\n|---|\n| {'value ' * 40} |\n"
+    assert all(words([each.text])[0] <= 20 for each in cut(wide, tmp_path, 20, name="w.md"))
+
+
 def test_only_a_word_too_long_alone_is_cut(tmp_path):
     [first, *rest] = cut("short " + "x" * 500 + " end", tmp_path, 9, name="n.txt")
     assert first.text == "short"
@@ -125,6 +145,16 @@ def test_places_are_pages_and_rows():
     assert [each.place for each in chunks(document, Chunking(5, 0), words)] == ["pages 1-2", "page 2"]
     document = Document(iter([Block("x", 7, 7)]), "row", "T")
     assert [each.place for each in chunks(document, Chunking(5, 0), words)] == ["row 7"]
+
+
+def test_a_passage_lies_on_one_page_unless_a_sentence_runs_on():
+    blocks = [Block(f"Page {number} says this.", number, number) for number in range(1, 7)]
+    blocks += [Block("This one goes", 7, 7), Block("on here.", 8, 8), Block("Last", 9, 9)]
+    for unit, places in (("page", [1, 2, 3, 4, 5, 6, "7-8", 9]), ("slide", [1, 2, 3, 4, 5, 6, "7-8", 9])):
+        found = [each.place for each in chunks(Document(iter(blocks), unit, ""), Chunking(200, 30), words)]
+        assert found == [f"{unit}s {at}" if isinstance(at, str) else f"{unit} {at}" for at in places]
+    [chunk] = chunks(Document(iter(blocks), "line", ""), Chunking(200, 30), words)
+    assert chunk.place == "lines 1-9"
 
 
 def test_many_blocks_are_not_held_at_once(monkeypatch):

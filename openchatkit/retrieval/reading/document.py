@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 # Everything but tab and newline that a terminal would obey or that no text holds.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), 0xFEFF], " ")
+_CONTROLS[0xAD] = ""  # a hyphen that is shown at a line's end alone
 _LONGEST = 1 << 14  # characters of a block: a paragraph beyond that is cut, at a line or else anywhere
 
 
@@ -21,7 +22,8 @@ class Unreadable(Exception):
 class Block:
     """A heading, a paragraph or a piece of code; `first` and `last` count lines, pages or rows from 1.
 
-    `level` is 1 and above for headings, 0 for all else.
+    `level` is 1 and above for headings, 0 for all else. `head` is the header of the table that a block is of: each of
+    its passages repeats it.
     """
 
     text: str
@@ -29,6 +31,7 @@ class Block:
     last: int
     level: int = 0
     code: bool = False
+    head: str = ""
 
     def lines(self, start: int, end: int) -> tuple[int, int]:
         """Where the characters from `start` to `end` stand: on which lines, if those are known one by one."""
@@ -73,7 +76,7 @@ def place(unit: str, first: int, last: int) -> str:
 
 
 def clean(text: str) -> str:
-    """Text without control characters; newlines and tabs stay, and a carriage return before a newline goes."""
+    """Text without control characters and soft hyphens; newlines and tabs stay, a carriage return before one goes."""
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
 
 
@@ -98,5 +101,5 @@ def pieces(block: Block) -> Iterator[Block]:
             end = text.rfind("\n", start + 1, end) + 1 or text.rfind(" ", start + 1, end) + 1 or end
         part = text[start:end].rstrip("\n")
         if part.strip():
-            yield Block(part, *block.lines(start, start + len(part)), block.level, block.code)
+            yield Block(part, *block.lines(start, start + len(part)), block.level, block.code, block.head)
         start = end

@@ -121,7 +121,7 @@ def _unpacked(path: Path, options: Options) -> Iterator[None]:
 
 def _of_word(part: Any, number: int) -> Iterator[Block]:
     if hasattr(part, "rows"):
-        yield from _block(_table(part), number)
+        yield from _table(part, number)
         return
     style = (part.style.name if part.style is not None else "") or ""
     level = 1 if style == "Title" else int(style[8:]) if style.startswith("Heading ") and style[8:].isdigit() else 0
@@ -138,7 +138,7 @@ def _of_slide(slide: Any, number: int) -> Iterator[Block]:
         if shape.has_text_frame:
             yield from _block(shape.text_frame.text, number)
         elif shape.has_table:
-            yield from _block(_table(shape.table), number)
+            yield from _table(shape.table, number)
     if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
         yield from _block(slide.notes_slide.notes_text_frame.text, number)
 
@@ -148,10 +148,13 @@ def _shapes(shapes: Any) -> Iterator[Any]:
         yield from _shapes(shape.shapes) if hasattr(shape, "shapes") else [shape]
 
 
-def _table(table: Any) -> str:
-    """A row a line; a cell that several are joined to is there once."""
-    lines = ([" ".join(cell.text.split()) for cell in row.cells] for row in table.rows)
-    return "\n".join(" | ".join(text for text, _ in itertools.groupby(line)) for line in lines if any(line))
+def _table(table: Any, number: int) -> Iterator[Block]:
+    """A row a line under the first; a cell that several are joined to is there once."""
+    cells = ([" ".join(cell.text.split()) for cell in row.cells] for row in table.rows)
+    lines = [clean(" | ".join(text for text, _ in itertools.groupby(row))) for row in cells if any(row)]
+    if lines:
+        head = lines[0] if len(lines) > 1 else ""
+        yield from pieces(Block("\n".join(lines), number, number, head=head))
 
 
 def _block(text: str, number: int, level: int = 0) -> Iterator[Block]:

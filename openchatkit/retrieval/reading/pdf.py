@@ -1,16 +1,21 @@
 """PDF files as blocks, page by page, by pypdf: nothing is drawn, run or fetched."""
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval.reading import streams
-from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, one_line, paragraphs
+from openchatkit.retrieval.reading.document import Document, Options, Unreadable, one_line, paragraphs, place
 
 if TYPE_CHECKING:
     from pypdf import PdfReader
+
+
+_HALVES = re.compile(r"(\w*[^\W\d_])([-\u2010\u00ad])[ \t]*\n[ \t]*([^\W\d_]\w*)")
+_HYPHENED = re.compile(r"\b\w+-\w+\b")
 
 
 def pdf(path: Path, options: Options) -> Iterator[Document]:
@@ -35,19 +40,59 @@ def pdf(path: Path, options: Options) -> Iterator[Document]:
             raise Unreadable(f"broken: {one_line(str(error)) or type(error).__name__}") from error
         if locked:
             raise Unreadable("encrypted: save it without a password")
-        blocks = [block for page in range(min(count, options.max_pages)) for block in _page(reader, page, options)]
+        texts = [_text(reader, page, options) for page in range(min(count, options.max_pages))]
+        pictures = [page for page, text in enumerate(texts, 1) if text == "" and _holds_picture(reader, page - 1)]
     if count > options.max_pages:
         options.notes.append(f"only {options.max_pages:,} of {count:,} pages (see --max-pages)")
+    join = _joiner(text for text in texts if text)
+    blocks = [block for page, text in enumerate(texts, 1) if text for block in paragraphs(join(text), page)]
     if not blocks:
         raise Unreadable("holds no text: pictures of pages, perhaps; recognise their text first")
+    if pictures:
+        options.notes.append(f"{_pages(pictures)}: pictures without text; recognise their text first")
     yield Document(iter(blocks), "page", title or streams.stem(path))
 
 
-def _page(reader: "PdfReader", number: int, options: Options) -> Iterator[Block]:
-    """The paragraphs of a page, counted from 0; none, and a note, where it is broken."""
+def _text(reader: "PdfReader", number: int, options: Options) -> str | None:
+    """The text of a page, counted from 0; None, and a note, where it is broken."""
     try:
         text = reader.pages[number].extract_text() or ""
+        return text if text.strip() else ""
     except Exception as error:  # as above; the other pages may be whole
         options.notes.append(f"page {number + 1} is broken: {one_line(str(error)) or type(error).__name__}")
-        return
-    yield from paragraphs(text, number + 1)
+        return None
+
+
+def _holds_picture(reader: "PdfReader", number: int) -> bool:
+    try:
+        return len(reader.pages[number].images) > 0
+    except Exception:  # a picture that is broken is one
+        return True
+
+
+def _pages(numbers: list[int]) -> str:
+    """Numbers of pages, those that follow each other as a range."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(place("page", run[0], run[-1]) for run in runs)
+
+
+def _joiner(texts: Iterable[str]) -> Callable[[str], str]:
+    """A function that joins the halves of words that stand on two lines of these texts.
+
+    A hyphen between two small letters goes, unless the texts have the word with one elsewhere, within a line.
+    """
+    hyphened = {match[0] for text in texts for match in _HYPHENED.finditer(text)}
+
+    def joined(match: re.Match[str]) -> str:
+        before, hyphen, after = match.groups()
+        if not (before[-1].islower() and after[0].islower()):
+            return match[0]
+        whole = f"{before}-{after}"
+        return whole if whole in hyphened and hyphen != "\u00ad" else before + after
+
+    return lambda text: _HALVES.sub(joined, text)

@@ -19,6 +19,7 @@ _MOST_FRONT_LINES = 200
 _ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
 _SETEXT = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_UNDER_HEADER = re.compile(r"[ \t]*(?=.*\|)\|?([ \t]*:?-+:?[ \t]*\|?)+[ \t]*")
 _NO_TITLE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|$)")
 _FRONT_TITLE = re.compile(r"title:\s*(['\"]?)(.+?)\1\s*")
 # reStructuredText: an underline is the same mark over and over; and the directives whose content is code.
@@ -65,13 +66,13 @@ class _Gathering:
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
 
-    def add(self, number: int, line: str, *, code: bool = False) -> Iterator[Block]:
+    def add(self, number: int, line: str, *, code: bool = False, head: str = "") -> Iterator[Block]:
         """Take a line in; what has grown too long comes out."""
         if len(self.lines) == _MOST_LINES:
-            yield from self.take(code=code)
+            yield from self.take(code=code, head=head)
         self.lines.append((number, line.rstrip()))
 
-    def take(self, *, code: bool = False) -> Iterator[Block]:
+    def take(self, *, code: bool = False, head: str = "") -> Iterator[Block]:
         """What has been gathered, as blocks; none where that is nothing but space."""
         lines, self.lines = self.lines, []
         while lines and not lines[-1][1]:
@@ -79,7 +80,8 @@ class _Gathering:
         while lines and not lines[0][1]:
             lines.pop(0)
         if lines:
-            yield from pieces(Block("\n".join(line for _, line in lines), lines[0][0], lines[-1][0], code=code))
+            text = "\n".join(line for _, line in lines)
+            yield from pieces(Block(text, lines[0][0], lines[-1][0], code=code, head=head))
 
 
 def _paragraphs(lines: Lines, *, code: bool = False) -> Iterator[Block]:
@@ -107,9 +109,15 @@ def _front_matter(lines: Lines) -> tuple[str, Lines]:
 
 
 def _markdown(lines: Lines) -> Iterator[Block]:
-    gathered, fence = _Gathering(), ""
+    gathered, fence, head = _Gathering(), "", ""
     for number, line in lines:
         mark = _FENCE.match(line)
+        if head and "|" in line:
+            yield from gathered.add(number, line, head=head)
+            continue
+        if head:
+            yield from gathered.take(head=head)
+            head = ""
         if fence:
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
@@ -123,12 +131,17 @@ def _markdown(lines: Lines) -> Iterator[Block]:
             yield from gathered.take()
             if heading[2]:
                 yield Block(one_line(heading[2]), number, number, level=len(heading[1]))
+        elif _UNDER_HEADER.fullmatch(line) and gathered.lines and "|" in gathered.lines[-1][1]:
+            header = gathered.lines.pop()
+            yield from gathered.take()
+            gathered.lines = [header, (number, line.rstrip())]
+            head = f"{header[1]}\n{line.rstrip()}"
         elif (under := _SETEXT.fullmatch(line)) and _is_title(gathered):
             [(first, title)], gathered.lines = gathered.lines, []
             yield Block(one_line(title), first, number, level=1 if under[1][0] == "=" else 2)
         else:
             yield from gathered.add(number, line) if line.strip() else gathered.take()
-    yield from gathered.take(code=bool(fence))
+    yield from gathered.take(code=bool(fence), head=head)
 
 
 def _is_title(gathered: _Gathering) -> bool:

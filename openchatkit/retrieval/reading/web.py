@@ -73,6 +73,8 @@ class _Parser(HTMLParser):
         self._first = self._last = 0
         self._level = 0
         self._code = 0  # how many <pre> are open
+        self._head = ""  # the row of <th> that the table began with
+        self._cells: set[str] = set()  # of what kinds those of the row are
         self._dropped: list[str] = []
         self._in_title = False
 
@@ -85,9 +87,11 @@ class _Parser(HTMLParser):
         elif tag == "br":
             self._text.append("\n")
         elif tag in ("td", "th"):
+            self._cells.add(tag)
             self._text.append(" | " if "".join(self._text).strip() else "")
         elif tag not in _INLINE:
             self.end_block()
+            self._head = "" if tag == "table" else self._head
             self._code += tag == "pre"
             self._level = int(tag[1]) if re.fullmatch("h[1-6]", tag) else 0
             if tag == "li":
@@ -106,6 +110,7 @@ class _Parser(HTMLParser):
             self._in_title = False
         elif tag not in _INLINE and tag not in ("td", "th", "br"):
             self.end_block()
+            self._head = "" if tag == "table" else self._head
             self._code = max(self._code - (tag == "pre"), 0)
             self._level = 0
 
@@ -136,6 +141,9 @@ class _Parser(HTMLParser):
         else:
             text = "\n".join(filter(None, (" ".join(line.split()) for line in text.split("\n"))))
         if text.strip(" -|\n") and self._first:
-            block = Block(text, self._first, self._last, level=self._level, code=bool(self._code))
+            head = self._head if self._cells else ""
+            block = Block(text, self._first, self._last, level=self._level, code=bool(self._code), head=head)
             self.blocks += [block] if self._level else pieces(block)
+            self._head = text if self._cells == {"th"} else self._head
         self._first = self._last = 0
+        self._cells = set()

@@ -218,6 +218,30 @@ goes on.<br>Then<ul><li>item</ul>
     ]
 
 
+def test_rows_of_a_table_know_its_header(tmp_path):
+    text = "Prices:\npart | price\n:-- | --:\nlamp | 5\nwick | 1\n\nEnd. a | b\n\n|x|\n|-|\n|1|\nafter\n"
+    blocks = documents(write(tmp_path / "a.md", text))[0][1]
+    assert blocks == [
+        Block("Prices:", 1, 1),
+        Block("part | price\n:-- | --:\nlamp | 5\nwick | 1", 2, 5, head="part | price\n:-- | --:"),
+        Block("End. a | b", 7, 7),
+        Block("|x|\n|-|\n|1|", 9, 11, head="|x|\n|-|"),
+        Block("after", 12, 12),
+    ]
+    long = "|n|\n|-|\n" + "".join(f"|{number}|\n" for number in range(900))
+    blocks = documents(write(tmp_path / "b.md", long))[0][1]
+    assert len(blocks) == 3
+    assert {block.head for block in blocks} == {"|n|\n|-|"}
+    page = "<table><tr><th>part<th>price<tr><td>lamp<td>5<tr><td>wick<td>1</table><p>End<table><tr><td>a<td>b</table>"
+    assert [(each.text, each.head) for each in documents(write(tmp_path / "a.html", page))[0][1]] == [
+        ("part | price", ""),
+        ("lamp | 5", "part | price"),
+        ("wick | 1", "part | price"),
+        ("End", ""),
+        ("a | b", ""),
+    ]
+
+
 def test_html_says_its_own_encoding(tmp_path):
     page = '<meta charset="{}"><p>Gruß</p>'
     assert documents(write(tmp_path / "a.htm", page.format("latin-1").encode("latin-1")))[0][1][0].text == "Gruß"
@@ -405,7 +429,7 @@ class TestPacked:
             Block("Manual", 1, 1, level=1),
             Block("Lamp", 2, 2, level=2),
             Block("Light it\nevery evening.", 3, 3),
-            Block("part | price\nlamp | 5 €", 4, 4),
+            Block("part | price\nlamp | 5 €", 4, 4, head="part | price"),
         ]
 
     def test_slides(self, tmp_path):
@@ -523,6 +547,33 @@ class TestPDF:
         options = Options(max_pages=1)
         assert documents(self.make(tmp_path / "b.pdf", ["one", "two"]), options) == [("b", [Block("one", 1, 1)])]
         assert options.notes == ["only 1 of 2 pages (see --max-pages)"]
+
+    def test_words_that_a_line_ends_in_are_joined(self, tmp_path, monkeypatch):
+        import pypdf
+
+        text = "The care-\ntaker has a well-\nknown lamp, a well-known one, of Baden-\nBaden, E-\n4, so\u00ad\nfas."
+        monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda page: text)
+        [(_, [block])] = documents(self.make(tmp_path / "a.pdf", ["x"]))
+        joined = "The caretaker has a well-known lamp, a well-known one, of Baden-\nBaden, E-\n4, sofas."
+        assert block.text == joined
+
+    def test_pages_that_are_pictures_are_noted_and_empty_ones_are_not(self, tmp_path):
+        from pypdf import PdfReader, PdfWriter
+        from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject, NumberObject
+
+        writer = PdfWriter(PdfReader(self.make(tmp_path / "a.pdf", ["one", "", "", "", "five", ""])))
+        picture = DecodedStreamObject()
+        picture.set_data(b"\0")
+        picture.update({NameObject(f"/{name}"): NumberObject(1) for name in ("Width", "Height", "BitsPerComponent")})
+        picture[NameObject("/ColorSpace")] = NameObject("/DeviceGray")
+        picture |= {NameObject("/Type"): NameObject("/XObject"), NameObject("/Subtype"): NameObject("/Image")}
+        held = DictionaryObject({NameObject("/I"): writer._add_object(picture)})
+        for number in (1, 2, 5):
+            writer.pages[number][NameObject("/Resources")] = DictionaryObject({NameObject("/XObject"): held})
+        writer.write(str(tmp_path / "b.pdf"))
+        options = Options()
+        assert [block.text for block in documents(tmp_path / "b.pdf", options)[0][1]] == ["one", "five"]
+        assert options.notes == ["pages 2-3, page 6: pictures without text; recognise their text first"]
 
     def test_a_broken_file_gives_what_can_be_read_or_a_reason(self, tmp_path):
         data = self.make(tmp_path / "a.pdf", ["one", "two"]).read_bytes()
