@@ -34,9 +34,12 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     moderation.add_flags(flags)
 
 
-def add_sampling_flags(flags: argparse.ArgumentParser) -> None:
-    """--max-tokens, --seed and the rest: how replies are drawn. `sampling` checks what the parser cannot."""
-    flags.add_argument("--max-tokens", type=cli.positive_int, default=128, help="the longest reply, in tokens")
+def add_sampling_flags(flags: argparse.ArgumentParser, *, max_tokens: int | None = 128) -> None:
+    """--max-tokens, --seed and the rest: how replies are drawn. `sampling` checks what the parser cannot.
+
+    `max_tokens` is the default of --max-tokens; None leaves it to the command.
+    """
+    flags.add_argument("--max-tokens", type=cli.positive_int, default=max_tokens, help="the longest reply, in tokens")
     flags.add_argument(
         "--sample",
         action=argparse.BooleanOptionalAction,
@@ -57,7 +60,7 @@ def sampling(given: argparse.Namespace) -> "Sampling":  # noqa: F821
     from openchatkit.inference.engine import sampling
 
     settings = sampling.Sampling(
-        max_tokens=given.max_tokens,
+        max_tokens=given.max_tokens or sampling.Sampling.max_tokens,
         sample=given.sample,
         temperature=given.temperature,
         top_k=given.top_k,

@@ -17,7 +17,7 @@ from openchatkit.formats import chat
 from openchatkit.inference.conversation import context, rendering
 from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.conversation.rendering import Rendering
-from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.engine import Engine, Statistics, most_tokens
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.moderation.moderator import Moderator, Verdict
 from openchatkit.inference.release import Emit, Release, judge
@@ -29,12 +29,12 @@ from openchatkit.retrieval.passage import Passage
 class Reply:
     """A reply's text and token ids (a stop string's included), what ended it and what it took.
 
-    `finish` is "end" (the model's own end of turn, or a stop string), "length" (`max_tokens`), "interrupted" or
-    "moderated". `dropped` counts the pairs of turns that were left out for want of room, `passages` are those that the
-    model read with the question. `verdict` is the moderator's: what it did not allow, else its first warning, else its
-    last judgement. `refused` says that the question was not allowed and so not answered: `text` is the message instead.
-    `sources` say where each of the `passages` is from, and are None where none were looked for; `note` says what went
-    wrong in looking.
+    `finish` is "end" (the model's own end of turn, or a stop string), "length" (`max_tokens`, or the context's end),
+    "interrupted" or "moderated". `dropped` counts the pairs of turns that were left out for want of room, `passages`
+    are those that the model read with the question. `verdict` is the moderator's: what it did not allow, else its first
+    warning, else its last judgement. `refused` says that the question was not allowed and so not answered: `text` is
+    the message instead. `sources` say where each of the `passages` is from, and are None where none were looked for;
+    `note` says what went wrong in looking.
     """
 
     text: str
@@ -114,9 +114,7 @@ class Responder:
         tokens = rendering.encode(self.tokenizer, chat.parse(prompt))
         if not tokens:
             raise UserError("the prompt is empty: expected a text to go on from")
-        limits = {"context_length": self.engine.context_length, "max_tokens": sampling.max_tokens}
-        if not context.fits(len(tokens), **limits):
-            raise context.too_long(len(tokens), **limits)
+        context.check(len(tokens), self.engine.context_length)
         stream = self._stream((*self.rendering.stop_strings, *stop), trim=False)
         release = Release(emit, self.moderator, prompt)
         return self._generate(tokens, stream, release, sampling, generator, cancelled)
@@ -172,8 +170,9 @@ class Responder:
             else:
                 how = {"statistics": statistics, "lookup": lookup, "cancelled": cancelled}
                 drawn = self.engine.generate(prompt, sampling, generator, **how)
+                most = most_tokens(len(prompt), sampling.max_tokens, self.engine.context_length)
                 with contextlib.closing(drawn):
-                    finish = self._follow(drawn, tokens, stream, release, sampling.max_tokens, cancelled)
+                    finish = self._follow(drawn, tokens, stream, release, most, cancelled)
         except KeyboardInterrupt:
             finish = "interrupted"
         return Reply(
@@ -186,10 +185,10 @@ class Responder:
         tokens: list[int],
         stream: ReplyStream,
         release: Release,
-        max_tokens: int,
+        most: int,
         cancelled: Callable[[], bool],
     ) -> str:
-        """Take token after token to its text and on to whoever waits for it; what ended the reply."""
+        """Take at most so many tokens to their text and on to whoever waits for it; return what ended the reply."""
         finish = "end"
         for token in drawn:
             tokens.append(token)
@@ -205,7 +204,7 @@ class Responder:
                 break
         else:
             # The engine stops by itself while it reads a long prompt.
-            finish = "interrupted" if cancelled() else "length" if len(tokens) == max_tokens else "end"
+            finish = "interrupted" if cancelled() else "length" if len(tokens) == most else "end"
         release.push(stream.flush())
         if finish != "interrupted":
             release.finish()

@@ -47,7 +47,6 @@ class Session:
         model: str = "",
     ) -> None:
         self.responder = responder
-        self._check_room(sampling)
         self.sampling = sampling
         self.last: Reply | None = None
         self.totals = Statistics()
@@ -153,9 +152,7 @@ class Session:
         else:
             if name not in (names := [*asdict(self.sampling), "seed", "stop"]):
                 raise UserError(f"there is no setting {clean(name)[:40]!r}: there are {', '.join(names)}")
-            changed = sampling.changed(self.sampling, name, text)
-            self._check_room(changed)
-            self.sampling = changed
+            self.sampling = sampling.changed(self.sampling, name, text)
 
     # -- saved chats
 
@@ -201,14 +198,6 @@ class Session:
         if question := self.conversation.last_question:
             return question
         raise UserError(f"{lacking}: no question has been asked yet")
-
-    def _check_room(self, wanted: Sampling) -> None:
-        limit = self.responder.engine.context_length
-        if limit is not None and wanted.max_tokens >= limit:
-            raise UserError(
-                f"max_tokens {wanted.max_tokens} leaves no room for a question: expected fewer than the {limit} "
-                "tokens that this model reads at once"
-            )
 
     def _sow(self) -> None:
         if self._seed is None:

@@ -48,7 +48,6 @@ BOT = ROOT / "inference" / "bot.py"
         (["--load", "nosuch"], "there is no saved chat nosuch: there are none yet"),
         (["--load", "../up"], "'../up' cannot be the name of a chat: expected at most 64 letters"),
         (["--prom\x1bpt"], "unrecognized arguments: --prom\\x1bpt"),
-        (["--max-tokens", "999"], "max_tokens 999 leaves no room for a question: expected fewer than the 192 tokens"),
     ],
 )
 def test_a_flag_that_cannot_be_is_one_line_and_status_2(piped, trained_model, flags, message):

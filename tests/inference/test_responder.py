@@ -231,7 +231,34 @@ def test_a_long_line_is_refused_or_read_without_trouble(trained_model, tokenizer
     model = AutoModelForCausalLM.from_pretrained(trained_model).eval()
     engine = Engine(model, eos_ids=[0], device=torch.device("cpu"))
     responder = Responder(engine, tokenizer, KitRendering(tokenizer))
-    with pytest.raises(UserError, match=r"this needs \d+ tokens and its reply up to 30"):
+    with pytest.raises(UserError, match=r"this needs \d+ tokens and leaves none of the 192"):
         responder.answer(HELLO.answered("first").asked("word " * 200_000), GREEDY)
-    with pytest.raises(UserError, match=r"this needs \d+ tokens and its reply up to 30"):
+    with pytest.raises(UserError, match=r"this needs \d+ tokens and leaves none of the 192"):
         responder.answer(HELLO.answered("word " * 200_000).asked("word " * 200_000), GREEDY)
+
+
+def test_the_end_of_the_context_ends_a_reply_by_its_length(random_models, tokenizer):
+    loaded = loader.load(str(random_models["neox"]))
+    engine = Engine(loaded.model, eos_ids=(), device=loaded.device)
+    responder = Responder(engine, tokenizer, KitRendering(tokenizer))
+    talk = Conversation().asked("word " * 100)
+    size = len(responder.rendering.tokens(talk))
+    assert 300 < size < 512
+    for reply in (
+        responder.answer(talk, Sampling(max_tokens=1000, sample=False)),
+        responder.complete(responder.rendering.text(talk), Sampling(max_tokens=1000, sample=False)),
+    ):
+        assert (reply.finish, len(reply.tokens), reply.dropped) == ("length", 512 - size + 1, 0)
+
+
+def test_a_long_reply_that_is_allowed_costs_no_history(random_models, tokenizer):
+    loaded = loader.load(str(random_models["neox"]))
+    responder = Responder(
+        Engine(loaded.model, eos_ids=loaded.eos_ids, device=loaded.device), tokenizer, KitRendering(tokenizer)
+    )
+    talk = Conversation()
+    for number in range(8):
+        talk = talk.asked(f"question {number} of some words").answered("and its answer")
+    size = len(responder.rendering.tokens(talk.asked("and now?")))
+    assert 200 < size < 384
+    assert responder.fit(talk.asked("and now?"), Sampling(max_tokens=500)).dropped == 0

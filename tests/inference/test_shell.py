@@ -69,11 +69,17 @@ def test_a_question_without_a_reply_leaves_an_empty_line_and_status_2(piped, tra
     done = piped(script, trained_model, "--no-sample", "--no-date")
     assert done.lines == ["first", "", "again"]
     assert re.fullmatch(
-        r"error: this needs \d+ tokens and its reply up to 128, more than the 192 that this model "
-        r"reads at once: say it shorter\n",
+        r"error: this needs \d+ tokens and leaves none of the 192 that this model reads at once for a reply: "
+        r"say it shorter\n",
         done.stderr.decode(),
     )
     assert done.status == 2
+
+
+def test_a_reply_that_meets_the_end_of_the_context_says_so(piped, random_models):
+    done = piped("word " * 60 + "\n", random_models["neox"], "--max-tokens", "4000", "--seed", "1", "--no-date")
+    assert done.notes == ["note: the reply was cut: it reached the end of what the model reads at once"]
+    assert done.status == 0
 
 
 def test_a_line_of_a_megabyte_and_one_beyond_the_limit(piped, trained_model):
@@ -115,7 +121,7 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_question(piped,
         ("/set temperature nan", "temperature nan: expected a number from 0"),
         ("/set top_p -1", "top_p -1.0: expected a number above 0"),
         ("/set top_k many", "top_k 'many': expected a whole number of at least 0"),
-        ("/set max_tokens 5000", "max_tokens 5000 leaves no room for a question"),
+        ("/set max_tokens 0", "max_tokens 0: expected a whole number of at least 1"),
         ("/set verbose maybe", "verbose 'maybe': expected on or off"),
         ("/save", "/save needs the name to save under"),
         ("/save a", "there is nothing to save yet: ask something first"),

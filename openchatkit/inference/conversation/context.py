@@ -1,9 +1,12 @@
 """What of a conversation fits into the model's context.
 
-The system text and the last turn always stay; the oldest question and its reply go first. More goes than has to: the
-cut moves in strides of a quarter of the room, so that most turns only add to what the model has read already and its
-caches stay of use. The cut is a function of the conversation alone, the same for a shell and for a server that keeps
-nothing between two requests.
+The system text and the last turn always stay; the oldest question and its reply go first, as soon as less than a
+quarter of the context, or than `max_tokens`, is left for the reply. A longer reply ends where the context does, since
+most replies are much shorter than they may be.
+
+More goes than has to: the cut moves in strides of a quarter of the room, so that most turns only add to what the model
+has read already and its caches stay of use. The cut is a function of the conversation alone, the same for a shell and
+for a server that keeps nothing between two requests.
 """
 
 import itertools
@@ -15,6 +18,7 @@ from openchatkit.errors import UserError
 from openchatkit.inference.conversation.conversation import Conversation, Turn
 
 STRIDES = 4  # a stride is this part of the room
+RESERVE = 4  # a reply is kept at most this part of the context free
 
 
 class TooLong(UserError):
@@ -23,11 +27,15 @@ class TooLong(UserError):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A conversation that fits, its prompt's token ids, and how many oldest pairs of turns had to go."""
+    """A conversation that fits, its prompt's token ids, and how many oldest pairs of turns had to go.
+
+    `roomy` says whether the reply has all the room that is reserved for one.
+    """
 
     conversation: Conversation
     tokens: list[int]
     dropped: int
+    roomy: bool = True
 
 
 def fit(
@@ -38,48 +46,45 @@ def fit(
     context_length: int | None,
     max_tokens: int,
 ) -> Fitted:
-    """Drop oldest pairs until the prompt and `max_tokens` of reply fit into `context_length` tokens.
+    """Drop oldest pairs until the prompt leaves the reply its `reserve` of `context_length` tokens.
 
     `sizes` says about how many tokens of the prompt each of some turns takes, without passages. A `context_length` of
-    None means that the model sets no limit. Raises UserError when the last turn alone is too long.
+    None means that the model sets no limit. A last turn that is long may leave less; UserError when it leaves nothing.
     """
-    limits = {"context_length": context_length, "max_tokens": max_tokens}
     tokens = encode(conversation)
-    if fits(len(tokens), **limits):
+    if context_length is None:
+        return Fitted(conversation, tokens, 0)
+    room = context_length - reserve(max_tokens, context_length)
+    if len(tokens) <= room:
         return Fitted(conversation, tokens, 0)
     pairs = conversation.exchanges()
     # What the whole takes is known, so the texts of the pairs are measured once and no cut is tried in vain.
     turns = iter(sizes([turn for pair in pairs[:-1] for turn in pair]))
     weights = [sum(itertools.islice(turns, len(pair))) for pair in pairs[:-1]]
-    room = context_length - max_tokens
     stride = max(1, room // STRIDES)
-    dropped = _cut(weights, math.ceil((len(tokens) - room) / stride) * stride)
+    rest, dropped = conversation, _cut(weights, math.ceil((len(tokens) - room) / stride) * stride)
     while dropped < len(pairs):
         rest = conversation.without_oldest(dropped)
         tokens = encode(rest) if dropped else tokens
-        if fits(len(tokens), **limits):
+        if len(tokens) <= room:
             return Fitted(rest, tokens, dropped)
         dropped += 1  # sizes are not exact
-    raise too_long(len(tokens), **limits)
+    check(len(tokens), context_length)
+    return Fitted(rest, tokens, dropped - 1, roomy=False)
 
 
-def fits(prompt: int, *, context_length: int | None, max_tokens: int) -> bool:
-    """Whether a prompt of so many tokens leaves room for the reply."""
-    return context_length is None or prompt + max_tokens <= context_length
+def reserve(max_tokens: int, context_length: int) -> int:
+    """Return the number of tokens that are kept free for a reply of up to `max_tokens`."""
+    return min(max_tokens, max(1, context_length // RESERVE))
 
 
-def too_long(prompt: int, *, context_length: int | None, max_tokens: int) -> TooLong:
-    """The error for a prompt that cannot be made shorter; where a shorter reply helps, it says how short."""
-    problem = (
-        f"this needs {prompt} tokens and its reply up to {max_tokens}, more than the {context_length} that this model "
-        "reads at once: say it shorter"
-    )
-    room = context_length - prompt
-    if room < 1:
-        return TooLong(problem)
-    return TooLong(
-        f"{problem}, or make do with --max-tokens {room}", typed=f"{problem}, or make do with /set max_tokens {room}"
-    )
+def check(prompt: int, context_length: int | None) -> None:
+    """Raise TooLong unless a prompt of so many tokens, which cannot be made shorter, leaves room for a reply."""
+    if context_length is not None and prompt >= context_length:
+        raise TooLong(
+            f"this needs {prompt} tokens and leaves none of the {context_length} that this model reads at once for a "
+            "reply: say it shorter"
+        )
 
 
 def _cut(weights: list[int], least: int) -> int:

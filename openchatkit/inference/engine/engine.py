@@ -106,8 +106,7 @@ class Engine:
         slot = self._begin(prompt)
         user = slot.user = object()
         statistics.cached_tokens = len(slot.tokens)
-        limit = self.context_length
-        most = sampling.max_tokens if limit is None else min(sampling.max_tokens, limit - len(prompt) + 1)
+        most = most_tokens(len(prompt), sampling.max_tokens, self.context_length)
         guesses = Lookup(prompt, length=self._reader.draft_length) if lookup and self._reader.croppable else None
         draft: list[int] = []
         row = 0
@@ -202,6 +201,11 @@ class Engine:
                 typed="out of memory: this turn was undone; /reset for a shorter conversation, /set max_tokens for a "
                 "shorter reply, or start with -g and -r",
             ) from error
+
+
+def most_tokens(prompt: int, max_tokens: int, context_length: int | None) -> int:
+    """Return how many tokens a reply to a prompt of so many can have; the last of them need not be read."""
+    return max_tokens if context_length is None else min(max_tokens, context_length - prompt + 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

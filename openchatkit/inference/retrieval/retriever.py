@@ -99,10 +99,9 @@ def _kept(asked: Conversation, hits: list[Passage], responder: Responder, sampli
 
     def fits(passages: list[Passage]) -> bool:
         try:
-            responder.fit(_with(asked, passages), sampling)
+            return responder.fit(_with(asked, passages), sampling).roomy
         except UserError:
             return False
-        return True
 
     if not kept and not question.passages:
         return next(([hit] for hit in hits if fits([hit])), [])

@@ -158,10 +158,10 @@ def generate(
 
 def _too_long(responder: Responder, ask: schema.Ask) -> ApiError:
     chat = isinstance(ask.subject, Conversation)
-    what = "the system text and the last question" if chat else "prompt"
+    what = "the last question, with the system text," if chat else "prompt"
     message = (
-        f"{what} with {ask.sampling.max_tokens} tokens of reply (max_tokens) exceed the "
-        f"{responder.engine.context_length} tokens that the model reads"
+        f"{what} leaves no room for a reply in the {responder.engine.context_length} tokens that the model reads at "
+        "once"
     )
     return ApiError(400, message, param="messages" if chat else "prompt", code="context_length_exceeded")
 

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -34,7 +35,7 @@ def parser() -> cli.Parser:
         "chat in at /. Other machines need a token to use it.",
     )
     flags.add_model_flags(given)
-    flags.add_sampling_flags(given)
+    flags.add_sampling_flags(given, max_tokens=None)
     retrieval.add_flags(given)
     given.add_argument(
         "--host", default="127.0.0.1", help=f"the address to listen on; any other needs {TOKEN_VARIABLE}"
@@ -48,9 +49,7 @@ def parser() -> cli.Parser:
     often = "requests a minute from one address; 0 is no limit"
     given.add_argument("--max-rate", type=cli.natural, default=300, help=often)
     given.add_argument("--max-body", type=cli.positive_int, default=1 << 20, help="bytes that a request may have")
-    longest = (
-        f"the most tokens that a request may ask for; {DEFAULT_MAX_NEW_TOKENS}, or what the model can, if not given"
-    )
+    longest = f"the longest reply, whatever a request asks for; {DEFAULT_MAX_NEW_TOKENS} tokens if not given"
     given.add_argument("--max-new-tokens", type=cli.positive_int, help=longest)
     given.add_argument(
         "--timeout", type=_seconds, default=600.0, help="seconds that a request may take, waiting included"
@@ -128,11 +127,11 @@ def _serve(
     from openchatkit.inference.server.schema import Served
     from openchatkit.inference.server.worker import Worker
 
+    usual, longest = lengths(given)
     folder = Path(given.model).expanduser()
     name = folder.resolve().name if folder.is_dir() else given.model
-    longest = longest_reply(given.max_tokens, given.max_new_tokens, responder.engine.context_length)
     options = Options(
-        Served(name, flags.sampling(given), longest, given.seed),
+        Served(name, replace(flags.sampling(given), max_tokens=usual), longest, given.seed),
         host=given.host,
         names=given.allow_host,
         token=token,
@@ -195,17 +194,10 @@ def settings(app: object, *, connections: int = 500, access_log: bool = False) -
     )
 
 
-def longest_reply(default: int, most: int | None, context_length: int | None) -> int:
-    """The most tokens that a request may ask for; UserError when that leaves no room for a question, or no default."""
-    room = DEFAULT_MAX_NEW_TOKENS if context_length is None else context_length - 1
-    if most is not None and context_length is not None and most > room:
-        raise UserError(
-            f"--max-new-tokens {most} leaves no room for a question: expected at most {room}, for this model"
-        )
-    longest = min(DEFAULT_MAX_NEW_TOKENS, room) if most is None else most
-    if default > longest:
-        raise UserError(f"--max-tokens {default} is more than a request may ask for, {longest}: give less of it")
-    return longest
+def lengths(given: argparse.Namespace) -> tuple[int, int]:
+    """Return the longest reply of a request that does not say how long it may be, and of any request, in tokens."""
+    longest = given.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    return min(given.max_tokens or longest, longest), longest
 
 
 def _welcome(address: str, name: str, token: str | None) -> str:

@@ -54,8 +54,8 @@ _MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "tool
 
 @dataclass(frozen=True)
 class Served:
-    """What is offered: the model's name, the settings and seed of a request that names none, the longest reply, and
-    whether there is an index to look in."""
+    """What is offered: the model's name, the settings and seed of a request that names none, the longest reply that is
+    made, and whether there is an index to look in."""
 
     model: str
     sampling: Sampling
@@ -178,11 +178,8 @@ def _ask(subject: Conversation | str, fields: Fields, served: Served, lengths: S
 
 
 def _sampling(fields: Fields, served: Served, lengths: Sequence[str]) -> Sampling:
-    given = [(name, value) for name in lengths if (value := fields.whole(name, 1, served.max_new_tokens)) is not None]
-    if len({value for _, value in given}) > 1:
-        raise wrong(*given[1], f"the same as {given[0][0]}, {given[0][1]}, or only one of the two")
     asked: dict[str, object] = {
-        "max_tokens": given[0][1] if given else None,
+        "max_tokens": _max_tokens(fields, served, lengths),
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1, above=True),
         "top_k": fields.whole("top_k", 0, (1 << 31) - 1),
@@ -192,6 +189,20 @@ def _sampling(fields: Fields, served: Served, lengths: Sequence[str]) -> Samplin
     if asked["temperature"] is not None:
         asked["sample"] = True  # whatever the server's own default is
     return replace(served.sampling, **{name: value for name, value in asked.items() if value is not None})
+
+
+def _max_tokens(fields: Fields, served: Served, names: Sequence[str]) -> int | None:
+    """The longest reply: no longer than the server makes, and that long where it is -1, which asks for no limit."""
+    given = [(name, value) for name in names if (value := fields.take(name)) is not None]
+    for name, value in given:
+        if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
+            raise wrong(name, value, "a whole number of at least 1, or -1 for no limit")
+    if len({value for _, value in given}) > 1:
+        raise wrong(*given[1], f"the same as {given[0][0]}, {given[0][1]}, or only one of the two")
+    if not given:
+        return None
+    most = given[0][1]
+    return served.max_new_tokens if most == -1 else min(most, served.max_new_tokens)
 
 
 def _include_usage(options: object, stream: bool) -> bool:

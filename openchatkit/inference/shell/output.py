@@ -122,7 +122,9 @@ class Output:
         if reply.dropped:
             turns = "turn was" if reply.dropped == 1 else f"{reply.dropped} turns were"
             self.note(f"the oldest {turns} left out to make room")
-        if reply.finish == "length":
+        if reply.finish == "length" and len(reply.tokens) < max_tokens:
+            self.note("the reply was cut: it reached the end of what the model reads at once")
+        elif reply.finish == "length":
             how = "/set max_tokens" if self.interactive else "--max-tokens"
             self.note(f"the reply was cut after {report.count(max_tokens, 'token')} ({how})")
         if reply.finish == "interrupted":

@@ -76,8 +76,8 @@ def test_the_last_question_can_be_taken_back_with_its_passages_or_without_a_repl
 def test_a_system_text_is_changed_under_the_same_turns(rendering):
     talk = Conversation("Be kind.", preamble="Current Date: today\n\n").asked("Hi")
     assert rendering.text(talk) == "Current Date: today\n\nBe kind.\n\n<human>: Hi\n<bot>:"
-    assert rendering.text(talk.with_system("\nBe brief. \n")) == (
-        "Current Date: today\n\nBe brief.\n\n<human>: Hi\n<bot>:"
+    assert rendering.text(talk.with_system("\n Be brief.\n")) == (
+        "Current Date: today\n\n Be brief.\n\n<human>: Hi\n<bot>:"
     )
     assert rendering.text(talk.with_system("")) == "Current Date: today\n\n<human>: Hi\n<bot>:"
 
@@ -154,15 +154,23 @@ def test_the_oldest_pairs_go_and_system_text_and_last_turn_stay(encode, sizes, l
     assert chat.render_text(fitted.conversation.turns) == (
         "<human>: Passages:\n> a passage\n\nthe last question\n<bot>:"
     )
-    with pytest.raises(
-        UserError,
-        match=f"this needs {least} tokens and its reply up to 11, more than the {least + 10} .*--max-tokens 10$",
-    ) as refused:
-        context.fit(long_chat, encode=encode, sizes=sizes, context_length=least + 10, max_tokens=11)
-    assert refused.value.typed.endswith("say it shorter, or make do with /set max_tokens 10")
-    # No reply is so short that it would fit.
-    with pytest.raises(UserError, match=r"that this model reads at once: say it shorter$"):
+    # A last turn that is long itself leaves its reply what there is.
+    fitted = context.fit(long_chat, encode=encode, sizes=sizes, context_length=least + 1, max_tokens=11)
+    assert (fitted.dropped, len(fitted.tokens), fitted.roomy) == (4, least, False)
+    with pytest.raises(UserError, match=f"this needs {least} tokens and leaves none of the {least} that this model"):
         context.fit(long_chat, encode=encode, sizes=sizes, context_length=least, max_tokens=11)
+
+
+def test_a_long_reply_is_kept_no_more_than_a_quarter_of_the_context_free(encode, sizes, long_chat):
+    size = len(encode(long_chat))
+    length = size + size // 3 + 1
+    fitted = context.fit(long_chat, encode=encode, sizes=sizes, context_length=length, max_tokens=10**9)
+    assert (fitted.dropped, fitted.roomy) == (0, True)
+    fitted = context.fit(long_chat, encode=encode, sizes=sizes, context_length=size + 9, max_tokens=10**9)
+    assert 0 < fitted.dropped < 4
+    assert context.reserve(10**9, 1024) == 256
+    assert context.reserve(128, 1024) == 128
+    assert context.reserve(5, 3) == 1
 
 
 def test_the_cut_moves_only_once_in_a_while_and_every_prompt_in_between_adds_to_the_one_before(encode, sizes):

@@ -155,6 +155,22 @@ def test_what_asks_for_nothing_is_accepted(trained):
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "first")
 
 
+@pytest.mark.parametrize("most", [4096, -1, None, 10**30])
+def test_a_reply_ends_with_its_turn_or_at_the_servers_longest_whatever_is_asked(trained, random_server, most):
+    assert say(trained, "hello", max_tokens=most).choices[0].message.content == "first"
+    longest = 12 if most is None else 100  # of this server's requests without max_tokens, and of all
+    reply = say(random_server, "hello", max_tokens=most, temperature=0)
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", longest)
+
+
+def test_a_reply_that_meets_the_end_of_the_context_ends_by_its_length(serve, random_models):
+    with serve(random_models["neox"], max_new_tokens=10_000) as running:
+        reply = say(running, "word " * 60, "yes", "and?", max_tokens=-1)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage.total_tokens == 513  # the last token need not be read
+    assert not hasattr(reply.usage, "dropped_pairs")
+
+
 def test_a_long_conversation_loses_its_oldest_questions_and_says_so(trained):
     reply = say(trained, *(["hello", "first"] * 30), "hello")
     assert reply.usage.dropped_pairs > 10
@@ -199,8 +215,9 @@ def test_errors_are_of_the_clients_own_classes(trained):
         ({"min_p": 2}, "min_p is 2: expected a number from 0 to 1"),
         ({"top_k": 1.5}, "top_k is 1.5: expected a whole number from 0 to 2147483647"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0: expected a number above 0 to 100"),
-        ({"max_tokens": 0}, "max_tokens is 0: expected a whole number from 1 to 100"),
-        ({"max_tokens": 101}, "max_tokens is 101: expected a whole number from 1 to 100"),
+        ({"max_tokens": 0}, "max_tokens is 0: expected a whole number of at least 1, or -1 for no limit"),
+        ({"max_tokens": -2}, "max_tokens is -2: expected a whole number of at least 1, or -1 for no limit"),
+        ({"max_tokens": True}, "max_tokens is true: expected a whole number of at least 1, or -1 for no limit"),
         (
             {"max_tokens": 2, "max_completion_tokens": 3},
             "max_tokens is 2: expected the same as max_completion_tokens, 3, or only one of the two",

@@ -139,14 +139,17 @@ def test_the_token_comes_from_the_file_or_the_environment(monkeypatch, tmp_path)
         assert command.read_token(None, host) is None
 
 
-def test_the_longest_reply_leaves_room_for_a_question():
-    assert command.longest_reply(128, None, None) == command.DEFAULT_MAX_NEW_TOKENS
-    assert command.longest_reply(128, None, 192) == 191
-    assert command.longest_reply(128, 150, 192) == 150
-    with pytest.raises(UserError, match="--max-new-tokens 192 leaves no room for a question: expected at most 191"):
-        command.longest_reply(128, 192, 192)
-    with pytest.raises(UserError, match="--max-tokens 200 is more than a request may ask for, 191"):
-        command.longest_reply(200, None, 192)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], (command.DEFAULT_MAX_NEW_TOKENS, command.DEFAULT_MAX_NEW_TOKENS)),
+        (["--max-new-tokens", "5000"], (5000, 5000)),
+        (["--max-tokens", "20"], (20, command.DEFAULT_MAX_NEW_TOKENS)),
+        (["--max-tokens", "20", "--max-new-tokens", "10"], (10, 10)),
+    ],
+)
+def test_a_reply_runs_to_its_end_unless_a_flag_says_how_long_it_may_be(flags, expected):
+    assert command.lengths(command.parser().parse_args(flags)) == expected
 
 
 def test_without_its_packages_the_server_says_what_to_install(monkeypatch, capsys):
