@@ -7,6 +7,7 @@ characters they are written with: end-of-text is what the tokeniser appends, nev
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,13 @@ class Tokenizer:
     def serialised(self) -> str:
         """What `encoder` needs, in another process, to give the same ids."""
         return self._backend.to_str()
+
+    @functools.cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that this tokenizer's models expect before any text, beginning-of-text say; `encode` adds none."""
+        encoding = self._backend.encode("a")
+        added = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        return tuple(id for id, _ in added)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""

@@ -110,10 +110,14 @@ class Responder:
         emit: Emit = lambda text: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Go on from `prompt` as it stands: no roles, nothing trimmed. Moderated, and raises, as `answer`."""
+        """Go on from `prompt` as it stands: no roles, nothing trimmed. Moderated, and raises, as `answer`.
+
+        Before it the model reads what its tokenizer puts before any text, a token for its beginning say.
+        """
         tokens = rendering.encode(self.tokenizer, chat.parse(prompt))
         if not tokens:
             raise UserError("the prompt is empty: expected a text to go on from")
+        tokens = [*self.tokenizer.prefix, *tokens]
         context.check(len(tokens), self.engine.context_length)
         stream = self._stream((*self.rendering.stop_strings, *stop), trim=False)
         release = Release(emit, self.moderator, prompt)

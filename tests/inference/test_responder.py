@@ -1,5 +1,7 @@
 """Replies to conversations: what ends them, what stops them early, and what a moderator lets through."""
 
+import json
+import shutil
 from functools import partial
 
 import pytest
@@ -54,6 +56,66 @@ def says(tokenizer):
         return Responder(Script(pieces), tokenizer, rendering, moderator=moderator)
 
     return make
+
+
+@pytest.fixture
+def llama_like(tiny_tokenizer, tmp_path):
+    """The folder of a tokenizer that puts a token for the beginning before every text, and one for the end after it."""
+    folder = tmp_path / "llama_like"
+    shutil.copytree(tiny_tokenizer, folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    begin, end = content["added_tokens"]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": begin["content"], "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": end["content"], "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            token["content"]: {"id": token["content"], "ids": [token["id"]], "tokens": [token["content"]]}
+            for token in (begin, end)
+        },
+    }
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_the_beginning_of_a_text_is_the_token_that_transformers_puts_there(llama_like, tiny_tokenizer):
+    from transformers import AutoTokenizer
+
+    from openchatkit.data.tokenizer import Tokenizer
+
+    tokenizer, theirs = Tokenizer(llama_like), AutoTokenizer.from_pretrained(llama_like)
+    assert (tokenizer.prefix, Tokenizer(tiny_tokenizer).prefix) == ((0,), ())
+    responder = Responder(Script([5]), tokenizer, KitRendering(tokenizer))
+    for text in ("The answer", "What does it say?\n"):
+        responder.complete(text, LONG)
+        assert responder.engine.prompts[-1][0] == theirs(text)["input_ids"][:-1]
+        assert theirs(text)["input_ids"][0] == theirs.bos_token_id == 0
+    responder.answer(HELLO, LONG)
+    assert responder.engine.prompts[-1][0] == theirs("<human>: hello\n<bot>:")["input_ids"][:-1]
+    assert responder.rendering.text(HELLO) == "<|endoftext|><human>: hello\n<bot>:"
+    # A text cannot write the token, and none of it is repeated by what a user types.
+    responder.complete("<|endoftext|>", LONG)
+    assert responder.engine.prompts[-1][0].count(0) == 1
+    with pytest.raises(UserError, match="the prompt is empty"):
+        responder.complete("", LONG)
+
+
+def test_a_model_that_this_kit_trained_reads_what_it_was_trained_on(llama_like):
+    from openchatkit.data.tokenizer import Tokenizer
+    from openchatkit.formats.tokenizer_files import add_chat_template
+
+    add_chat_template(llama_like)
+    tokenizer = Tokenizer(llama_like)
+    ids = KitRendering(tokenizer).tokens(HELLO)
+    assert ids == tokenizer._loaded.apply_chat_template(
+        HELLO.messages(), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert ids[0] != 0
 
 
 LONG = Sampling(max_tokens=1000, sample=False)

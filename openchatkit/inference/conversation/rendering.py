@@ -34,7 +34,10 @@ class Rendering(Protocol):
 
 
 class KitRendering:
-    """`formats.chat`: the form that this kit trains models on. Each segment is tokenised by itself, as in training."""
+    """`formats.chat`: the form that this kit trains models on. Each segment is tokenised by itself, as in training.
+
+    What the tokenizer puts before any text comes first, unless the model was trained by this kit, which puts nothing.
+    """
 
     name = "kit"
     separator = " "
@@ -43,12 +46,13 @@ class KitRendering:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._prefix = () if chat.is_own_template(tokenizer.chat_template) else tokenizer.prefix
 
     def text(self, conversation: Conversation) -> str:
-        return "".join(segment.text for segment in _segments(conversation))
+        return self._tokenizer.decode(self._prefix) + "".join(segment.text for segment in _segments(conversation))
 
     def tokens(self, conversation: Conversation) -> list[int]:
-        return encode(self._tokenizer, _segments(conversation))
+        return [*self._prefix, *encode(self._tokenizer, _segments(conversation))]
 
     def sizes(self, turns: Sequence[Turn]) -> list[int]:
         texts = [f"{chat.HUMAN if turn.role == 'human' else chat.BOT} {turn.text}\n" for turn in turns]

@@ -53,6 +53,7 @@ class Scorer:
         self._head, self._tail, *self._labels = tokenizer.encode(
             [moderation.HEAD, moderation.TAIL, *map(moderation.continuation, moderation.LABELS)]
         )
+        self._head = [*tokenizer.prefix, *self._head]
         if engine.context_length is not None:
             around = len(self._head) + len(self._tail) + max(map(len, self._labels))
             window = min(window, engine.context_length - around)
