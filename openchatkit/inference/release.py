@@ -22,11 +22,20 @@ class Release:
     last.
     """
 
-    def __init__(self, emit: Emit, moderator: Moderator | None = None, question: str = "", *, system: str = "") -> None:
+    def __init__(
+        self,
+        emit: Emit,
+        moderator: Moderator | None = None,
+        question: str = "",
+        *,
+        system: str = "",
+        begun: str = "",
+    ) -> None:
         self._emit = emit
         self._moderator = moderator
         self._question = question
         self._system = system
+        self._begun = begun
         self._shown: list[str] = []
         self._waiting = ""
         self.verdict: Verdict | None = None
@@ -41,7 +50,10 @@ class Release:
         return self.verdict is not None and not self.verdict.allowed
 
     def ask(self) -> None:
-        """Judge what is asked, if there is a moderator: the question, and the system text, which can ask too."""
+        """Judge what is asked, if there is a moderator: the question, and the system text, which can ask too.
+
+        How the reply begins, where who asks says so, is judged as an answer.
+        """
         if self._moderator is None:
             return
         if self._system.strip():
@@ -51,6 +63,8 @@ class Release:
                 self._obey(verdict)
                 return
         self._obey(judge(self._moderator, self._question))
+        if self._begun.strip() and not self.blocked:
+            self._obey(judge(self._moderator, self._question, self._begun))
 
     def push(self, text: str) -> None:
         """Take the next piece of the reply."""
@@ -73,7 +87,7 @@ class Release:
             return
         assert self._moderator is not None
         stretch = self._waiting[:end]
-        self._obey(judge(self._moderator, self._question, self.text + stretch))
+        self._obey(judge(self._moderator, self._question, self._begun + self.text + stretch))
         if not self.blocked:
             self._waiting = self._waiting[end:]
             self._show(stretch)

@@ -80,7 +80,9 @@ class Responder:
         emit: Emit = lambda text: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """The reply to the conversation's last turn, the human's; its text also goes to `emit` as it comes.
+        """The reply to the conversation's last turn, the human's, or the rest of a reply that is `begun`.
+
+        Its text also goes to `emit` as it comes.
 
         Ctrl-C, or `cancelled` becoming true, ends it. `stop` are strings that end it besides the rendering's own. With
         a moderator, text comes in stretches that have been judged, and its message takes the place of what is not
@@ -91,10 +93,11 @@ class Responder:
             raise UserError("the conversation ends with a reply: expected a question that can be answered")
         fitted = self._without_refused(self.fit(conversation, sampling))
         question = conversation.turns[-1]
-        stream = self._stream((*self.rendering.stop_strings, *stop), trim=True)
+        begun = fitted.conversation.begun.strip() != ""
+        stream = self._stream((*self.rendering.stop_strings, *stop), fitted.tokens if begun else (), trim=True)
         # A passage is read with the question, and can ask for as much as the question itself.
         asked = "\n\n".join((*question.passages, question.text))
-        release = Release(emit, self.moderator, asked, system=conversation.system)
+        release = Release(emit, self.moderator, asked, system=conversation.system, begun=conversation.begun)
         reply = self._generate(
             fitted.tokens, stream, release, sampling, generator, cancelled, lookup=bool(question.passages)
         )
@@ -119,7 +122,7 @@ class Responder:
             raise UserError("the prompt is empty: expected a text to go on from")
         tokens = [*self.tokenizer.prefix, *tokens]
         context.check(len(tokens), self.engine.context_length)
-        stream = self._stream((*self.rendering.stop_strings, *stop), trim=False)
+        stream = self._stream((*self.rendering.stop_strings, *stop), tokens, trim=False)
         release = Release(emit, self.moderator, prompt)
         return self._generate(tokens, stream, release, sampling, generator, cancelled)
 
@@ -140,11 +143,12 @@ class Responder:
     def _allows(self, question: str) -> bool:
         return judge(self.moderator, question).allowed
 
-    def _stream(self, stop_strings: Sequence[str], *, trim: bool) -> ReplyStream:
+    def _stream(self, stop_strings: Sequence[str], before: Sequence[int], *, trim: bool) -> ReplyStream:
         if not all(stop_strings):
             raise UserError("a stop string is empty: expected at least one character, or no stop string")
         return ReplyStream(
             partial(self.tokenizer.decode, special=False),
+            before=before,
             stop_strings=stop_strings,
             trim=trim,
             separator=self.rendering.separator,

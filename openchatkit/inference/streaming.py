@@ -22,15 +22,16 @@ _OPENERS = {"\x1b": "escape", "\x9b": "csi", **dict.fromkeys("\x90\x98\x9d\x9e\x
 class Detokeniser:
     """Text of tokens that arrive one at a time: `push` returns what has become final.
 
+    `before` are the tokens of a text that they go on from.
     Characters can be spread over tokens, and some tokenizers write a token differently at the start of a text, so a
     short window of tokens is decoded at each step and what it had before is taken off.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window: list[int] = []
-        self._finished = 0  # tokens at the window's start whose text is out to the last character
-        self._out = 0  # characters of the window's text that are out
+        self._window = list(before[-_UNFINISHED - 1 :])
+        self._finished = len(self._window)  # tokens at the window's start whose text is out to the last character
+        self._out = len(decode(self._window)) if before else 0  # characters of the window's text that are out
 
     def push(self, token: int) -> str:
         """The characters that this token completes; none while a multi-byte character is unfinished."""
@@ -130,11 +131,12 @@ class Trimmer:
     """Takes empty lines and `separator` off the start of a text that arrives in pieces, and white space off its end.
 
     Without a separator a single space at the start goes, too, which some models write by habit; more are indentation.
+    Nothing goes at the start of a text that is `begun` already.
     """
 
-    def __init__(self, separator: str) -> None:
+    def __init__(self, separator: str, *, begun: bool = False) -> None:
         self._separator = separator
-        self._started = False
+        self._started = begun
         self._held = ""
 
     def push(self, text: str) -> str:
@@ -159,15 +161,24 @@ class Trimmer:
 
 
 class ReplyStream:
-    """The steps above in their order, for one reply; `text` is what has been let through so far."""
+    """The steps above in their order, for one reply; `text` is what has been let through so far.
+
+    `before` are the tokens of the text that the reply goes on from, if it does.
+    """
 
     def __init__(
-        self, decode: Decode, *, stop_strings: Sequence[str] = (), trim: bool = True, separator: str = ""
+        self,
+        decode: Decode,
+        *,
+        before: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        trim: bool = True,
+        separator: str = "",
     ) -> None:
-        self._detokeniser = Detokeniser(decode)
+        self._detokeniser = Detokeniser(decode, before)
         self._filter = TerminalFilter()
         self._matcher = StopMatcher(stop_strings)
-        self._trimmer = Trimmer(separator) if trim else None
+        self._trimmer = Trimmer(separator, begun=bool(before)) if trim else None
         self._shown: list[str] = []
 
     @property

@@ -73,8 +73,8 @@ def test_each_row_is_answered_by_itself_and_in_order(batch, trained_model):
         ({"prompt": "a", "max_tokens": True}, "max_tokens True: expected a whole number of at least 1"),
         ({"prompt": "a", "max_tokens": float("nan")}, "max_tokens nan: expected a whole number of at least 1"),
         ({"messages": "a"}, "messages is no list"),
-        ({"messages": []}, "messages do not end with a question: expected a text of the role user"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "message 1 has the role 'tool': expected system, user or"),
+        ({"messages": []}, "the messages have no question to answer: expected a text of the role user"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "message 1 has the role 'robot': expected system, user,"),
         (
             {"system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]},
             "there is a system text twice: expected it in system or in messages",

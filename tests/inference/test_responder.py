@@ -147,6 +147,23 @@ def test_the_length_ends_a_reply(says):
     assert (reply.text, reply.finish) == ("abc", "length")
 
 
+def test_a_reply_that_is_begun_goes_on_without_being_trimmed_at_its_start(says, tokenizer):
+    talk = Conversation().asked("hello").answered("yes").asked("and?")
+    responder = says(" on\n<human>: no")
+    reply = responder.answer(Conversation(turns=talk.turns, begun="It goes"), LONG)
+    assert (reply.text, reply.finish) == (" on", "end")
+    assert tokenizer.decode(responder.engine.prompts[-1][0]).endswith("<human>: and?\n<bot>: It goes")
+    assert says(" on").answer(talk, LONG).text == "on"
+
+
+def test_what_is_begun_is_judged_with_what_follows(says):
+    begun = Conversation(turns=HELLO.turns, begun="It is b")
+    reply = says("ad.", Forbidding("bad")).answer(begun, LONG)
+    assert (reply.text, reply.finish) == ("Not this.", "moderated")
+    responder = says("so.", Forbidding("It is b"))
+    assert (responder.answer(begun, LONG).refused, responder.engine.prompts) == (True, [])
+
+
 def test_a_conversation_that_ends_with_a_reply_cannot_be_answered(says):
     for talk in (Conversation(), HELLO.answered("yes")):
         with pytest.raises(UserError, match="the conversation ends with a reply: expected a question"):

@@ -60,6 +60,15 @@ def test_any_tokens_give_what_decoding_them_at_once_gives(tokenizer):
         assert len(whole) - len(shown) <= 3
 
 
+def test_what_goes_on_from_a_text_keeps_the_space_that_its_tokenizer_would_leave_out_at_a_start():
+    def decode(ids):  # as the decoders of Llama and of Gemma
+        return Letters("It", " is", " so").decode(ids).removeprefix(" ")
+
+    for trim in (True, False):
+        reply = ReplyStream(decode, before=[0], trim=trim)
+        assert "".join([reply.push(1), reply.push(2), reply.flush()]) == " is so"
+
+
 def test_bytes_that_never_become_characters_do_not_widen_the_window(tokenizer):
     continuation = tokenizer.encode(["é"])[0][-1]  # the second byte of a two-byte character
     decoded = []

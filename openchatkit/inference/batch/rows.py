@@ -102,10 +102,7 @@ def _prompt(prompt: object) -> Conversation:
 def _messages(messages: object) -> Conversation:
     if not isinstance(messages, list):
         raise UserError("messages is no list")
-    asked = conversation.from_messages(messages)
-    if not asked.open or not asked.turns[-1].text.strip():
-        raise UserError("messages do not end with a question: expected a text of the role user")
-    return asked
+    return conversation.to_answer(messages)
 
 
 def _max_tokens(value: object) -> int | None:

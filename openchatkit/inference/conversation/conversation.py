@@ -13,6 +13,7 @@ from datetime import datetime
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
+from openchatkit.inference.conversation import tools
 
 _ROLES = {"user": "human", "assistant": "bot"}
 _SYSTEM = ("system", "developer")
@@ -23,12 +24,14 @@ class Conversation:
     """Turns, the human's and the bot's in alternation, under a system text.
 
     `preamble` (date and time) stands before the system text where a model was trained with one. A question keeps its
-    passages, so that it can be asked again; `as_read` says which of them a model still reads.
+    passages, so that it can be asked again; `as_read` says which of them a model still reads. `begun` is how the reply
+    to the last question begins, where the model is to go on from there.
     """
 
     system: str = ""
     turns: tuple[Turn, ...] = ()
     preamble: str = ""
+    begun: str = ""
 
     @property
     def last_question(self) -> Turn | None:
@@ -49,7 +52,7 @@ class Conversation:
     def answered(self, text: str) -> "Conversation":
         """This conversation with the reply to its last question."""
         assert self.open, self.turns[-1:]
-        return replace(self, turns=(*self.turns, Turn("bot", text)))
+        return replace(self, turns=(*self.turns, Turn("bot", self.begun + text)), begun="")
 
     def undone(self) -> "Conversation":
         """This conversation without its last question and what followed it; itself where there is none."""
@@ -100,9 +103,10 @@ def begin(*, date: bool = True) -> Conversation:
 def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversation:
     """The conversation of messages {"role": ..., "content": ...}; a user's may have `passages`, a list of strings.
 
-    Roles are system (or developer), user and assistant, in any order. Models read one system text and turns in
-    alternation, so system messages are joined, wherever they stand, and so are messages of one side that follow each
-    other; an empty line parts them. Other keys are ignored. UserError names the message that cannot be used.
+    Roles are system (or developer), user and assistant, in any order, and tool (or function), whose results are part of
+    what the user's side says. Models read one system text and turns in alternation, so system messages are joined,
+    wherever they stand, and so are messages of one side that follow each other; an empty line parts them. Calls of
+    tools become text (see `tools`), other keys are ignored. UserError names the message that cannot be used.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -110,15 +114,38 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
         if not isinstance(message, Mapping):
             raise UserError(f"message {number} is no object: expected one with a role and a content")
         role, content = message.get("role"), message.get("content")
+        if content is None and role == "assistant" and tools.calls_something(message):
+            content = ""
         if not isinstance(content, str):
             raise UserError(f"the content of message {number} is no text: expected a string")
         if role in _SYSTEM:
             system += [content] if content.strip() else []
+        elif role in tools.RESULTS:
+            _add(turns, Turn("human", tools.with_name(message, content, messages[: number - 1])))
         elif isinstance(role, str) and role in _ROLES:
+            content = tools.with_calls(message, content, number) if role == "assistant" else content
             _add(turns, Turn(_ROLES[role], content, _passages(message.get("passages"), role, number)))
         else:
-            raise UserError(f"message {number} has the role {str(role)[:40]!r}: expected system, user or assistant")
+            raise UserError(
+                f"message {number} has the role {str(role)[:40]!r}: expected system, user, assistant or tool"
+            )
     return Conversation(chat.join_system(system), tuple(turns), preamble)
+
+
+def to_answer(messages: Sequence[object]) -> Conversation:
+    """The conversation of messages that a reply is to be made to; see `from_messages`.
+
+    The last is a question, or a tool's result; or the assistant's, and then the reply is the rest of what it begins.
+    UserError where it is neither, or empty.
+    """
+    end = len(messages)
+    while end and isinstance(last := messages[end - 1], Mapping) and last.get("role") == "assistant":
+        end -= 1
+    asked = from_messages(messages[:end])
+    if not asked.open or not asked.turns[-1].text.strip():
+        raise UserError("the messages have no question to answer: expected a text of the role user")
+    begun = from_messages(messages[end:])
+    return replace(asked, begun=begun.turns[-1].text if begun.turns else "")
 
 
 def _add(turns: list[Turn], turn: Turn) -> None:

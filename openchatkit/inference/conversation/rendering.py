@@ -81,6 +81,13 @@ def encode(tokenizer: Tokenizer, segments: Sequence[chat.Segment]) -> list[int]:
     return [token for ids in tokenizer.encode([segment.text for segment in segments]) for token in ids]
 
 
+def begun_text(text: str) -> str:
+    """How a reply begins, as it stands in a turn; the white space at its end stays, since a model goes on from it."""
+    return chat.content(text) + text[len(text.rstrip()) :] if text.strip() else ""
+
+
 def _segments(conversation: Conversation) -> list[chat.Segment]:
     read = conversation.as_read()
-    return chat.render(read.turns, system=chat.join_system([read.preamble, read.system]))
+    segments = chat.render(read.turns, system=chat.join_system([read.preamble, read.system]))
+    begun = begun_text(read.begun)
+    return [*segments, chat.Segment(f" {begun}", trained=True)] if begun else segments

@@ -17,6 +17,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
 from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.conversation.rendering import begun_text
 
 _ROLES = {"human": "user", "bot": "assistant"}
 _ADVICE = "use --template kit"
@@ -69,7 +70,11 @@ class TemplateRendering:
                 texts[first] = f"{system}\n\n{texts[first]}"
         if not roles:
             return []
-        pieces = self._lay_out(roles, open=conversation.open)
+        if begun := self._disarmed(begun_text(read.begun)):
+            roles, texts = [*roles, "assistant"], [*texts, begun]
+        pieces = self._lay_out(roles, open=conversation.open and not begun)
+        if begun and len(roles) - 1 in pieces:
+            pieces = pieces[: pieces.index(len(roles) - 1) + 1]
         if missing := set(range(len(roles))).difference(piece for piece in pieces if isinstance(piece, int)):
             number = min(missing)
             raise UserError(

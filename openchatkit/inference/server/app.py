@@ -28,6 +28,9 @@ BODY_SECONDS = 30.0
 # A body too large is read on, and forgotten, up to so many times the limit: who is still sending would not hear why.
 PATIENCE = 8
 
+# Names the fields of a request that were passed over.
+IGNORED = "X-Ignored-Fields"
+
 # An ASGI application, or a response, which is one too.
 Asgi = Callable[[dict[str, Any], Any, Any], Any]
 
@@ -125,6 +128,7 @@ class Api:
             stream=ask.stream,
             timeout=self._options.timeout,
             heartbeat=self._options.heartbeat,
+            headers={IGNORED: ", ".join(ask.ignored)} if ask.ignored else {},
         )
 
 

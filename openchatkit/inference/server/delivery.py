@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from openchatkit.inference.server.answers import Answer
@@ -26,7 +27,10 @@ _EVENTS = {
 
 
 class Delivery:
-    """An ASGI response: one job's answer. A client that hangs up, or that `timeout` seconds are over, ends the job."""
+    """An ASGI response: one job's answer, with some `headers`.
+
+    A client that hangs up, or that `timeout` seconds are over, ends the job.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class Delivery:
         stream: bool,
         timeout: float,
         heartbeat: float = HEARTBEAT_SECONDS,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._job = job
         self._worker = worker
@@ -44,6 +49,7 @@ class Delivery:
         self._stream = stream
         self._ends = time.monotonic() + timeout
         self._heartbeat = heartbeat
+        self._headers = dict(headers or {})
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Send the answer, or stop when nobody reads it."""
@@ -69,7 +75,7 @@ class Delivery:
         except ApiError as error:
             await send_error(error, send)
         else:
-            await send_json(self._answer.whole(reply), send)
+            await send_json(self._answer.whole(reply), send, headers=self._headers)
 
     async def _send_events(self, send: Any) -> None:
         # Until the first text or the first heartbeat, an error can still have a status of its own.
@@ -79,7 +85,8 @@ class Delivery:
         except ApiError as error:
             await send_error(error, send)
             return
-        await send({"type": "http.response.start", "status": 200, "headers": list(_EVENTS.items())})
+        headers = [(name.lower().encode(), value.encode()) for name, value in self._headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": [*_EVENTS.items(), *headers]})
         for chunk in self._answer.opening():
             await _event(send, chunk)
         try:

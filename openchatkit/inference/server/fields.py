@@ -93,15 +93,23 @@ class Fields:
             raise wrong(self._name + name, value, "true or false")
         return bool(value)
 
-    def refuse(self, defaults: Mapping[str, Sequence[object]], ignored: Sequence[str] = ()) -> None:
-        """ApiError 400 for any field that is left, unless it has one of its `defaults` or is `ignored`."""
+    def refuse(self, defaults: Mapping[str, Sequence[object]], ignored: Sequence[str] = ()) -> list[str]:
+        """ApiError 400 for any field that is left, unless it has one of its `defaults` or is `ignored`: those it names.
+
+        An empty object or list asks for nothing and is not named.
+        """
+        passed_over = []
         for name, value in self._left.items():
             allowed = defaults.get(name, ())
-            if name in ignored or any(_same(value, default) for default in allowed):
+            if name in ignored:
+                passed_over += [name] if value not in ({}, []) else []
+                continue
+            if any(_same(value, default) for default in allowed):
                 continue
             known = f"is not supported but as {' or '.join(map(shown, allowed))}" if allowed else "is not supported"
             param = self._name + name[:60]  # whatever a client makes up is shown no longer than that
             raise ApiError(400, f"{param} {known}", param=param, code="unsupported_parameter")
+        return passed_over
 
 
 def _same(value: object, default: object) -> bool:

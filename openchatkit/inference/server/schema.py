@@ -1,55 +1,80 @@
 """What a client may ask: the requests of OpenAI's API, checked and turned into what a responder takes.
 
-Every field is honoured, or does nothing here by its nature, or is refused by name: none is silently left out.
+Every field is honoured, or is passed over, which the answer's header says, or is refused by name: what would change the
+reply and cannot be done, and what is not known.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openchatkit.inference.conversation.conversation import Conversation, from_messages
+from openchatkit.errors import UserError
+from openchatkit.inference.conversation import tools
+from openchatkit.inference.conversation.conversation import Conversation, to_answer
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.server.errors import ApiError
 from openchatkit.inference.server.fields import Fields, shown, text, texts, wrong
 
 MOST_MESSAGES = 1000
 MOST_PASSAGES = 100
-MOST_STOPS = 4
+MOST_STOPS = 64
 MOST_PENALTY = 100
 
-# They name, group or price a request and change nothing of the reply.
+# They name, group, speed or price a request, or set what a model here does not have, and are passed over.
 _IGNORED = (
+    "cache_prompt",
+    "chat_template_kwargs",
+    "keep_alive",
     "metadata",
     "parallel_tool_calls",
+    "prediction",
+    "priority",
     "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning",
+    "reasoning_effort",
     "safety_identifier",
     "service_tier",
+    "thinking",
     "user",
+    "verbosity",
 )
 # What is not supported may still be sent with the value that asks for nothing.
 _DEFAULTS: Mapping[str, Sequence[object]] = {
+    "add_generation_prompt": (True,),
     "best_of": (1,),
+    "continue_final_message": (False,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
     "logprobs": (False,),
+    "min_tokens": (0,),
+    "mirostat": (0,),
     "modalities": (["text"],),
     "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "retrieval": (False,),
+    "skip_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
+    "tfs_z": (1,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
-# Who of several people or programs speaks: models read sides, not names, and frameworks for agents send it always.
-_MESSAGE_IGNORED = ("name",)
+# Who of several people or programs speaks (models read sides, not names), and what an earlier reply thought.
+_MESSAGE_IGNORED = ("name", "id", "cache_control", "reasoning", "reasoning_content")
 # A reply of ours comes back as a message with these, empty.
-_MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "tool_calls": ([],)}
+_MESSAGE_DEFAULTS: Mapping[str, Sequence[object]] = {"annotations": ([],), "refusal": ("",), "tool_calls": ([],)}
+_ROLES = ("system", "developer", "user", "assistant", *tools.RESULTS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: a conversation to answer, or a prompt to go on from, and how."""
+    """A request: a conversation to answer, or a prompt to go on from, and how; and which fields were passed over."""
 
     subject: Conversation | str
     sampling: Sampling
@@ -75,15 +100,17 @@ class Ask:
     stream: bool
     include_usage: bool
     retrieval: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 def chat(body: Mapping[str, object], served: Served) -> Ask:
     """A request to /v1/chat/completions. ApiError 400 or 404 for what is wrong with it."""
     fields = Fields(body)
     _check_model(fields, served)
-    subject = conversation(fields.take("messages"), _passages(fields, "passages"))
+    subject, ignored = conversation(fields.take("messages"), _passages(fields, "passages"))
     retrieval = _retrieval(fields.take("retrieval"), served)
-    return replace(_ask(subject, fields, served, ("max_completion_tokens", "max_tokens")), retrieval=retrieval)
+    ask = _ask(subject, fields, served, ("max_completion_tokens", "max_tokens"))
+    return replace(ask, retrieval=retrieval, ignored=(*ask.ignored, *ignored))
 
 
 def completion(body: Mapping[str, object], served: Served) -> Ask:
@@ -98,36 +125,53 @@ def completion(body: Mapping[str, object], served: Served) -> Ask:
     return _ask(text("prompt", prompt), fields, served, ("max_tokens",))
 
 
-def conversation(messages: object, passages: Sequence[str] = ()) -> Conversation:
-    """The conversation of a list of messages, whose last is the user's; `passages` belong to that one."""
+def conversation(messages: object, passages: Sequence[str] = ()) -> tuple[Conversation, list[str]]:
+    """The conversation of a list of messages, and what was passed over in them; `passages` belong to the last question.
+
+    The last message is a question, a tool's result, or the beginning of the reply.
+    """
     if not isinstance(messages, list) or not 1 <= len(messages) <= MOST_MESSAGES:
         raise wrong("messages", messages, f"a list of 1 to {MOST_MESSAGES} messages")
-    read = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
-    last = read[-1]
-    if last["role"] != "user" or not last["content"].strip():
-        what = "is empty" if last["role"] == "user" else f"is the {last['role']}'s"
-        message = f"the last message {what}: expected the user's question"
-        raise ApiError(400, message, param="messages", code="invalid_value")
-    last["passages"] = (*last["passages"], *passages)
-    return from_messages(read)
+    ignored: dict[str, None] = {}  # in this order
+    read = []
+    for number, message in enumerate(messages):
+        read.append(_message(message, f"messages[{number}]", ignored))
+    try:
+        asked = to_answer(read)
+        for turn in asked.turns:
+            text("messages", turn.text)  # with what calls of tools say
+    except UserError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+    if passages:
+        question = asked.turns[-1]
+        question = replace(question, passages=(*question.passages, *passages))
+        asked = replace(asked, turns=(*asked.turns[:-1], question))
+    return asked, [f"messages[].{name}" for name in ignored]
 
 
-def _message(message: object, name: str) -> dict[str, Any]:
+def _message(message: object, name: str, ignored: dict[str, None]) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise wrong(name, message, "an object with role and content")
     fields = Fields(message, f"{name}.")
     role = fields.take("role")
-    if role not in ("system", "developer", "user", "assistant"):
-        raise wrong(f"{name}.role", role, "system, developer, user or assistant")
+    if role not in _ROLES:
+        raise wrong(f"{name}.role", role, "system, developer, user, assistant or tool")
     content = fields.take("content")
+    read: dict[str, Any] = {"role": role}
+    if role == "assistant":
+        read |= {key: fields.take(key) for key in ("tool_calls", "function_call")}
+        refusal = fields.take("refusal")
+        content = (refusal or ("" if tools.calls_something(read) else None)) if content is None else content
+    elif role in tools.RESULTS:
+        read |= {key: fields.take(key) for key in ("name", "tool_call_id")}
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{name}.content[{number}]") for number, part in enumerate(content))
     if not isinstance(content, str):
         raise wrong(f"{name}.content", content, "a string or a list of text parts")
-    read: dict[str, Any] = {"role": role, "content": text(f"{name}.content", content)}
+    read["content"] = text(f"{name}.content", content)
     if role == "user":
         read["passages"] = _passages(fields, f"{name}.passages")
-    fields.refuse(_MESSAGE_DEFAULTS, _MESSAGE_IGNORED)
+    ignored.update(dict.fromkeys(fields.refuse(_MESSAGE_DEFAULTS, _MESSAGE_IGNORED)))
     return read
 
 
@@ -173,8 +217,8 @@ def _ask(subject: Conversation | str, fields: Fields, served: Served, lengths: S
     if stop is not None:
         stop = texts("stop", [stop] if isinstance(stop, str) else stop, most=MOST_STOPS)
     include_usage = _include_usage(fields.take("stream_options"), stream)
-    fields.refuse(_DEFAULTS, _IGNORED)
-    return Ask(subject, sampling, seed, stop or (), stream, include_usage)
+    ignored = fields.refuse(_DEFAULTS, _IGNORED)
+    return Ask(subject, sampling, seed, stop or (), stream, include_usage, ignored=tuple(ignored))
 
 
 def _sampling(fields: Fields, served: Served, lengths: Sequence[str]) -> Sampling:
@@ -182,13 +226,19 @@ def _sampling(fields: Fields, served: Served, lengths: Sequence[str]) -> Samplin
         "max_tokens": _max_tokens(fields, served, lengths),
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1, above=True),
-        "top_k": fields.whole("top_k", 0, (1 << 31) - 1),
+        "top_k": _top_k(fields),
         "min_p": fields.number("min_p", 0, 1),
         "repetition_penalty": fields.number("repetition_penalty", 0, MOST_PENALTY, above=True),
     }
     if asked["temperature"] is not None:
         asked["sample"] = True  # whatever the server's own default is
     return replace(served.sampling, **{name: value for name, value in asked.items() if value is not None})
+
+
+def _top_k(fields: Fields) -> int | None:
+    """The tokens to draw among; -1, as 0, takes all."""
+    given = fields.whole("top_k", -1, (1 << 31) - 1)
+    return 0 if given == -1 else given
 
 
 def _max_tokens(fields: Fields, served: Served, names: Sequence[str]) -> int | None:
@@ -212,5 +262,5 @@ def _include_usage(options: object, stream: bool) -> bool:
         raise wrong("stream_options", options, "an object, together with stream: true")
     fields = Fields(options, "stream_options.")
     include = fields.truth("include_usage")
-    fields.refuse({"include_obfuscation": (False,)})
+    fields.refuse({}, ("include_obfuscation", "continuous_usage_stats"))
     return include

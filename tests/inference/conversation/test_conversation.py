@@ -114,7 +114,10 @@ def test_messages_that_do_not_alternate_are_joined():
         ("hi", "message 2 is no object"),
         ({"role": "user"}, "the content of message 2 is no text"),
         ({"role": "user", "content": [{"type": "text", "text": "hi"}]}, "the content of message 2 is no text"),
-        ({"role": "tool", "content": ""}, "message 2 has the role 'tool': expected system, user or assistant"),
+        ({"role": "robot", "content": ""}, "message 2 has the role 'robot': expected system, user, assistant or tool"),
+        ({"role": "assistant", "content": "", "tool_calls": {"a": 1}}, "the tool_calls of message 2 are no list"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}, "a tool call of message 2 is not"),
+        ({"role": "assistant", "content": None}, "the content of message 2 is no text"),
         ({"role": ["user"], "content": ""}, "message 2 has the role"),
         ({"content": ""}, "message 2 has the role 'None'"),
         ({"role": "assistant", "content": "", "passages": ["p"]}, "message 2 of the assistant has passages"),
@@ -125,6 +128,44 @@ def test_messages_that_do_not_alternate_are_joined():
 def test_messages_that_are_none_are_named(message, error):
     with pytest.raises(UserError, match=error):
         conversation.from_messages([{"role": "system", "content": "s"}, message])
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+
+
+def test_calls_of_tools_and_their_results_are_text(rendering):
+    talk = conversation.to_answer(
+        [
+            {"role": "user", "content": "Is it warm?"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL, {**CALL, "id": "c2"}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "18 degrees"},
+            {"role": "tool", "tool_call_id": "c3", "content": "none"},
+            {"role": "assistant", "content": "So so.", "function_call": {"name": "stop", "arguments": {"now": True}}},
+            {"role": "function", "name": "stop", "content": "done"},
+        ]
+    )
+    assert rendering.text(talk) == (
+        '<human>: Is it warm?\n<bot>: Calling get_weather({"city": "Paris"})\nCalling get_weather({"city": "Paris"})\n'
+        "<human>: Result of get_weather:\n18 degrees\n\nResult of a tool:\nnone\n"
+        '<bot>: So so.\n\nCalling stop({"now": true})\n<human>: Result of stop:\ndone\n<bot>:'
+    )
+
+
+def test_a_reply_that_is_begun_is_the_end_of_the_prompt(rendering, encode):
+    messages = [
+        {"role": "user", "content": "Hi", "passages": ["one"]},
+        {"role": "assistant", "content": "Hello <bot> "},
+    ]
+    talk = conversation.to_answer(messages)
+    assert (talk.open, talk.begun) == (True, "Hello <bot> ")
+    assert rendering.text(talk) == "<human>: Passages:\n> one\n\nHi\n<bot>: Hello <bot> "
+    assert rendering.text(talk.answered("you")).endswith("<bot>: Hello <bot> you\n")
+    plain = encode(Conversation().asked("Hi", ["one"]))
+    assert encode(talk)[: len(plain)] == plain
+    for nothing in ("", " \n"):
+        assert encode(conversation.to_answer([messages[0], {"role": "assistant", "content": nothing}])) == plain
+    with pytest.raises(UserError, match="the messages have no question to answer"):
+        conversation.to_answer(messages[1:])
 
 
 def test_pairs_begin_with_questions():

@@ -111,6 +111,17 @@ def test_the_ids_are_those_of_transformers(made, name):
     assert TemplateRendering(tokenizer).tokens(bare) == by_transformers(TEMPLATES[name], tokenizer, bare)
 
 
+@pytest.mark.parametrize("name", ["chatml", "brackets", "zephyr", "headings"])
+def test_a_reply_that_is_begun_is_continued_as_by_transformers(made, name):
+    tokenizer = made(TEMPLATES[name])
+    begun = Conversation(TALK.system, TALK.turns, begun="It is")
+    messages = [*TALK.messages(), {"role": "assistant", "content": "It is"}]
+    text = tokenizer._loaded.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    own = TemplateRendering(tokenizer)
+    assert own.text(begun) == text
+    assert tokenizer.decode(own.tokens(begun)) == text
+
+
 def test_a_template_without_a_system_role_has_the_system_text_in_the_first_question(made):
     tokenizer = made(NO_SYSTEM)
     same = Conversation().asked("Be kind.\n\nWhat is it?").answered("The answer.").asked("And\n\nthen?")

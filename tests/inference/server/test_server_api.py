@@ -171,6 +171,40 @@ def test_a_reply_that_meets_the_end_of_the_context_ends_by_its_length(serve, ran
     assert not hasattr(reply.usage, "dropped_pairs")
 
 
+def test_a_last_message_of_the_assistants_is_gone_on_with(trained):
+    reply = say(trained, "hello", "fi").choices[0]
+    assert (reply.message.content, reply.finish_reason) == ("rst", "stop")
+    stream = say(trained, "hello", "first", "hello", "a", stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "gain"
+
+
+def test_tools_of_the_past_are_read(trained):
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "noon"},
+    ]
+    reply = trained.client().chat.completions.create(model="tiny", messages=messages)
+    parts = ["<human>: hello\n<bot>:", " Calling now({})\n<human>:", " Result of now:\nnoon\n<bot>:"]
+    assert reply.usage.prompt_tokens == sum(map(len, trained.responder.tokenizer.encode(parts)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_without_effect_are_passed_over_and_named(trained, stream):
+    nothing = {"ignore_eos": False, "top_k": -1, "stop": list("12345"), "min_tokens": 0, "top_logprobs": 0}
+    passed = {"reasoning_effort": "low", "chat_template_kwargs": {"enable_thinking": False}, "user": "someone"}
+    messages = [{**HELLO[0], "name": "planner"}]
+    answer = trained.send(post(CHAT, {"messages": messages, "stream": stream, "metadata": {}, **nothing, **passed}))
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200")
+    assert "x-ignored-fields: reasoning_effort, chat_template_kwargs, user, messages[].name\r\n" in head
+    assert '"first"' in body or '"f' in body
+    plain = trained.send(post(CHAT, {"messages": HELLO, **nothing})).decode()
+    assert "x-ignored-fields" not in plain
+    assert '"first"' in plain
+
+
 def test_a_long_conversation_loses_its_oldest_questions_and_says_so(trained):
     reply = say(trained, *(["hello", "first"] * 30), "hello")
     assert reply.usage.dropped_pairs > 10
@@ -213,7 +247,7 @@ def test_errors_are_of_the_clients_own_classes(trained):
         ({"temperature": True}, "temperature is true: expected a number from 0 to 2"),
         ({"top_p": 0}, "top_p is 0: expected a number above 0 to 1"),
         ({"min_p": 2}, "min_p is 2: expected a number from 0 to 1"),
-        ({"top_k": 1.5}, "top_k is 1.5: expected a whole number from 0 to 2147483647"),
+        ({"top_k": 1.5}, "top_k is 1.5: expected a whole number from -1 to 2147483647"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0: expected a number above 0 to 100"),
         ({"max_tokens": 0}, "max_tokens is 0: expected a whole number of at least 1, or -1 for no limit"),
         ({"max_tokens": -2}, "max_tokens is -2: expected a whole number of at least 1, or -1 for no limit"),
@@ -224,8 +258,8 @@ def test_errors_are_of_the_clients_own_classes(trained):
         ),
         ({"seed": 1 << 63}, f"seed is {1 << 63}: expected a whole number from {-(1 << 63)} to {(1 << 63) - 1}"),
         ({"stop": [""]}, 'stop is [""]: expected strings that are not empty'),
-        ({"stop": 5}, "stop is 5: expected a list of at most 4 strings"),
-        ({"stop": list("abcde")}, 'stop is ["a", "b", "c", "d", "e"]: expected a list of at most 4 strings'),
+        ({"stop": 5}, "stop is 5: expected a list of at most 64 strings"),
+        ({"stop": ["a"] * 65}, f"stop is {json.dumps(['a'] * 65)[:57]}...: expected a list of at most 64 strings"),
         ({"stop": [5]}, "stop[0] is 5: expected a string"),
         ({"stream": 1}, "stream is 1: expected true or false"),
         ({"stream_options": {}}, "stream_options is {}: expected an object, together with stream: true"),
@@ -246,8 +280,8 @@ def test_errors_are_of_the_clients_own_classes(trained):
         ({"messages": []}, "messages is []: expected a list of 1 to 1000 messages"),
         ({"messages": ["hello"]}, 'messages[0] is "hello": expected an object with role and content'),
         (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            'messages[0].role is "tool": expected system, developer, user or assistant',
+            {"messages": [{"role": "robot", "content": "x"}]},
+            'messages[0].role is "robot": expected system, developer, user, assistant or tool',
         ),
         (
             {"messages": [{"role": "user", "content": 5}]},
@@ -263,10 +297,19 @@ def test_errors_are_of_the_clients_own_classes(trained):
         ),
         ({"messages": [{**HELLO[0], "audio": "Ann"}]}, "messages[0].audio is not supported"),
         (
-            {"messages": [*HELLO, {"role": "assistant", "content": "first"}]},
-            "the last message is the assistant's: expected the user's question",
+            {"messages": [{"role": "assistant", "content": "first"}]},
+            "the messages have no question to answer: expected a text of the role user",
         ),
-        ({"messages": [{"role": "user", "content": " "}]}, "the last message is empty: expected the user's question"),
+        (
+            {"messages": [{"role": "user", "content": " "}]},
+            "the messages have no question to answer: expected a text of the role user",
+        ),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "content": None, "tool_calls": [1]}, *HELLO]},
+            'a tool call of message 2 is not understood: expected {"function": {"name": ..., "arguments": ...}}',
+        ),
+        ({"ignore_eos": True}, "ignore_eos is not supported but as false"),
+        ({"min_tokens": 5}, "min_tokens is not supported but as 0"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
 )

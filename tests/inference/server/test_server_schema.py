@@ -38,10 +38,13 @@ NAMES = [
     "content",
     "type",
     "text",
+    "tool_calls",
+    "function",
+    "arguments",
     "other" * 200,
 ]
 # As JSON allows it, lone surrogates too, with the words that mean something to us.
-TEXTS = st.text(max_size=5) | st.sampled_from(["user", "assistant", "system", "text", "tiny", "\ud800"])
+TEXTS = st.text(max_size=5) | st.sampled_from(["user", "assistant", "system", "tool", "text", "tiny", "\ud800"])
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0, 1, 2, 0.5, 1e308])
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
