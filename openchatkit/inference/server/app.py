@@ -46,6 +46,7 @@ class Options:
     served: schema.Served
     host: str = "127.0.0.1"
     names: Collection[str] = ()
+    origins: Collection[str] = ()
     token: str | None = None
     max_rate: int = 0
     max_body: int = 1 << 20
@@ -79,7 +80,7 @@ def create_app(responder: Responder, worker: Worker, options: Options) -> Asgi:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     rate = Rate(options.max_rate) if options.max_rate else None
-    return Guard(app, host=options.host, names=options.names, token=options.token, rate=rate)
+    return Guard(app, host=options.host, names=options.names, origins=options.origins, token=options.token, rate=rate)
 
 
 class Api:

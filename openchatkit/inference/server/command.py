@@ -24,6 +24,8 @@ from openchatkit.inference.server.guard import is_loopback
 TOKEN_VARIABLE = "OPENCHATKIT_TOKEN"
 DEFAULT_MAX_NEW_TOKENS = 2048
 _SHORTEST_TOKEN = 16
+# A scheme, of a browser's extension too, and a host, perhaps with a port. Never "*" or "null", which any page can be.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#*@,]+")
 _MAKE_TOKEN = "python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
 
 
@@ -42,6 +44,8 @@ def parser() -> cli.Parser:
     )
     given.add_argument("--port", type=_port, default=8000, help="the port to listen on; 0 takes a free one")
     given.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help="names that clients call it by")
+    origins = "origins of web pages that may use it besides its own, such as https://chat.example; none if not given"
+    given.add_argument("--allow-origin", nargs="+", type=_origin, default=[], metavar="ORIGIN", help=origins)
     given.add_argument("--token-file", type=Path, help=f"a file with the token that {TOKEN_VARIABLE} gives otherwise")
     refused = f"refused: other users see command lines; set {TOKEN_VARIABLE}, or use --token-file"
     given.add_argument("--token", "--api-key", nargs="?", action=_Secret, help=refused)
@@ -134,6 +138,7 @@ def _serve(
         Served(name, replace(flags.sampling(given), max_tokens=usual), longest, given.seed),
         host=given.host,
         names=given.allow_host,
+        origins=given.allow_origin,
         token=token,
         max_rate=given.max_rate,
         max_body=given.max_body,
@@ -228,6 +233,15 @@ class _Secret(argparse.Action):
             f"{'/'.join(self.option_strings)} is not taken, since other users see command lines: set {TOKEN_VARIABLE} "
             "in the environment or pass --token-file FILE, and take another token if it was typed here"
         )
+
+
+def _origin(text: str) -> str:
+    origin = text.lower().removesuffix("/")
+    if not _ORIGIN.fullmatch(origin):
+        raise argparse.ArgumentTypeError(f"expected an origin such as https://chat.example, got {text!r}")
+    for scheme, port in (("http", ":80"), ("https", ":443")):
+        origin = origin.removesuffix(port) if origin.startswith(f"{scheme}://") else origin
+    return origin
 
 
 def _port(text: str) -> int:

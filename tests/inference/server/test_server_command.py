@@ -94,6 +94,9 @@ def test_the_line_at_the_start_says_how_to_ask(trained_model, tmp_path):
         (["--timeout", "0"], "argument --timeout: expected seconds above 0, got '0'"),
         (["--max-queue", "-1"], "argument --max-queue: expected a whole number of at least 0, got '-1'"),
         (["--cached-conversations", "0"], "argument --cached-conversations: expected a whole number of at least 1"),
+        (["--allow-origin", "*"], "argument --allow-origin: expected an origin such as https://chat.example, got '*'"),
+        (["--allow-origin", "null"], "argument --allow-origin: expected an origin such as https://chat.example"),
+        (["--allow-origin", "https://a.example/b"], "argument --allow-origin: expected an origin such as"),
         (["--token", "canary"], "--token/--api-key is not taken, since other users see command lines: set OPENCHATKIT"),
         (["--api-key=canary"], "--token/--api-key is not taken, since other users see command lines"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines in, and there is no token: set OPENCHATKIT_TOKEN"),
@@ -152,6 +155,12 @@ def test_a_reply_runs_to_its_end_unless_a_flag_says_how_long_it_may_be(flags, ex
     assert command.lengths(command.parser().parse_args(flags)) == expected
 
 
+def test_an_origin_is_taken_as_browsers_send_it():
+    given = ["HTTPS://Chat.Example/", "http://a.example:80", "https://a.example:444", "chrome-extension://abc"]
+    expected = ["https://chat.example", "http://a.example", "https://a.example:444", "chrome-extension://abc"]
+    assert command.parser().parse_args(["--allow-origin", *given]).allow_origin == expected
+
+
 def test_without_its_packages_the_server_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "starlette", None)
     with pytest.raises(SystemExit):
@@ -178,5 +187,5 @@ def test_the_readme_names_every_flag_of_the_server():
     flags = {flag for action in command.parser()._actions for flag in action.option_strings}
     documented = set(re.findall(r"`(--[\w-]+)", readme))
     own = {"--host", "--port", "--allow-host", "--token-file", "--max-queue", "--max-body", "--max-new-tokens"}
-    own |= {"--max-rate", "--timeout", "--cached-conversations", "--access-log"}
+    own |= {"--max-rate", "--allow-origin", "--timeout", "--cached-conversations", "--access-log"}
     assert own <= documented <= flags | shared

@@ -81,6 +81,34 @@ def test_a_page_of_another_origin_may_not_ask(trained, origin):
     assert (status, body["error"]["code"]) == (403, "wrong_origin")
 
 
+def test_a_page_of_an_allowed_origin_may_ask_and_read_and_no_other(serve, trained):
+    page = "https://chat.example"
+    with serve(trained.responder, origins=[page], token=TOKEN) as running:
+        before = {"Origin": page, "Access-Control-Request-Method": "POST"}
+        before |= {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+        fields = {"Host": "localhost", "Connection": "close", **before}
+        request = f"OPTIONS {CHAT} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        answer = running.send(f"{request}\r\n".encode()).lower()
+        assert answer.startswith(b"http/1.1 204")
+        assert f"access-control-allow-origin: {page}\r\n".encode() in answer
+        assert b"access-control-allow-headers: authorization,content-type,x-stainless-os\r\n" in answer
+        assert b"access-control-allow-methods: get, post\r\n" in answer
+        body = {"messages": HELLO, "user": "x"}
+        answer = running.send(post(CHAT, body, Origin=page, Authorization=f"Bearer {TOKEN}")).lower()
+        assert answer.startswith(b"http/1.1 200")
+        assert f"access-control-allow-origin: {page}\r\n".encode() in answer
+        assert b"access-control-expose-headers: retry-after, x-ignored-fields\r\n" in answer
+        # An error is there to be read, too.
+        answer = running.send(post(CHAT, body, Origin=page)).lower()
+        assert answer.startswith(b"http/1.1 401")
+        assert f"access-control-allow-origin: {page}\r\n".encode() in answer
+        other = running.send(f"{request}\r\n".replace("chat.example", "evil.example").encode()).lower()
+        assert other.startswith(b"http/1.1 403")
+        assert b"access-control-" not in other
+        assert b"access-control-" not in get(running, "/v1/models", Origin="https://evil.example").lower()
+        assert running.ask(CHAT, body, Origin="https://evil.example")[0] == 403
+
+
 def test_our_own_page_may_ask_and_nobody_is_told_of_other_origins(trained):
     origin = f"http://localhost:{trained.port}"
     answer = trained.send(post(CHAT, {"messages": HELLO}, Host=origin[7:], Origin=origin))
