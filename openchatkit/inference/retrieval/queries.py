@@ -1,11 +1,14 @@
 """What to search for when a question is asked in a conversation.
 
-The rules are few and of English words; a question in another language is searched for as it stands:
+The rules are few and of English words; a question in another language is searched for as it stands. They say what is
+tried first, and not whether a question has an answer: that "fine" and "mine" are what a question is about, no list of
+words can tell, and the index, which knows how near is near enough, finds nothing for small talk.
 
-- A question of small talk ("hello", "thanks!") is not searched for.
-- One that says nothing by itself ("why?", "tell me more"), or that is short and points back ("who built it?"), is
-  searched for behind the last question that says something.
-- Any other is searched for as it stands; a short one for which nothing is found, then as the one before.
+- A mere greeting ("hello", "thank you") is not searched for.
+- A question that says nothing by itself ("why?", "tell me more") is searched for behind the last question that says
+  something, then as it stands; one that is short and points back ("who built it?"), behind that question alone.
+- One with words of small talk and no others that say something ("that's fine"), is searched for as it stands.
+- Any other is searched for as it stands; a short one for which nothing is found, then behind the last, too.
 """
 
 import re
@@ -22,12 +25,14 @@ def queries(turns: Sequence[Turn]) -> list[str]:
     *before, question = turns
     all_words = _WORD.findall(question.text.lower())
     telling = telling_words(question.text)
-    if not all_words or (not telling and not _SMALL_TALK.isdisjoint(all_words)):
+    if _GREETINGS.issuperset(all_words):
         return []
+    if not telling and not _SMALL_TALK.isdisjoint(all_words):
+        return [question.text]
     asked = [turn.text for turn in reversed(before) if turn.role == "human" and telling_words(turn.text)]
     joined = [f"{asked[0]}\n{question.text}"] if asked else []
     if not telling:
-        return joined
+        return [*joined, question.text]
     if len(telling) > SHORT:
         return [question.text]
     if joined and not _POINTING.isdisjoint(all_words):
@@ -44,6 +49,7 @@ def _set(*lines: str) -> frozenset[str]:
     return frozenset(" ".join(lines).split())
 
 
+_GREETINGS = _set("hello hi hey hiya bye goodbye thanks thank you ok okay yes yeah yep no nope please lol haha wow")
 _SMALL_TALK = _set(
     "hello hi hey hiya greetings welcome morning afternoon evening goodbye bye thanks thank please sorry ok okay yes",
     "no yeah yep nope sure great good nice cool fine well right alright wow haha lol cheers",

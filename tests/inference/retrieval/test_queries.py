@@ -13,17 +13,32 @@ def turns(*questions: str) -> list[Turn]:
     return [*chat, Turn("human", questions[-1])]
 
 
-@pytest.mark.parametrize("text", ["hello", "Hi!", "Thanks, that's great.", "ok", "?!", "   ", "good morning to you"])
-def test_small_talk_is_not_searched_for(text):
+@pytest.mark.parametrize("text", ["hello", "Hi!", "Thank you!", "ok, thanks", "?!", "   "])
+def test_a_mere_greeting_is_not_searched_for(text):
     assert queries(turns(text)) == []
     assert queries(turns(BEFORE, text)) == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["How much is the fine?", "Which well is right?", "What is a hello?", "Thanks, that's great.", "Good morning!"],
+)
+def test_whether_words_of_small_talk_are_small_talk_is_for_the_index_to_say(text):
+    assert queries(turns(text)) == [text]
+    assert queries(turns(BEFORE, text)) == [text]
+
+
+@pytest.mark.parametrize("text", ["Where is the mine?", "What is a will?", "Who can do that?"])
+def test_words_that_hardly_ever_say_something_are_tried_when_nothing_else_is_found(text):
+    assert queries(turns(text)) == [text]
+    assert queries(turns(BEFORE, text)) == [f"{BEFORE}\n{text}", text]
+
+
 @pytest.mark.parametrize("text", ["Why?", "And who else?", "Tell me more about it", "what does this mean"])
 def test_what_says_nothing_is_searched_for_behind_the_last_question_that_does(text):
-    assert queries(turns(text)) == []
-    assert queries(turns(BEFORE, text)) == [f"{BEFORE}\n{text}"]
-    assert queries(turns(BEFORE, "Why?", text)) == [f"{BEFORE}\n{text}"]
+    assert queries(turns(text)) == [text]
+    assert queries(turns(BEFORE, text)) == [f"{BEFORE}\n{text}", text]
+    assert queries(turns(BEFORE, "Why?", text)) == [f"{BEFORE}\n{text}", text]
 
 
 def test_a_short_question_that_points_back_is_searched_for_behind_the_last():

@@ -61,6 +61,11 @@ def test_what_is_found_is_read_with_its_question_and_told_of(responder):
     assert responder.answer(after, GREEDY).text == "日本 nothing"
 
 
+def test_a_question_in_words_of_small_talk_is_looked_up(responder):
+    found = added(responder, Fixed("The fine is 20."), "How much is the fine?")
+    assert [source.text for source in found.sources] == ["The fine is 20."]
+
+
 def test_nothing_is_found_for_small_talk_and_that_is_no_fault(responder):
     found = added(responder, Fixed("red"), "hello")
     assert (found.sources, found.note, found.conversation) == ((), "", Conversation().asked("hello"))
