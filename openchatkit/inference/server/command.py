@@ -195,6 +195,7 @@ def settings(app: object, *, connections: int = 500, access_log: bool = False) -
         proxy_headers=False,
         server_header=False,
         limit_concurrency=connections,
+        timeout_keep_alive=uvicorn_http.KEEP_ALIVE,
         timeout_graceful_shutdown=10,
     )
 

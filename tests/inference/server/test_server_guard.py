@@ -1,6 +1,7 @@
 """Who may ask and how much: Host, Origin, token, bodies, the queue, time, hang-ups, and failures inside."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import re
@@ -15,6 +16,7 @@ from openchatkit.errors import UserError
 from openchatkit.inference.conversation.rendering import KitRendering
 from openchatkit.inference.engine.engine import OutOfMemory
 from openchatkit.inference.responder import Responder
+from openchatkit.inference.server.command import settings
 from openchatkit.inference.server.guard import Guard, send_json
 from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
 from openchatkit.inference.server.worker import Worker
@@ -270,6 +272,24 @@ def test_a_body_that_drips_behind_its_answer_is_cut_off(hasty, trained):
     head = b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n"
     with hasty(trained.responder) as running, running.connect(head) as dripping, pytest.raises(ConnectionError):
         all(dripping.send(b"x") for _ in itertools.count())
+
+
+def test_a_connection_stays_open_between_two_requests(hasty, trained):
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    with hasty(trained.responder) as running, running.connect(health + b"\r\n") as connection:
+        for _ in range(2):
+            assert read_until(connection, b'{"status": "ok"}').startswith(b"HTTP/1.1 200")
+            connection.settimeout(0.5)  # much longer than its patience
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(60)
+            connection.sendall(health + b"\r\n")
+        read_until(connection, b'{"status": "ok"}')
+        # A request that is begun must come, as the first must.
+        connection.sendall(health)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert settings(None).timeout_keep_alive == uvicorn_http.KEEP_ALIVE > 60
 
 
 def test_a_reply_may_take_longer_than_a_head(hasty, endless_model):
