@@ -44,6 +44,14 @@ def plain_cache_layers(config: PreTrainedConfig) -> int | None:
     return len(layers) if plain else None
 
 
+def has_recurrent_states(config: PreTrainedConfig) -> bool:
+    """Return whether any layer keeps a state besides keys and values, as those of Mamba do.
+
+    Such layers go on from their state one token at a time; several tokens at once they read as a text's beginning.
+    """
+    return any(hasattr(layer, "update_recurrent_state") for layer in DynamicCache(config=config).layers)
+
+
 def compiles_as_a_whole(model: PreTrainedModel) -> bool:
     """Whether the model says that torch.compile takes its forward without a graph break."""
     quantizer = getattr(model, "hf_quantizer", None)

@@ -6,6 +6,10 @@ arithmetic is what takes it: in 16 bits that is slow where the processor has no 
 are widened to float32 there, a block at a time.
 """
 
+import contextlib
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,6 +29,7 @@ _BLOCK = 1 << 19
 # With the largest weight at this many steps, the rounding of the step itself to 8 bits of mantissa cannot push it over
 # the 127 that there are.
 _STEPS = 126.5
+_READ = re.compile(r"\bself\.((?:\w+\.)*\w+)\.weight\b")
 
 
 class Int8Linear(nn.Module):
@@ -75,6 +80,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(dtype))
         self._multiply = pytorch.pack(linear.weight.detach().to(dtype), self.bias)
 
@@ -166,18 +172,35 @@ def quantise(weight: Tensor, *, device: torch.device, scale_dtype: torch.dtype) 
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The names of all linear layers, in the order of the model."""
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    """The names of all linear layers that can be replaced, in the order of the model.
+
+    Those whose weight other modules read, as Jamba's do, cannot.
+    """
+    modules = dict(model.named_modules())
+    read = {
+        f"{name}.{path}".removeprefix(".") for name, module in modules.items() for path in _weights_read(type(module))
+    }
+    return [name for name, module in modules.items() if type(module) is nn.Linear and name not in read]
+
+
+@functools.cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """Return the paths of the parts whose weight the code of a class reads: "proj" for `self.proj.weight`."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            with contextlib.suppress(OSError, TypeError):  # without a source, as in a notebook
+                found.update(_READ.findall(inspect.getsource(base)))
+    return frozenset(found)
 
 
 def linear_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """The size in `dtype` of the weights of all linear layers, one that shares the embedding's included."""
-    weights = (module.weight for module in model.modules() if type(module) is nn.Linear)
-    return sum(weight.numel() for weight in weights) * dtype.itemsize
+    """The size in `dtype` of the weights of these layers, one that shares the embedding's included."""
+    return sum(model.get_submodule(name).weight.numel() for name in linear_names(model)) * dtype.itemsize
 
 
 def replace(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], description: str) -> None:
-    """Put what `make` makes of its name and itself in the place of every linear layer, one after the other.
+    """Put what `make` makes of its name and itself in the place of the linear layers, one after the other.
 
     Each original goes before the next is looked at, so that two models are never in memory. An embedding that the
     output layer shares stays as it is.

@@ -15,6 +15,8 @@ from openchatkit.libraries import hf_transformers
 
 # A longer text is read in parts of this many tokens: memory stays bounded, and giving up need not wait for all of it.
 CHUNK = 512
+# A model with recurrent states reads up to so many tokens one by one after what it has read; more, from the start.
+FEW = 32
 
 
 class Reader:
@@ -34,6 +36,7 @@ class Reader:
         self._narrow = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache_argument = hf_transformers.cache_argument(model)
         assert self._cache_argument is not None, f"{type(model).__name__} keeps no keys and values"
+        self.recurrent = hf_transformers.has_recurrent_states(model.config)
         self.croppable = not isinstance(self.new_cache(), DynamicCache)
 
     def new_cache(self) -> Cache:
@@ -72,6 +75,10 @@ class Slot:
         same = next((number for number, (held, new) in enumerate(pairs) if held != new), None)
         return min(len(self.tokens) if same is None else same, len(prompt) - 1)
 
+    def slow_to_go_on(self, length: int) -> bool:
+        """Whether reading up to `length` tokens is faster from the start."""
+        return self._reader.recurrent and length - len(self.tokens) > FEW
+
     def truncate(self, length: int) -> None:
         """Hold the first `length` tokens alone, or none at all where the cache cannot be cropped."""
         if length == len(self.tokens) and not self._uncertain:
@@ -90,14 +97,17 @@ class Slot:
     ) -> torch.Tensor | None:
         """Append tokens; the logits behind each of the last `keep`, float32 [keep, vocabulary].
 
-        `cancelled` is asked before each part; once it is true, the parts read so far are kept and None is returned.
+        `cancelled` is asked before each part; once it is true, the parts read so far are kept and None is returned. A
+        model with recurrent states reads a text's beginning as a whole, and then one token at a time.
         """
         assert 0 < keep <= len(tokens), f"{keep} logits of {len(tokens)} tokens"
         assert keep == 1 or len(tokens) <= CHUNK, f"{keep} logits of {len(tokens)} tokens, which are read in parts"
-        for start in range(0, len(tokens), CHUNK):
+        size = CHUNK if not self._reader.recurrent else 1 if self.tokens else len(tokens)
+        assert keep == 1 or size > 1, f"{keep} logits of {len(tokens)} tokens, which are read one by one"
+        for start in range(0, len(tokens), size):
             if cancelled():
                 return None
-            logits = self._read(tokens[start : start + CHUNK], keep)
+            logits = self._read(tokens[start : start + size], keep)
         return logits
 
     def _read(self, tokens: Sequence[int], keep: int) -> torch.Tensor:
@@ -142,6 +152,8 @@ class Pool:
         slot = self._slots[best]
         self._slots = [*(other for other in self._slots if other is not slot), slot]
         slot.truncate(slot.shares(prompt))
+        if slot.slow_to_go_on(len(prompt)):
+            slot.drop()
         return slot
 
     def drop(self) -> None:

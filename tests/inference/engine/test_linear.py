@@ -111,6 +111,32 @@ def test_layers_are_replaced_one_by_one_and_the_originals_go():
     assert most <= 2
 
 
+class Reading(nn.Module):
+    """A layer that reads the weight of one of its linears by itself, as Jamba's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+        self.inner.proj, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.out(x @ self.inner.proj.weight.T)
+
+
+class Inheriting(Reading):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Reading, Inheriting])
+def test_a_layer_whose_weight_is_read_by_others_stays(kind):
+    model = nn.Sequential(nn.Linear(4, 4), kind())
+    assert linear.linear_names(model) == ["0", "1.inner.0", "1.out"]
+    assert linear.linear_bytes(model, torch.float32) == 3 * 4 * 4 * 4
+    linear.prepare(model, torch.float32, room=1e9)
+    assert type(model[1].inner.proj) is nn.Linear
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+
+
 @pytest.fixture
 def emulating(monkeypatch):
     """A processor that has no instructions for 16 bits."""

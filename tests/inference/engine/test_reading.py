@@ -4,7 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from openchatkit.inference.engine import reading
 from openchatkit.inference.engine.engine import Engine, OutOfMemory, Statistics
@@ -234,6 +242,23 @@ def test_a_model_with_sliding_windows_starts_afresh_unless_a_text_just_goes_on(m
     assert (again, kept) == (oracle(model, longer), len(prompt) + len(reply) - 1)
     assert say(running, prompt) == (reply, 0)
     assert list(running.generate(prompt * 2, GREEDY, lookup=True)) == oracle(model, prompt * 2)
+
+
+def test_a_model_with_recurrent_states_goes_on_one_token_at_a_time_or_starts_afresh(monkeypatch):
+    torch.manual_seed(4)
+    states = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 1}
+    model = JambaForCausalLM(JambaConfig(**TINY, **states, num_experts_per_tok=1, pad_token_id=1)).eval()
+    monkeypatch.setattr(reading, "CHUNK", 16)
+    prompt = [*range(40, 80)]
+    running = engine(model)
+    reply, _ = say(running, prompt)
+    assert reply == oracle(model, prompt)
+    # The last token that was said has not been read yet.
+    for new, held in ((20, len(prompt) + 11), (reading.FEW + 1, 0)):
+        prompt = [*prompt, *reply, *range(100, 100 + new)]
+        reply, cached = say(running, prompt)
+        assert (reply, cached) == (oracle(model, prompt), held)
+    assert say(running, prompt[:-1]) == (oracle(model, prompt[:-1]), 0)
 
 
 def test_a_second_reply_ends_the_first(models):
