@@ -71,6 +71,14 @@ class Tokenizer:
         added = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
         return tuple(id for id, _ in added)
 
+    @functools.cached_property
+    def used_size(self) -> int:
+        """One more than the largest id that a prompt can hold: special tokens that nothing writes, [PAD] say, aside."""
+        template = str(self.chat_template or "")
+        written = {self.end_of_text, self._loaded.bos_token_id, *self.prefix}
+        unused = {id for name, (id, _) in self._special.items() if id not in written and name not in template}
+        return max(id for id in self._backend.get_vocab(with_added_tokens=True).values() if id not in unused) + 1
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""
         return _encode(self._backend, texts)

@@ -70,7 +70,7 @@ def load(
     config = _read(lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), folder)
     parameters = _read(lambda: _parameters(config), folder)
     tokenizer, words = Tokenizer(folder), config.get_text_config().vocab_size
-    if tokenizer.vocab_size > words:
+    if tokenizer.used_size > words:
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}: they do not belong "
             "together, copy the tokenizer that the model was trained with"

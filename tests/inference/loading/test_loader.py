@@ -14,6 +14,8 @@ from openchatkit import loading
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
 from openchatkit.inference.engine import linear
+from openchatkit.inference.engine.engine import Engine
+from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader, placement
 from openchatkit.libraries import pytorch
 from openchatkit.paths import ROOT
@@ -139,6 +141,31 @@ def test_int8_is_near_the_model_and_leaves_the_embedding(random_models, no_gpu, 
     with torch.inference_mode():
         expected, got = whole(tokens).logits, loaded.model(tokens).logits.float()
     assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_model_whose_layers_read_the_weights_of_others_answers(tmp_path, tiny_tokenizer, no_gpu, dtype):
+    from transformers import JambaConfig, JambaForCausalLM
+
+    config = JambaConfig(
+        **{"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "initializer_range": 0.3},
+    )
+    torch.manual_seed(0)
+    JambaForCausalLM(config).save_pretrained(tmp_path)
+    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
+    loaded = loader.load(str(tmp_path), dtype=dtype)
+    engine = Engine(loaded.model, eos_ids=(), device=CPU, cache_dtype=loaded.cache_dtype)
+    said = list(engine.generate([40, 50, 60], Sampling(max_tokens=5, sample=False)))
+    assert len(said) == 5
+    # A turn later, from what was kept of the first.
+    said += list(engine.generate([40, 50, 60, *said, 70, 80], Sampling(max_tokens=5, sample=False)))
+    if dtype == "float32":
+        model = JambaForCausalLM.from_pretrained(tmp_path).eval()
+        prompt = torch.tensor([[40, 50, 60, *said[:5], 70, 80]])
+        assert model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=[])[0, 10:].tolist() == said[5:]
 
 
 def test_int8_costs_a_trained_model_less_than_a_percent_of_perplexity(trained_model):
@@ -348,10 +375,27 @@ def test_a_folder_without_a_tokenizer(copy):
 def test_a_tokenizer_of_another_model(copy):
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     size = len(tokenizer["model"]["vocab"])
-    one = tokenizer["added_tokens"][0]
+    one = {**tokenizer["added_tokens"][0], "special": False}
     tokenizer["added_tokens"] += [{**one, "id": size + n, "content": f"<|{n}|>"} for n in range(400 - size)]
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused(copy, r"has 400 tokens, the model 384: they do not belong together, copy the tokenizer that")
+
+
+@pytest.mark.parametrize("template", ["", "{{ messages[0].content }}", "{{ '[PAD]' + messages[0].content }}"])
+def test_a_token_beyond_the_embedding_is_no_fault_where_nothing_writes_it(copy, template):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    one, size = tokenizer["added_tokens"][0], len(tokenizer["model"]["vocab"])
+    words = [{**one, "id": id, "content": f"word{id}", "special": False} for id in range(size, 384)]
+    tokenizer["added_tokens"] += [*words, {**one, "id": 384, "content": "[PAD]"}]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[PAD]", "chat_template": template}))
+    if "[PAD]" in template:
+        refused(copy, "has 385 tokens, the model 384: they do not belong together")
+        return
+    loaded = loader.load(str(copy))
+    assert (loaded.tokenizer.vocab_size, loaded.tokenizer.used_size) == (385, 384)
+    assert 384 not in loaded.tokenizer.encode(["what of [PAD]?"])[0]
 
 
 def test_a_tensor_that_is_missing_is_not_filled_with_random_numbers(copy):
