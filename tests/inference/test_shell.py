@@ -1,5 +1,6 @@
 """What each line does: through a pipe into the real command, and in this process for the many small cases."""
 
+import io
 import re
 import subprocess
 import sys
@@ -7,7 +8,13 @@ import sys
 import pytest
 import torch
 
+from openchatkit.inference.conversation.conversation import Conversation
+from openchatkit.inference.engine.sampling import Sampling
+from openchatkit.inference.responder import Reply
+from openchatkit.inference.session import Session
+from openchatkit.inference.shell.commands import Shell
 from openchatkit.inference.shell.lines import MAX_LINE
+from openchatkit.inference.shell.output import Output
 from openchatkit.paths import ROOT
 
 BOT = ROOT / "inference" / "bot.py"
@@ -80,6 +87,38 @@ def test_a_reply_that_meets_the_end_of_the_context_says_so(piped, random_models)
     done = piped("word " * 60 + "\n", random_models["neox"], "--max-tokens", "4000", "--seed", "1", "--no-date")
     assert done.notes == ["note: the reply was cut: it reached the end of what the model reads at once"]
     assert done.status == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "note"),
+    [
+        ("and?", "It g", "what came is kept, /undo takes it back"),
+        ("and?", "", "the question was not kept"),
+        ("/raw_say It", " g", "the conversation is as it was"),
+        ("/raw_say It", "", "the conversation is as it was"),
+        ("/regen", "It g", "what came takes the place of the old reply"),
+        ("/regen", "", "the old reply stays"),
+    ],
+)
+def test_what_an_interrupted_reply_leaves_is_said(line, text, note):
+    class Interrupted:
+        """A responder whose replies are interrupted."""
+
+        def answer(self, *_, **__):
+            return Reply(text, (), "interrupted")
+
+        complete = answer
+
+    session = Session(Interrupted(), Sampling(), date=False)
+    session.conversation = before = Conversation().asked("hello").answered("first")
+    stderr = io.StringIO()
+    shell = Shell(session, Output(io.StringIO(), stderr, interactive=True), stdin=None, stdout=io.StringIO())
+    shell.onecmd(line)
+    assert stderr.getvalue() == f"note: interrupted: {note}\n"
+    if line.startswith("/raw_say") or not text:
+        assert session.conversation == before
+    if line == "/regen" and text:
+        assert session.conversation == Conversation().asked("hello").answered(text)
 
 
 def test_a_line_of_a_megabyte_and_one_beyond_the_limit(piped, trained_model):

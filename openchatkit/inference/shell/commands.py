@@ -18,7 +18,7 @@ from openchatkit.inference.session import Session
 from openchatkit.inference.shell import words
 from openchatkit.inference.shell.editing import Editing
 from openchatkit.inference.shell.lines import PROMPT, Lines
-from openchatkit.inference.shell.output import Output, Unwritable
+from openchatkit.inference.shell.output import INTERRUPTED, Output, Unwritable
 from openchatkit.inference.shell.style import Style
 from openchatkit.inference.streaming import clean
 from openchatkit.retrieval.passage import Passage
@@ -145,7 +145,8 @@ class Shell(cmd.Cmd):
     def do_regen(self, _: str) -> None:
         """/regen  answer the last question again; the new reply takes the place of the old"""
         asked = self._session.conversation.last_question
-        self._answer(asked.text if asked else "", lambda emit: self._session.regenerate(emit=emit))
+        left = ("what came takes the place of the old reply", "the old reply stays")
+        self._answer(asked.text if asked else "", lambda emit: self._session.regenerate(emit=emit), interrupted=left)
 
     def do_undo(self, _: str) -> None:
         """/undo  take back the last question and its reply"""
@@ -239,7 +240,8 @@ class Shell(cmd.Cmd):
     def do_raw_say(self, text: str) -> None:
         """/raw_say TEXT  let the model go on from TEXT as it stands, outside the conversation"""
         self._needs(text, "/raw_say")
-        self._answer(text, lambda emit: self._session.complete(text, emit=emit))
+        left = "the conversation is as it was"
+        self._answer(text, lambda emit: self._session.complete(text, emit=emit), interrupted=(left, left))
 
     def do_raw_prompt(self, text: str) -> None:
         """/raw_prompt [TEXT]  print the conversation, or what the model would read of it if TEXT were said next"""
@@ -274,8 +276,11 @@ class Shell(cmd.Cmd):
 
     # -- what several share
 
-    def _answer(self, question: str, ask: Callable[[Emit], Reply]) -> None:
-        self._output.answer(question, ask, max_tokens=self._session.sampling.max_tokens)
+    def _answer(
+        self, question: str, ask: Callable[[Emit], Reply], *, interrupted: tuple[str, str] = INTERRUPTED
+    ) -> None:
+        most = self._session.sampling.max_tokens
+        self._output.answer(question, ask, max_tokens=most, interrupted=interrupted)
 
     def _settings(self) -> dict[str, object]:
         return {**self._session.settings(), "verbose": self._output.verbose}

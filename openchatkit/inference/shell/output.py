@@ -9,6 +9,9 @@ from openchatkit.inference import report
 from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.shell.style import Style
 
+# What Ctrl-C leaves of a question: with some text of its reply, and without.
+INTERRUPTED = ("what came is kept, /undo takes it back", "the question was not kept")
+
 
 class Unwritable(UserError):
     """Standard output takes no more: there is nobody to go on for."""
@@ -83,10 +86,18 @@ class Output:
         elif not self.interactive:
             self.write("\n")
 
-    def answer(self, question: str, ask: Callable[[Emit], Reply], *, max_tokens: int) -> None:
+    def answer(
+        self,
+        question: str,
+        ask: Callable[[Emit], Reply],
+        *,
+        max_tokens: int,
+        interrupted: tuple[str, str] = INTERRUPTED,
+    ) -> None:
         """Print the reply that `ask` makes, as it comes where it is streamed, and the notes that belong to it.
 
-        Ctrl-C ends the reply; where nobody types, it then ends all. Raises what `ask` does.
+        Ctrl-C ends the reply, and `interrupted` says what that leaves; where nobody types, it then ends all. Raises
+        what `ask` does.
         """
         shown = 0
 
@@ -110,9 +121,9 @@ class Output:
             self.write(report.to_json(report.as_object(question, reply)))
         elif not self._stream:
             self.write(f"{reply.text}\n")
-        self._notes(reply, max_tokens)
+        self._notes(reply, max_tokens, interrupted)
 
-    def _notes(self, reply: Reply, max_tokens: int) -> None:
+    def _notes(self, reply: Reply, max_tokens: int, interrupted: tuple[str, str]) -> None:
         if self._cites and reply.sources:
             for number, source in enumerate(reply.sources, 1):
                 if source.source:
@@ -128,8 +139,7 @@ class Output:
             how = "/set max_tokens" if self.interactive else "--max-tokens"
             self.note(f"the reply was cut after {report.count(max_tokens, 'token')} ({how})")
         if reply.finish == "interrupted":
-            kept = "what came is kept, /undo takes it back" if reply.text else "the question was not kept"
-            self.note(f"interrupted: {kept}")
+            self.note(f"interrupted: {interrupted[0] if reply.text else interrupted[1]}")
         if reply.verdict and reply.verdict.allowed and reply.verdict.message:
             self.note(reply.verdict.message)
         if self.verbose:
