@@ -52,7 +52,8 @@ class Retriever:
         # What faiss, pyarrow, torch and the system raise when an index or an encoder is not what it was.
         except (UserError, OSError, RuntimeError, ValueError) as error:
             return Found(asked, given, f"no passages were looked up: {cli.one_line(error)}")
-        hits = [hit for hit in hits if as_read(hit) not in question.passages]
+        known = {" ".join(text.split()) for text in question.passages}
+        hits = [hit for hit in hits if known.isdisjoint((as_read(hit), " ".join(hit.text.split())))]
         kept = _kept(asked, hits, responder, sampling)
         return Found(_with(asked, kept), (*given, *kept), _no_room(hits) if hits and not kept else "")
 

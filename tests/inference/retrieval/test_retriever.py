@@ -92,6 +92,8 @@ def test_given_passages_stand_first_and_count_first(responder):
 
 def test_a_passage_that_was_given_is_not_found_again(responder):
     assert added(responder, Fixed("red", "blue"), given=["red"]).conversation.turns[-1].passages == ("red", "blue")
+    titled = Fixed("on  red", "blue", title="T")
+    assert added(responder, titled, given=["on red"]).conversation.turns[-1].passages == ("on red", "T: blue")
 
 
 def test_one_whole_passage_goes_in_beyond_the_quarter_if_it_fits_at_all(responder):
