@@ -4,8 +4,9 @@ A template is a program that anyone may have written, so it never sees what was 
 text is cut at them. Special tokens are tokens in the template's parts alone; in questions, replies, passages and system
 texts they are characters. Marks of turns that a template writes in plain characters, [INST] say, are disarmed there.
 
-What a template does with a text beyond putting it somewhere is not done, but for white space around it, which goes.
-The date preamble belongs to the kit's own form and is left out.
+What a template does with a text beyond putting it somewhere is not done, but for white space around it, which goes, and
+for what a model thought before an earlier reply, which goes where its template takes that out. The date preamble
+belongs to the kit's own form and is left out.
 """
 
 import itertools
@@ -21,6 +22,8 @@ from openchatkit.inference.conversation.rendering import begun_text
 
 _ROLES = {"human": "user", "bot": "assistant"}
 _ADVICE = "use --template kit"
+# Between these models write what they think.
+_THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 # What marks a turn in plain characters: something in brackets, or a line such as `### Response:`.
 _BRACKETED = re.compile(r"[<\[{]+[^<>\[\]{}\s]{1,60}[>\]}]+")
 _HEADING = re.compile(r"(?m)^[ \t]*(#.{2,60}?|\S.{0,60}?:)[ \t]*$")
@@ -39,6 +42,7 @@ class TemplateRendering:
             self._placeholder = f"0{self._placeholder}"
         pieces = self._lay_out(["user", "assistant", "user"], open=True)
         self._takes_system = self._try_system()
+        self._thoughts_end = tuple(mark[1] for mark in _THOUGHTS if self._takes_out(*mark))
         self._marks = _marks(tokenizer, [*pieces, *(self._lay_out(["system", "user"]) if self._takes_system else ())])
         self.stop_ids, self.stop_strings = _stops(tokenizer, pieces)
         # What a template puts around a pair of turns: two more turns, and not what stands at its ends.
@@ -52,16 +56,20 @@ class TemplateRendering:
         return self._tokenizer.encode_pieces(self._pieces(conversation))
 
     def sizes(self, turns: Sequence[Turn]) -> list[int]:
-        return [len(ids) + self._around for ids in self._tokenizer.encode([turn.text for turn in turns])]
+        return [len(ids) + self._around for ids in self._tokenizer.encode(list(map(self._without_thoughts, turns)))]
 
     def _pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The prompt in pieces: (text, whether it is the template's own)."""
         read = conversation.as_read()
         roles = [_ROLES[turn.role] for turn in read.turns]
+        last = max((place for place, role in enumerate(roles) if role == "user"), default=0)
         texts = [
-            self._disarmed(chat.human_text(turn) if turn.role == "human" else chat.content(turn.text))
-            for turn in read.turns
+            chat.human_text(turn)
+            if turn.role == "human"
+            else chat.content(self._without_thoughts(turn) if place < last else turn.text)
+            for place, turn in enumerate(read.turns)
         ]
+        texts = list(map(self._disarmed, texts))
         if system := self._disarmed(chat.content(read.system)):
             if self._takes_system:
                 roles, texts = ["system", *roles], [system, *texts]
@@ -85,7 +93,12 @@ class TemplateRendering:
 
     def _lay_out(self, roles: Sequence[str], *, open: bool = False) -> list[str | int]:
         """What the template makes of messages of these roles: its own text, and the numbers of the messages."""
-        messages = [{"role": role, "content": f"{self._placeholder}{number}x"} for number, role in enumerate(roles)]
+        contents = [f"{self._placeholder}{number}x" for number in range(len(roles))]
+        return self._apply(roles, contents, open=open)
+
+    def _apply(self, roles: Sequence[str], contents: Sequence[str], *, open: bool) -> list[str | int]:
+        """`_lay_out` of messages with such contents, in which placeholders stand."""
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
             text = self._tokenizer.apply_chat_template(messages, generation_prompt=open)
         except Exception as error:  # a template is a program: besides jinja2's errors it can raise any of Python's
@@ -102,6 +115,23 @@ class TemplateRendering:
             return 0 in self._lay_out(["system", "user"])
         except UserError:
             return False
+
+    def _takes_out(self, begin: str, end: str) -> bool:
+        """Whether the template takes out of an earlier reply what stands between these marks."""
+        contents = [f"{self._placeholder}{number}x" for number in range(4)]
+        contents[1:3] = [f"{begin}\n{contents[1]}\n{end}\n\n{contents[2]}"]
+        try:
+            pieces = self._apply(["user", "assistant", "user"], contents, open=True)
+        except UserError:
+            return False
+        return 1 not in pieces and 2 in pieces
+
+    def _without_thoughts(self, turn: Turn) -> str:
+        """What a turn that is not the last says, without what the model thought before it."""
+        text = turn.text
+        for end in self._thoughts_end if turn.role == "bot" else ():
+            text = text.rpartition(end)[2]
+        return text
 
     def _count(self, pieces: Sequence[str | int]) -> int:
         """The number of tokens of the template's own."""

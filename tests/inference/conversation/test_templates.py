@@ -54,12 +54,23 @@ HEADINGS = (
     "{{ ('### Instruction:\n' if message['role'] == 'user' else '### Response:\n') + message['content'] + '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
+# As Qwen3's does: what was thought before an earlier reply goes.
+THINKING = (
+    "{% set ns = namespace(last=0) %}{% for message in messages %}{% if message.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set content = message.content %}"
+    "{% if message.role == 'assistant' and '</think>' in content and loop.index0 < ns.last %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
     "brackets": BRACKETS,
     "zephyr": ZEPHYR,
     "no system": NO_SYSTEM,
     "headings": HEADINGS,
+    "thinking": THINKING,
     "kit": chat.CHAT_TEMPLATE,
 }
 TALK = Conversation(system="Be kind.").asked("What is it?").answered("The answer.").asked("And\n\nthen?")
@@ -128,6 +139,24 @@ def test_a_template_without_a_system_role_has_the_system_text_in_the_first_quest
     own = TemplateRendering(tokenizer)
     assert own.tokens(TALK) == by_transformers(NO_SYSTEM, tokenizer, same)
     assert own.text(TALK).startswith("<|endoftext|><|im_start|>user\nBe kind.\n\nWhat is it?<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["<think>\nIt may be.\n</think>\n\nIt is.", "It may be.\n</think>\n\nIt is.", "<think>\nIt may", "No thought."],
+)
+def test_what_was_thought_before_an_earlier_reply_goes_where_the_template_takes_it_out(made, reply):
+    talk = Conversation().asked("Is it?").answered(reply).asked("And now?")
+    tokenizer = made(THINKING)
+    own = TemplateRendering(tokenizer)
+    assert own.tokens(talk) == by_transformers(THINKING, tokenizer, talk)
+    assert ("It may be" in own.text(talk)) is False
+    # The last reply is not an earlier one yet, and what a person writes stays.
+    assert "It may" in own.text(talk.undone()) or "thought" in reply
+    assert "<think>so</think>it" in own.text(Conversation().asked("<think>so</think>it").answered("a").asked("q"))
+    short = len(own.tokens(Conversation().asked("And now?")))
+    assert abs(sum(own.sizes(talk.turns[:2])) - (len(own.tokens(talk)) - short)) <= 4
+    assert "It may" in TemplateRendering(made(CHATML)).text(talk) or "thought" in reply
 
 
 def test_the_date_belongs_to_the_kits_own_form(made):
