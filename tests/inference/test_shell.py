@@ -1,6 +1,7 @@
 """What each line does: through a pipe into the real command, and in this process for the many small cases."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Reply
 from openchatkit.inference.session import Session
+from openchatkit.inference.shell import keys
 from openchatkit.inference.shell.commands import Shell
 from openchatkit.inference.shell.lines import MAX_LINE
 from openchatkit.inference.shell.output import Output
@@ -19,8 +21,8 @@ from openchatkit.paths import ROOT
 
 BOT = ROOT / "inference" / "bot.py"
 COMMANDS = (
-    "chats help hyperparameters load passage quit raw_prompt raw_say regen reset retrieval save say set sources stats "
-    "system undo"
+    "chats edit help hyperparameters load passage quit raw_prompt raw_say regen reset retrieval save say set show "
+    "sources stats system undo"
 )
 LISTED = "/help lists the commands, /say TEXT says a text with a slash"
 
@@ -303,6 +305,60 @@ def test_help_lists_every_command(piped, trained_model):
     shown = piped("/help\n/?\n", trained_model).stdout.decode()
     names = re.findall(r"^/(\w+)", shown, re.MULTILINE)
     assert sorted(set(names)) == names[: len(names) // 2] == COMMANDS.split()
+
+
+def test_what_people_type_in_other_shells_does_what_it_does_there(piped, trained_model):
+    for leaving in ("/bye", "/exit"):
+        done = piped(f"hello\n/clear\nhello\n{leaving}\nhello\n", trained_model, "--no-sample", "--no-date")
+        assert (done.lines, done.status) == (["first", "first"], 0)
+    # From a pipe, a line without a slash is a question.
+    assert len(piped("quit\nhelp\n", trained_model, "--no-sample").lines) == 2
+
+
+@pytest.mark.parametrize("line", ["exit", "Quit"])
+def test_on_a_terminal_the_words_that_leave_need_no_slash(line):
+    output = Output(stdout := io.StringIO(), io.StringIO(), interactive=True)
+    shell = Shell(Session(None, Sampling(), date=False), output, stdin=None, stdout=stdout)
+    assert shell.onecmd(line) is True
+    assert shell.onecmd("help") is False
+    assert stdout.getvalue().startswith("/chats")
+
+
+def test_a_question_may_begin_with_a_path(piped, trained_model, tmp_path):
+    lines = f"{tmp_path}/x.py what is it?\n/no/such/file\n/tmp holds what?\n"
+    done = piped(lines, trained_model, "--no-sample", "--no-date", "--json")
+    asked = [json.loads(line)["question"] for line in done.lines]
+    assert (asked, done.status) == (lines.splitlines(), 0)
+
+
+def test_show_says_what_is_in_use(piped, trained_model):
+    done = piped("hello\n/system Be kind.\n/show\n", trained_model, "--no-sample", "--no-date", "--seed", "7")
+    assert re.match(r"model: \S+, reads 192 tokens at once, in the kit's form$", done.lines[1])
+    assert done.lines[2:6] == [
+        "template: the kit's form",
+        "system: Be kind.",
+        "conversation: 2 turns",
+        "retrieval: off",
+    ]
+    assert {"temperature: 0.6", "sample: off", "seed: 7", "verbose: off"} <= set(done.lines)
+
+
+def test_an_editor_is_for_a_terminal(piped, trained_model, monkeypatch):
+    assert piped("/edit\n", trained_model).notes == ["error: /edit needs a terminal: give the text with /say TEXT"]
+    asked = []
+
+    class Silent:
+        def answer(self, conversation, *_, **__):
+            asked.append(conversation.turns[-1].text)
+            return Reply("yes", (), "end")
+
+    monkeypatch.setattr(keys, "edited", lambda text: f"{text}\nmore\n")
+    output = Output(io.StringIO(), io.StringIO(), interactive=True)
+    shell = Shell(Session(Silent(), Sampling(), date=False), output, stdin=None, stdout=io.StringIO())
+    shell.onecmd("/edit begun")
+    monkeypatch.setattr(keys, "edited", lambda text: " \n")
+    shell.onecmd("/edit")
+    assert asked == ["begun\n\nmore"]
 
 
 def test_the_date_opens_the_chat_unless_told_not_to(piped, random_models):

@@ -133,6 +133,20 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(terminal, endless_model):
     assert ended(shell) == 0
 
 
+def test_what_is_typed_during_a_reply_is_not_mixed_into_it_and_waits(terminal, endless_model):
+    shell = terminal(endless_model, "--no-date", "--max-tokens", "3000")
+    shell.expect_exact(">>> ")
+    shell.sendline("go on")
+    shell.expect("la la la")
+    shell.send("/show\n")
+    shell.expect("(la ?[\r\n]*){400}")
+    assert "show" not in shell.match[0] + shell.before
+    # No word is broken at the edge of the 200 columns.
+    assert not [line for line in shell.match[0].splitlines()[1:-1] if set(line.split()) != {"la"} or len(line) > 200]
+    shell.expect_exact("note: the reply was cut after 3,000 tokens")
+    shell.expect_exact("template: the kit's form")
+
+
 def test_ctrl_c_twice_at_the_prompt_leaves_with_130(terminal, trained_model):
     shell = terminal(trained_model)
     shell.expect_exact(">>> ")

@@ -6,6 +6,7 @@ empty line there, so that replies stay in step with questions, and makes the exi
 """
 
 import cmd
+import os
 import signal
 from collections.abc import Callable, Sequence
 from typing import TextIO
@@ -15,13 +16,17 @@ from openchatkit.formats import chat_file
 from openchatkit.inference import report
 from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.session import Session
-from openchatkit.inference.shell import words
+from openchatkit.inference.shell import keys, words
 from openchatkit.inference.shell.editing import Editing
 from openchatkit.inference.shell.lines import PROMPT, Lines
 from openchatkit.inference.shell.output import INTERRUPTED, Output, Unwritable
 from openchatkit.inference.shell.style import Style
 from openchatkit.inference.streaming import clean
 from openchatkit.retrieval.passage import Passage
+
+# What people type who know other shells.
+_ALIASES = {"?": "help", "bye": "quit", "exit": "quit", "clear": "reset"}
+_BARE = ("exit", "quit", "help")
 
 
 class Shell(cmd.Cmd):
@@ -97,15 +102,20 @@ class Shell(cmd.Cmd):
         self._reading = False
 
     def onecmd(self, line: str) -> bool:
-        """Obey one line; true when it was the last. A line without a slash is said."""
+        """Obey one line; true when it was the last. A line without a slash is said, and one that begins with a path."""
         line = line.strip()
         if not line:
             return False
+        if self._output.interactive and line.lower() in _BARE:
+            line = f"/{line.lower()}"
         if not line.startswith("/"):
             self.do_say(line)
             return False
         name, *rest = line[1:].split(maxsplit=1) or [""]
-        handler = getattr(self, f"do_{'help' if name == '?' else name}", None)
+        handler = getattr(self, f"do_{_ALIASES.get(name, name)}", None)
+        if handler is None and ("/" in name or (name and os.path.lexists(f"/{name}"))):
+            self.do_say(line)
+            return False
         if handler is None:
             meant = words.nearest(name, self.commands())
             raise UserError(
@@ -153,7 +163,7 @@ class Shell(cmd.Cmd):
         self._output.tell(f"taken back: {words.short(self._session.undo())}")
 
     def do_reset(self, _: str) -> None:
-        """/reset  forget the conversation"""
+        """/reset  forget the conversation; so does /clear"""
         self._passages = []
         self._session.reset()
 
@@ -183,6 +193,32 @@ class Shell(cmd.Cmd):
         else:
             self._session.set(name, rest[0])
             self._output.tell(f"{name} is now {words.plain(self._settings()[name])}")
+
+    def do_edit(self, text: str) -> None:
+        """/edit [TEXT]  write a question in the editor that EDITOR names, and ask it"""
+        if not self._output.interactive:
+            raise UserError("/edit needs a terminal: give the text with /say TEXT")
+        written = keys.edited(text and f"{text}\n").strip()
+        if not written:
+            self._output.tell("nothing was written, so nothing is asked")
+            return
+        if self._editing:
+            self._editing.remember(written)
+        self.do_say(written)
+
+    def do_show(self, _: str) -> None:
+        """/show  print the model, its form, the system text and the settings in use"""
+        session = self._session
+        form = "the kit's form" if session.responder.rendering.name == "kit" else "its own chat template"
+        shown = {
+            "model": self._about or "not said",
+            "template": form,
+            "system": words.short(clean(session.system)) or "none",
+            "conversation": report.count(len(session.conversation.turns), "turn"),
+            "retrieval": words.plain(session.retrieval),
+            **{name: words.plain(value) for name, value in self._settings().items()},
+        }
+        self._output.show("".join(f"{name}: {value}\n" for name, value in shown.items()))
 
     def do_hyperparameters(self, _: str) -> None:
         """/hyperparameters  print the settings in use"""
@@ -248,7 +284,7 @@ class Shell(cmd.Cmd):
         self._output.show(clean(self._session.prompt(text, self._passages)).rstrip("\n") + "\n")
 
     def do_quit(self, _: str) -> bool:
-        """/quit  leave; so does Ctrl-D"""
+        """/quit  leave; so do /bye, /exit and Ctrl-D"""
         return True
 
     def do_help(self, _: str) -> None:
@@ -280,7 +316,8 @@ class Shell(cmd.Cmd):
         self, question: str, ask: Callable[[Emit], Reply], *, interrupted: tuple[str, str] = INTERRUPTED
     ) -> None:
         most = self._session.sampling.max_tokens
-        self._output.answer(question, ask, max_tokens=most, interrupted=interrupted)
+        with keys.unechoed(self.stdin if self._output.interactive else None):
+            self._output.answer(question, ask, max_tokens=most, interrupted=interrupted)
 
     def _settings(self) -> dict[str, object]:
         return {**self._session.settings(), "verbose": self._output.verbose}

@@ -8,6 +8,7 @@ from openchatkit.errors import USER_ERROR, UserError
 from openchatkit.inference import report
 from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.shell.style import Style
+from openchatkit.inference.shell.wrapping import Wrapper, columns_of
 
 # What Ctrl-C leaves of a question: with some text of its reply, and without.
 INTERRUPTED = ("what came is kept, /undo takes it back", "the question was not kept")
@@ -20,8 +21,8 @@ class Unwritable(UserError):
 class Output:
     """The two streams. `interactive`: a person types and sees errors, which then do not count in `status`.
 
-    Replies are streamed only to a terminal, and only there followed by their sources. With `as_json` every reply is an
-    object on a line of its own, and whatever else commands print goes to stderr.
+    Replies are streamed only to a terminal, and only there wrapped, and followed by their sources. With `as_json` every
+    reply is an object on a line of its own, and whatever else commands print goes to stderr.
     """
 
     def __init__(
@@ -100,27 +101,28 @@ class Output:
         what `ask` does.
         """
         shown = 0
+        wrapper = Wrapper(columns_of(self._stdout) if self._stdout.isatty() else None)
 
         def show(text: str) -> None:
             nonlocal shown
             shown += len(text)
-            self.write(text)
+            self.write(wrapper.push(text))
 
         try:
             reply = ask(show if self._stream else lambda text: None)
         except UserError as error:
             if shown:
-                self.write("\n")
+                self.write(f"{wrapper.flush()}\n")
             self.gap(question, error)
             raise
         if self._stream:
-            self.write(reply.text[shown:] + "\n")
+            self.write(f"{wrapper.push(reply.text[shown:])}{wrapper.flush()}\n")
         if reply.finish == "interrupted" and not self.interactive:
             raise KeyboardInterrupt
         if self._json:
             self.write(report.to_json(report.as_object(question, reply)))
         elif not self._stream:
-            self.write(f"{reply.text}\n")
+            self.write(f"{wrapper.push(reply.text)}{wrapper.flush()}\n")
         self._notes(reply, max_tokens, interrupted)
 
     def _notes(self, reply: Reply, max_tokens: int, interrupted: tuple[str, str]) -> None:
