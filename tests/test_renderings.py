@@ -58,8 +58,8 @@ TEXTS = st.one_of(
 def chats(draw: st.DrawFn) -> list[dict[str, object]]:
     """Messages that can be trained on and answered: passages belong to the last question, as the shell shows them."""
     said: list[dict[str, object]] = [{"role": "system", "content": text} for text in draw(st.lists(TEXTS, max_size=2))]
-    for _ in range(draw(st.integers(0, 2))):
-        said += [{"role": "user", "content": draw(TEXTS)}, {"role": "assistant", "content": draw(TEXTS)}]
+    for _ in range(draw(st.integers(0, 4))):
+        said.append({"role": draw(st.sampled_from(["user", "assistant"])), "content": draw(TEXTS)})
     question: dict[str, object] = {"role": "user", "content": draw(TEXTS)}
     if passages := draw(st.lists(TEXTS, max_size=2)):
         question["passages"] = passages

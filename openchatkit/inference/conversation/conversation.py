@@ -21,7 +21,7 @@ _SYSTEM = ("system", "developer")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the human's and the bot's in alternation, under a system text.
+    """Turns, the human's and the bot's, mostly in alternation, under a system text.
 
     `preamble` (date and time) stands before the system text where a model was trained with one. A question keeps its
     passages, so that it can be asked again; `as_read` says which of them a model still reads. `begun` is how the reply
@@ -76,11 +76,16 @@ class Conversation:
         """This conversation as a model reads it: passages do their work for the reply to their question, and go."""
         if not any(turn.passages for turn in self.turns):
             return self
-        last = len(self.turns) - 1
-        return replace(
-            self,
-            turns=tuple(turn if place == last else replace(turn, passages=()) for place, turn in enumerate(self.turns)),
-        )
+        answered = max((place for place, turn in enumerate(self.turns) if turn.role == "bot"), default=-1)
+        before = [replace(turn, passages=()) for turn in self.turns[: answered + 1]]
+        return replace(self, turns=(*before, *self.turns[answered + 1 :]))
+
+    def alternating(self) -> "Conversation":
+        """This conversation with turns of one side that follow each other made one, an empty line between them."""
+        turns: list[Turn] = []
+        for turn in self.turns:
+            _add(turns, turn)
+        return replace(self, turns=tuple(turns))
 
     def messages(self) -> list[dict[str, object]]:
         """The system text and the turns as messages of the roles system, user and assistant; `preamble` is none."""
@@ -104,9 +109,9 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
     """The conversation of messages {"role": ..., "content": ...}; a user's may have `passages`, a list of strings.
 
     Roles are system (or developer), user and assistant, in any order, and tool (or function), whose results are part of
-    what the user's side says. Models read one system text and turns in alternation, so system messages are joined,
-    wherever they stand, and so are messages of one side that follow each other; an empty line parts them. Calls of
-    tools become text (see `tools`), other keys are ignored. UserError names the message that cannot be used.
+    what the user's side says. System messages are joined, wherever they stand; messages of one side that follow each
+    other are turns of their own, as in training. Calls of tools become text (see `tools`), other keys are ignored.
+    UserError names the message that cannot be used.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -124,7 +129,7 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
             _add(turns, Turn("human", tools.with_name(message, content, messages[: number - 1])))
         elif isinstance(role, str) and role in _ROLES:
             content = tools.with_calls(message, content, number) if role == "assistant" else content
-            _add(turns, Turn(_ROLES[role], content, _passages(message.get("passages"), role, number)))
+            turns.append(Turn(_ROLES[role], content, _passages(message.get("passages"), role, number)))
         else:
             raise UserError(
                 f"message {number} has the role {str(role)[:40]!r}: expected system, user, assistant or tool"
@@ -144,7 +149,7 @@ def to_answer(messages: Sequence[object]) -> Conversation:
     asked = from_messages(messages[:end])
     if not asked.open or not asked.turns[-1].text.strip():
         raise UserError("the messages have no question to answer: expected a text of the role user")
-    begun = from_messages(messages[end:])
+    begun = from_messages(messages[end:]).alternating()
     return replace(asked, begun=begun.turns[-1].text if begun.turns else "")
 
 

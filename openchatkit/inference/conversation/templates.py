@@ -60,7 +60,7 @@ class TemplateRendering:
 
     def _pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The prompt in pieces: (text, whether it is the template's own)."""
-        read = conversation.as_read()
+        read = conversation.as_read().alternating()
         roles = [_ROLES[turn.role] for turn in read.turns]
         last = max((place for place, role in enumerate(roles) if role == "user"), default=0)
         texts = [

@@ -94,7 +94,7 @@ def test_messages_make_a_conversation_and_are_made_of_it():
     assert Conversation(preamble="today").messages() == []
 
 
-def test_messages_that_do_not_alternate_are_joined():
+def test_messages_that_do_not_alternate_are_turns_of_their_own_but_for_templates():
     messages = [
         {"role": "assistant", "content": "Welcome"},
         {"role": "user", "content": "one", "passages": ["p"], "name": "x"},
@@ -103,9 +103,12 @@ def test_messages_that_do_not_alternate_are_joined():
         {"role": "system", "content": "Be kind."},
         {"role": "system", "content": " "},
     ]
-    assert conversation.from_messages(messages) == Conversation(
-        "Be brief.\n\nBe kind.", (Turn("bot", "Welcome"), Turn("human", "one\n\ntwo", ("p", "q")))
-    )
+    talk = conversation.from_messages(messages)
+    system, welcome = "Be brief.\n\nBe kind.", Turn("bot", "Welcome")
+    assert talk == Conversation(system, (welcome, Turn("human", "one", ("p",)), Turn("human", "two", ("q",))))
+    assert talk.as_read() == talk, "no reply has been made to either question"
+    joined = Conversation(system, (welcome, Turn("human", "one\n\ntwo", ("p", "q"))))
+    assert talk.alternating() == joined
 
 
 @pytest.mark.parametrize(
