@@ -43,6 +43,13 @@ def test_the_page_may_run_its_own_script_and_style_alone(trained):
     assert "x-content-type-options: nosniff" in head.lower()
 
 
+def test_texts_run_as_their_script_does_and_settings_are_no_part_of_the_chat(trained):
+    _, page = page_of(trained)
+    assert re.findall(r'<textarea id="(\w+)"[^>]*dir="auto"', page) == ["system", "question"]
+    assert 'text.dir = "auto"' in page
+    assert page.index('id="settings"') < page.index("<main>")
+
+
 # -- in a browser
 
 
@@ -165,6 +172,44 @@ def test_text_grows_and_stop_keeps_what_was_said(browser, endless):
     page.set(max_tokens="4")
     page.ask("and more")
     page.wait(lambda: page.shown("note") == ["The reply reached its longest length."])
+
+
+@pytest.mark.long
+def test_a_reply_that_is_cut_stays_with_its_question(browser, serve, endless_model):
+    from selenium.webdriver.common.keys import Keys
+
+    with serve(endless_model, max_new_tokens=1_000_000) as running:
+        page = Page(browser, running)
+        page.type("go on", Keys.ENTER)
+        first = page.wait(lambda: page.shown("assistant")[0])
+        page.reload()
+        assert page.wait(lambda: page.shown("assistant"))[0].startswith(first.strip())
+        assert (page.shown("user"), page.shown("note")) == (["go on"], ["The reply was cut."])
+        page.wait(lambda: not running.worker.busy)
+        page.type("and on", Keys.ENTER)
+        page.wait(lambda: len(page.shown("assistant")) == 2 and page.shown("assistant")[1])
+    page.wait(lambda: page.at("send").is_displayed())
+    assert page.shown("user") == ["go on", "and on"]
+    assert page.shown("assistant")[1].startswith("la")
+    assert page.shown("note")[1].startswith("The reply was cut. The ")
+    page.type("once more", Keys.ENTER)
+    page.wait(lambda: page.at("error").is_displayed())
+    assert page.at("error").text == "The server cannot be reached: is it still running?"
+    assert page.at("question").get_property("value") == "once more"
+
+
+@pytest.mark.long
+def test_settings_leave_a_long_chat_where_it_is(browser, serve, trained):
+    page = Page(browser, trained)
+    for _ in range(12):
+        page.ask("lines")
+    place = "return document.querySelector('main').scrollTop"
+    browser.execute_script("document.querySelector('main').scrollTop = 150")
+    page.at("toggle").click()
+    assert browser.execute_script(place) == 150
+    assert page.at("temperature").is_displayed()
+    page.at("toggle").click()
+    assert browser.execute_script(place) == 150
 
 
 @pytest.mark.long
