@@ -54,15 +54,17 @@ def sources(reply: "Reply") -> list[dict[str, object]]:
             "place": source.place,
             "score": round(source.score, 4),
             "text": source.text,
+            **({"also": list(source.also)} if source.also else {}),
         }
         for number, source in enumerate(reply.sources or (), 1)
     ]
 
 
 def citation(number: int, source: "Passage") -> str:
-    """One line that is safe on a terminal: a passage's number, title, place and source."""
+    """One line that is safe on a terminal: a passage's number, title, place and source, and where else it stands."""
     where = ", ".join(part for part in map(cli.one_line, (source.title, source.place, source.source)) if part)
-    return f"[{number}] {where or 'given with the question'}"
+    also = f" (also {'; '.join(map(cli.one_line, source.also))})" if source.also else ""
+    return f"[{number}] {where or 'given with the question'}{also}"
 
 
 def as_error(question: str, error: Exception) -> dict[str, object]:

@@ -81,9 +81,7 @@ class Batch:
     def conclude(self) -> None:
         """UserError when rows could not be answered; rows for which nothing could be looked up are told of."""
         if self.unaided:
-            logger.warning(
-                f'for {self.unaided} of {self.done} rows no passages could be looked up: see "note" in their lines'
-            )
+            logger.warning(f'for {self.unaided} of {self.done} rows passages are missing: see "note" in their lines')
         if self.failed:
             raise UserError(f'{self.failed} of {self.done} rows could not be answered: see "error" in their lines')
 

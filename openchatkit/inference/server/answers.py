@@ -34,7 +34,7 @@ def _sources(reply: Reply) -> dict[str, object]:
     """
     if reply.sources is None:
         return {}
-    note = {"note": "no passages could be looked up: the server's log says why"} if reply.note else {}
+    note = {"note": "passages are missing: the server's log says why"} if reply.note else {}
     return {"sources": report.sources(reply), **note}
 
 

@@ -333,7 +333,7 @@ def test_a_batch_tells_how_many_rows_were_answered_without_looking_up(
     files = ("--batch", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"))
     for _ in range(2):
         done = piped("", trained_model, *FLAGS, *files, "--retrieval", str(notes))
-        told = 'for 1 of 2 rows no passages could be looked up: see "note" in their lines'
+        told = 'for 1 of 2 rows passages are missing: see "note" in their lines'
         assert (done.notes[-1], done.status) == (told, 0)
 
 

@@ -62,5 +62,5 @@ def test_a_search_that_fails_is_logged_and_the_question_answered(serve, trained,
     with serve(trained.responder, retriever=Retriever(Broken(), k=3)) as running:
         status, answer = running.ask(CHAT, {"messages": SAY})
     assert (status, answer["sources"]) == (200, [])
-    assert answer["note"] == "no passages could be looked up: the server's log says why"
+    assert answer["note"] == "passages are missing: the server's log says why"
     assert answer["choices"][0]["message"]["content"] == "日本 nothing"
