@@ -26,10 +26,10 @@ if [ "${#selection[@]}" = 0 ] && ! command -v chromedriver >/dev/null && command
 fi
 # Tests that run these scripts start from what a user has.
 unset OPENCHATKIT_VENV OPENCHATKIT_CONSTRAINTS
-# Two workers, and ranks within them, share the machine: one thread each is the fastest.
+# Workers, and ranks within them, share the machine: one thread each is the fastest. Three, since many tests wait.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 "$kit_venv/bin/ruff" check .
 "$kit_venv/bin/ruff" format --check .
 # "${a[@]+...}": an empty array counts as unset in bash 3.2.
-exec "$kit_venv/bin/python" -m pytest -n 2 ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+exec "$kit_venv/bin/python" -m pytest -n 3 --dist worksteal ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
