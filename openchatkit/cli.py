@@ -62,16 +62,16 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 def _open_standard_streams() -> None:
     """Give a command that was started without one of the standard streams one that leads nowhere.
 
-    The next file that is opened would take its number, and be written to by whatever writes there. What a stream's
-    encoding has no form for is written as its escape.
+    The next file that is opened would take its number, and be written to by whatever writes there. An input stays None,
+    since some commands cannot do without. What an output's encoding has no form for is written as its escape.
     """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
             os.fstat(number)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - it lasts as long as the process
+        if number and getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - it lasts as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

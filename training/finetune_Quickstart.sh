@@ -23,8 +23,8 @@ ARGS=(
     --packing none
     --loss-on responses
     --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$MODEL_NAME}"
-    --total-steps "${FINETUNE_TOTAL_STEPS:-2000}"
-    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-500}"
+    --total-steps "${FINETUNE_TOTAL_STEPS:-2800}"
+    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-700}"
     --keep-checkpoints 2
     --num-layers 2 --embedding-dim 128
     --use-cuda false

@@ -10,6 +10,7 @@ from moderation_rule import FILLER, RULE, labelled_rows
 from openchatkit.data.stores.tokenise import separator_ids, tokenise
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats import moderation
+from openchatkit.formats.token_store import TRAINED
 
 VOCABULARY = 512
 STEPS = 120
@@ -53,7 +54,7 @@ def moderation_model(moderation_tokenizer: Path, tmp_path_factory: pytest.TempPa
     for row, size in enumerate(data.sizes.tolist()):
         tokens = torch.from_numpy(data.tokens[start : start + size].astype("int64"))
         ids[row, :size] = tokens
-        labels[row, :size] = tokens.where(torch.from_numpy(data.mask[start : start + size]), -100)
+        labels[row, :size] = tokens.where(torch.from_numpy(data.mask[start : start + size] == TRAINED), -100)
         start += size
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(

@@ -13,6 +13,7 @@ from openchatkit.data.stores.tokenise import separator_ids, tokenise
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import moderation
+from openchatkit.formats.token_store import CONTEXT, TRAINED
 from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.moderation.scorer import Scorer, UnjudgedError
 
@@ -71,10 +72,10 @@ def test_the_prompt_is_tokenised_as_training_tokenises_it(tokenizer):
     Scorer(fake, tokenizer).scores("sit: on\nthe mat.")
     row = b'{"context": "sit: on\\nthe mat.", "safety_label": "__casual__"}'
     trained = tokenise([row], tokenizer.encode, separator_ids(tokenizer, "end-of-text"))
-    prompt = trained.tokens[~trained.mask].tolist()
+    prompt = trained.tokens[trained.mask == CONTEXT].tolist()
     assert fake.prompts == [prompt]
     assert tokenizer.decode(prompt) == moderation.prompt("sit: on the mat.")
-    assert tokenizer.decode(trained.tokens[trained.mask].tolist()) == " casual<|endoftext|>"
+    assert tokenizer.decode(trained.tokens[trained.mask == TRAINED].tolist()) == " casual<|endoftext|>"
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 28, 29, 100])
