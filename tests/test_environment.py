@@ -102,7 +102,7 @@ def test_torch_comes_first_and_alone_and_a_second_run_calls_no_pip(checkout):
     installs = [call.split("install ")[1] for call in first.calls if call.startswith("-m pip")]
     flags = f"--disable-pip-version-check --quiet --constraint {checkout.root}/constraints.txt"
     assert installs == [f"{flags} {TORCH}", f"{flags} -e {checkout.root}[dev]"]
-    assert checkout.run().calls == ["-m pytest -n 2 -m not long"]
+    assert checkout.run().calls == ["-m pytest -n 3 --dist worksteal -m not long"]
 
 
 def test_the_index_of_torch_is_for_torch_alone(checkout):
@@ -193,7 +193,7 @@ def test_an_installation_that_failed_is_tried_again(checkout):
 
 def test_arguments_go_to_pytest_and_its_status_comes_back(checkout):
     result = checkout.run("--long", "-k", "two words")
-    assert result.calls[-1] == "-m pytest -n 2 -k two words"
+    assert result.calls[-1] == "-m pytest -n 3 --dist worksteal -k two words"
     assert result.status == 5
 
 

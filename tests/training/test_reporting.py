@@ -79,7 +79,14 @@ def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
     place = {"first_step": 0, "total_steps": 2, "backend": "print", "project": "", "job_id": "", "config": {}}
     reporter = Reporter(tmp_path, **place)
     sources = {"a": {"loss": float("nan"), "trained_tokens": 3}, "b": {"loss": None, "trained_tokens": 0}}
-    row = {"step": 1, "loss": float("inf"), "lr": 0.1, "grad_norm": float("nan"), "tokens_per_second": 1.0}
+    row = {
+        "step": 1,
+        "loss": float("inf"),
+        "lr": 0.1,
+        "grad_norm": float("nan"),
+        "tokens_per_second": 1.0,
+        "trained_tokens": 3,
+    }
     reporter.step({**row, "sources": sources}, applied=False)
     reporter.evaluation({"step": 1, "evaluation_loss": float("nan"), "evaluation_sources": sources})
     reporter.close()
