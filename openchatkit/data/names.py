@@ -126,7 +126,7 @@ def _matching(pattern: str) -> Found | None:
         names = ", ".join(str(path) for path in unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
         raise UserError(
             f"{pattern} also matches what cannot be read, {names}: name the files, or give a pattern that matches "
-            f"nothing but {', '.join(records.RECORD_SUFFIXES)}"
+            f"nothing but {records.ENDINGS}"
         )
     return Found(files, stores)
 

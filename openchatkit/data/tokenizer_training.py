@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli, paths, progress
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records import RECORD_SUFFIXES, Records, document, is_readable
+from openchatkit.data.records import ENDINGS, Records, document, is_readable
 from openchatkit.data.records.row import Row
 from openchatkit.data.stores.build import bad_row
 from openchatkit.errors import UserError
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="tools/train_tokenizer.py", description="Train a byte-level BPE tokenizer on records.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", help=f"files or globs of records: {', '.join(RECORD_SUFFIXES)}")
+    source.add_argument("--input", nargs="+", help=f"files or globs of records: {ENDINGS}")
     source.add_argument("--json-input-dir", "--json_input_dir", type=Path, help="or a folder, all of whose records")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--save-dir", type=Path, help="folder for the tokenizer, as --tokenizer-name takes it")
@@ -132,7 +132,7 @@ def input_files(patterns: Iterable[str], folder: Path | None = None) -> list[Pat
     if folder is not None:
         found = [path for path in folder.glob("*") if is_readable(path.name)]
         if not found:
-            raise UserError(f"--json_input_dir {folder}: no files of records there ({', '.join(RECORD_SUFFIXES)})")
+            raise UserError(f"--json_input_dir {folder}: no files of records there ({ENDINGS})")
         files.update(found)
     return sorted(files)
 

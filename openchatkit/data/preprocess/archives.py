@@ -56,7 +56,7 @@ class Archive:
         if stream.tail != bytes(_BLOCK):
             raise UserError(f"{self.path} is cut short, its end is missing: fetch it again")
         if not name:
-            raise UserError(f"{self.path} holds no files of records: expected names in {', '.join(lines.SUFFIXES)}")
+            raise UserError(f"{self.path} holds no files of records: expected names in {lines.ENDINGS}")
 
     def __enter__(self) -> "Archive":
         return self

@@ -18,7 +18,7 @@ from openchatkit.data.options import BAD_ROWS
 from openchatkit.data.preprocess import fields, neox_tokenizers
 from openchatkit.data.preprocess.archives import ARCHIVE_SUFFIXES, Archive
 from openchatkit.data.preprocess.unfinished import Unfinished, set_aside_path, store_prefix
-from openchatkit.data.records import RECORD_SUFFIXES, Records, is_readable
+from openchatkit.data.records import ENDINGS, Records, is_readable
 from openchatkit.data.records import files as record_files
 from openchatkit.data.records.row import Row
 from openchatkit.data.stores import workers
@@ -66,7 +66,7 @@ def _parser() -> cli.Parser:
         description="Tokenise records into .bin and .idx files, as GPT-NeoX reads them.",
     )
     group = parser.add_argument_group("input")
-    endings = ", ".join((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES))
+    endings = ", ".join((ENDINGS, *ARCHIVE_SUFFIXES))
     group.add_argument("--input", required=True, help=f"files of records, separated by commas: {endings}")
     group.add_argument(
         "--jsonl-keys", "--json-keys", nargs="+", default=["text"], help="fields, each a store of its own"
@@ -104,7 +104,7 @@ def input_files(names: str) -> list[Path]:
         except OSError as error:
             raise UserError(f"--input {path} cannot be read: {error.strerror or error}") from error
         if not path.is_dir() and not is_readable(path.name) and not path.name.endswith(ARCHIVE_SUFFIXES):
-            endings = ", ".join((*RECORD_SUFFIXES, *ARCHIVE_SUFFIXES))
+            endings = ", ".join((ENDINGS, *ARCHIVE_SUFFIXES))
             raise UserError(f"--input {path}: expected a name that ends in {endings}")
     return files
 

@@ -16,6 +16,7 @@ from openchatkit.data.records.row import START, Mark, Row
 from openchatkit.errors import UserError
 
 RECORD_SUFFIXES = (*lines.SUFFIXES, tables.PARQUET)
+ENDINGS = f"{lines.ENDINGS}, {tables.PARQUET}"
 
 
 def is_readable(name: str) -> bool:
@@ -105,6 +106,6 @@ def _open(path: Path, columns: Sequence[str]) -> lines.Lines | tables.Parquet | 
     if is_readable(path.name):
         return lines.Lines(open(path, "rb"), path.name, path.stat().st_size)  # closed by `Lines.close`
     raise UserError(
-        f"{path} is no file of records that can be read: expected a name in {', '.join(RECORD_SUFFIXES)}, "
+        f"{path} is no file of records that can be read: expected a name in {ENDINGS}, "
         "or a folder written by save_to_disk"
     )

@@ -18,6 +18,7 @@ _ARRAY = ".json"  # which may also hold a row a line
 _KINDS = (".jsonl", ".ndjson", _ARRAY)
 _PACKINGS = ("", ".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = tuple(kind + packing for kind in _KINDS for packing in _PACKINGS)
+ENDINGS = ".jsonl, .ndjson, .json (each also with .gz, .zst, .bz2 or .xz)"  # the same, to be read
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 _BOM = b"\xef\xbb\xbf"
 _PIECE = 1 << 11  # bytes of a line too long that are read at a time

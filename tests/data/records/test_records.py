@@ -101,7 +101,7 @@ def test_what_is_not_compressed_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 def test_names_and_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.txt is no file of records .* \.jsonl\.zst"):
+    with pytest.raises(UserError, match=r"a\.txt is no file of records .* \.jsonl, \.ndjson, .* \.parquet"):
         Records(tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read: No such file"):
         Records(tmp_path / "a.jsonl")
