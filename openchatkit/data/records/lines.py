@@ -1,10 +1,12 @@
 """Rows of JSON files, plain or compressed: a row a line, or the elements of one array; each within a row's limit."""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -21,6 +23,9 @@ SUFFIXES = tuple(kind + packing for kind in _KINDS for packing in _PACKINGS)
 ENDINGS = ".jsonl, .ndjson, .json (each also with .gz, .zst, .bz2 or .xz)"  # the same, to be read
 BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError)
 _BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON = json.JSONDecoder()
+_CHUNK = 1 << 16  # bytes of an array that are read at a time
 _PIECE = 1 << 11  # bytes of a line too long that are read at a time
 
 
@@ -84,19 +89,65 @@ def _holds_array(stream: BinaryIO) -> bool:
 
 
 def _elements(stream: BinaryIO, start: Mark) -> Iterator[Row]:
-    """The elements of an array, as lines would have them."""
-    import ijson
+    """The elements of an array as they are written, as lines would have them."""
+    text, number = _ArrayText(stream), 0
+    if text.take() != "[":
+        raise BrokenJSONError("expected an array")
+    following = text.take() if text.peek() == "]" else ","
+    while following == ",":
+        data, number = text.element().encode(), number + 1
+        if number > start.number:
+            fits = len(data) <= ROW_LIMIT
+            yield Row(number, data if fits else b"", Mark(number), "" if fits else TOO_LONG)
+        following = text.take()
+    if following != "]" or text.peek():
+        raise BrokenJSONError(f"expected a comma or the array's end, found {following or 'the end of the file'!r}")
 
-    if stream.peek(len(_BOM)).startswith(_BOM):
-        stream.read(len(_BOM))
-    try:
-        for number, value in enumerate(ijson.items(stream, "item", use_float=True), 1):
-            if number > start.number:
-                data = json.dumps(value).encode()
-                fits = len(data) <= ROW_LIMIT
-                yield Row(number, data if fits else b"", Mark(number), "" if fits else TOO_LONG)
-    except ijson.JSONError as error:
-        raise BrokenJSONError(str(error).splitlines()[0][:100]) from error
+
+class _ArrayText:
+    """The text of an array, of which no more is held than an element and a piece behind it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._at = "", 0
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()
+            if self._at < len(self._text) or not self._grow():
+                return self._text[self._at : self._at + 1]
+
+    def take(self) -> str:
+        """`peek`, and go on behind it."""
+        character = self.peek()
+        self._at += len(character)
+        return character
+
+    def element(self) -> str:
+        """The next value, as it is written."""
+        self.peek()
+        while True:
+            try:
+                end = _JSON.raw_decode(self._text, self._at)[1]
+                if end < len(self._text) or not self._grow():  # a number may go on
+                    break
+            except (ValueError, RecursionError) as error:
+                if len(self._text) - self._at > 2 * ROW_LIMIT or not self._grow():
+                    raise BrokenJSONError(str(error).partition(": line")[0]) from error
+        element, self._at = self._text[self._at : end], end
+        return element
+
+    def _grow(self) -> bool:
+        """Hold as much again as is held; False at the end of the file."""
+        data = self._stream.read(max(_CHUNK, len(self._text) - self._at))
+        try:
+            more = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise BrokenJSONError("it is not UTF-8") from error
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(data)
 
 
 def _skip(stream: BinaryIO, line: bytes) -> int:
