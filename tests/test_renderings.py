@@ -109,6 +109,7 @@ def test_any_chat_is_one_text_everywhere(tokenizer: Tokenizer, said: list[dict[s
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @settings(max_examples=20_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(said=chats())
 def test_any_of_20000_chats_is_one_text_everywhere(tokenizer: Tokenizer, said: list[dict[str, object]]) -> None:

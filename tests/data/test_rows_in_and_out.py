@@ -109,9 +109,10 @@ def test_rows_in_are_rows_used_and_rows_named(
 
 
 @pytest.mark.long
-@settings(max_examples=5_000, deadline=None, suppress_health_check=HEALTH)
+@pytest.mark.timeout(900)
+@settings(max_examples=2_000, deadline=None, suppress_health_check=HEALTH)
 @given(file=files())
-def test_rows_in_are_rows_used_and_rows_named_in_5000_files(
+def test_rows_in_are_rows_used_and_rows_named_in_2000_files(
     tokenizer: Tokenizer, file: tuple[bytes, str, list[tuple[int, bytes]]]
 ) -> None:
     check(tokenizer, *file)
