@@ -75,7 +75,7 @@ def _part(entry: str, cache_dir: Path) -> Part:
     head, _, text = entry.rpartition(":")
     name, weight = head.strip(), _number(text)
     # The colon may also be the one of an address, or of a name with none behind it.
-    weighted = bool(name) and (weight is not None or not (names.is_address(entry) or not names.here(name)))
+    weighted = bool(name) and (weight is not None or (not names.is_address(entry) and names.here(name) is not None))
     if not weighted:
         name, text, weight = entry, "", 1.0
     found = names.here(name)

@@ -147,10 +147,11 @@ def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)
 
 
-# What decides how weights change from here on, besides data and batch, which `check_resume` compares.
+# What decides how weights change from here on, besides data and batch, which `check_resume` compares, and precision, of
+# which what the ranks have settled on is compared.
 _OPTIMIZATION = (
     *("lr", "warmup_steps", "total_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay"),
-    *("max_grad_norm", "precision", "loss_scale", "loss_on"),
+    *("max_grad_norm", "loss_scale", "loss_on"),
 )
 
 

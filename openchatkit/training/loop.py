@@ -90,9 +90,9 @@ class Loop:
         self._hopeless = 0  # of these, those that no lower loss scale could have helped
         self._first_step = progress.step + 1
         self._applied = 0  # steps of this run that changed weights
-        self._last_loss = math.nan
+        self._loss_is_finite = True  # as far as is known
         self._save_due = False
-        self._unchanged_since_save = progress.saved is not None  # the weights
+        self._unproven = progress.saved  # the last checkpoint, until a step has been taken with its weights
 
     def run(self) -> int:
         """Train; returns 0 when all steps are done, 75 when stopped before (a checkpoint is written either way)."""
@@ -152,27 +152,35 @@ class Loop:
         from openchatkit.formats import checkpoint
 
         if result.applied:
-            self._not_finite, self._hopeless, self._last_loss = 0, 0, result.loss
+            self._not_finite, self._hopeless, self._loss_is_finite = 0, 0, True
             self._applied += 1
-            # Until now the weights were those of the last checkpoint, and both loss and gradient are finite.
-            if self.progress.saved not in (None, self.progress.proven) and self._unchanged_since_save:
-                self.progress.proven = self.progress.saved
+            if self._unproven is not None:
+                proven, self._unproven = self._unproven, None
+                self.progress.proven = proven
                 if self.trainer.layout.rank == 0:
-                    keep, proven = self.settings.keep_checkpoints, self.progress.proven
-                    path = checkpoint.checkpoint_path(self.settings.checkpoint_path, proven)
-                    checkpoint.prune(self.settings.checkpoint_path, keep, verified=path, protected=proven)
-            self._unchanged_since_save = False
+                    root, keep = self.settings.checkpoint_path, self.settings.keep_checkpoints
+                    verified = checkpoint.checkpoint_path(root, proven)
+                    checkpoint.prune(root, keep, verified=verified, protected=proven)
         elif result.trained_tokens:
-            self._not_finite, self._last_loss = self._not_finite + 1, result.loss
-            self._hopeless += not (math.isfinite(result.loss) and self.trainer.scaler.can_fall)
+            self._not_finite, self._loss_is_finite = self._not_finite + 1, math.isfinite(result.loss)
+            self._hopeless += not (self._loss_is_finite and self.trainer.scaler.can_fall)
 
     def _go_back(self) -> str:
-        """Let the next run start from the last checkpoint that is known to be of use; says which one that is."""
+        """Let the next run start from the last checkpoint that is known to be of use; says which one that is.
+
+        That is the newest where the loss is finite, since no step has made its weights worse; but after so many steps
+        in vain that the run ended, it is the last one that a step was taken with.
+        """
         from openchatkit.formats import checkpoint
 
         root, proven = self.settings.checkpoint_path, self.progress.proven
+        if self.progress.saved is None:
+            return "nothing was saved"
+        if self._loss_is_finite and self._hopeless < _HOPELESS:
+            newest = checkpoint.checkpoint_path(root, self.progress.saved)
+            return f"the same command goes on from {newest}"
         if proven is None:
-            return "nothing was saved" if self.progress.saved is None else f"nothing in {root} is known to be good"
+            return f"nothing in {root} is known to be good"
         if self.trainer.layout.rank == 0 and self.progress.saved != proven:
             checkpoint.point_to(root, proven)
         return (
@@ -220,7 +228,8 @@ class Loop:
             keep=self.settings.keep_checkpoints,
             proven=self.progress.proven,
         )
-        self.progress.saved, self._save_due, self._unchanged_since_save = self.progress.step, False, True
+        self.progress.saved = self._unproven = self.progress.step
+        self._save_due = False
 
     def _may_save(self, *, last: bool) -> bool:
         """Whether the weights may be taken for good: not after a step whose gradient was not finite.
@@ -230,7 +239,7 @@ class Loop:
         """
         if self._not_finite == 0:
             return self._applied > 0 or self.progress.saved is not None
-        return last and math.isfinite(self._last_loss) and self._applied > 0
+        return last and self._loss_is_finite and self._applied > 0
 
     def _finished(self) -> int:
         """All steps are done. UserError where none changed a weight, or the last ones are not saved."""
@@ -248,11 +257,11 @@ class Loop:
 
     def _stopped(self) -> int:
         if self.trainer.layout.rank == 0:
-            saved = self.progress.saved == self.progress.step
-            what = "which is saved in" if saved else "which is not saved, its gradient not being finite; see"
+            stopped = f"stopped after step {self.progress.step} of {self.total_steps}, which is"
+            if self.progress.saved != self.progress.step:
+                raise Interrupted(f"{stopped} not saved, its gradient not being finite: {self._go_back()}")
             raise Interrupted(
-                f"stopped after step {self.progress.step} of {self.total_steps}, {what} "
-                f"{self.settings.checkpoint_path}: the same command goes on from there"
+                f"{stopped} saved in {self.settings.checkpoint_path}: the same command goes on from there"
             )
         return RESUMABLE
 

@@ -60,15 +60,16 @@ class Reporter:
             why = "the gradient is not finite" if row["trained_tokens"] else "none of its tokens is trained on"
             logger.warning("step {}: {}, no weight was changed", row["step"], why)
         self._append(row)
+        loss = _number(row["loss"], row["trained_tokens"])
         self._bar.update()
-        self._bar.set_postfix(loss=_number(row["loss"]), tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
+        self._bar.set_postfix(loss=loss, tok_s=f"{row['tokens_per_second']:.0f}", refresh=False)
         self._send(row)
         # On a terminal the live line says it already; in a file, a line every few seconds is enough to follow a run.
         last = row["step"] == self._bar.total
         if self.backend != "print" or (self._bar.disable and (last or time.monotonic() - self._last_printed > 10)):
             self._last_printed = time.monotonic()
             logger.info(
-                f"step {row['step']}/{self._bar.total} | loss {_number(row['loss'])} | lr {row['lr']:.3g} | "
+                f"step {row['step']}/{self._bar.total} | loss {loss} | lr {row['lr']:.3g} | "
                 f"grad norm {_number(row['grad_norm'])} | {row['tokens_per_second']:.0f} tokens/s"
             )
         if (forecast := self._forecast.after(row["step"])) is not None:
@@ -79,7 +80,8 @@ class Reporter:
         row = _finite(row)
         self._append(row)
         self._send(row)
-        logger.info(f"step {row['step']} | evaluation loss {_number(row['evaluation_loss'])}")
+        loss = _number(row["evaluation_loss"], row["evaluation_tokens"])
+        logger.info(f"step {row['step']} | evaluation loss {loss}")
 
     def close(self) -> None:
         """End the live line and the wandb run."""
@@ -112,8 +114,10 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"
+def _number(value: float | None, trained_tokens: int = 1) -> str:
+    if value is None:
+        return "not finite" if trained_tokens else "none"
+    return f"{value:.4g}"
 
 
 def _wandb_run(project: str, job_id: str, config: dict[str, Any]) -> Any:

@@ -88,7 +88,8 @@ def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
         "trained_tokens": 3,
     }
     reporter.step({**row, "sources": sources}, applied=False)
-    reporter.evaluation({"step": 1, "evaluation_loss": float("nan"), "evaluation_sources": sources})
+    row = {"step": 1, "evaluation_loss": float("nan"), "evaluation_tokens": 3, "evaluation_sources": sources}
+    reporter.evaluation(row)
     reporter.close()
     step, evaluation = (json.loads(line, parse_constant=pytest.fail) for line in lines(tmp_path))
     assert (step["loss"], step["grad_norm"], step["lr"]) == (None, None, 0.1)

@@ -103,6 +103,19 @@ def test_no_step_that_changed_a_weight_is_no_success(tmp_path, flags):
     assert checkpoint.latest(tmp_path / "ckpt") is None
 
 
+@pytest.mark.parametrize(("total_steps", "left"), [(6, 4), (40, 2)])
+def test_gradients_that_overflow_turn_few_steps_back(tmp_path, flags, total_steps, left):
+    """With a finite loss the newest checkpoint is as good as any, until the run has failed with it for long."""
+    change = {"fp16": True, "checkpoint_steps": 2, "keep_checkpoints": 3}
+    run(tmp_path, flags, total_steps=4, loss_scale=1024.0, **change)
+    assert checkpoint.read_state(tmp_path / "ckpt" / "checkpoint_4")["proven"] == 2
+    ended = train(tmp_path, flags, total_steps=total_steps, loss_scale=2.0**100, **change)
+    assert ended.statuses == [2]
+    assert f"the same command goes on from {checkpoint.checkpoint_path(tmp_path / 'ckpt', left)}" in ended.errors[0]
+    assert checkpoint.latest(tmp_path / "ckpt").name == f"checkpoint_{left}"
+    assert checkpoint.list_steps(tmp_path / "ckpt") == [2, 4]
+
+
 @pytest.fixture
 def few_replies(tmp_path: Path) -> Path:
     """Eight rows with a reply, and eight without: `Assistant:` opens none."""

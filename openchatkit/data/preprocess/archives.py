@@ -1,7 +1,7 @@
 """Tar archives of jsonl files, plain or compressed, read as streams: nothing of them is unpacked to disk.
 
-Members may be compressed themselves, as in the Pile's `.jsonl.zst.tar`; a member that is no jsonl file is passed over,
-and an archive with none is an error.
+Members may be compressed themselves, as in the Pile's `.jsonl.zst.tar`; a member that is no jsonl file is passed over
+with a word on it, and an archive with none is an error.
 """
 
 import gzip
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
+
+from loguru import logger
 
 from openchatkit.data.records import Records, lines
 from openchatkit.data.records.row import Row
@@ -45,10 +47,14 @@ class Archive:
         try:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
-                    if member.isfile() and lines.suffix_of(member.name):
-                        name = f"{self.path}:{member.name}"
-                        source = lines.Lines(archive.extractfile(member), name, member.size)
-                        yield from ((name, row) for row in Records(Path(name), source).rows())
+                    if member.isdir():
+                        continue
+                    if not member.isfile() or not lines.form_of(member.name):
+                        logger.warning("{}:{} is no file of records: passed over", self.path, member.name)
+                        continue
+                    name = f"{self.path}:{member.name}"
+                    source = lines.Lines(archive.extractfile(member), name, member.size)
+                    yield from ((name, row) for row in Records(Path(name), source).rows())
             while stream.read(_PIECE):
                 pass
         except _BROKEN as error:

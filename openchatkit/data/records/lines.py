@@ -33,9 +33,10 @@ class BrokenJSONError(ValueError):
     """An array that ends before its end, or is none."""
 
 
-def suffix_of(name: str) -> str | None:
-    """Return which of `SUFFIXES` a file's name ends with, in whatever case; None if with none."""
-    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), None)
+def form_of(name: str) -> tuple[str, str] | None:
+    """Return what a file's name says, in whatever case: (kind, packing); None for a name of another kind of file."""
+    forms = ((kind, packing) for kind in _KINDS for packing in _PACKINGS)
+    return next((form for form in forms if name.lower().endswith("".join(form))), None)
 
 
 class Lines:
@@ -45,11 +46,10 @@ class Lines:
     """
 
     def __init__(self, file: BinaryIO, name: str, size: int) -> None:
-        suffix = suffix_of(name)
-        assert suffix is not None, name
+        form = form_of(name)
+        assert form is not None, name
+        self._kind, self._packing = form
         self._file, self.size = file, size
-        self._kind = next(kind for kind in _KINDS if suffix in [kind + packing for packing in _PACKINGS])
-        self._packing = suffix.removeprefix(self._kind)
 
     @property
     def position(self) -> int:
