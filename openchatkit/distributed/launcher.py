@@ -169,6 +169,9 @@ class _Launch:
             if elapsed > patience:
                 rank.kill_group()
             elif not rank.stopped_by_us and (cause.status < 0 or elapsed > SETTLE_SECONDS):
+                rank.poll()
+                if rank.status is not None:
+                    continue  # It ended by itself since the last look, and what it said of that is to be heard.
                 rank.stopped_by_us = True
                 rank.send(signal.SIGTERM)
                 rank.send(signal.SIGCONT)  # A suspended rank could not end.

@@ -23,6 +23,10 @@ here = Path(__file__).parent
 def reached(name): (here / f"{name}.tmp").write_text(str(os.getpid())); (here / f"{name}.tmp").rename(here / name)
 def await_file(name):
     while not (here / name).exists(): time.sleep(0.01)
+def await_end(pid):
+    try:
+        while True: os.kill(pid, 0); time.sleep(0.01)
+    except ProcessLookupError: pass
 def handle(action):
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, action)
 def say(*words): sys.stdout.write(" ".join(words) + "\\n")
@@ -149,11 +153,11 @@ def test_a_rank_killed_outranks_siblings_that_noticed_sooner(run):
     body = """
 if rank == 2:
     await_file("noticed")
+    await_end(int((here / "noticed").read_text()))  # else the launcher stops it as soon as this one is killed
     os.kill(os.getpid(), signal.SIGKILL)
 if rank == 1:
-    print("error: lost a peer", file=sys.stderr, flush=True)
-    reached("noticed")  # said before: the launcher stops this rank as soon as the other one is killed
-    sys.exit(75)
+    reached("noticed")
+    fail("error: lost a peer", 75)
 time.sleep(60)
 """
     status, _, err = run(body)

@@ -63,6 +63,7 @@ def test_the_reporter_says_it_on_the_console(tmp_path, monkeypatch):
         for step in range(1, MEASURED_STEPS + 5):
             clock.now += 6.0
             row = {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0}
+            row["trained_tokens"] = 8
             reporter.step(row, applied=True)
     finally:
         logger.remove(sink)
