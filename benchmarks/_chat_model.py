@@ -15,9 +15,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from openchatkit import progress
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.data.tokenizer_training import END_OF_TEXT, PADDING, train
 from openchatkit.formats.hf_model import WEIGHTS
 from openchatkit.formats.tokenizer_files import add_chat_template, write_tokenizer
+from openchatkit.tools.tokenizer_training import END_OF_TEXT, PADDING, train
 
 VOCABULARY = 50304
 WORDS = 8192  # tokens that the tokenizer has; the other rows are there to be read

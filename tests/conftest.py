@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hub_server import TOKEN, Hub, serving
 from loguru import logger
+from random_models import write_random_models
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,12 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_models(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a GPT-NeoX and a GPT-J with random weights; they say anything and hardly ever end by themselves."""
+    return write_random_models(tmp_path_factory.mktemp("random_models"), tiny_tokenizer)
 
 
 @pytest.fixture

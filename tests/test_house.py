@@ -19,8 +19,9 @@ LEVELS = {
     **dict.fromkeys(("distributed", "formats"), 2),
     "loading": 3,
     **dict.fromkeys(("data", "retrieval", "minimal20b"), 4),
-    **dict.fromkeys(("training", "inference", "convert", "evaluation"), 5),
-    "__main__": 6,
+    **dict.fromkeys(("training", "inference", "convert"), 5),
+    "tools": 6,
+    "__main__": 7,
 }
 # Packages that the library is imported without: of extras, or of the tests.
 OPTIONAL = (

@@ -1,6 +1,6 @@
 """Ask the quickstart's model, through inference/bot.py, what it was not trained on, and count the right answers."""
 
-from openchatkit.evaluation.quickstart import main
+from openchatkit.tools.quickstart.examination import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer on files of records."""
 
-from openchatkit.data.tokenizer_training import main
+from openchatkit.tools.tokenizer_training import main
 
 if __name__ == "__main__":
     main()

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from _gpu_check.rows import Context, Result, Skip
-from openchatkit.convert import from_scratch
 from openchatkit.formats import checkpoint, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.names import shard_names
 from openchatkit.paths import ROOT
+from openchatkit.tools.quickstart import base_model
 from openchatkit.training.config import build_parser
 
 COMMAND = ROOT / "training" / "dist_clm_train.py"
@@ -88,7 +88,7 @@ class Runs:
         chats = folder / "chats.jsonl"
         write_chats(chats)
         width, layers, self.length = context.pick((64, 2, 64), (256, 6, 512))
-        shape = from_scratch.Shape(
+        shape = base_model.Shape(
             vocab_size=1024,
             hidden_size=width,
             num_layers=layers,
@@ -96,7 +96,7 @@ class Runs:
             intermediate_size=4 * width,
             max_positions=4096,
         )
-        self.model, _ = from_scratch.prepare(chats, folder / "model", shape=shape, seed=1)
+        self.model, _ = base_model.prepare(chats, folder / "model", shape=shape, seed=1)
         self.flags = {
             "model_name": self.model,
             "task_name": chats,

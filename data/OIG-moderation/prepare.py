@@ -1,6 +1,6 @@
 """Fetch the OIG-moderation data set, or the files of it that --files names, into data/OIG-moderation/files/."""
 
-from openchatkit.data.fetching import MODERATION, dataset_command
+from openchatkit.download.command import MODERATION, dataset_command
 
 main = dataset_command("OIG-moderation", MODERATION, "All its files.", everything="*")
 

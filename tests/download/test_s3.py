@@ -12,7 +12,7 @@ from hub_server import Fault, Server
 from moto.server import ThreadedMotoServer
 
 from openchatkit import download
-from openchatkit.data import fetching
+from openchatkit.download import command as fetching
 from openchatkit.errors import Interrupted, UserError
 
 BODY = bytes(range(256)) * 8192

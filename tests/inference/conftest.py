@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_models import SMALL, add_tokenizer
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats import chat
@@ -19,7 +19,6 @@ from openchatkit.inference import bot
 from openchatkit.paths import ROOT
 
 BOT = ROOT / "inference" / "bot.py"
-SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -27,29 +26,6 @@ def chat_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of saved chats and history, for this test alone."""
     monkeypatch.setenv("OPENCHATKIT_HOME", str(tmp_path / "chat_home"))
     return tmp_path / "chat_home"
-
-
-@pytest.fixture(scope="session")
-def random_models(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a GPT-NeoX and a GPT-J with random weights; they say anything and hardly ever end by themselves."""
-    from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
-
-    neox = GPTNeoXConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        **SMALL,
-    )
-    gptj = GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, initializer_range=0.3, **SMALL)
-    root = tmp_path_factory.mktemp("random_models")
-    for name, kind, config in (("neox", GPTNeoXForCausalLM, neox), ("gptj", GPTJForCausalLM, gptj)):
-        torch.manual_seed(1)
-        kind(config).save_pretrained(root / name)
-        _add_tokenizer(tiny_tokenizer, root / name)
-    return {name: root / name for name in ("neox", "gptj")}
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +58,7 @@ def trained_model(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
     assert loss < 0.05, loss
     folder = tmp_path_factory.mktemp("trained_model")
     model.save_pretrained(folder)
-    _add_tokenizer(tiny_tokenizer, folder)
+    add_tokenizer(tiny_tokenizer, folder)
     return folder
 
 
@@ -111,7 +87,7 @@ def endless_model(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
             model.lm_head.weight[ring[(place + 1) % len(ring)], place] = 10.0
     folder = tmp_path_factory.mktemp("endless_model")
     model.save_pretrained(folder)
-    _add_tokenizer(tiny_tokenizer, folder)
+    add_tokenizer(tiny_tokenizer, folder)
     return folder
 
 
@@ -202,8 +178,3 @@ def _row(tokenizer: Tokenizer, lesson: Sequence[str | tuple[str, str]]) -> tuple
     assert padding >= 0, len(ids)
     end = tokenizer.end_of_text
     return ids + [end] * (1 + padding), labels + [end] + [-100] * padding
-
-
-def _add_tokenizer(source: Path, folder: Path) -> None:
-    for file in source.iterdir():
-        shutil.copy(file, folder)

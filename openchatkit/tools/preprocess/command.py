@@ -15,9 +15,6 @@ from loguru import logger
 
 from openchatkit import cli, progress
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.preprocess import fields, neox_tokenizers
-from openchatkit.data.preprocess.archives import ARCHIVE_SUFFIXES, Archive
-from openchatkit.data.preprocess.unfinished import Unfinished, set_aside_path, store_prefix
 from openchatkit.data.records import ENDINGS, Records, is_readable
 from openchatkit.data.records import files as record_files
 from openchatkit.data.records.row import Row
@@ -26,6 +23,9 @@ from openchatkit.data.stores.build import bad_row
 from openchatkit.data.stores.tokenise import in_batches
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
+from openchatkit.tools.preprocess import fields, neox_tokenizers
+from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES, Archive
+from openchatkit.tools.preprocess.unfinished import Unfinished, set_aside_path, store_prefix
 
 Named = tuple[str, Row]  # a row with the name of its file
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from openchatkit.inference.loading import load_benchmark
+from openchatkit.tools import load_benchmark
 
 KEYS = [
     "tokenizer_download_sec",

@@ -17,9 +17,9 @@ from transformers import GPTNeoXForCausalLM as NeoX
 
 from openchatkit.convert.from_hf import prepare
 from openchatkit.convert.to_hf import convert
-from openchatkit.evaluation import harness
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.tools.evaluation import harness
 
 lm_eval = pytest.importorskip("lm_eval")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager

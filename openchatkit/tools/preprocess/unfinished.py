@@ -22,7 +22,6 @@ from loguru import logger
 
 from openchatkit import paths
 from openchatkit.data import records
-from openchatkit.data.preprocess import fields
 from openchatkit.data.stores.build import BadRowsError
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats.token_store import (
@@ -33,6 +32,7 @@ from openchatkit.formats.token_store import (
     mask_path,
     quarantine_path,
 )
+from openchatkit.tools.preprocess import fields
 
 _VERSION = 2  # raise it when the same input would give other files
 _SAVE_SECONDS = 30.0

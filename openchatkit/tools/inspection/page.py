@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit import paths
-from openchatkit.data.inspection.figures import Mixture, Quarantine
-from openchatkit.data.inspection.sampled import Sample, visible
-from openchatkit.data.inspection.terminal import (
+from openchatkit.tools.inspection.figures import Mixture, Quarantine
+from openchatkit.tools.inspection.sampled import Sample, visible
+from openchatkit.tools.inspection.terminal import (
     mixture_note,
     mixture_title,
     number,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from openchatkit.errors import UserError
-from openchatkit.evaluation import quickstart
-from openchatkit.evaluation.quickstart import Question
+from openchatkit.tools.quickstart import examination
+from openchatkit.tools.quickstart.examination import Question
 
 QUESTIONS = [Question(f"What does f{n} do?", f"f{n}: Return {n}.", f"Return {n}.") for n in range(40)]
 
@@ -50,7 +50,7 @@ def shell(tmp_path):
 
 
 def test_a_shell_that_copies_is_right_with_the_passage_and_wrong_without(shell):
-    score = quickstart.examine(QUESTIONS, shell(), count=10, seed=1)
+    score = examination.examine(QUESTIONS, shell(), count=10, seed=1)
     assert [len(score.first_turn), len(score.second_turn), len(score.without)] == [10, 5, 5]
     assert score.share == 1.0
     assert not any(one.right for one in score.without)
@@ -72,14 +72,14 @@ def test_a_shell_that_copies_is_right_with_the_passage_and_wrong_without(shell):
     ],
 )
 def test_replies_stay_with_their_questions(shell, reply, share):
-    score = quickstart.examine(QUESTIONS, shell(reply), count=10, seed=1)
+    score = examination.examine(QUESTIONS, shell(reply), count=10, seed=1)
     assert score.share == pytest.approx(share)
     for one in (*score.first_turn, *score.second_turn):
         assert not one.reply or one.question.answer.lower() in one.reply.lower()
 
 
 def test_the_seed_decides_what_is_asked(shell):
-    first, same, other = (quickstart.examine(QUESTIONS, shell(), count=5, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (examination.examine(QUESTIONS, shell(), count=5, seed=seed) for seed in (1, 1, 2))
     assert first == same
     assert first != other
 
@@ -87,20 +87,20 @@ def test_the_seed_decides_what_is_asked(shell):
 def test_a_shell_that_fails_is_quoted(shell):
     command = shell(end="print('error: no such model', file=sys.stderr)\nsys.exit(2)")
     with pytest.raises(UserError, match=r"shell\.py ended with status 2: error: no such model"):
-        quickstart.examine(QUESTIONS, command, count=5, seed=1)
+        examination.examine(QUESTIONS, command, count=5, seed=1)
     with pytest.raises(UserError, match=r"shell\.py ended with status 3: it said nothing"):
-        quickstart.examine(QUESTIONS, shell(end="sys.exit(3)"), count=5, seed=1)
+        examination.examine(QUESTIONS, shell(end="sys.exit(3)"), count=5, seed=1)
 
 
 def test_more_questions_than_there_are(shell):
     with pytest.raises(UserError, match="--questions 30 takes 60 held-out entries, there are 40: pass fewer"):
-        quickstart.examine(QUESTIONS, shell(), count=30, seed=1)
+        examination.examine(QUESTIONS, shell(), count=30, seed=1)
 
 
 def run(command: list[str], data: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    monkeypatch.setattr(quickstart, "bot_command", lambda model, index: command)
+    monkeypatch.setattr(examination, "bot_command", lambda model, index: command)
     with pytest.raises(SystemExit) as ended:
-        quickstart.main(["--data", str(data), "--questions", "10", *flags])
+        examination.main(["--data", str(data), "--questions", "10", *flags])
     return ended.value.code
 
 
@@ -126,7 +126,7 @@ def test_the_command_prints_answers_and_the_score(shell, tmp_path, monkeypatch, 
 
 
 def test_what_is_looked_up_counts_and_what_is_not_is_asked_again(shell):
-    score = quickstart.examine_search(QUESTIONS[:2], shell(), count=2, seed=1)
+    score = examination.examine_search(QUESTIONS[:2], shell(), count=2, seed=1)
     assert sorted((one.question.question, one.passage, one.reply) for one in score.on) == [
         ("What does f0 do?", "f0: Return 0.", "Return 0."),
         ("What does f1 do?", None, "I do not know."),
@@ -136,7 +136,7 @@ def test_what_is_looked_up_counts_and_what_is_not_is_asked_again(shell):
     ]
     assert score.share == 0.5
     with pytest.raises(UserError, match="--questions 3: there are 2 held-out entries: pass fewer"):
-        quickstart.examine_search(QUESTIONS[:2], shell(), count=3, seed=1)
+        examination.examine_search(QUESTIONS[:2], shell(), count=3, seed=1)
 
 
 def test_the_command_prints_what_was_looked_up(shell, tmp_path, monkeypatch, capsys):
@@ -152,15 +152,15 @@ def test_the_command_prints_what_was_looked_up(shell, tmp_path, monkeypatch, cap
 
 
 def test_the_real_shell_is_asked_for_one_passage_from_the_index():
-    assert quickstart.bot_command("m", "an.index")[-4:] == ["--retrieval", "an.index", "--retrieval-k", "1"]
-    assert "--retrieval" not in quickstart.bot_command("m")
+    assert examination.bot_command("m", "an.index")[-4:] == ["--retrieval", "an.index", "--retrieval-k", "1"]
+    assert "--retrieval" not in examination.bot_command("m")
 
 
 def test_questions_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"no file .*heldout\.jsonl: run python data/python-docs/prepare\.py first"):
-        quickstart.read_questions(tmp_path / "heldout.jsonl")
+        examination.read_questions(tmp_path / "heldout.jsonl")
     path = tmp_path / "bad.jsonl"
     for line in ('{"question": "What?", "passage": "p: q."}', "no json", "[]"):
         path.write_text(json.dumps(vars(QUESTIONS[0])) + f"\n{line}\n")
         with pytest.raises(UserError, match=r"bad\.jsonl:2: expected an object with question, passage and answer"):
-            quickstart.read_questions(path)
+            examination.read_questions(path)

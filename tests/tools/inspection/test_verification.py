@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from openchatkit.data.dataset import Dataset, build_dataset
-from openchatkit.data.inspection import verification
-from openchatkit.data.inspection.command import main
-from openchatkit.data.inspection.verification import Run, verify
 from openchatkit.data.options import from_settings
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.ledger import LEDGER, Entry
 from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.tools.inspection import verification
+from openchatkit.tools.inspection.command import main
+from openchatkit.tools.inspection.verification import Run, verify
 
 STEPS, ROWS, LENGTH = 10, 4, 24
 MODEL = {

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from openchatkit.data.preprocess.neox_tokenizers import Encoder
 from openchatkit.data.records import document
 from openchatkit.data.records.document import BadRowError
 from openchatkit.data.records.tables import CARRIERS
 from openchatkit.data.stores.tokenise import assemble
 from openchatkit.formats import chat
+from openchatkit.tools.preprocess.neox_tokenizers import Encoder
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
     from openchatkit.data.dataset import build_dataset
-    from openchatkit.data.inspection import figures, page, sampled, terminal
     from openchatkit.data.tokenizer import Tokenizer
     from openchatkit.formats.tensor_file import storage_errors
+    from openchatkit.tools.inspection import figures, page, sampled, terminal
 
     data_options = options.from_settings(vars(args))
     tokenizer = Tokenizer(data_options.tokenizer)
@@ -59,7 +59,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from openchatkit.data.inspection import terminal, verification
+    from openchatkit.tools.inspection import terminal, verification
 
     cache_dir = args.data_cache if "data_cache" in args.given else None
     proof = verification.verify(args.checkpoint_path, tokenizer=args.tokenizer_name, cache_dir=cache_dir)

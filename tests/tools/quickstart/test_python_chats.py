@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from openchatkit.data import python_chats
-from openchatkit.data.python_chats import HELD_OUT, PASSAGES, TRAIN, UNKNOWN, Shares
-from openchatkit.data.python_docs import Entry
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
+from openchatkit.tools.quickstart import python_chats
+from openchatkit.tools.quickstart.python_chats import HELD_OUT, PASSAGES, TRAIN, UNKNOWN, Shares
+from openchatkit.tools.quickstart.python_docs import Entry
 
 ENTRIES = [Entry(f"box.part{n}", f"Return part {n} of the box.") for n in range(40)]
 ENTRIES += [Entry(f"lid.part{n}", f"Return part {n} of the box.") for n in range(40)]

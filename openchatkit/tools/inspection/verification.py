@@ -13,12 +13,12 @@ from openchatkit import progress
 from openchatkit.data import options
 from openchatkit.data.batch import IGNORE
 from openchatkit.data.dataset import Dataset, build_dataset
-from openchatkit.data.inspection.figures import read_quarantine
 from openchatkit.data.options import DataOptions
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics, token_store
 from openchatkit.formats.ledger import Entry
 from openchatkit.formats.tokenizer_files import has_tokenizer
+from openchatkit.tools.inspection.figures import read_quarantine
 
 _PIECE = 1 << 18  # tokens of a batch digested at a time
 

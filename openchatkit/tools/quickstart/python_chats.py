@@ -18,9 +18,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from openchatkit import cli, paths
-from openchatkit.data.python_docs import Entry, read_library, standard_library
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
+from openchatkit.tools.quickstart.python_docs import Entry, read_library, standard_library
 
 FOLDER = paths.ROOT / "data" / "python-docs" / "files"
 TRAIN, HELD_OUT, PASSAGES = "train.jsonl", "heldout.jsonl", "passages.jsonl"

@@ -20,14 +20,14 @@ from tokenizers import models, pre_tokenizers
 
 from openchatkit.data.dataset import build_dataset
 from openchatkit.data.options import DataOptions
-from openchatkit.data.preprocess import command as module
-from openchatkit.data.preprocess import unfinished
-from openchatkit.data.preprocess.command import main
 from openchatkit.data.records.document import decode
 from openchatkit.data.stores import tokenise, workers
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore, mask_path
 from openchatkit.paths import try_lock
+from openchatkit.tools.preprocess import command as module
+from openchatkit.tools.preprocess import unfinished
+from openchatkit.tools.preprocess.command import main
 
 CHATS = [f"<human>: What is {n}?\n<bot>: It is {n}, and that's it.\n<human>: Hm.\n" for n in range(40)]
 BYTES = ["--tokenizer-type", "CharLevelTokenizer"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from openchatkit import cli, paths
-from openchatkit.data.python_chats import FOLDER, HELD_OUT
 from openchatkit.errors import DEFECT, UserError
 from openchatkit.progress import bar
+from openchatkit.tools.quickstart.python_chats import FOLDER, HELD_OUT
 
 # Printed by the shell at a command that says nothing about any question: what stands between two of these is a reply,
 # of however many lines. Replies alone could not be told apart when a model writes several lines.

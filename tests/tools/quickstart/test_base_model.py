@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from openchatkit.convert import from_scratch
-from openchatkit.convert.from_scratch import Shape
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.tools.quickstart import base_model
+from openchatkit.tools.quickstart.base_model import Shape
 
 SHAPE = Shape(vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)
 TEXTS = [f"<human>: What does box.part{n} do?\n<bot>: Return part {n} of the box.\n" for n in range(40)]
@@ -24,7 +24,7 @@ def data(tmp_path):
 
 
 def test_the_shards_and_the_tokenizer_fit_each_other(data, tmp_path):
-    folder, parameters = from_scratch.prepare(data, tmp_path / "out", shape=SHAPE, seed=1)
+    folder, parameters = base_model.prepare(data, tmp_path / "out", shape=SHAPE, seed=1)
     assert folder == tmp_path / "out" / "Quickstart"
     shards = LayerShards.open(folder)
     assert (shards.config.vocab_size, shards.config.num_layers, shards.config.tie_embeddings) == (300, 2, True)
@@ -36,7 +36,7 @@ def test_the_shards_and_the_tokenizer_fit_each_other(data, tmp_path):
 
 
 def test_every_text_survives_the_tokenizer(data, tmp_path):
-    folder, _ = from_scratch.prepare(data, tmp_path, shape=SHAPE, seed=1)
+    folder, _ = base_model.prepare(data, tmp_path, shape=SHAPE, seed=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for text in (TEXTS[0], "ÄÖ 日本 \t\n  end ", "".join(map(chr, range(1, 128)))):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
@@ -50,7 +50,7 @@ def test_the_seed_decides_the_weights(tmp_path):
     models = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         before = torch.get_rng_state()
-        from_scratch.write_model(tmp_path / name, TEXTS, shape=SHAPE, seed=seed)
+        base_model.write_model(tmp_path / name, TEXTS, shape=SHAPE, seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
         models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).get_input_embeddings().weight)
     assert torch.equal(models[0], models[1])
@@ -74,7 +74,7 @@ def test_the_command_makes_the_sizes_asked_for(data, tmp_path, capsys):
         2,
     ]
     with pytest.raises(SystemExit) as ended:
-        from_scratch.main([str(flag) for flag in flags])
+        base_model.main([str(flag) for flag in flags])
     assert ended.value.code == 0
     config = LayerShards.open(tmp_path / "Quickstart").config
     assert (config.vocab_size, config.hidden_size, config.num_layers, config.num_heads) == (280, 16, 3, 2)
@@ -92,10 +92,10 @@ def test_the_command_makes_the_sizes_asked_for(data, tmp_path, capsys):
 )
 def test_sizes_that_do_not_fit(data, tmp_path, sizes, message):
     with pytest.raises(UserError, match=message):
-        from_scratch.prepare(data, tmp_path, shape=Shape(**{**vars(SHAPE), **sizes}), seed=1)
+        base_model.prepare(data, tmp_path, shape=Shape(**{**vars(SHAPE), **sizes}), seed=1)
     assert not (tmp_path / "Quickstart").exists()
 
 
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"no file .*none\.jsonl: run python data/python-docs/prepare\.py first"):
-        from_scratch.prepare(tmp_path / "none.jsonl", tmp_path, shape=SHAPE, seed=1)
+        base_model.prepare(tmp_path / "none.jsonl", tmp_path, shape=SHAPE, seed=1)

@@ -56,7 +56,7 @@ def evaluate(
     UserError when lm-eval is not installed, a task is unknown or its data cannot be had, or the model is none.
     """
     lm_eval = _lm_eval()
-    from openchatkit.evaluation import subject as subjects
+    from openchatkit.tools.evaluation import subject as subjects
 
     # All that can be wrong with the flags comes before the weights are read.
     found = subjects.find(model)
@@ -190,7 +190,7 @@ def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
 
 
 def _language_model(found: Any, tokenizer: Path, dtype: Any, device: Any, batch_size: int) -> "LM":
-    from openchatkit.evaluation import scoring, subject
+    from openchatkit.tools.evaluation import scoring, subject
 
     encoding = subject.load_tokenizer(tokenizer)
     if found.kind == subject.HUGGING_FACE:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from openchatkit.data import tokenizer_training
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.data.tokenizer_training import RecordTexts, bytes_per_token, input_files, main, train
 from openchatkit.errors import UserError
 from openchatkit.paths import ROOT
+from openchatkit.tools import tokenizer_training
+from openchatkit.tools.tokenizer_training import RecordTexts, bytes_per_token, input_files, main, train
 
 TEXTS = [f"<human>: What does box.part{n} do?\n<bot>: Return part {n} of the box.\n" for n in range(250)]
 

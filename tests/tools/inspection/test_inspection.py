@@ -16,11 +16,11 @@ from rich.console import Console
 
 from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.dataset import Dataset, build_dataset
-from openchatkit.data.inspection import figures, page, sampled, terminal
-from openchatkit.data.inspection.command import main
-from openchatkit.data.inspection.sampled import Sample, Span, read_sample, visible
 from openchatkit.data.options import DataOptions
 from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.tools.inspection import figures, page, sampled, terminal
+from openchatkit.tools.inspection.command import main
+from openchatkit.tools.inspection.sampled import Sample, Span, read_sample, visible
 
 END = "<|endoftext|>"
 

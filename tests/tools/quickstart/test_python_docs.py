@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from openchatkit.data.python_docs import Entry, first_sentence, read_library, standard_library
 from openchatkit.errors import UserError
+from openchatkit.tools.quickstart.python_docs import Entry, first_sentence, read_library, standard_library
 
 MODULE = '''"""Tools for boxes of all kinds.  There is more to say."""
 

@@ -15,7 +15,7 @@ import zstandard
 from hub_server import TOKEN, Fault, Hub, serving
 
 from openchatkit import paths
-from openchatkit.data import fetching
+from openchatkit.download import command as fetching
 
 LINES = b'{"text": "<human>: Hi\\n<bot>: Hello\\n"}\n' * 1000
 FILES = {

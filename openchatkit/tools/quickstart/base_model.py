@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openchatkit import cli, paths
-from openchatkit.data.python_chats import FOLDER, TRAIN
-from openchatkit.data.tokenizer_training import END_OF_TEXT, PADDING, train
 from openchatkit.errors import UserError
+from openchatkit.tools.quickstart.python_chats import FOLDER, TRAIN
+from openchatkit.tools.tokenizer_training import END_OF_TEXT, PADDING, train
 
 NAME = "Quickstart"
 _TOKENIZER_RECORDS = 8000  # more of them do not change a vocabulary this small

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openchatkit.data.inspection.figures import Mixture, Quarantine
-from openchatkit.data.inspection.sampled import Sample, Span, visible
-from openchatkit.data.inspection.verification import Proof
+from openchatkit.tools.inspection.figures import Mixture, Quarantine
+from openchatkit.tools.inspection.sampled import Sample, Span, visible
+from openchatkit.tools.inspection.verification import Proof
 
 _PIPE_WIDTH = 160
 _BAR = 20

@@ -1,0 +1,34 @@
+"""Models with random weights, and the tiny tokenizer in their folders."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def write_random_models(root: Path, tokenizer: Path) -> dict[str, Path]:
+    """Write a GPT-NeoX and a GPT-J with random weights below `root`; return their folders by name."""
+    from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    neox = GPTNeoXConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        **SMALL,
+    )
+    gptj = GPTJConfig(n_embd=32, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, initializer_range=0.3, **SMALL)
+    for name, kind, config in (("neox", GPTNeoXForCausalLM, neox), ("gptj", GPTJForCausalLM, gptj)):
+        torch.manual_seed(1)
+        kind(config).save_pretrained(root / name)
+        add_tokenizer(tokenizer, root / name)
+    return {name: root / name for name in ("neox", "gptj")}
+
+
+def add_tokenizer(source: Path, folder: Path) -> None:
+    for file in source.iterdir():
+        shutil.copy(file, folder)
