@@ -26,7 +26,8 @@ from openchatkit.formats.layer_shards import CONFIG, LayerShards, shard_file
 from openchatkit.formats.tensor_file import TensorSpec, tensor_bytes, write_stream
 from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
-from openchatkit.paths import ROOT, sha256, sync
+from openchatkit.paths import ROOT
+from openchatkit.storage import sha256, sync
 
 MB = 1_000_000
 PREPARE = ROOT / "tools" / "convert_from_hf_gptneox.py"

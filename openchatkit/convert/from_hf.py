@@ -156,6 +156,6 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
 def _fingerprint(model: "HFModel") -> dict[str, Any]:
     """What tells one model's weights from another's without reading them: config, and the stamps of the files."""
     from openchatkit.formats.layer_shards import CONFIG
-    from openchatkit.paths import sha256, stamp
+    from openchatkit.storage import sha256, stamp
 
     return {"config": sha256(model.path / CONFIG), "files": {name: stamp(model.path / name) for name in model.files}}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from openchatkit.errors import UserError
 from openchatkit.formats.tensor_file import storage_errors
-from openchatkit.paths import sync
+from openchatkit.storage import sync
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from openchatkit import download, paths
+from openchatkit import download, paths, storage
 from openchatkit.data import records
 from openchatkit.data.records import tables
 from openchatkit.errors import Interrupted, UserError
@@ -170,10 +170,10 @@ def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ..
     folder = downloads / name.replace("/", "--")
     listing = folder / f"files-{hashlib.sha256((pattern or '').encode()).hexdigest()[:16]}.txt"
     if not listing.is_file():
-        with paths.locked(paths.lock_path(folder), f"{name} is fetched by another process: waiting for it"):
+        with storage.hold_lock(storage.lock_path(folder), f"{name} is fetched by another process: waiting for it"):
             if not listing.is_file():
                 found = download.fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
-                paths.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))
+                storage.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))
     return tuple(folder / line for line in listing.read_text(encoding="utf-8").splitlines())
 
 

@@ -18,7 +18,7 @@ from openchatkit.download.patience import Patience
 from openchatkit.download.places import Note, check_room, place, read_note, storage_errors, write_note
 from openchatkit.download.transfer import Remote, bring, missing
 from openchatkit.errors import UserError
-from openchatkit.paths import locked
+from openchatkit.storage import hold_lock
 
 __all__ = ["Patience", "fetch", "fetch_dataset", "fetch_model", "fetch_source", "unpack"]
 
@@ -91,7 +91,7 @@ def fetch_source(
     files = _source(source, patience, destination)
     with (
         storage_errors(destination, "make room and run again, it goes on from there"),
-        locked(destination / ".lock", f"another process is fetching into {destination}: waiting for it"),
+        hold_lock(destination / ".lock", f"another process is fetching into {destination}: waiting for it"),
     ):
         done = {file.name: _unpacked(file, destination) for file in files} if not keep_packed else {}
         wanted = [file for file in files if not done.get(file.name)]

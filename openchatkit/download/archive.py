@@ -21,7 +21,7 @@ from openchatkit import progress
 from openchatkit.download.places import amount, place, storage_errors
 from openchatkit.download.zstandard_stream import ZstandardStream
 from openchatkit.errors import UserError
-from openchatkit.paths import lock_path, locked, sync
+from openchatkit.storage import hold_lock, lock_path, sync
 
 PACKED = (".gz", ".tgz", ".zst", ".tar")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -48,7 +48,7 @@ def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
     temporary = destination / f".{path.name}.unpacked"
     with (
         storage_errors(destination, f"{path.name} cannot be unpacked here; make room and run again"),
-        locked(lock_path(temporary), f"{path.name} is unpacked by another process: waiting for it"),
+        hold_lock(lock_path(temporary), f"{path.name} is unpacked by another process: waiting for it"),
     ):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.download.digests import SHA256, Digest
 from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
@@ -56,7 +56,7 @@ def _remote(path: Path, name: str, sha256: str | None) -> Remote:
 
 
 def _version(path: Path, stat: os.stat_result) -> str:
-    return "-".join(map(str, paths.stamp(path, stat)))
+    return "-".join(map(str, storage.stamp(path, stat)))
 
 
 def _check_version(file: BinaryIO, path: Path, version: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from openchatkit.errors import UserError
-from openchatkit.paths import write_text
+from openchatkit.storage import write_text
 
 _OURS = re.compile(r"\..+\.(fetched\.json|part|part\.json)")
 

@@ -28,7 +28,7 @@ from openchatkit.download.places import (
     write_note,
 )
 from openchatkit.errors import UserError
-from openchatkit.paths import lock_path, locked, sync, write_text
+from openchatkit.storage import hold_lock, lock_path, sync, write_text
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def bring(remote: Remote, folder: Path, *, patience: Patience, noted: bool = Tru
         # First without a lock: what is there is of use in a folder where nobody may write.
         if _is_noted(path, remote):
             return path
-        with locked(lock_path(path), f"{remote.address} is fetched by another process: waiting for it"):
+        with hold_lock(lock_path(path), f"{remote.address} is fetched by another process: waiting for it"):
             if not _is_there(path, remote, noted):
                 _bring(remote, path, patience, noted)
     return path

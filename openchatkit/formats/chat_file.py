@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from openchatkit.errors import UserError
-from openchatkit.paths import atomic_path
+from openchatkit.storage import atomic_path
 
 FORMAT = "openchatkit.chat"
 VERSION = 1

@@ -42,7 +42,7 @@ from openchatkit.formats.tensor_file import TensorFile, storage_errors, write_te
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, read_json
 from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf
-from openchatkit.paths import write_text
+from openchatkit.storage import write_text
 
 __all__ = [
     "begin",

@@ -8,7 +8,7 @@ from pathlib import Path
 from openchatkit.errors import UserError
 from openchatkit.formats import legacy, manifest
 from openchatkit.formats.manifest import DamagedError
-from openchatkit.paths import sync, write_text
+from openchatkit.storage import sync, write_text
 
 STATE = "state.json"
 LATEST = "latest"

@@ -12,7 +12,7 @@ from openchatkit.formats.layer_shards import CONFIG
 from openchatkit.formats.tensor_file import TensorSpec, write_stream
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, add_chat_template, copy_tokenizer, special_token_id
 from openchatkit.models.config import ModelConfig
-from openchatkit.paths import write_text
+from openchatkit.storage import write_text
 
 MAX_SHARD_BYTES = 5_000_000_000
 _FIXED_NAMES = (CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX)

@@ -2,7 +2,7 @@
 
     ~/.openchatkit/cache/<folder>-<key>.safetensors     (or below what OPENCHATKIT_HOME names)
 
-`folder` stands for the model's folder, `key` for its files: each one's name, stamp (`paths.stamp`) and pieces of its
+`folder` stands for the model's folder, `key` for its files: each one's name, stamp (`storage.stamp`) and pieces of its
 content, and the version of this layout. Tensors are named `<layer>.weight` and `<layer>.scale`, with the layer's
 name in the model. A file that is missing, damaged or of another key is as good as none, and is never an error.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file, hf_model, layer_shards
 from openchatkit.formats.tensor_file import TensorFile, write_tensors
@@ -34,7 +34,7 @@ def cache_path(folder: Path, kind: str) -> Path:
     digest = hashlib.sha256(f"{VERSION} {kind}".encode())
     patterns = (layer_shards.CONFIG, *hf_model.SAFE_FILES, *hf_model.PICKLED_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        size, *_ = stamp = paths.stamp(path)
+        size, *_ = stamp = storage.stamp(path)
         digest.update(f"\0{path.name}\0{stamp}\0".encode())
         with open(path, "rb") as file:
             for number in range(_PIECES):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from openchatkit.errors import UserError
-from openchatkit.paths import write_text
+from openchatkit.storage import write_text
 
 LEDGER = "ledger.jsonl"
 EMPTY = hashlib.sha256(b"").hexdigest()

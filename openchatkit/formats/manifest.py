@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from openchatkit.errors import UserError
-from openchatkit.paths import sha256, write_text
+from openchatkit.storage import sha256, write_text
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

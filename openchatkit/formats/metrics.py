@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openchatkit.paths import write_text
+from openchatkit.storage import write_text
 
 METRICS = "metrics.jsonl"
 

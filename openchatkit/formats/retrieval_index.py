@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 from openchatkit.formats import manifest
 from openchatkit.formats.manifest import DamagedError, FileRecord
@@ -99,7 +99,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A file or address, the SHA-256 of its bytes, its rows (so many from `first` on), and its `paths.stamp`.
+    """A file or address, the SHA-256 of its bytes, its rows (so many from `first` on), and its `storage.stamp`.
 
     `changed_ns` is 0 where it could not be relied on, and in indices from before it was kept.
     """
@@ -114,7 +114,7 @@ class SourceRecord:
     inode: int = 0
 
     @property
-    def stamp(self) -> paths.Stamp:
+    def stamp(self) -> storage.Stamp:
         return [self.size, self.mtime_ns, self.changed_ns, self.inode]
 
 
@@ -165,14 +165,14 @@ def exists(folder: Path) -> bool:
 def stamp(folder: Path) -> object:
     """What differs once another manifest is in place, and costs next to nothing to ask; None where there is none."""
     try:
-        return paths.stamp(folder / MANIFEST)
+        return storage.stamp(folder / MANIFEST)
     except OSError:
         return None
 
 
 def lock_path(folder: Path) -> Path:
     """What a writer locks: one file, whatever links and dots the folder is named by."""
-    return paths.lock_path(Path(folder).resolve())
+    return storage.lock_path(Path(folder).resolve())
 
 
 def check_own(folder: Path) -> None:
@@ -251,7 +251,7 @@ def check_files(folder: Path, record: IndexRecord, files: dict[str, FileRecord])
 def write_lines(path: Path, records: Iterable[Any]) -> int:
     """Write dataclasses as JSON, one a line; how many."""
     lines = [json.dumps(asdict(record)) + "\n" for record in records]
-    paths.write_text(path, "".join(lines))
+    storage.write_text(path, "".join(lines))
     return len(lines)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from openchatkit.download import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, read_json, tokenizer_json
-from openchatkit.paths import sha256
+from openchatkit.storage import sha256
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"

@@ -15,7 +15,7 @@ from openchatkit.formats.tensor_file import TensorSpec, storage_errors, write_st
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, tokenizer_digests
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.names import shard_names
-from openchatkit.paths import atomic_path
+from openchatkit.storage import atomic_path
 
 _SHARD_FILE = re.compile(r"(embed|head|layer_\d{5})\.safetensors")
 

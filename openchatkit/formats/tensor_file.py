@@ -21,7 +21,7 @@ from torch import Tensor
 
 from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError, FileRecord
-from openchatkit.paths import atomic_path
+from openchatkit.storage import atomic_path
 
 CHUNK = 1 << 20
 DTYPES = {

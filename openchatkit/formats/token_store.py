@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 
 _MAGIC = b"MMIDIDX\0\0"
@@ -119,7 +119,7 @@ class StoreProgress:
 def write_record(folder: Path, record: StoreRecord) -> None:
     """Write `store.json`: the last file of a cached store."""
     assert record.rows == record.documents + record.quarantined, record
-    paths.write_text(folder / _RECORD, json.dumps(asdict(record), indent=1) + "\n")
+    storage.write_text(folder / _RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_record(folder: Path) -> StoreRecord | None:
@@ -135,7 +135,7 @@ def read_record(folder: Path) -> StoreRecord | None:
 
 def write_progress(folder: Path, progress: StoreProgress) -> None:
     """Write `progress.json`: the files have been synced up to there."""
-    paths.write_text(folder / _PROGRESS, json.dumps(asdict(progress)) + "\n")
+    storage.write_text(folder / _PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 
 def read_progress(folder: Path) -> StoreProgress | None:

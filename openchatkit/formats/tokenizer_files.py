@@ -7,7 +7,7 @@ from typing import Any
 
 from openchatkit.errors import UserError
 from openchatkit.formats.chat import CHAT_TEMPLATE
-from openchatkit.paths import atomic_path, sha256, write_text
+from openchatkit.storage import atomic_path, sha256, write_text
 
 TOKENIZER_FILES = (
     "tokenizer.json",

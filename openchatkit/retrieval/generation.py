@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
-from openchatkit import paths, progress
+from openchatkit import progress, storage
 from openchatkit.errors import UserError
 from openchatkit.formats import manifest
 from openchatkit.formats import retrieval_index as layout
@@ -36,7 +36,9 @@ from openchatkit.retrieval.floor import NO_COSINE
 def writing(folder: Path) -> Iterator[None]:
     """Hold an index for writing: who comes second waits. The folder is made; what a kill left in it is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with paths.locked(layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
+    with storage.hold_lock(
+        layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"
+    ):
         remove_litter(folder)
         yield
 
@@ -158,10 +160,10 @@ def _publish(folder: Path, record: IndexRecord, known: Mapping[str, FileRecord] 
     files = []
     with progress.bar(len(names), "files hashed", unit="file") as bar:
         for name in names:
-            paths.sync(folder / name)
+            storage.sync(folder / name)
             files.append((known or {}).get(name) or manifest.record(folder / name))
             bar.update()
-    paths.sync(folder)
+    storage.sync(folder)
     record = layout.write(folder, record, files)
     size = sum(file.size for file in files)
     logger.info(f"{folder}: {record.rows:,} passages, {size / 1e6:,.1f} MB, generation {record.generation}")

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from openchatkit import paths, progress
+from openchatkit import progress, storage
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError, FileRecord
@@ -283,7 +283,9 @@ def verify(folder: Path) -> None:
                 raise
             # A writer has put another generation in place meanwhile, and removed this one.
     if stamps != record.time_stamps:
-        with paths.locked(layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"):
+        with storage.hold_lock(
+            layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"
+        ):
             if layout.read(folder)[0].generation == record.generation:
                 layout.write(folder, record, files.values())
 
@@ -298,7 +300,7 @@ def _verify_files(folder: Path, files: dict[str, FileRecord]) -> None:
 def _verify_file(path: Path, file: FileRecord) -> None:
     if not path.is_file():
         raise DamagedError(f"{path} is missing: build the index again")
-    found = paths.sha256(path)
+    found = storage.sha256(path)
     if found != file.sha256:
         raise DamagedError(
             f"{path} was altered: its SHA-256 is {found[:16]}..., the manifest says {file.sha256[:16]}...; "

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from openchatkit import cli
 from openchatkit.errors import USER_ERROR, UserError
-from openchatkit.paths import write_text
 from openchatkit.progress import bar
+from openchatkit.storage import write_text
 
 if TYPE_CHECKING:
     import torch

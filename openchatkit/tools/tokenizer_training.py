@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openchatkit import cli, paths, progress
+from openchatkit import cli, progress, storage
 from openchatkit.data.options import BAD_ROWS
 from openchatkit.data.records import ENDINGS, Records, document, is_readable
 from openchatkit.data.records.row import Row
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.save_dir:
             tokenizer_files.write_tokenizer(target, whole, end_of_text=END_OF_TEXT, padding=PADDING)
         else:
-            paths.write_text(target, whole)
+            storage.write_text(target, whole)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}: name another place") from error
     if texts.left_out:

@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
@@ -212,7 +212,7 @@ def only_run_in(root: Path, layout: Layout) -> Iterator[None]:
                 return
             with storage_errors(root):
                 root.mkdir(parents=True, exist_ok=True)
-                lock = paths.try_lock(root / ".lock")
+                lock = storage.try_lock(root / ".lock")
             if lock is None:
                 raise UserError(
                     f"--checkpoint-path {root} is in use by another run: wait for it, or give another folder"

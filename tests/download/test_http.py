@@ -413,7 +413,7 @@ def refuse(*_, **__):
 
 def test_what_is_there_can_be_used_where_nobody_may_write(server, address, tmp_path, patience, monkeypatch):
     path = download.fetch(address, tmp_path, patience=patience)
-    monkeypatch.setattr("openchatkit.paths.try_lock", refuse)
+    monkeypatch.setattr("openchatkit.storage.try_lock", refuse)
     assert download.fetch(address, tmp_path, patience=patience) == path
     with pytest.raises(UserError, match=r"data\.jsonl: cannot be written: Permission denied"):
         download.fetch(address, tmp_path / "other", patience=patience)

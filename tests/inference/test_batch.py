@@ -10,7 +10,8 @@ import time
 import pytest
 
 from openchatkit.inference.batch import rows
-from openchatkit.paths import ROOT, try_lock
+from openchatkit.paths import ROOT
+from openchatkit.storage import try_lock
 
 BOT = ROOT / "inference" / "bot.py"
 GREEDY = ("--no-sample",)

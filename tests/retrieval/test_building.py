@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_encoder import WORDS, make_encoder
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.retrieval import building, floor
@@ -131,7 +131,7 @@ def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, enc
     assert building.update(tmp_path / "index").generation == first.generation
     assert embeddings == []
     os.utime(docs / "sea.txt")  # another stamp, the same bytes
-    monkeypatch.setattr(paths, "SETTLED_SECONDS", -3600.0)
+    monkeypatch.setattr(storage, "SETTLED_SECONDS", -3600.0)
     (docs / "broken.pdf").unlink()
     building.update(tmp_path / "index")
     monkeypatch.setattr(building.reading, "digest", None)  # the new stamp is known, nothing is hashed again
@@ -143,10 +143,10 @@ def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, enc
 @pytest.mark.parametrize("changed", ["time of change", "no time of change"])
 def test_another_file_with_the_old_one_s_times(docs, tmp_path, encoder, monkeypatch, changed):
     """tar, rsync and git set times of modification: an equal size and an equal time are no proof of an equal file."""
-    plain = paths.stamp
-    monkeypatch.setattr(paths, "SETTLED_SECONDS", -3600.0)
+    plain = storage.stamp
+    monkeypatch.setattr(storage, "SETTLED_SECONDS", -3600.0)
     if changed == "no time of change":
-        monkeypatch.setattr(paths, "stamp", lambda path: [*plain(path)[:2], 0, 0])
+        monkeypatch.setattr(storage, "stamp", lambda path: [*plain(path)[:2], 0, 0])
     for text in ("white snow", "black coal"):
         write(docs / "sea.txt", text)
         os.utime(docs / "sea.txt", ns=(10**18, 10**18))
@@ -565,7 +565,7 @@ class TestSeveralProcesses:
 import os, sys
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.command import main
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 def refuse(self, texts, **options):
     if os.environ["RANK"] == "1":

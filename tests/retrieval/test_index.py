@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from index_maker import TEXTS, WordEncoder, make
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError
@@ -314,7 +314,7 @@ def test_a_copy_is_opened_once_it_was_verified(folder, encoder):
 
 
 def test_verifying_while_another_generation_is_written_is_no_damage(folder, encoder, monkeypatch):
-    sha256, done = paths.sha256, []
+    sha256, done = storage.sha256, []
 
     def meanwhile(path):
         if not done:
@@ -322,7 +322,7 @@ def test_verifying_while_another_generation_is_written_is_no_damage(folder, enco
             make(folder, encoder=encoder)
         return sha256(path)
 
-    monkeypatch.setattr("openchatkit.retrieval.index.paths.sha256", meanwhile)
+    monkeypatch.setattr("openchatkit.retrieval.index.storage.sha256", meanwhile)
     verify(folder)
     assert layout.read(folder)[0].generation == 2
     (folder / layout.file_name("table", 2)).unlink()

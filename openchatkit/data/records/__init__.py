@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.data.records import lines, tables
 from openchatkit.data.records.row import START, Mark, Row
 from openchatkit.errors import UserError
@@ -33,12 +33,12 @@ def files(source: Path) -> list[Path]:
 
 
 # The name and stamp of each of a source's files.
-Stamps = list[tuple[str, paths.Stamp]]
+Stamps = list[tuple[str, storage.Stamp]]
 
 
 def stamps(source: Path) -> Stamps:
     """Return the name and the stamp of each of a source's files: what tells that it has been changed."""
-    return [(str(path.relative_to(source)), paths.stamp(path)) for path in files(source)]
+    return [(str(path.relative_to(source)), storage.stamp(path)) for path in files(source)]
 
 
 def unchanged(source: Path, before: Stamps) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from loguru import logger
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.errors import UserError
 
 IN_MEMORY = 1 << 20  # documents or rows up to which nothing is written
@@ -70,7 +70,9 @@ class Arrays:
     def _build(
         self, file: "_File", epoch: int | None, pieces: Iterable[np.ndarray], alter: Callable[[np.ndarray], None] | None
     ) -> np.ndarray:
-        with paths.locked(paths.lock_path(self._folder), f"{file.path} is built by another process: waiting for it"):
+        with storage.hold_lock(
+            storage.lock_path(self._folder), f"{file.path} is built by another process: waiting for it"
+        ):
             if (array := file.open()) is not None:
                 return array
             if file.path.exists():
@@ -85,7 +87,7 @@ class Arrays:
                 array = temporary.open()
                 assert array is not None, temporary
                 os.replace(temporary.path, file.path)
-                paths.sync(self._folder)
+                storage.sync(self._folder)
             finally:
                 temporary.path.unlink(missing_ok=True)
             if epoch is not None:
@@ -132,7 +134,7 @@ class _File:
         with open(self.path, "r+b") as file:
             file.seek(end)
             file.write(_checksum(np.asarray(array)))
-        paths.sync(self.path)
+        storage.sync(self.path)
 
     def _header(self) -> bytes:
         file = io.BytesIO()

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from loguru import logger
 
-from openchatkit import paths, progress
+from openchatkit import progress, storage
 from openchatkit.data.records import Records, Stamps, unchanged
 from openchatkit.data.records.row import Mark, Row
 from openchatkit.data.stores import workers
@@ -91,7 +91,7 @@ def build_store(
         cut.unlink()
     shutil.rmtree(folder, ignore_errors=True)  # what is there has no record
     os.rename(temporary, folder)
-    paths.sync(folder.parent)
+    storage.sync(folder.parent)
 
 
 def bad_row(source: Path, number: int, reason: str) -> BadRowsError:
@@ -153,7 +153,7 @@ def _tokenise(
     if not store.done.quarantined:
         quarantine_path(folder).unlink()
     for path in folder.iterdir():
-        paths.sync(path)
+        storage.sync(path)
     return store.done
 
 

@@ -2,7 +2,7 @@
 
 The key is the SHA-256 of a source's bytes, the tokenizer's digest, the separator, and the version of the tokenising
 code. A moved or touched file therefore finds its store again and an edited one never does. Reading 100 GB for their
-hash takes minutes, so a hash is remembered for as long as the files keep their stamps (`paths.stamp`).
+hash takes minutes, so a hash is remembered for as long as the files keep their stamps (`storage.stamp`).
 
 Every rank of a run may ask at once: a file lock lets one build (`data.stores.build`) while the others wait.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from openchatkit import paths, progress
+from openchatkit import progress, storage
 from openchatkit.data import records
 from openchatkit.data.stores.build import build_store, first_quarantined
 from openchatkit.data.stores.tokenise import VERSION
@@ -53,7 +53,9 @@ def cached_store(
         key = _key(content_hash(source, cache_dir), tokenizer, separator)
         folder = _folder(cache_dir, source, key)
         if (record := read_record(folder)) is None:
-            with paths.locked(paths.lock_path(folder), f"{source} is tokenised by another process: waiting for it"):
+            with storage.hold_lock(
+                storage.lock_path(folder), f"{source} is tokenised by another process: waiting for it"
+            ):
                 if read_record(folder) is None:
                     build_store(
                         source,
@@ -125,13 +127,13 @@ def content_hash(source: Path, cache_dir: Path) -> str:
     memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
     if digest := _remembered(memory, known):
         return digest
-    with paths.locked(paths.lock_path(memory), f"{source} is read by another process: waiting for it"):
+    with storage.hold_lock(storage.lock_path(memory), f"{source} is read by another process: waiting for it"):
         if digest := _remembered(memory, known):
             return digest
         with _reading(source):
             digest = _digest(source, sum(size for _, (size, *_) in stamps))
-        if all(paths.is_settled(stamp) for _, stamp in stamps):
-            paths.write_text(memory, json.dumps(known | {"sha256": digest}) + "\n")
+        if all(storage.is_settled(stamp) for _, stamp in stamps):
+            storage.write_text(memory, json.dumps(known | {"sha256": digest}) + "\n")
     return digest
 
 

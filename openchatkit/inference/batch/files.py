@@ -18,7 +18,7 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference import report
 from openchatkit.inference.batch.rows import Row, read_row
-from openchatkit.paths import try_lock
+from openchatkit.storage import try_lock
 
 _STANDARD = "-"
 _BEGINNING = b'{"line": '

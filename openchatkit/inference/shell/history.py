@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from openchatkit.paths import atomic_path
+from openchatkit.storage import atomic_path
 
 SIZE_LIMIT = 1 << 20  # bytes
 ENTRY_LIMIT = 10_000  # bytes; what is longer was pasted, and is not kept

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.formats.retrieval_index import EncoderRecord
 
 SIZE = 16  # bytes of a digest
@@ -78,7 +78,7 @@ def begin(folder: Path, encoder: EncoderRecord) -> None:
         if (folder / _ABOUT).read_text(encoding="utf-8") == about:
             return
     shutil.rmtree(folder, ignore_errors=True)
-    paths.write_text(folder / _ABOUT, about)
+    storage.write_text(folder / _ABOUT, about)
 
 
 def holds_any(folder: Path) -> bool:

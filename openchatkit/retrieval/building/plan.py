@@ -1,6 +1,6 @@
 """What an index is to hold: which sources stay as they are, which are read anew, and what is left out.
 
-A file is the same while its stamp is (`paths.stamp`), or else its SHA-256; then its passages are taken from the index
+A file is the same while its stamp is (`storage.stamp`), or else its SHA-256; then its passages are taken from the index
 as they are. How files were read and cut stands in the manifest and is the same for all of them.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openchatkit import paths, progress
+from openchatkit import progress, storage
 from openchatkit.formats.retrieval_index import Skipped, SourceRecord
 from openchatkit.retrieval import chunks, reading
 from openchatkit.retrieval.building import embedded
@@ -51,7 +51,7 @@ class Fresh:
 
     source: str
     digest: str
-    stamp: paths.Stamp
+    stamp: storage.Stamp
     rows: Callable[[list[str]], Iterator[Row]]
 
 
@@ -131,13 +131,13 @@ def _compared(path: Path, before: SourceRecord | None, settings: Settings, count
     return Fresh(str(path), digest, stamp, functools.partial(_rows, path, stamp, settings, count))
 
 
-def _record(source: str, digest: str, stamp: paths.Stamp, first: int, rows: int) -> SourceRecord:
+def _record(source: str, digest: str, stamp: storage.Stamp, first: int, rows: int) -> SourceRecord:
     """The record of a source, without a time of change where a later change might keep the stamp."""
     size, modified, changed, inode = stamp
-    return SourceRecord(source, digest, size, modified, first, rows, changed if paths.is_settled(stamp) else 0, inode)
+    return SourceRecord(source, digest, size, modified, first, rows, changed if storage.is_settled(stamp) else 0, inode)
 
 
-def _rows(path: Path, stamp: paths.Stamp, settings: Settings, count: Count, notes: list[str]) -> Iterator[Row]:
+def _rows(path: Path, stamp: storage.Stamp, settings: Settings, count: Count, notes: list[str]) -> Iterator[Row]:
     """The passages of a file. Unreadable, perhaps behind the last of them."""
     options = settings.options(notes)
     for number, document in enumerate(reading.read(path, options)):
@@ -148,9 +148,9 @@ def _rows(path: Path, stamp: paths.Stamp, settings: Settings, count: Count, note
         raise Unreadable("was changed while it was read: run again when it is complete")
 
 
-def _stamp(path: Path) -> paths.Stamp:
-    """`paths.stamp` of a file. Unreadable: it is not there any more."""
+def _stamp(path: Path) -> storage.Stamp:
+    """`storage.stamp` of a file. Unreadable: it is not there any more."""
     try:
-        return paths.stamp(path)
+        return storage.stamp(path)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from error

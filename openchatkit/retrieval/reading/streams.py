@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.retrieval.reading import encodings
 from openchatkit.retrieval.reading.document import Unreadable
 from openchatkit.retrieval.reading.encodings import Encoding
@@ -30,7 +30,7 @@ def digest(path: Path, *, text: bool) -> str:
     try:
         if text:
             encoding(path)
-        return paths.sha256(path)
+        return storage.sha256(path)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
 

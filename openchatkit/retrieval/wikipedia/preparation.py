@@ -17,7 +17,7 @@ from openchatkit.download.places import read_note, storage_errors
 from openchatkit.errors import UserError
 from openchatkit.formats import wikipedia_index as layout
 from openchatkit.formats.manifest import DamagedError, FileRecord
-from openchatkit.paths import locked, sha256
+from openchatkit.storage import hold_lock, sha256
 
 
 @cli.command
@@ -65,7 +65,7 @@ def prepare(
         pass
     with (
         storage_errors(folder, "make room and run again, it goes on from there"),
-        locked(folder / ".lock", f"{folder} is being prepared by another process: waiting for it"),
+        hold_lock(folder / ".lock", f"{folder} is being prepared by another process: waiting for it"),
     ):
         for path in layout.litter(folder):
             path.unlink()

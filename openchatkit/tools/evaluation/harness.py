@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from openchatkit import cli, loading
 from openchatkit.errors import UserError
 from openchatkit.loading import PRECISIONS
-from openchatkit.paths import write_text
+from openchatkit.storage import write_text
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

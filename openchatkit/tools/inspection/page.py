@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.tools.inspection.figures import Mixture, Quarantine
 from openchatkit.tools.inspection.sampled import Sample, visible
 from openchatkit.tools.inspection.terminal import (
@@ -153,7 +153,7 @@ def render(mixture: Mixture, quarantines: Sequence[Quarantine], samples: Sequenc
 
 def write(path: Path, mixture: Mixture, quarantines: Sequence[Quarantine], samples: Sequence[Sample]) -> None:
     """Write the page; it appears when it is whole."""
-    paths.write_text(path, render(mixture, quarantines, samples))
+    storage.write_text(path, render(mixture, quarantines, samples))
 
 
 def _colour(source: int) -> str:

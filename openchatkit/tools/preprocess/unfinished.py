@@ -20,7 +20,7 @@ from typing import IO
 
 from loguru import logger
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.data import records
 from openchatkit.data.stores.build import BadRowsError
 from openchatkit.errors import Interrupted, UserError
@@ -73,7 +73,7 @@ class Unfinished:
         self._bad_rows = bad_rows
         self._save_at = time.monotonic() + _SAVE_SECONDS
         self._folder.mkdir(parents=True, exist_ok=True)
-        lock = paths.try_lock(self._folder / "lock")
+        lock = storage.try_lock(self._folder / "lock")
         if lock is None:
             raise UserError(f"another process is writing {prefix}: wait for it, or name another --output-prefix")
         self._lock: IO[str] = lock
@@ -117,7 +117,7 @@ class Unfinished:
             writer.sync()
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
-        paths.write_text(self._note, json.dumps(asdict(self.done)) + "\n")
+        storage.write_text(self._note, json.dumps(asdict(self.done)) + "\n")
         self._save_at = time.monotonic() + _SAVE_SECONDS
 
     def publish(self) -> None:
@@ -129,7 +129,7 @@ class Unfinished:
         for writer in self._writers.values():
             writer.close()
         for path in self._folder.iterdir():
-            paths.sync(path)
+            storage.sync(path)
         self._note.unlink()
         for path in self._final_files():
             path.unlink(missing_ok=True)
@@ -139,7 +139,7 @@ class Unfinished:
             for place in (bin_path, mask_path, idx_path):
                 if (path := place(self._folder / key)).exists():
                     os.replace(path, place(store_prefix(self._prefix, key)))
-        paths.sync(self._folder.parent)
+        storage.sync(self._folder.parent)
         self._leave(keep=False)
 
     @property

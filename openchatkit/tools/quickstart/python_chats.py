@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from openchatkit import cli, paths
+from openchatkit import cli, paths, storage
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.tools.quickstart.python_docs import Entry, read_library, standard_library
@@ -226,7 +226,7 @@ def _random_time(rng: random.Random) -> datetime:
 
 def _write_jsonl(path: Path, records: Iterable[dict[str, object]]) -> int:
     count = 0
-    with paths.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with storage.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for record in records:
             count += 1
             file.write(json.dumps(record) + "\n")

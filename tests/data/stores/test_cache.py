@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from openchatkit import paths
+from openchatkit import storage
 from openchatkit.data.stores import build as module
 from openchatkit.data.stores import cache
 from openchatkit.data.stores.cache import cached_store, content_hash, store_identity
@@ -68,7 +68,7 @@ def folders(source: Path) -> list[str]:
 def age(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a file count as old enough for its hash to be remembered: nobody can set the time of change."""
     os.utime(path, ns=(path.stat().st_atime_ns, 10**18))
-    monkeypatch.setattr(paths, "SETTLED_SECONDS", -3600.0)
+    monkeypatch.setattr(storage, "SETTLED_SECONDS", -3600.0)
 
 
 def test_contents(source: Path, tokenizer: Bytes) -> None:
@@ -117,7 +117,7 @@ def test_hash_is_remembered_until_the_file_changes(
 ) -> None:
     read = []
     monkeypatch.setattr(cache, "_digest", lambda path, size: read.append(path) or f"{len(read):064}")
-    monkeypatch.setattr(paths, "SETTLED_SECONDS", 3600.0)  # a moment ago, however slow the machine
+    monkeypatch.setattr(storage, "SETTLED_SECONDS", 3600.0)  # a moment ago, however slow the machine
     content_hash(source, tmp_path)
     content_hash(source, tmp_path)
     assert len(read) == 2, "a file changed a moment ago may change again unseen"
@@ -144,8 +144,8 @@ def test_another_file_with_the_old_one_s_times(source: Path, tokenizer: Bytes, m
 
 
 def test_a_file_system_without_times_of_change(source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = paths.stamp
-    monkeypatch.setattr(paths, "stamp", lambda path: [*plain(path)[:2], 0, 0])
+    plain = storage.stamp
+    monkeypatch.setattr(storage, "stamp", lambda path: [*plain(path)[:2], 0, 0])
     for text in ("OLDOLD", "NEWNEW"):
         source.write_text(json.dumps({"text": text}))
         age(source, monkeypatch)
@@ -277,7 +277,7 @@ def test_file_system_without_locks(source: Path, tokenizer: Bytes, monkeypatch: 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(paths.fcntl, "flock", fail)
+    monkeypatch.setattr(storage.fcntl, "flock", fail)
     with pytest.raises(UserError, match=r"the file system of .*cache has no file locks"):
         build(source, tokenizer)
 

@@ -24,7 +24,7 @@ from openchatkit.data.records.document import decode
 from openchatkit.data.stores import tokenise, workers
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore, mask_path
-from openchatkit.paths import try_lock
+from openchatkit.storage import try_lock
 from openchatkit.tools.preprocess import command as module
 from openchatkit.tools.preprocess import unfinished
 from openchatkit.tools.preprocess.command import main
@@ -374,7 +374,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
     """When all files are closed, and are forced to disk before they get their names."""
     flags = ["--input", data, *BYTES, "--loss-mask", "--output-prefix"]
     assert run(*flags, tmp_path / "whole") == 0
-    sync = unfinished.paths.sync
+    sync = unfinished.storage.sync
 
     def stop(path: Path) -> None:
         if path.name == "text.idx":
@@ -382,7 +382,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished.paths, "sync", stop)
+        patch.setattr(unfinished.storage, "sync", stop)
         assert run(*flags, tmp_path / "o") in (2, 130)
     assert not list(tmp_path.glob("o_*"))
     capsys.readouterr()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from openchatkit.paths import lock_path, locked, try_lock
+from openchatkit.storage import hold_lock, lock_path, try_lock
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     def work() -> None:
         nonlocal holders, most
         for _ in range(20):
-            with locked(lock, "waiting"):
+            with hold_lock(lock, "waiting"):
                 holders += 1
                 most = max(most, holders)
                 time.sleep(0.001)
@@ -36,7 +36,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
 
 
 def fail_holding(lock: Path) -> None:
-    with locked(lock, "waiting"):
+    with hold_lock(lock, "waiting"):
         assert try_lock(lock) is None
         raise ZeroDivisionError
 
