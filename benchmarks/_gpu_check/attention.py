@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _gpu_check import fixtures, timing
 from _gpu_check.rows import Context, Result, Skip
-from openchatkit.models.layers import causal_attention, confining_mask
+from openchatkit.models.layers import causal_attention, document_mask
 
 # Rows, heads, length and width of a head.
 FULL = ((4, 32, 2048, 128), (8, 8, 2048, 256))
@@ -44,7 +44,7 @@ class Case:
         self.gradient = torch.randn(
             rows, length, heads * width, device=device, dtype=torch.bfloat16, generator=generator
         )
-        self.starts = fixtures.Tokens(length, 16, documents=True).batch(0, rows).starts
+        self.starts = fixtures.Tokens(length, 16, documents=True).batch(0, rows).document_starts
 
     def contestants(self) -> list[tuple[str, Attend, bool, bool]]:
         """Name, attention, whether it is confined to documents, and whether it needs CUDA."""
@@ -79,12 +79,12 @@ class Case:
         """Relative distance of the first row's output from plain float32 arithmetic."""
         query, key, value = (tensor[:1].float() for tensor in self.inputs)
         starts = self.starts[:1].to(self.device) if documents else torch.zeros_like(self.starts[:1]).to(self.device)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(self.shape[3]) + confining_mask(starts, torch.float32)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(self.shape[3]) + document_mask(starts, torch.float32)
         wanted = (scores.softmax(-1) @ value).transpose(1, 2).flatten(-2)
         return ((found[:1].float() - wanted).norm() / wanted.norm()).item()
 
     def _masked(self) -> Attend:
-        mask = confining_mask(self.starts.to(self.device), torch.bfloat16)
+        mask = document_mask(self.starts.to(self.device), torch.bfloat16)
         return lambda query, key, value: causal_attention(query, key, value, mask)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

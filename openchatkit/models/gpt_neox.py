@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from openchatkit.errors import UserError
+from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, first, whole
 from openchatkit.models.family import Family
-from openchatkit.models.layers import ACTIVATIONS, causal_attention, known_activation, rotate_halves
+from openchatkit.models.layers import ACTIVATIONS, causal_attention, check_activation, rotate_halves
 
 
-class Embed(nn.Module):
+class GPTNeoXEmbed(nn.Module):
     """Token ids [batch, length] -> [batch, length, hidden_size]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -25,7 +26,7 @@ class Embed(nn.Module):
         return self.embed_in(tokens)
 
 
-class Attention(nn.Module):
+class GPTNeoXAttention(nn.Module):
     """Causal self-attention; the rows of `query_key_value` are q, k, v of head 0, then of head 1, and so on."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -34,14 +35,16 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         heads = self.query_key_value(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query, key, value = heads.chunk(3, dim=-1)
         query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(key, value)
         return self.dense(causal_attention(query, key, value, mask))
 
 
-class MLP(nn.Module):
+class GPTNeoXMLP(nn.Module):
     """Two linear maps around the activation."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -54,7 +57,7 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
 
 
-class Layer(nn.Module):
+class GPTNeoXLayer(nn.Module):
     """[batch, length, hidden_size] -> the same; `cos`, `sin` and `mask` say where each token is and what it sees."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -62,18 +65,18 @@ class Layer(nn.Module):
         self.parallel_residual = config.parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.attention = GPTNeoXAttention(config)
+        self.mlp = GPTNeoXMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), cos, sin, mask)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), cos, sin, mask, cache)
         if self.parallel_residual:
             return x + attended + self.mlp(self.post_attention_layernorm(x))
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Head(nn.Module):
+class GPTNeoXHead(nn.Module):
     """The final norm, and the projection to the vocabulary (without bias)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -109,7 +112,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=whole(raw, "max_position_embeddings", default=2048),
         rotary_dim=int(hidden_size // num_heads * float(fraction)),
         rotary_base=float(base),
-        activation=known_activation(raw.get("hidden_act", "gelu")),
+        activation=check_activation(raw.get("hidden_act", "gelu")),
         norm_eps=float(raw.get("layer_norm_eps", 1e-5)),
         parallel_residual=bool(raw.get("use_parallel_residual", True)),
         attention_bias=bool(raw.get("attention_bias", True)),
@@ -121,9 +124,9 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 FAMILY = Family(
     name="gpt_neox",
     config_from_hf=config_from_hf,
-    embed=Embed,
-    layer=Layer,
-    head=Head,
+    embed=GPTNeoXEmbed,
+    layer=GPTNeoXLayer,
+    head=GPTNeoXHead,
     norm="final_layer_norm",
     projection="embed_out",
     embedding="embed_in",

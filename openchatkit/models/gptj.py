@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, whole
 from openchatkit.models.family import Family
-from openchatkit.models.layers import ACTIVATIONS, causal_attention, known_activation, rotate_pairs
+from openchatkit.models.layers import ACTIVATIONS, causal_attention, check_activation, rotate_pairs
 
 
-class Embed(nn.Module):
+class GPTJEmbed(nn.Module):
     """Token ids [batch, length] -> [batch, length, hidden_size]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -24,7 +25,7 @@ class Embed(nn.Module):
         return self.wte(tokens)
 
 
-class Attention(nn.Module):
+class GPTJAttention(nn.Module):
     """Causal self-attention with separate projections and no biases."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -35,16 +36,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         query, key, value = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(key, value)
         return self.out_proj(causal_attention(query, key, value, mask))
 
 
-class MLP(nn.Module):
+class GPTJMLP(nn.Module):
     """Two linear maps around the activation."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,21 +60,21 @@ class MLP(nn.Module):
         return self.fc_out(self.activation(self.fc_in(x)))
 
 
-class Layer(nn.Module):
+class GPTJLayer(nn.Module):
     """[batch, length, hidden_size] -> the same; attention and MLP read one norm and are added together."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.attn = GPTJAttention(config)
+        self.mlp = GPTJMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         normed = self.ln_1(x)
-        return x + self.attn(normed, cos, sin, mask) + self.mlp(normed)
+        return x + self.attn(normed, cos, sin, mask, cache) + self.mlp(normed)
 
 
-class Head(nn.Module):
+class GPTJHead(nn.Module):
     """The final norm, and the projection to the vocabulary (with bias)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,7 +100,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=whole(raw, "n_positions", "max_position_embeddings", default=2048),
         rotary_dim=whole(raw, "rotary_dim", default=64),
         rotary_base=10000.0,
-        activation=known_activation(raw.get("activation_function", "gelu_new")),
+        activation=check_activation(raw.get("activation_function", "gelu_new")),
         norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
         parallel_residual=True,
         attention_bias=False,
@@ -109,9 +112,9 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 FAMILY = Family(
     name="gptj",
     config_from_hf=config_from_hf,
-    embed=Embed,
-    layer=Layer,
-    head=Head,
+    embed=GPTJEmbed,
+    layer=GPTJLayer,
+    head=GPTJHead,
     norm="ln_f",
     projection="lm_head",
     embedding="wte",

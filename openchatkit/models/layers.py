@@ -1,4 +1,4 @@
-"""Pieces that both families share: activations, rotary tables, rotation, and attention with what it may see."""
+"""Pieces that both families share: activations, rotary tables, rotation, attention and its masks."""
 
 import functools
 from collections.abc import Callable
@@ -24,15 +24,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def known_activation(name: str) -> str:
-    """`name` if the kit has this activation, else a UserError that lists those it has."""
+def check_activation(name: str) -> str:
+    """Return `name` if the kit has this activation; UserError lists those it has."""
     if name not in ACTIVATIONS:
         raise UserError(f"config.json: activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     return name
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of position x inverse frequency, in float32, grown to the longest sequence seen.
+    """Table of cos and sin of position x inverse frequency, in float32, grown to the longest sequence seen.
 
     Inverse frequency j is base^(-2j / rotary_dim) (Su et al., RoFormer, arXiv 2104.09864, section 3.4). The CPU
     computes the table for every device: powers, sines and cosines differ in the last bit from processor to processor.
@@ -54,7 +54,7 @@ class RotaryTable(nn.Module):
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GPT-NeoX's rotation of x [batch, heads, length, head_dim]: dimension j pairs with j + rotary_dim / 2.
+    """Rotate x [batch, heads, length, head_dim] as GPT-NeoX does: dimension j pairs with j + rotary_dim / 2.
 
     cos and sin are [length, rotary_dim / 2], or with positions that differ from row to row [batch, 1, length, ...].
     """
@@ -66,7 +66,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """GPT-J's rotation of x [batch, heads, length, head_dim]: dimension 2j pairs with 2j + 1; see `rotate_halves`."""
+    """Rotate x [batch, heads, length, head_dim] as GPT-J does: dimension 2j pairs with 2j + 1; see `rotate_halves`."""
     rotary_dim = 2 * cos.shape[-1]
     turning, rest = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
     even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
@@ -74,21 +74,24 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def confining_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the attention's scores so that token t sees the tokens from starts[t] to t and no others.
+def document_mask(document_starts: Tensor, dtype: torch.dtype, *, before: int = 0) -> Tensor:
+    """Return the block-diagonal mask with which token t sees the tokens from document_starts[t] to t and no others.
 
-    starts is int64 [batch, length]; returns [batch, 1, length, length] of zeros and minus infinities. Not booleans: of
-    those, every layer's attention would make itself such a mask, and keep it for backward.
+    document_starts is int64 [batch, length], of tokens that follow `before` others in their row. The mask, zeros and
+    minus infinities [batch, 1, length, before + length], is added to the attention's scores. Every layer's attention
+    would make such a mask of a boolean one, and keep it for backward.
     """
-    place = torch.arange(starts.shape[1], device=starts.device)
-    seen = (place >= starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
+    place = torch.arange(before + document_starts.shape[1], device=document_starts.device)
+    seen = (place >= document_starts.unsqueeze(-1)) & (place <= place[before:].unsqueeze(-1))
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention over [batch, heads, length, head_dim]; returns [batch, length, heads * head_dim].
+    """Attend over [batch, heads, length, head_dim]; returns [batch, length, heads * head_dim].
 
-    A token sees itself and all before it, or what a `confining_mask` lets it see.
+    Without a mask (see `document_mask`) a token sees itself and all before it; a single query may follow earlier keys.
     """
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    causal = mask is None and query.shape[2] == key.shape[2]
+    assert causal or mask is not None or query.shape[2] == 1, f"{query.shape[2]} tokens after others need a mask"
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
     return mixed.transpose(1, 2).flatten(-2)

@@ -1,13 +1,14 @@
-"""A run of consecutive layers, with or without the embedding before and the head behind: a whole model or a part."""
+"""Consecutive layers of a model, with or without the embedding before and the head after them: a part or the whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.layers import RotaryTable, confining_mask
+from openchatkit.models.layers import RotaryTable, document_mask
 from openchatkit.models.names import EMBED, HEAD, layer_name, shard_names
 from openchatkit.models.registry import family
 
@@ -17,10 +18,13 @@ class Stage(nn.Module):
 
     forward takes token ids [batch, length] where the stage has the embedding, else hidden states
     [batch, length, hidden_size], and returns hidden states, normed where it has the head; `logits` projects those.
-    `starts`, int64 [batch, length], confines attention to documents that share a row: token t sees those from
-    starts[t] to t, and its position is t - starts[t]; without it a row is one document.
-    With tied embeddings the head's projection is a parameter of its own that starts equal to the embedding: who trains
-    the model adds the two gradients and applies the sum to both.
+    `document_starts`, int64 [batch, length], confines attention to documents that share a row: token t sees those from
+    document_starts[t] to t, and its position is t - document_starts[t]; without it a row is one document.
+    `cache` (see `new_cache`) holds the tokens of earlier calls: those given now follow them, t counts all of them, and
+    `document_starts` are those of the new ones. `mask`, bool [..., length, all tokens], is true where a row's token
+    sees a column's, instead of itself and all before it.
+    With tied embeddings the head's projection is a parameter of its own that starts equal to the embedding: training
+    adds the two gradients and applies the sum to both.
     """
 
     def __init__(
@@ -40,13 +44,27 @@ class Stage(nn.Module):
         self.shards = nn.ModuleDict({name: family(config).module(config, name) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
 
-    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        cos, sin = self.rotary(x.shape[1], x.device)
-        mask = None
-        if starts is not None:
-            positions = torch.arange(x.shape[1], device=x.device) - starts
+    def forward(
+        self,
+        x: Tensor,
+        document_starts: Tensor | None = None,
+        *,
+        cache: Sequence[KVCache] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        before = cache[0].length if cache else 0
+        length = before + x.shape[1]
+        # Of a cache's whole capacity, so that one table serves all its calls.
+        cos, sin = self.rotary(cache[0].capacity if cache else length, x.device)
+        if document_starts is None and mask is None and before and x.shape[1] > 1:
+            document_starts = torch.zeros(1, x.shape[1], dtype=torch.int64, device=x.device)
+        if document_starts is None:
+            cos, sin = cos[before:length], sin[before:length]
+        else:
+            positions = torch.arange(before, length, device=x.device) - document_starts
             cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-            mask = confining_mask(starts, self._compute_dtype(x.device))
+            mask = document_mask(document_starts, self._compute_dtype(x.device), before=before)
+        caches = iter(cache or ())
         for name, module in self.shards.items():
             if name == EMBED:
                 x = module(x)
@@ -54,6 +72,8 @@ class Stage(nn.Module):
                 x = x.to(self._compute_dtype(x.device))
             elif name == HEAD:
                 x = module(x)
+            elif cache is not None:
+                x = module(x, cos, sin, mask, next(caches))
             elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(module, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -61,26 +81,36 @@ class Stage(nn.Module):
         return x
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What products are computed in: autocast's dtype where it is on, else that of the parameters."""
+        """Return the dtype of products: autocast's where it is on, else that of the parameters."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return next(self.parameters()).dtype
 
+    def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
+        """Make an empty cache of this stage's layers for `batch` rows of up to `capacity` tokens each."""
+        device = next(self.parameters()).device
+        heads, width = self.config.num_heads, self.config.head_dim
+        dtype = self._compute_dtype(device)
+        layers = [name for name in self.shards if name not in (EMBED, HEAD)]
+        return [KVCache(batch, heads, capacity, width, dtype=dtype, device=device) for _ in layers]
+
     @property
     def projection(self) -> nn.Linear:
         """The map from normed hidden states to the vocabulary, of a stage that has the head."""
-        return getattr(self.shards[HEAD], family(self.config).projection)
+        projection = getattr(self.shards[HEAD], family(self.config).projection)
+        assert isinstance(projection, nn.Linear), projection
+        return projection
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[batch, length, hidden_size] as `forward` of a stage with the head returns it -> [batch, length, vocab]."""
+        """Project what `forward` of a stage with the head returns, [batch, length, hidden_size], to [..., vocab]."""
         return self.projection(hidden)
 
     def named_shards(self) -> Iterator[tuple[str, nn.Module]]:
-        """The stage's shards in the order of the data's flow."""
+        """Yield the stage's shards in the order of the data's flow."""
         yield from self.shards.items()
 
     def load(self, shard: str, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-        """Take a shard's stored tensors as its parameters; they become the parameters themselves, uncopied.
+        """Take a shard's stored tensors as its parameters, without a copy.
 
         `tensors` must hold exactly the shard's parameters, the tied projection included.
         """

@@ -84,7 +84,7 @@ class Pipeline:
         losses: list[Tensor] = []
         first = (tokens,) if self.layout.stage == 0 else ()
         last = {"target": target, "losses": losses} if self.layout.is_last_stage else {}
-        every = {} if starts is None else {"starts": starts}
+        every = {} if starts is None else {"document_starts": starts}
         step(*first, return_outputs=False, **last, **every)
         return self._total(losses)
 

@@ -68,11 +68,11 @@ def stages_of(model, *, cuts=()):
     return stages
 
 
-def through(stages, tokens, starts=None):
+def through(stages, tokens, document_starts=None):
     """Logits of a model cut into stages."""
     x = tokens
     for stage in stages:
-        x = stage(x, starts)
+        x = stage(x, document_starts)
     return stages[-1].logits(x)
 
 
