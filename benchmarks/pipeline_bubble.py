@@ -30,7 +30,7 @@ def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):
     from openchatkit.distributed.layout import make_layout
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
-    from openchatkit.training.allocator import keep_freed_memory
+    from openchatkit.training.device import keep_freed_memory
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
     from openchatkit.training.step import Schedule, Trainer

@@ -1,5 +1,7 @@
 """How the ranks of a job are laid out: stages of a pipeline times replicas of it, and the groups they talk in."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,6 +108,30 @@ def make_layout(*, rank: int, stages: int, replicas: int, device: torch.device, 
         data=_own_group(lines, rank, timeout) if replicas > 1 else None,
         control=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+def stage_layers(num_layers: int, *, stages: int, layers_per_stage: int) -> list[tuple[int, int]]:
+    """The first and the last (exclusive) layer of each stage; every stage but the last has `layers_per_stage`.
+
+    0 spreads the layers evenly. UserError when the stages cannot hold all layers or one would be left without any.
+    """
+    if not layers_per_stage:
+        if num_layers < stages:
+            raise UserError(f"--pipeline-group-size {stages}: the model has only {num_layers} layers")
+        borders = [round(i * num_layers / stages) for i in range(stages + 1)]
+        return list(itertools.pairwise(borders))
+    enough = math.ceil(num_layers / stages)
+    if layers_per_stage * stages < num_layers:
+        raise UserError(
+            f"--num-layers {layers_per_stage} x --pipeline-group-size {stages} = {layers_per_stage * stages} layers, "
+            f"the model has {num_layers}: give --num-layers {enough}"
+        )
+    if layers_per_stage * (stages - 1) >= num_layers:
+        raise UserError(
+            f"--num-layers {layers_per_stage} leaves the last of {stages} stages without a layer, "
+            f"the model has {num_layers}: give --num-layers {enough} or fewer stages"
+        )
+    return [(i * layers_per_stage, min((i + 1) * layers_per_stage, num_layers)) for i in range(stages)]
 
 
 def _own_group(members: Sequence[range], rank: int, timeout: timedelta) -> dist.ProcessGroup:

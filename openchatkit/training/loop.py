@@ -13,13 +13,13 @@ from openchatkit.cli import command
 from openchatkit.distributed import network
 from openchatkit.distributed.processes import ECHO_SECONDS
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
-from openchatkit.training import allocator, config
+from openchatkit.training import config, device
 from openchatkit.training.config import Settings
 
 if TYPE_CHECKING:
-    from openchatkit.training.accounts import Accounts
+    from openchatkit.training.ledger_writer import LedgerWriter
     from openchatkit.training.metrics import Reporter
-    from openchatkit.training.setup import Progress, Run
+    from openchatkit.training.setup import RunInputs, RunProgress
     from openchatkit.training.step import StepResult, Trainer
 
 # After this many steps in a row whose gradient is not finite, training is not coming back by itself.
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         host = network.parse_url(settings.dist_url)[0] if settings.dist_url else ""
         network.choose_interface(settings.net_interface, host)
     if settings.use_cuda:
-        allocator.let_cuda_blocks_grow()
+        device.let_cuda_blocks_grow()
 
     # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
     from openchatkit.training.metrics import configure_logging
@@ -51,7 +51,6 @@ def _train(settings: Settings) -> int:
     from openchatkit.distributed import rendezvous
     from openchatkit.distributed.layout import make_layout
     from openchatkit.training import checkpoints, setup
-    from openchatkit.training.determinism import make_deterministic
 
     if settings.rank == 0:
         for flag, why in config.ignored_flags(settings).items():
@@ -59,11 +58,11 @@ def _train(settings: Settings) -> int:
         if settings.nepochs is not None and settings.total_steps is not None:
             logger.warning("--nepochs has no effect: --total-steps {} is given", settings.total_steps)
     if settings.deterministic:
-        make_deterministic()
-    device = setup.choose_device(settings)
+        device.make_deterministic()
+    own_device = device.choose_device(settings)
     run = setup.prepare_run(settings)
     timeout = timedelta(seconds=settings.timeout)
-    place = {"rank": settings.rank, "device": device, "timeout": timeout}
+    place = {"rank": settings.rank, "device": own_device, "timeout": timeout}
     try:
         if settings.world_size > 1:
             rendezvous.connect(settings.dist_url, world_size=settings.world_size, **place)
@@ -79,11 +78,11 @@ def _train(settings: Settings) -> int:
 class Loop:
     """Steps, evaluations and checkpoints until the end, or until some rank is asked to stop."""
 
-    def __init__(self, settings: Settings, run: "Run", trainer: "Trainer", progress: "Progress") -> None:
+    def __init__(self, settings: Settings, run: "RunInputs", trainer: "Trainer", progress: "RunProgress") -> None:
         self.settings, self.run_data, self.trainer, self.progress = settings, run, trainer, progress
         self.total_steps = run.total_steps
         self._reporter: Reporter | None = None  # on rank 0 only, as the next
-        self._accounts: Accounts | None = None
+        self._ledger: LedgerWriter | None = None
         self._stop = False
         self._asked_to_stop = math.inf  # when, in seconds of time.monotonic()
         self._not_finite = 0  # steps in a row, up to the last one, whose gradient was not finite
@@ -98,7 +97,7 @@ class Loop:
         """Train; returns 0 when all steps are done, 75 when stopped before (a checkpoint is written either way)."""
         from loguru import logger
 
-        from openchatkit.training.profiling import profiler
+        from openchatkit.training.device import profiler
 
         if self.progress.step >= self.total_steps:
             if self.trainer.layout.rank == 0:
@@ -125,8 +124,8 @@ class Loop:
         self.progress.step += 1
         self.progress.tokens += tokens
         self._note(result)
-        if self._accounts is not None:
-            self._accounts.add(self.progress.step, self.trainer.global_batch, result)
+        if self._ledger is not None:
+            self._ledger.add(self.progress.step, self.trainer.global_batch, result)
         if self._reporter is not None:
             row = {
                 "step": self.progress.step,
@@ -214,8 +213,8 @@ class Loop:
         last = stop or self.progress.step == self.total_steps
         if not (self._save_due or last) or not self._may_save(last=last):
             return
-        if self._accounts is not None:
-            self.progress.ledger = self._accounts.sync()
+        if self._ledger is not None:
+            self.progress.ledger = self._ledger.sync()
         checkpoints.save(
             self.settings.checkpoint_path,
             self.progress.step,
@@ -268,14 +267,14 @@ class Loop:
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
         """Keep the run's ledger and report its numbers, on rank 0."""
-        from openchatkit.training.accounts import Accounts
+        from openchatkit.training.ledger_writer import LedgerWriter
         from openchatkit.training.metrics import Reporter
 
         if self.trainer.layout.rank != 0:
             yield
             return
         folder, trainer = self.settings.checkpoint_path, self.trainer
-        self._accounts = Accounts(folder, self.progress, trainer.layout, trainer.schedule)
+        self._ledger = LedgerWriter(folder, self.progress, trainer.layout, trainer.schedule)
         self._reporter = Reporter(
             folder,
             first_step=self.progress.step,
@@ -289,7 +288,7 @@ class Loop:
             yield
         finally:
             self._reporter.close()
-            self._accounts.close()
+            self._ledger.close()
 
     @contextlib.contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:

@@ -8,21 +8,19 @@ from typing import Any
 import torch
 from loguru import logger
 
-from openchatkit import loading
 from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.distributed.layout import Layout
+from openchatkit.distributed.layout import Layout, stage_layers
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
+from openchatkit.models.config import ModelConfig
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
-from openchatkit.training.allocator import keep_freed_memory
 from openchatkit.training.config import MODEL_TYPES, Settings, recorded
 from openchatkit.training.optimizer import build_optimizer
-from openchatkit.training.partition import check_model, stage_layers
 from openchatkit.training.precision import LossScaler, compute_dtype
 from openchatkit.training.step import Schedule, Trainer
 
@@ -30,7 +28,7 @@ _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInputs:
     """What a run works on, before any rank has met another. `layers` are this run's stages' first and last layers."""
 
     shards: LayerShards
@@ -41,7 +39,7 @@ class Run:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands: steps taken, and tokens put through, both since its first start.
 
     `ledger` is the chain of the ledger's rows up to the last checkpoint, which only rank 0 keeps up to date; None for
@@ -56,25 +54,10 @@ class Progress:
     proven: int | None = None
 
 
-def choose_device(settings: Settings) -> torch.device:
-    """Return the GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
-    device = loading.choose_device(
-        "auto" if settings.use_cuda else "cpu",
-        gpu=settings.cuda_id,
-        mps=False,
-        advice="start fewer ranks here, or give --use-cuda false",
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-    return device
-
-
-def prepare_run(settings: Settings) -> Run:
+def prepare_run(settings: Settings) -> RunInputs:
     """Open the model and the data and check them against the flags; UserError for whatever does not fit."""
     shards = LayerShards.open(settings.model_name)
-    check_model(
+    _check_model(
         shards.config,
         family=MODEL_TYPES.get(settings.model_type),
         embedding_dim=settings.embedding_dim,
@@ -91,13 +74,13 @@ def prepare_run(settings: Settings) -> Run:
         evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
     if settings.rank == 0:
         _tell_what_is_ignored(settings, shards)
-    run = Run(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
+    run = RunInputs(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
     if settings.rank == 0:
         _tell_epochs(dataset, run.total_steps * _rows(settings))
     return run
 
 
-def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer, Progress]:
+def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[Trainer, RunProgress]:
     """Build this rank's stage with the weights of the newest checkpoint, or of the model where there is none."""
     checkpoints.check_same_data([run.dataset, run.evaluation], layout)
     first, last = run.layers[layout.stage]
@@ -114,7 +97,7 @@ def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer
     layout.together(lambda: _fill(stage, settings, run, resumed, layout.device))
     trainer = _trainer(settings, run, layout, stage)
     if resumed is None:
-        return trainer, Progress()
+        return trainer, RunProgress()
     checkpoints.load_optimizer(trainer.optimizer, stage, resumed)
     state = checkpoint.read_state(resumed)
     trainer.scaler.load_state_dict(state["loss_scaler"])
@@ -123,10 +106,10 @@ def build_trainer(settings: Settings, run: Run, layout: Layout) -> tuple[Trainer
         before, now = state.get("precision"), str(trainer.dtype).removeprefix("torch.")
         if before not in (None, now):
             logger.warning("{} was trained in {}: going on in {}", resumed, before, now)
-    return trainer, Progress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
+    return trainer, RunProgress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
 
 
-def _fill(stage: Stage, settings: Settings, run: Run, resumed: Path | None, device: torch.device) -> None:
+def _fill(stage: Stage, settings: Settings, run: RunInputs, resumed: Path | None, device: torch.device) -> None:
     """Give a stage its weights: a checkpoint's, the model's, or random ones."""
     if resumed is not None:
         # One pass over the bytes covers the weights and the optimizer's state.
@@ -139,7 +122,7 @@ def _fill(stage: Stage, settings: Settings, run: Run, resumed: Path | None, devi
         stage.init_weights(settings.seed)
 
 
-def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress) -> dict[str, Any]:
+def state_of(settings: Settings, run: RunInputs, trainer: Trainer, progress: RunProgress) -> dict[str, Any]:
     """What state.json says of a run at this point."""
     layers_per_stage = run.layers[0][1] - run.layers[0][0]
     return {
@@ -161,6 +144,25 @@ def state_of(settings: Settings, run: Run, trainer: Trainer, progress: Progress)
         "settings": recorded(settings),
         "versions": checkpoints.versions(),
     }
+
+
+def _check_model(
+    config: ModelConfig, *, family: str | None, embedding_dim: int | None, seq_length: int, vocabulary: int
+) -> None:
+    """Raise UserError where the flags or the tokenizer do not describe the model."""
+    if family and family != config.family:
+        raise UserError(f"--model-type: the flag says {family}, the model's config.json {config.family}")
+    if embedding_dim and embedding_dim != config.hidden_size:
+        raise UserError(f"--embedding-dim {embedding_dim}: the model's hidden size is {config.hidden_size}")
+    if seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"--seq-length {seq_length}: the model was made for at most {config.max_position_embeddings} tokens"
+        )
+    if vocabulary > config.vocab_size:
+        raise UserError(
+            f"--tokenizer-name: the tokenizer has {vocabulary} tokens, the model's embedding {config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def _total_steps(settings: Settings, dataset: Dataset) -> int:
@@ -197,7 +199,7 @@ def _tell_epochs(dataset: Dataset, samples: int) -> None:
         logger.info("{}: {:.3g} epochs in {:,} samples of all sources", source.name, epochs, samples)
 
 
-def _resume_from(settings: Settings, run: Run, layout: Layout) -> Path | None:
+def _resume_from(settings: Settings, run: RunInputs, layout: Layout) -> Path | None:
     root = settings.checkpoint_path
     newest = checkpoints.newest(root, layout)
     if newest is None:
@@ -221,7 +223,7 @@ def _resume_from(settings: Settings, run: Run, layout: Layout) -> Path | None:
     return newest
 
 
-def _trainer(settings: Settings, run: Run, layout: Layout, stage: Stage) -> Trainer:
+def _trainer(settings: Settings, run: RunInputs, layout: Layout, stage: Stage) -> Trainer:
     optimizer = build_optimizer(
         settings.optimizer,
         stage,

@@ -19,8 +19,8 @@ from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
-from openchatkit.training.accounts import Accounts
-from openchatkit.training.setup import Progress
+from openchatkit.training.ledger_writer import LedgerWriter
+from openchatkit.training.setup import RunProgress
 from openchatkit.training.step import Schedule, Trainer
 
 
@@ -70,7 +70,7 @@ def test_losses_by_source_are_those_of_a_plain_loss(tmp_path, mixed, change):
     for shard in stage.shards:
         stage.load(shard, shards.read(shard), dtype=torch.float64)
     batch = dataset.batch(0, 8)
-    logits = stage.logits(stage(batch.tokens, batch.starts)).transpose(1, 2)
+    logits = stage.logits(stage(batch.tokens, batch.document_starts)).transpose(1, 2)
     losses = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="none")
     steps = [row for row in metrics.read(path.parent) if "loss" in row]
     assert steps[0]["sources"].keys() == {source.name for source in dataset.sources}
@@ -136,12 +136,12 @@ def test_a_lost_ledger_is_told_and_begun_anew(tmp_path, flags):
 def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, capsys, chain, warned):
     layout, schedule = Layout(0, 1, 1, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
     result = SimpleNamespace(digest=(1 << 64) - 1, applied=True)
-    for progress in (Progress(), Progress(3, 100, chain)):
-        accounts = Accounts(tmp_path, progress, layout, schedule)
+    for progress in (RunProgress(), RunProgress(3, 100, chain)):
+        writer = LedgerWriter(tmp_path, progress, layout, schedule)
         for step in range(progress.step + 1, progress.step + 4):
-            accounts.add(step, 8, result)
-        found = accounts.sync()
-        accounts.close()
+            writer.add(step, 8, result)
+        found = writer.sync()
+        writer.close()
     assert ("is not the ledger" in capsys.readouterr().err) == warned
     entries = ledger.read(tmp_path)
     assert [(entry.first, entry.count, entry.digest) for entry in entries] == [(8 * i, 8, "f" * 16) for i in range(6)]

@@ -18,8 +18,8 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.models.stage import Stage
-from openchatkit.training import allocator, checkpoints
-from openchatkit.training.determinism import make_deterministic
+from openchatkit.training import checkpoints
+from openchatkit.training.device import let_cuda_blocks_grow, make_deterministic
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer
 
@@ -87,7 +87,7 @@ def test_a_step_asks_the_device_for_nothing_between_its_two_reductions(flags, pr
     optimizer = torch.optim.SGD(stage.parameters())
     scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
     trainer = Trainer(stage, layout, optimizer, scaler, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place)
-    data = DataOptions(prepared["neox"], cache_dir=flags["data_cache"], seq_length=48, packing="documents")
+    data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
     dataset = build_dataset(str(flags["task_name"]), data)
     assert (dataset.batch(0, 8).labels == -100).any()
     assert (dataset.batch(0, 8).labels != -100).any()
@@ -148,7 +148,7 @@ def test_cuda_blocks_grow_unless_the_user_says_how(monkeypatch, name):
         monkeypatch.delenv(other)
     if name:
         monkeypatch.setenv(name, "max_split_size_mb:512")
-    allocator.let_cuda_blocks_grow()
+    let_cuda_blocks_grow()
     expected = {name: "max_split_size_mb:512"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")} == expected
 
@@ -159,7 +159,7 @@ def test_a_rank_sets_what_torch_reads_as_it_starts_before_torch_is_there(tmp_pat
         "import os, sys\n"
         "from openchatkit.training import loop\n"
         "loop._train = lambda settings: print('torch' in before, os.environ.get('PYTORCH_ALLOC_CONF')) or 0\n"
-        "grow, before = loop.allocator.let_cuda_blocks_grow, set(sys.modules)\n"
+        "grow, before = loop.device.let_cuda_blocks_grow, set(sys.modules)\n"
         "loop.main(sys.argv[1:])\n"
     )
     argv = ["--model-name", "m", "--task-name", "d", "--total-steps", "1", "--use-cuda", use_cuda]

@@ -2,9 +2,9 @@
 
 import pytest
 
+from openchatkit.distributed.layout import stage_layers
 from openchatkit.errors import UserError
 from openchatkit.training.optimizer import learning_rate
-from openchatkit.training.partition import stage_layers
 from openchatkit.training.precision import LossScaler
 
 

@@ -7,18 +7,18 @@ from loguru import logger
 
 from openchatkit.distributed.layout import Layout
 from openchatkit.formats import ledger
-from openchatkit.formats.tensor_file import storage_errors
-from openchatkit.training.setup import Progress
+from openchatkit.storage import storage_errors
+from openchatkit.training.setup import RunProgress
 from openchatkit.training.step import Schedule, StepResult
 
 
-class Accounts:
+class LedgerWriter:
     """Goes on with the ledger in `folder` behind `progress`, and says so if its rows are not those of the checkpoint.
 
     They still tell what they tell; but that each sample before was trained exactly once is proved no more.
     """
 
-    def __init__(self, folder: Path, progress: Progress, layout: Layout, schedule: Schedule) -> None:
+    def __init__(self, folder: Path, progress: RunProgress, layout: Layout, schedule: Schedule) -> None:
         self.folder = folder
         with storage_errors(folder):
             self._writer = ledger.Writer(folder, progress.step)

@@ -1,0 +1,112 @@
+"""The device of this rank: which one it is, how memory is given out there, and whether a run gives the same bits twice.
+
+Some of it is set before torch is imported, so this module imports torch where it uses it.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openchatkit.errors import UserError
+from openchatkit.training.config import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+_TRACES = Path("trace_json")
+
+# Each of them is the user's own choice. torch reads the first two for CUDA, whichever is set.
+_CUDA_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+# cuBLAS reads it when it starts, with the first product; torch knows of these two that both keep its sums in order.
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACES = (":4096:8", ":16:8")
+
+# Parameters of glibc's mallopt.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def choose_device(settings: Settings) -> "torch.device":
+    """Return the GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
+    import torch
+
+    from openchatkit import loading
+
+    device = loading.choose_device(
+        "auto" if settings.use_cuda else "cpu",
+        gpu=settings.cuda_id,
+        mps=False,
+        advice="start fewer ranks here, or give --use-cuda false",
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return device
+
+
+def let_cuda_blocks_grow() -> None:
+    """Ask torch for expandable segments on GPUs unless the environment says how; call it before CUDA is first used.
+
+    Blocks of a fixed size that are too small for the next tensor lie idle.
+    """
+    if not any(name in os.environ for name in _CUDA_ALLOCATOR):
+        os.environ[_CUDA_ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to take no block from mmap and never to shrink its heap; does nothing elsewhere.
+
+    The next step wants the same blocks again. By default glibc gives large ones back to the system, whose kernel fills
+    each page with zeros when it is touched again: a tenth of a CPU training step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def make_deterministic() -> None:
+    """Allow only kernels whose results do not vary from run to run; call it before CUDA is first used.
+
+    torch's fastest GPU kernels add in whatever order their threads finish; the CPU's do not. UserError where the
+    environment asks cuBLAS for the opposite.
+    """
+    import torch
+
+    given = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
+    if given not in _WORKSPACES:
+        raise UserError(
+            f"{_WORKSPACE}={given}: --deterministic needs {' or '.join(_WORKSPACES)}; unset it for the first"
+        )
+    torch.use_deterministic_algorithms(True)
+    # By default every new tensor is then filled, in case it is read before it is written, which does not happen here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Flash and memory-efficient attention have backward passes that keep the order; cuDNN's has none.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def profiler(settings: Settings) -> "contextlib.AbstractContextManager[torch.profiler.profile | None]":
+    """Return `--profiling`'s profiler, whose `step` is to be called after each step, or a context of None without it.
+
+    It lets two steps pass and records three, with the pipeline's forwards and backwards by name, in a Chrome trace a
+    rank. `tidy_profiling` records which operations run; `pytorch_profiling` also their shapes and memory.
+    """
+    import torch
+
+    if settings.profiling == "no-profiling":
+        return contextlib.nullcontext()
+    _TRACES.mkdir(exist_ok=True)
+    name = f"{settings.job_id}_rank{settings.rank}_{settings.trace_postfix}.json"
+    full = settings.profiling == "pytorch_profiling"
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(_TRACES / name)),
+        record_shapes=full,
+        profile_memory=full,
+    )
