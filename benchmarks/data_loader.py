@@ -23,7 +23,7 @@ from loguru import logger
 from openchatkit.data.dataset import Dataset
 from openchatkit.data.options import LOSS_ON, PACKINGS, DataOptions
 from openchatkit.data.samples.packing import pack
-from openchatkit.data.samples.source import Content, Source
+from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.formats.token_store import TokenStore, TokenStoreWriter
 
 VOCABULARY = 50_000
@@ -48,8 +48,8 @@ def open_dataset(prefix: Path, packing: str, loss_on: str) -> Dataset:
     """A data set of one store, as training opens it."""
     store = TokenStore(prefix)
     content = Content(store, prefix.name, store.documents, trained_tokens=len(store.tokens) // 2)
-    source = Source(prefix.name, 1.0, [content], loss_on=loss_on, number=0, seed=1, cache_dir=prefix.parent)
-    options = DataOptions(prefix.parent, SEQ_LENGTH, packing=packing, loss_on=loss_on)
+    source = MixtureSource(prefix.name, 1.0, [content], loss_on=loss_on, number=0, seed=1, cache_dir=prefix.parent)
+    options = DataOptions(prefix.parent, seq_length=SEQ_LENGTH, packing=packing, loss_on=loss_on)
     return Dataset([source], [pack(source, SEQ_LENGTH, packing=packing, padding=0)], options, fingerprint="")
 
 

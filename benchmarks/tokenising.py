@@ -120,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import datasets
 
-    from openchatkit.data.records import Records
+    from openchatkit.data.records.reader import Records
     from openchatkit.data.stores.cache import cached_store
     from openchatkit.data.stores.tokenise import tokenise_all
     from openchatkit.data.stores.workers import cores

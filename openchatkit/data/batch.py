@@ -14,16 +14,16 @@ IGNORE = -100
 class Batch:
     """Samples `first`, `first` + 1, ...: one a row, all of one length.
 
-    tokens and labels are int64 [rows, length]: labels[i, t] is the token to predict behind tokens[i, t], or IGNORE
-    where none is trained on. `starts`, int64 [rows, length] or None, confines attention: the place in the row at which
-    the document of token t begins, from which on it may look back and its position counts; None lets every token see
-    all before it. `sources`, int64 [rows], says which of the data set's sources each row comes from.
+    tokens and labels are int64 [rows, length]: labels[i, t] is the token that follows tokens[i, t], or IGNORE where it
+    is not trained on. `document_starts`, int64 [rows, length] or None, confines attention: the place in the row at
+    which the document of token t begins, from which on it may look back and its position counts; None lets every token
+    see all before it. `sources`, int64 [rows], says which of the data set's sources each row comes from.
     """
 
     first: int
     tokens: Tensor
     labels: Tensor
-    starts: Tensor | None
+    document_starts: Tensor | None
     sources: Tensor
 
     @property
@@ -36,15 +36,19 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        starts = None if self.starts is None else move(self.starts)
-        return Batch(self.first, move(self.tokens), move(self.labels), starts, move(self.sources))
+        document_starts = None if self.document_starts is None else move(self.document_starts)
+        return Batch(self.first, move(self.tokens), move(self.labels), document_starts, move(self.sources))
 
     def digest(self) -> int:
         """A sum over the rows, modulo 2^64, of the first 64 bits of BLAKE2b of a sample's number and all its content.
 
         Being a sum, it is the same however samples were dealt to batches and batches to replicas. CPU tensors only.
         """
-        content = [self.tokens, self.labels] if self.starts is None else [self.tokens, self.labels, self.starts]
+        content = (
+            [self.tokens, self.labels]
+            if self.document_starts is None
+            else [self.tokens, self.labels, self.document_starts]
+        )
         columns = np.concatenate([tensor.numpy().astype("<i4") for tensor in content], axis=1)
         total = 0
         for row, values in enumerate(columns):

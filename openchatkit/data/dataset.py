@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from openchatkit.data.batch import Batch
-from openchatkit.data.mixture import Interleaving, Part, parse
+from openchatkit.data.mixture import Interleaving, TaskEntry, parse
 from openchatkit.data.options import DataOptions
 from openchatkit.data.samples.packing import Packed, pack
-from openchatkit.data.samples.source import Content, Source
+from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.data.stores.cache import cached_store, store_identity
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore
 
-# Part of every fingerprint: raise it when the same arguments would give other samples.
+# TaskEntry of every fingerprint: raise it when the same arguments would give other samples.
 _VERSION = 2
 
 
@@ -35,7 +35,7 @@ class Dataset:
     """
 
     def __init__(
-        self, sources: Sequence[Source], packed: Sequence[Packed], options: DataOptions, *, fingerprint: str
+        self, sources: Sequence[MixtureSource], packed: Sequence[Packed], options: DataOptions, *, fingerprint: str
     ) -> None:
         self.sources = tuple(sources)
         self.packed = tuple(packed)
@@ -85,13 +85,13 @@ def build_dataset(
     Every rank may call this at the same time. `flag` is named in errors.
     UserError: see `mixture.parse`, `records`, `cache`, `source`, `packing`.
     """
-    parts = parse(task_names, cache_dir=options.cache_dir, flag=flag)
+    parts = parse(task_names, cache_dir=options.data_cache, flag=flag)
     whole = options.whole_epochs and len(parts) > 1 and not any(part.weighted for part in parts)
     options = dataclasses.replace(options, whole_epochs=whole)
     tokenizer = Tokenizer(options.tokenizer)
     sources, packed = [], []
     for number, (part, name) in enumerate(zip(parts, _unique([part.name for part in parts]), strict=True)):
-        source = Source(
+        source = MixtureSource(
             name,
             part.weight,
             _contents(part, tokenizer, options),
@@ -99,14 +99,14 @@ def build_dataset(
             max_without_reply=options.max_without_reply,
             number=number,
             seed=options.seed,
-            cache_dir=options.cache_dir,
+            cache_dir=options.data_cache,
         )
         sources.append(source)
         packed.append(pack(source, options.seq_length, packing=options.packing, padding=tokenizer.padding))
     return Dataset(sources, packed, options, fingerprint=_fingerprint(sources, tokenizer, options))
 
 
-def _contents(part: Part, tokenizer: Tokenizer, options: DataOptions) -> list[Content]:
+def _contents(part: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -> list[Content]:
     """The stores of one part and what is known of them."""
     contents = []
     for file in part.files:
@@ -115,7 +115,7 @@ def _contents(part: Part, tokenizer: Tokenizer, options: DataOptions) -> list[Co
             tokenizer=tokenizer,
             separator=options.document_separator,
             bad_rows=options.bad_rows,
-            cache_dir=options.cache_dir,
+            cache_dir=options.data_cache,
         )
         contents.append(
             Content(
@@ -129,12 +129,12 @@ def _contents(part: Part, tokenizer: Tokenizer, options: DataOptions) -> list[Co
             )
         )
     for prefix in part.stores:
-        store, identity = TokenStore(prefix), store_identity(prefix, options.cache_dir)
+        store, identity = TokenStore(prefix), store_identity(prefix, options.data_cache)
         contents.append(Content(store, identity, store.documents, vocab_size=tokenizer.vocab_size))
     return contents
 
 
-def _fingerprint(sources: Sequence[Source], tokenizer: Tokenizer, options: DataOptions) -> str:
+def _fingerprint(sources: Sequence[MixtureSource], tokenizer: Tokenizer, options: DataOptions) -> str:
     decides = {
         "version": _VERSION,
         "seed": options.seed,

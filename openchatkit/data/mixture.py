@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openchatkit.data import names
+from openchatkit.data import task_names
 from openchatkit.errors import UserError
 
 CYCLE = 1 << 14
@@ -20,7 +20,7 @@ _STRIDE = 1 << 10
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskEntry:
     """One entry of `--task-name`: as it was written, its weight, and what it stands for.
 
     That is files of records, or token stores made before, by their prefixes: one of the two. `weighted`: the weight was
@@ -34,14 +34,14 @@ class Part:
     weighted: bool = False
 
 
-def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> list[Part]:
+def parse(value: str, *, cache_dir: Path, flag: str = "--task-name") -> list[TaskEntry]:
     """The parts of `name[:weight],name[:weight]`; what a name may be is in `data.names`.
 
     What lies elsewhere is fetched into `cache_dir`. UserError, naming `flag`, for a bad weight, for a name that stands
     for nothing, and when fetching fails.
     """
     try:
-        parts = [_part(entry, cache_dir) for entry in _entries(task_names)]
+        parts = [_part(entry, cache_dir) for entry in _entries(value)]
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     except OSError as error:  # a name too long for a file's, or a folder that may not be looked into
@@ -51,9 +51,9 @@ def parse(task_names: str, *, cache_dir: Path, flag: str = "--task-name") -> lis
     return parts
 
 
-def _entries(task_names: str) -> list[str]:
+def _entries(value: str) -> list[str]:
     """The entries between commas, of which the name of a file may hold some, too."""
-    pieces, entries = task_names.split(","), []
+    pieces, entries = value.split(","), []
     while pieces:
         lengths = range(len(pieces), 1, -1) if not _is_here(pieces[0].strip()) else ()
         taken = next((length for length in lengths if _is_here(",".join(pieces[:length]).strip())), 1)
@@ -65,26 +65,28 @@ def _entries(task_names: str) -> list[str]:
 def _is_here(entry: str) -> bool:
     """Whether an entry, or what is left of it without a weight, is the name of a file of this machine."""
     name, _, weight = entry.rpartition(":")
-    return names.is_path(entry) or (_number(weight) is not None and names.is_path(name))
+    return task_names.is_path(entry) or (_number(weight) is not None and task_names.is_path(name))
 
 
-def _part(entry: str, cache_dir: Path) -> Part:
+def _part(entry: str, cache_dir: Path) -> TaskEntry:
     # A path may itself hold colons, so what is there as it stands is a path and nothing else.
-    if found := names.here(entry):
-        return Part(entry, 1.0, found.files, found.stores)
+    if found := task_names.find_local(entry):
+        return TaskEntry(entry, 1.0, found.files, found.stores)
     head, _, text = entry.rpartition(":")
     name, weight = head.strip(), _number(text)
     # The colon may also be the one of an address, or of a name with none behind it.
-    weighted = bool(name) and (weight is not None or (not names.is_address(entry) and names.here(name) is not None))
+    weighted = bool(name) and (
+        weight is not None or (not task_names.is_address(entry) and task_names.find_local(name) is not None)
+    )
     if not weighted:
         name, text, weight = entry, "", 1.0
-    found = names.here(name)
+    found = task_names.find_local(name)
     if weight is None or not math.isfinite(weight) or weight <= 0:
         raise UserError(f"{name} has the weight {text!r}: expected a number above 0 (or leave the file out)")
-    found = found or names.elsewhere(name, cache_dir)
+    found = found or task_names.fetch_remote(name, cache_dir)
     if found is None:
-        raise UserError(names.missing(name))
-    return Part(name, weight, found.files, found.stores, weighted)
+        raise UserError(task_names.explain_missing(name))
+    return TaskEntry(name, weight, found.files, found.stores, weighted)
 
 
 def _number(text: str) -> float | None:

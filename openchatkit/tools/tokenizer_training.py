@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli, progress, storage
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records import ENDINGS, Records, document, is_readable
-from openchatkit.data.records.row import Row
+from openchatkit.data.records.raw_row import RawRow
+from openchatkit.data.records.reader import ENDINGS, Records, document, is_readable
 from openchatkit.data.stores.build import bad_row
 from openchatkit.errors import UserError
 from openchatkit.formats import tokenizer_files
@@ -166,7 +166,7 @@ class RecordTexts:
                     yield from self._segments(path, row)
                     bar.update(records.position - bar.n)
 
-    def _segments(self, path: Path, row: Row) -> list[str]:
+    def _segments(self, path: Path, row: RawRow) -> list[str]:
         """What one row adds to the training."""
         try:
             if row.error:

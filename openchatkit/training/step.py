@@ -186,7 +186,7 @@ class Trainer:
     def _fed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """A batch's tokens, target and starts for the pipeline; the target stays on the CPU (see `VocabularyLoss`)."""
         moved = batch.to(self.layout.device)
-        return moved.tokens, _target(batch), moved.starts
+        return moved.tokens, _target(batch), moved.document_starts
 
     def _count(self, batches: Sequence[Batch], sources: int) -> tuple[int, list[int]]:
         """The digest of all rows of a step, over all replicas, and the trained tokens of each source."""

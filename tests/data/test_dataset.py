@@ -47,7 +47,7 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
 @pytest.fixture
 def build(tiny_tokenizer: Path, tmp_path: Path) -> object:
     def build(task_names: str, **options: object) -> Dataset:
-        options = {"seq_length": 50, "seed": 1, "cache_dir": tmp_path / "cache"} | options
+        options = {"seq_length": 50, "seed": 1, "data_cache": tmp_path / "cache"} | options
         flag = options.pop("flag", "--task-name")
         return build_dataset(task_names, DataOptions(tiny_tokenizer, **options), flag=flag)
 
@@ -282,7 +282,7 @@ def test_what_decides_the_samples_decides_the_fingerprint(build: object, tmp_pat
         build(str(moved)),
     ]
     assert len({data.fingerprint for data in [base, *others]}) == 11
-    elsewhere = build(f"{moved},{b}", cache_dir=tmp_path / "other", bad_rows="quarantine")
+    elsewhere = build(f"{moved},{b}", data_cache=tmp_path / "other", bad_rows="quarantine")
     assert elsewhere.fingerprint == base.fingerprint
     assert not torch.equal(others[2].batch(0, 8).tokens, base.batch(0, 8).tokens)
 

@@ -10,7 +10,7 @@ import torch
 from openchatkit.data.batch import Batch
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
-from openchatkit.models.names import shard_names
+from openchatkit.models.shards import shard_names
 from openchatkit.models.stage import Stage
 
 STAGES = {"pipeline_group_size": 2}
@@ -78,7 +78,7 @@ def first_batch(flags: dict[str, object], model: Path) -> Batch:
     from openchatkit.data.options import DataOptions
 
     options = {name: flags[name] for name in ("seq_length", "packing", "loss_on")}
-    options = DataOptions(model, cache_dir=flags["data_cache"], **options)
+    options = DataOptions(model, data_cache=flags["data_cache"], **options)
     return build_dataset(str(flags["task_name"]), options).batch(0, 8)
 
 
@@ -96,8 +96,8 @@ def test_gradients_are_those_of_a_plain_loss(tmp_path, flags, prepared, one_proc
     if packing == "none":
         assert counts.min() * 2 < counts.max(), "the rows should have very different numbers of trained tokens"
     else:
-        assert len(set(batch.starts.flatten().tolist())) > 8, "the rows should hold several documents"
-    logits = stage.logits(stage(batch.tokens, batch.starts)).flatten(0, 1)
+        assert len(set(batch.document_starts.flatten().tolist())) > 8, "the rows should hold several documents"
+    logits = stage.logits(stage(batch.tokens, batch.document_starts)).flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=-100)
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in stage.parameters()]).norm()
@@ -198,7 +198,7 @@ def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
             stored["embed_out.weight"] = shards.read("embed")["embed_in.weight"]
         stage.load(shard, {name: t.clone() for name, t in stored.items()})
     batch = first_batch(flags, prepared["tied"])
-    logits = stage.logits(stage(batch.tokens, batch.starts)).flatten(0, 1)
+    logits = stage.logits(stage(batch.tokens, batch.document_starts)).flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, batch.labels.flatten()).backward()
     expected = stage.shards["embed"].embed_in.weight.grad + stage.projection.weight.grad
     found = gradients(path)["embed/embed_in.weight/exp_avg"]

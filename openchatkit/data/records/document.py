@@ -15,7 +15,7 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from openchatkit.data.records import Records
+from openchatkit.data.records.reader import Records
 from openchatkit.data.records.tables import CARRIERS
 from openchatkit.errors import UserError
 from openchatkit.formats import chat, moderation

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openchatkit.data.records.row import ROW_LIMIT, TOO_LONG, Mark, Row
+from openchatkit.data.records.raw_row import ROW_LIMIT, TOO_LONG, Mark, RawRow
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Parquet:
     def position(self) -> int:
         return self.size * self._row // max(sum(self._groups), 1)
 
-    def read(self, start: Mark) -> Iterator[Row]:
+    def read(self, start: Mark) -> Iterator[RawRow]:
         import pyarrow as pa
 
         first, group = 0, 0
@@ -66,7 +66,7 @@ class Parquet:
                 for data, error in _json(batch):
                     self._row += 1
                     if self._row > start.number:
-                        yield Row(self._row, data, Mark(self._row), error)
+                        yield RawRow(self._row, data, Mark(self._row), error)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{self._path}: cut short or damaged behind row {self._row} ({_line(error)}): fetch it again"
@@ -99,7 +99,7 @@ class SavedDataset:
     def position(self) -> int:
         return self.size * self._row // max(len(self._dataset), 1)
 
-    def read(self, start: Mark) -> Iterator[Row]:
+    def read(self, start: Mark) -> Iterator[RawRow]:
         import pyarrow as pa
 
         self._row = start.number
@@ -109,7 +109,7 @@ class SavedDataset:
             for table in self._dataset.skip(start.number).iter(_BATCH):
                 for data, error in _json(table):
                     self._row += 1
-                    yield Row(self._row, data, Mark(self._row), error)
+                    yield RawRow(self._row, data, Mark(self._row), error)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{self._path} is damaged behind row {self._row} ({_line(error)}): save it again"

@@ -6,7 +6,6 @@ builds an epoch's arrays deletes those of epochs before the previous one. All of
 the folder may be deleted whenever no run uses it.
 """
 
-import errno
 import io
 import os
 import re
@@ -19,7 +18,6 @@ import numpy as np
 from loguru import logger
 
 from openchatkit import storage
-from openchatkit.errors import UserError
 
 IN_MEMORY = 1 << 20  # documents or rows up to which nothing is written
 CHUNK = 1 << 18  # how many of them are worked on at a time
@@ -60,11 +58,9 @@ class Arrays:
                 alter(array)
             return array
         file = _File(self._folder / (f"{name}.npy" if epoch is None else f"{name}-epoch-{epoch}.npy"), length, dtype)
-        try:
+        with storage.storage_errors(f"the order of the data to {self._folder} (--data-cache)", every=True):
             if (array := file.open()) is None:
                 array = self._build(file, epoch, pieces, alter)
-        except OSError as error:
-            raise _explained(error, self._folder) from error
         return array
 
     def _build(
@@ -86,8 +82,7 @@ class Arrays:
                 # Mapped under its temporary name: from then on nobody's tidying can take it away.
                 array = temporary.open()
                 assert array is not None, temporary
-                os.replace(temporary.path, file.path)
-                storage.sync(self._folder)
+                storage.replace_file(temporary.path, file.path)
             finally:
                 temporary.path.unlink(missing_ok=True)
             if epoch is not None:
@@ -153,13 +148,3 @@ def _tidy(folder: Path, first_kept: int) -> None:
     for path in folder.iterdir():
         if (match := _EPOCH.search(path.name)) and int(match[1]) < first_kept:
             path.unlink(missing_ok=True)
-
-
-def _explained(error: OSError, folder: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full: the order of the data is kept in {folder}, make room there and run again")
-    place = f"{error.filename}: " if error.filename else ""
-    return UserError(
-        f"the order of the data cannot be kept in {folder}: {place}{error.strerror or error}: "
-        "expected a folder that can be written (--data-cache)"
-    )

@@ -17,7 +17,7 @@ _Pattern = tuple["_Pattern", int, int] | None
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Rows as patterns: what row number r holds is arithmetic.
 
     Pattern p makes rows rows_before[p] to rows_before[p + 1] - 1. Entries begins[p] to begins[p + 1] - 1 say what each
@@ -42,7 +42,7 @@ class Plan:
         return np.repeat(self.sizes[entries], counts), items
 
 
-def best_fit_decreasing(histogram: Sequence[int]) -> Plan:
+def best_fit_decreasing(histogram: Sequence[int]) -> PackingPlan:
     """Pack histogram[size] items of every size from 1 up into rows with room for len(histogram) - 1."""
     capacity = len(histogram) - 1
     rows = _Rows()
@@ -96,7 +96,7 @@ class _Rows:
             self._groups[space].append((count, pattern))
 
 
-def _plan(groups: list[tuple[int, _Pattern]]) -> Plan:
+def _plan(groups: list[tuple[int, _Pattern]]) -> PackingPlan:
     rows_before, begins, sizes, counts, firsts = [0], [0], [], [], []
     used: dict[int, int] = {}
     for rows, pattern in groups:
@@ -112,4 +112,4 @@ def _plan(groups: list[tuple[int, _Pattern]]) -> Plan:
         rows_before.append(rows_before[-1] + rows)
         begins.append(len(sizes))
     arrays = (np.array(values, np.int64) for values in (rows_before, begins, sizes, counts, firsts))
-    return Plan(rows_before[-1], *arrays)
+    return PackingPlan(rows_before[-1], *arrays)

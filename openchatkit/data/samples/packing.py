@@ -21,7 +21,7 @@ from loguru import logger
 from openchatkit.data.batch import IGNORE
 from openchatkit.data.samples.best_fit import best_fit_decreasing
 from openchatkit.data.samples.order import RunningSums, chunks, number_type, shuffled
-from openchatkit.data.samples.source import Source
+from openchatkit.data.samples.source import MixtureSource
 from openchatkit.errors import UserError
 
 
@@ -36,11 +36,11 @@ class Packed(Protocol):
         """Write sample number `sample` of the source."""
 
 
-def pack(source: Source, seq_length: int, *, packing: str, padding: int) -> Packed:
+def pack(source: MixtureSource, seq_length: int, *, packing: str, padding: int) -> Packed:
     """The samples of a source. UserError: a source too small, or one of which nothing would be trained on."""
     if packing == "concat":
         return Concatenated(source, seq_length)
-    return (Documents if packing == "documents" else OnePerRow)(source, seq_length, padding=padding)
+    return (WholeDocuments if packing == "documents" else OnePerRow)(source, seq_length, padding=padding)
 
 
 class Concatenated:
@@ -50,7 +50,7 @@ class Concatenated:
     predicted exactly once an epoch, those at the border of two epochs included.
     """
 
-    def __init__(self, source: Source, seq_length: int) -> None:
+    def __init__(self, source: MixtureSource, seq_length: int) -> None:
         if source.tokens <= seq_length:
             raise UserError(
                 f"{source.name} holds {source.tokens} tokens, too few for one sequence of {seq_length} and the token "
@@ -94,7 +94,7 @@ class Concatenated:
 class OnePerRow:
     """One document a sample, cut after `seq_length` + 1 tokens or padded; padding is not trained on."""
 
-    def __init__(self, source: Source, seq_length: int, *, padding: int) -> None:
+    def __init__(self, source: MixtureSource, seq_length: int, *, padding: int) -> None:
         cut = held = 0
         for sizes in source.all_sizes():
             cut += int((sizes > seq_length + 1).sum())
@@ -138,7 +138,7 @@ class OnePerRow:
             )
 
 
-def _trains_within(source: Source, size: int) -> bool:
+def _trains_within(source: MixtureSource, size: int) -> bool:
     """Whether any document has a token to train on among its first `size`, its very first aside."""
     if not source.masked:
         return True
@@ -153,7 +153,7 @@ def _trains_within(source: Source, size: int) -> bool:
     return False
 
 
-class Documents:
+class WholeDocuments:
     """Whole documents packed into rows: best fit, the largest first in each row, none seeing another.
 
     A document of s tokens takes s - 1 places: its last token is only predicted, never fed. One that needs more than a
@@ -165,7 +165,7 @@ class Documents:
     order decides, and in which order the rows come another one.
     """
 
-    def __init__(self, source: Source, seq_length: int, *, padding: int) -> None:
+    def __init__(self, source: MixtureSource, seq_length: int, *, padding: int) -> None:
         rests = np.zeros(seq_length + 1, np.int64)  # how many documents have a rest of so many places
         self._full = held = left_out = cut = 0
         for sizes in source.all_sizes():

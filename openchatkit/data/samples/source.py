@@ -42,7 +42,7 @@ class Content:
     vocab_size: int | None = None
 
 
-class Source:
+class MixtureSource:
     """The documents of some stores, numbered through; number n of the mixture's sources shuffles apart from others.
 
     `loss_on` "responses" trains on what the masks mark, "all" on every token but those that they exclude. `rows` are

@@ -8,7 +8,6 @@ reason. Where stores are kept and who may build them is `data.stores.cache`'s to
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from types import TracebackType
 from loguru import logger
 
 from openchatkit import progress, storage
-from openchatkit.data.records import Records, Stamps, unchanged
-from openchatkit.data.records.row import Mark, Row
+from openchatkit.data.records.raw_row import Mark, RawRow
+from openchatkit.data.records.reader import Records, Stamps, unchanged
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.tokenise import Tokenised, tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
@@ -89,9 +88,7 @@ def build_store(
     remove_progress(temporary)
     for cut in temporary.glob(".*"):  # files that a kill kept from getting their names
         cut.unlink()
-    shutil.rmtree(folder, ignore_errors=True)  # what is there has no record
-    os.rename(temporary, folder)
-    storage.sync(folder.parent)
+    storage.replace_folder(temporary, folder)  # what is there has no record
 
 
 def bad_row(source: Path, number: int, reason: str) -> BadRowsError:
@@ -192,7 +189,7 @@ class _Unfinished:
         self._quarantine.truncate(self.done.quarantine_size)
         self._writer = TokenStoreWriter(folder_prefix(folder), vocab_size=vocab_size, masked=True, resume=resume)
 
-    def add(self, rows: Sequence[Row], part: Tokenised, *, position: int) -> None:
+    def add(self, rows: Sequence[RawRow], part: Tokenised, *, position: int) -> None:
         """Append what some rows became; BadRowsError at a bad one if none may be."""
         assert len(rows) == len(part.sizes) + len(part.bad), (len(rows), len(part.sizes), len(part.bad))
         bad = [(rows[place].number, reason) for place, reason in part.bad]
@@ -226,8 +223,7 @@ class _Unfinished:
         """Force what is there to disk, then note how far it reaches."""
         done = self.done
         self._writer.sync()
-        self._quarantine.flush()
-        os.fsync(self._quarantine.fileno())
+        storage.sync_file(self._quarantine)
         write_progress(self._folder, done)
         self._saved = done
         self._save_at = time.monotonic() + _SAVE_SECONDS

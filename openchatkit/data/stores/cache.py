@@ -8,7 +8,6 @@ Every rank of a run may ask at once: a file lock lets one build (`data.stores.bu
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from loguru import logger
 
 from openchatkit import progress, storage
-from openchatkit.data import records
+from openchatkit.data.records import reader
 from openchatkit.data.stores.build import build_store, first_quarantined
 from openchatkit.data.stores.tokenise import VERSION
 from openchatkit.data.tokenizer import Tokenizer
@@ -47,7 +46,7 @@ def cached_store(
     UserError: a record that cannot be read (file and line), a full disk, a cache that cannot be written or is damaged.
     """
     source, cache_dir = Path(source), Path(cache_dir)
-    try:
+    with storage.storage_errors(f"tokens to {cache_dir}", "it goes on where it stopped", every=True):
         cache_dir.mkdir(parents=True, exist_ok=True)
         stamps = _stamps(source)
         key = _key(content_hash(source, cache_dir), tokenizer, separator)
@@ -71,8 +70,6 @@ def cached_store(
             logger.info("tokenised {}: {:,} documents, {:,} tokens", source, record.documents, record.tokens)
         if record.quarantined and bad_rows == "error":
             raise first_quarantined(source, folder)
-    except OSError as error:
-        raise _explained(error, cache_dir) from error
     if record.quarantined:
         listed = quarantine_path(folder)
         logger.warning("{}: {:,} of {:,} rows set aside, listed in {}", source, record.quarantined, record.rows, listed)
@@ -137,9 +134,9 @@ def content_hash(source: Path, cache_dir: Path) -> str:
     return digest
 
 
-def _stamps(source: Path) -> records.Stamps:
+def _stamps(source: Path) -> reader.Stamps:
     with _reading(source):
-        return records.stamps(source)
+        return reader.stamps(source)
 
 
 @contextlib.contextmanager
@@ -157,7 +154,7 @@ def _digest(source: Path, size: int) -> str:
     buffer = bytearray(_PIECE)
     title = f"reading {source.name} once, for its hash"
     with progress.bar(size, title, unit="B", unit_scale=True, disable=None if size > _LARGE else True) as bar:
-        for path in records.files(source):
+        for path in reader.files(source):
             if path != source:
                 digest.update(f"{path.relative_to(source)} {path.stat().st_size}\n".encode())
             with open(path, "rb") as file:
@@ -178,15 +175,3 @@ def _remembered(memory: Path, known: dict[str, object]) -> str | None:
 def _key(content: str, tokenizer: Tokenizer, separator: str) -> str:
     decides = {"version": VERSION, "content": content, "tokenizer": tokenizer.digest, "separator": separator}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _explained(error: OSError, cache_dir: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk is full: tokens are kept in {cache_dir}, make room there and run again, "
-            "it goes on where it stopped"
-        )
-    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-        return UserError(f"the file system of {cache_dir} has no file locks: keep the token cache on another one")
-    place = f"{error.filename}: " if error.filename else ""
-    return UserError(f"tokens cannot be kept in {cache_dir}: {place}{error.strerror or error}")

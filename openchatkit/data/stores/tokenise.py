@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from openchatkit.data.records.document import BadRowError, decode
-from openchatkit.data.records.row import Row
+from openchatkit.data.records.raw_row import RawRow
 from openchatkit.data.stores import workers
 from openchatkit.data.tokenizer import Encode, Tokenizer, encoder
 from openchatkit.formats import chat
@@ -90,14 +90,14 @@ def _mark(segment: chat.Segment) -> int:
 
 
 def tokenise_all(
-    rows: Iterable[Row], tokenizer: Tokenizer, *, separator: str, processes: int = 0
-) -> Iterator[tuple[list[Row], Tokenised]]:
+    rows: Iterable[RawRow], tokenizer: Tokenizer, *, separator: str, processes: int = 0
+) -> Iterator[tuple[list[RawRow], Tokenised]]:
     """`tokenise` batch by batch, in order, by so many worker processes, or in this one if there are none.
 
     Rows that could not be read are among the bad ones, for the reason they bring.
     """
     closing, marker = separator_ids(tokenizer, separator), tokenizer.end_of_text_token
-    done: Iterator[tuple[list[Row], Tokenised]]
+    done: Iterator[tuple[list[RawRow], Tokenised]]
     batches = ((batch, [row.data for row in batch]) for batch in in_batches(rows, lambda row: len(row.data)))
     if processes and workers.can_start():
         arguments = (tokenizer.serialised, closing, marker)

@@ -12,6 +12,7 @@ from pathlib import Path
 from openchatkit import cli
 from openchatkit.data import options
 from openchatkit.errors import UserError
+from openchatkit.settings import add_flags, fields
 
 _DRAW = 256  # samples of each source behind its share of the loss, where that is estimated
 _ENDS = 150  # tokens at either end of a sample that is shortened
@@ -33,7 +34,7 @@ def _inspect(args: argparse.Namespace) -> None:
     # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
     from openchatkit.data.dataset import build_dataset
     from openchatkit.data.tokenizer import Tokenizer
-    from openchatkit.formats.tensor_file import storage_errors
+    from openchatkit.storage import storage_errors
     from openchatkit.tools.inspection import figures, page, sampled, terminal
 
     data_options = options.from_settings(vars(args))
@@ -100,7 +101,7 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("--task-name", help="the data, as training takes it: name[:weight],name[:weight]")
     parser.add_argument("--tokenizer-name", type=Path, help="folder with the tokenizer")
-    options.add_flags(parser.add_argument_group("data, as in training"))
+    add_flags(parser.add_argument_group("data, as in training"), fields(options.DataSettings))
     show = parser.add_argument_group("what to show")
     show.add_argument("--total-steps", type=cli.positive_int, help="steps to reckon with; one epoch unless given")
     show.add_argument("--batch-size", type=cli.positive_int, default=32, help="sequences a step, over all replicas")

@@ -39,7 +39,7 @@ class SourceFigures:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureFigures:
     """All sources over `steps` of `batch_size` samples. `drawn` samples of each source stand behind its share of the
     loss; 0 where it is exact."""
 
@@ -75,7 +75,7 @@ class Quarantine:
     first: tuple[str, ...]
 
 
-def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: int, draw: int) -> Mixture:
+def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: int, draw: int) -> MixtureFigures:
     """Exact, but for the share of the loss where rows are padded: that is estimated from `draw` samples a source."""
     counts = _samples(dataset, steps * batch_size)
     exact = options.packing == "concat"
@@ -108,7 +108,7 @@ def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: i
             dataset.sources, dataset.packed, quotas, counts, trained, strict=True
         )
     )
-    return Mixture(sources, dataset.seq_length, steps, batch_size, 0 if exact else draw)
+    return MixtureFigures(sources, dataset.seq_length, steps, batch_size, 0 if exact else draw)
 
 
 def quarantines(dataset: Dataset, *, first: int) -> Iterator[Quarantine]:

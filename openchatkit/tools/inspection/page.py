@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit import storage
-from openchatkit.tools.inspection.figures import Mixture, Quarantine
+from openchatkit.tools.inspection.figures import MixtureFigures, Quarantine
 from openchatkit.tools.inspection.sampled import Sample, visible
 from openchatkit.tools.inspection.terminal import (
     mixture_note,
@@ -135,7 +135,7 @@ hr { border: 0; border-top: 1px dashed var(--note); margin: .4rem 0 }
 """
 
 
-def render(mixture: Mixture, quarantines: Sequence[Quarantine], samples: Sequence[Sample]) -> str:
+def render(mixture: MixtureFigures, quarantines: Sequence[Quarantine], samples: Sequence[Sample]) -> str:
     """The page as HTML. Whatever data hold is escaped, and a browser is told to run nothing."""
     import jinja2
 
@@ -151,7 +151,7 @@ def render(mixture: Mixture, quarantines: Sequence[Quarantine], samples: Sequenc
     )
 
 
-def write(path: Path, mixture: Mixture, quarantines: Sequence[Quarantine], samples: Sequence[Sample]) -> None:
+def write(path: Path, mixture: MixtureFigures, quarantines: Sequence[Quarantine], samples: Sequence[Sample]) -> None:
     """Write the page; it appears when it is whole."""
     storage.write_text(path, render(mixture, quarantines, samples))
 

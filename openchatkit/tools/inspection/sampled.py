@@ -77,7 +77,7 @@ def read_sample(dataset: Dataset, number: int, tokenizer: Tokenizer, *, ends: in
     """Sample `number` as text; with `ends`, a long one keeps so many tokens of its beginning and of its end."""
     batch = dataset.batch(number, 1)
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
-    starts = None if batch.starts is None else batch.starts[0].tolist()
+    starts = None if batch.document_starts is None else batch.document_starts[0].tolist()
     source, local = dataset.interleaving.locate(number)
     padding = _padding(tokens, labels, starts, tokenizer)
     shown = list(_shown(tokens[: len(tokens) - padding], labels, starts, _Special(tokenizer)))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from openchatkit.tools.inspection.figures import Mixture, Quarantine
+from openchatkit.tools.inspection.figures import MixtureFigures, Quarantine
 from openchatkit.tools.inspection.sampled import Sample, Span, visible
 from openchatkit.tools.inspection.verification import Proof
 
@@ -37,7 +37,7 @@ def console() -> Console:
     return _Console(width=wide, markup=False, highlight=False, emoji=False)
 
 
-def show_mixture(out: Console, mixture: Mixture) -> None:
+def show_mixture(out: Console, mixture: MixtureFigures) -> None:
     """Two tables: what the sources hold, and what training takes from them."""
     _show_sources(out, mixture)
     table = _table(f"\nMixture: {mixture_title(mixture)}")
@@ -122,13 +122,13 @@ def note(out: Console, text: str) -> None:
     out.print(Text(visible(text), _NOTE), soft_wrap=True)
 
 
-def mixture_title(mixture: Mixture) -> str:
+def mixture_title(mixture: MixtureFigures) -> str:
     """Over how much the mixture's figures are."""
     steps = "1 step" if mixture.steps == 1 else f"{mixture.steps:,} steps"
     return f"{steps} of {mixture.batch_size:,} sequences of {mixture.seq_length:,} tokens"
 
 
-def mixture_note(mixture: Mixture) -> str:
+def mixture_note(mixture: MixtureFigures) -> str:
     """How much of what a step computes counts, and where the shares come from."""
     drawn = "exact" if not mixture.drawn else f"estimated from {mixture.drawn} samples of each source"
     return f"{percent(mixture.trained)} of all places in a sequence are trained on; shares of the loss are {drawn}"
@@ -156,7 +156,7 @@ def number(value: float) -> str:
     return f"{value:,.2f}" if value == 0 or value >= 0.1 else f"{value:.2g}"
 
 
-def _show_sources(out: Console, mixture: Mixture) -> None:
+def _show_sources(out: Console, mixture: MixtureFigures) -> None:
     table = _table("\nSources")
     for name in ("rows", "set aside", "documents", "tokens", "trained"):
         table.add_column(name, justify="right")

@@ -24,7 +24,7 @@ _PIECE = 1 << 18  # tokens of a batch digested at a time
 
 
 @dataclass(frozen=True)
-class Run:
+class LedgerRun:
     """Steps that follow one another, all taken by one start of training."""
 
     started: str
@@ -48,7 +48,7 @@ class Proof:
     samples: int
     trained_tokens: int
     unused: int
-    runs: tuple[Run, ...]
+    runs: tuple[LedgerRun, ...]
     later: int
     changed: bool
 
@@ -139,15 +139,15 @@ def check_digests(entries: Sequence[Entry], dataset: Dataset, *, trained: dict[i
     return total
 
 
-def runs(entries: Sequence[Entry]) -> list[Run]:
+def runs(entries: Sequence[Entry]) -> list[LedgerRun]:
     """The runs behind these rows, in order."""
-    found: list[Run] = []
+    found: list[LedgerRun] = []
     for entry in entries:
         last = found[-1] if found else None
         if last is not None and (last.started, last.layout) == (entry.started, entry.layout):
-            found[-1] = Run(last.started, last.layout, last.first_step, entry.step, last.samples + entry.count)
+            found[-1] = LedgerRun(last.started, last.layout, last.first_step, entry.step, last.samples + entry.count)
         else:
-            found.append(Run(entry.started, entry.layout, entry.step, entry.step, entry.count))
+            found.append(LedgerRun(entry.started, entry.layout, entry.step, entry.step, entry.count))
     return found
 
 

@@ -14,8 +14,9 @@ from typing import BinaryIO
 
 from loguru import logger
 
-from openchatkit.data.records import Records, lines
-from openchatkit.data.records.row import Row
+from openchatkit.data.records import json_files
+from openchatkit.data.records.raw_row import RawRow
+from openchatkit.data.records.reader import Records
 from openchatkit.errors import UserError
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -39,7 +40,7 @@ class Archive:
     def position(self) -> int:
         return self._file.tell()
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
+    def rows(self) -> Iterator[tuple[str, RawRow]]:
         """Each row of each member with `archive:member`. UserError: damaged or cut data, or none."""
         name = ""
         compressed = not self.path.name.endswith(".tar")
@@ -49,11 +50,11 @@ class Archive:
                 for member in archive:
                     if member.isdir():
                         continue
-                    if not member.isfile() or not lines.form_of(member.name):
+                    if not member.isfile() or not json_files.form_of(member.name):
                         logger.warning("{}:{} is no file of records: passed over", self.path, member.name)
                         continue
                     name = f"{self.path}:{member.name}"
-                    source = lines.Lines(archive.extractfile(member), name, member.size)
+                    source = json_files.JsonFile(archive.extractfile(member), name, member.size)
                     yield from ((name, row) for row in Records(Path(name), source).rows())
             while stream.read(_PIECE):
                 pass
@@ -62,7 +63,7 @@ class Archive:
         if stream.tail != bytes(_BLOCK):
             raise UserError(f"{self.path} is cut short, its end is missing: fetch it again")
         if not name:
-            raise UserError(f"{self.path} holds no files of records: expected names in {lines.ENDINGS}")
+            raise UserError(f"{self.path} holds no files of records: expected names in {json_files.ENDINGS}")
 
     def __enter__(self) -> "Archive":
         return self

@@ -15,9 +15,9 @@ from loguru import logger
 
 from openchatkit import cli, progress
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records import ENDINGS, Records, is_readable
-from openchatkit.data.records import files as record_files
-from openchatkit.data.records.row import Row
+from openchatkit.data.records.raw_row import RawRow
+from openchatkit.data.records.reader import ENDINGS, Records, is_readable
+from openchatkit.data.records.reader import files as record_files
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.build import bad_row
 from openchatkit.data.stores.tokenise import in_batches
@@ -25,9 +25,9 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.tools.preprocess import fields, neox_tokenizers
 from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES, Archive
-from openchatkit.tools.preprocess.unfinished import Unfinished, set_aside_path, store_prefix
+from openchatkit.tools.preprocess.work_folder import WorkFolder, set_aside_path, store_prefix
 
-Named = tuple[str, Row]  # a row with the name of its file
+Named = tuple[str, RawRow]  # a row with the name of its file
 
 
 @cli.command
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = tuple(dict.fromkeys(args.jsonl_keys))
     if unfit := [key for key in keys if not key or "/" in key]:
         raise UserError(f"--jsonl-keys {unfit[0]!r}: a file is named after it: expected a name without a '/'")
-    job = fields.Job(encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask)
+    job = fields.FieldOptions(encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask)
     preprocess(
         files,
         args.output_prefix,
@@ -112,7 +112,7 @@ def input_files(names: str) -> list[Path]:
 def preprocess(
     files: Sequence[Path],
     prefix: Path,
-    job: fields.Job,
+    job: fields.FieldOptions,
     *,
     processes: int = 1,
     bad_rows: str = "error",
@@ -125,9 +125,9 @@ def preprocess(
     UserError: outputs that are there already, rows that are no records, damaged data, a full disk. Interrupted: a
     worker was killed.
     """
-    source = Source(files, job.keys)
+    source = InputRows(files, job.keys)
     try:
-        with Unfinished(prefix, job, files=files, bad_rows=bad_rows, overwrite=overwrite) as stores:
+        with WorkFolder(prefix, job, files=files, bad_rows=bad_rows, overwrite=overwrite) as stores:
             if stores.done.rows:
                 logger.info("goes on behind row {:,}, where it was stopped", stores.done.rows)
             title = f"tokenising {files[0].name if len(files) == 1 else f'{len(files)} files'}"
@@ -155,7 +155,9 @@ def preprocess(
     _report(stores, job, prefix)
 
 
-def _parts(source: "Source", start: int, job: fields.Job, processes: int) -> Iterator[tuple[list[Named], fields.Part]]:
+def _parts(
+    source: "InputRows", start: int, job: fields.FieldOptions, processes: int
+) -> Iterator[tuple[list[Named], fields.TokenisedFields]]:
     """What the rows behind the first `start` ones become, batch by batch."""
     rows = in_batches(source.rows(start), lambda named: len(named[1].data))
     batches = ((batch, [row.data for _, row in batch]) for batch in rows)
@@ -169,7 +171,7 @@ def _parts(source: "Source", start: int, job: fields.Job, processes: int) -> Ite
             yield batch, part._replace(bad=bad)
 
 
-class Source:
+class InputRows:
     """The rows of some files, one file after another, each with the name of its file, and how fast they are read."""
 
     def __init__(self, files: Sequence[Path], keys: Sequence[str]) -> None:
@@ -202,7 +204,7 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in record_files(path))
 
 
-def _report(stores: Unfinished, job: fields.Job, prefix: Path) -> None:
+def _report(stores: WorkFolder, job: fields.FieldOptions, prefix: Path) -> None:
     done = stores.done
     for key in job.keys:
         held = done.stores[key]

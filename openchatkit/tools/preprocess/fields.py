@@ -18,14 +18,14 @@ from openchatkit.data.records.document import BadRowError
 from openchatkit.data.records.tables import CARRIERS
 from openchatkit.data.stores.tokenise import assemble
 from openchatkit.formats import chat
-from openchatkit.tools.preprocess.neox_tokenizers import Encoder
+from openchatkit.tools.preprocess.neox_tokenizers import NeoxTokenizer
 
 
 @dataclass(frozen=True)
-class Job:
+class FieldOptions:
     """Which fields become documents and how. `chats`: they are cut at their roles, and there is a mask on responses."""
 
-    encoder: Encoder
+    encoder: NeoxTokenizer
     keys: tuple[str, ...]
     append_eod: bool
     ftfy: bool
@@ -44,20 +44,20 @@ class Documents(NamedTuple):
     empty: int
 
 
-class Part(NamedTuple):
+class TokenisedFields(NamedTuple):
     """The documents of each key, and the rows that have none, as (place among the rows given, reason)."""
 
     documents: dict[str, Documents]
     bad: list[tuple[int, str]]
 
 
-def worker(job: Job) -> Callable[[Sequence[bytes]], Part]:
+def worker(job: FieldOptions) -> Callable[[Sequence[bytes]], TokenisedFields]:
     """What a worker process does with the rows it is sent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by processes
     return functools.partial(encode, job=job)
 
 
-def encode(rows: Sequence[bytes], job: Job) -> Part:
+def encode(rows: Sequence[bytes], job: FieldOptions) -> TokenisedFields:
     """The documents of some rows, given as JSON; a row that is bad under one key has none under any."""
     found: dict[str, list[list[chat.Segment]]] = {key: [] for key in job.keys}
     bad: list[tuple[int, str]] = []
@@ -69,10 +69,10 @@ def encode(rows: Sequence[bytes], job: Job) -> Part:
             continue
         for key, cut in zip(job.keys, segments, strict=True):
             found[key].append(cut)
-    return Part({key: _documents(chats, job) for key, chats in found.items()}, bad)
+    return TokenisedFields({key: _documents(chats, job) for key, chats in found.items()}, bad)
 
 
-def _documents(chats: Sequence[list[chat.Segment]], job: Job) -> Documents:
+def _documents(chats: Sequence[list[chat.Segment]], job: FieldOptions) -> Documents:
     end = job.encoder.end_of_text
     assert end is not None or not job.append_eod
     encode = functools.partial(job.encoder.encode, literal=job.chats)
@@ -80,7 +80,7 @@ def _documents(chats: Sequence[list[chat.Segment]], job: Job) -> Documents:
     return Documents(tokens, sizes, mask, len(chats) - len(sizes))
 
 
-def _segments(row: bytes, key: str, job: Job) -> list[chat.Segment]:
+def _segments(row: bytes, key: str, job: FieldOptions) -> list[chat.Segment]:
     """One field, cut where its tokens may not run together; none for an empty text."""
     record = document.read_object(row)
     if key not in record:

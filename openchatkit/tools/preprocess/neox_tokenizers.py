@@ -16,7 +16,7 @@ END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 _CHARACTERS = 512  # GPT-NeoX's number of ids of single bytes, end-of-text and padding
 
 
-class Encoder(Protocol):
+class NeoxTokenizer(Protocol):
     """`vocab_size` is one more than the largest id; `end_of_text` is an id, or None where there is none."""
 
     vocab_size: int
@@ -28,7 +28,7 @@ class Encoder(Protocol):
         ...
 
 
-def load(kind: str, vocab_file: Path | None, merge_file: Path | None) -> Encoder:
+def load(kind: str, vocab_file: Path | None, merge_file: Path | None) -> NeoxTokenizer:
     """The encoder of a kind in `KINDS`. UserError: a file that is missing or of another kind, a package to install."""
     loader, wanted = KINDS[kind]
     if wanted and vocab_file is None:
@@ -106,14 +106,14 @@ class _Tiktoken:
         return [self.encoding.encode_ordinary(text) for text in texts]
 
 
-def _hf(vocab_file: Path) -> Encoder:
+def _hf(vocab_file: Path) -> NeoxTokenizer:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_files.tokenizer_json(vocab_file)))
     return _Library(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 
-def _hf_gpt2(folder: Path) -> Encoder:
+def _hf_gpt2(folder: Path) -> NeoxTokenizer:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -121,7 +121,7 @@ def _hf_gpt2(folder: Path) -> Encoder:
     return _Library(loaded.backend_tokenizer, loaded.eos_token_id)
 
 
-def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Encoder:
+def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> NeoxTokenizer:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merge_file)))
@@ -131,20 +131,20 @@ def _gpt2_bpe(vocab_file: Path, merge_file: Path) -> Encoder:
     return _Library(tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 
-def _sentencepiece(model: Path) -> Encoder:
+def _sentencepiece(model: Path) -> NeoxTokenizer:
     import sentencepiece
 
     return _SentencePiece(sentencepiece.SentencePieceProcessor(model_file=str(model)))
 
 
-def _tiktoken(name: Path) -> Encoder:
+def _tiktoken(name: Path) -> NeoxTokenizer:
     import tiktoken
 
     return _Tiktoken(tiktoken.get_encoding(str(name)))
 
 
 # What makes an encoder of its files, and what the first of them is.
-KINDS: dict[str, tuple[Callable[..., Encoder], str]] = {
+KINDS: dict[str, tuple[Callable[..., NeoxTokenizer], str]] = {
     "HFTokenizer": (_hf, "a tokenizer.json"),
     "HFGPT2Tokenizer": (_hf_gpt2, "a folder with a tokenizer"),
     "GPT2BPETokenizer": (_gpt2_bpe, "a vocab.json"),

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from openchatkit.data.records import Records, is_readable
-from openchatkit.data.records import lines as json_files
-from openchatkit.data.records.row import ROW_LIMIT, START, Mark
+from openchatkit.data.records import json_files
+from openchatkit.data.records.raw_row import ROW_LIMIT, START, Mark
+from openchatkit.data.records.reader import Records, is_readable
 from openchatkit.errors import UserError
 
 TEXTS = ["<human>: Hé\n<bot>: 你好\u2028there\n", "two", "three\r\nlines\n"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openchatkit.data.samples.source import Content, Source
+from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.formats.token_store import TokenStore, TokenStoreWriter, mask_path
 
 Documents = Sequence[Sequence[int]]
@@ -24,7 +24,7 @@ def write_store(prefix: Path, documents: Documents, masks: Documents | None = No
 
 
 @pytest.fixture(scope="session")
-def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Source]:
+def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., MixtureSource]:
     """A function that makes a source of stores, each a list of documents; `elsewhere` is the tokenizer's vocabulary.
 
     `masks` are as the stores are, None for one without; `in_memory` 0 keeps all orders in files.
@@ -42,7 +42,7 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sourc
         seed: int = 1,
         cache_dir: Path | None = None,
         in_memory: int = 1 << 20,
-    ) -> Source:
+    ) -> MixtureSource:
         folder = tmp_path_factory.mktemp("stores")
         contents = []
         for store, documents in enumerate(stores):
@@ -53,7 +53,7 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sourc
             contents.append(
                 Content(opened, identity, opened.documents, 0, None if elsewhere else trained, vocab_size=elsewhere)
             )
-        return Source(
+        return MixtureSource(
             name,
             1.0,
             contents,

@@ -16,7 +16,7 @@ from numbered import numbered
 from openchatkit.data.batch import IGNORE
 from openchatkit.data.samples import order
 from openchatkit.data.samples.packing import Packed, pack
-from openchatkit.data.samples.source import Content, Source
+from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.errors import UserError
 from openchatkit.formats.token_store import TokenStore, TokenStoreWriter
 
@@ -88,7 +88,9 @@ def test_one_document_a_row(make_source: Callable, loss_on: str, parts: int, in_
     assert packed.tokens_per_sample == pytest.approx((tokens != PADDING).sum(axis=1).mean())
 
 
-def check_documents(source: Source, documents: list[list[int]], masks: list[list[int]] | None, seq_length: int) -> list:
+def check_documents(
+    source: MixtureSource, documents: list[list[int]], masks: list[list[int]] | None, seq_length: int
+) -> list:
     """Three epochs: what is fed, what is predicted, where documents begin. Returns the rows of tokens of each."""
     packed = pack(source, seq_length, packing="documents", padding=PADDING)
     predicted = Counter(token for document in documents for token in document[1:])
@@ -209,7 +211,7 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path, monkeypatch: pytest
             writer.add(np.ones(sizes.sum(), np.int64), sizes)
         content = Content(TokenStore(tmp_path / str(count)), str(count), count, 0, 0)
         tracemalloc.start()
-        source = Source("a", 1, [content], loss_on="all", number=0, seed=1, cache_dir=tmp_path, in_memory=10_000)
+        source = MixtureSource("a", 1, [content], loss_on="all", number=0, seed=1, cache_dir=tmp_path, in_memory=10_000)
         packed = pack(source, 64, packing=packing, padding=0)
         for epoch in range(3):
             read(packed, 64, epoch * packed.samples, 2, starts=packing == "documents")

@@ -132,9 +132,9 @@ def alter(path: Path, at: int, value: np.generic) -> None:
 
 def reopen(source: object) -> object:
     """The same store once more, as one from elsewhere."""
-    from openchatkit.data.samples.source import Content, Source
+    from openchatkit.data.samples.source import Content, MixtureSource
     from openchatkit.formats.token_store import TokenStore
 
     prefix = source.stores[0].prefix
     content = Content(TokenStore(prefix), "x", 7, vocab_size=100)
-    return Source("chats", 1.0, [content], loss_on="all", number=0, seed=1, cache_dir=prefix.parent)
+    return MixtureSource("chats", 1.0, [content], loss_on="all", number=0, seed=1, cache_dir=prefix.parent)

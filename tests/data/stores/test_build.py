@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from openchatkit.data.records import lines
+from openchatkit.data.records import json_files
 from openchatkit.data.stores import build as module
 from openchatkit.data.stores import cache as cache_module
 from openchatkit.data.stores import tokenise, workers
@@ -278,7 +278,9 @@ except Exception as error:
 print(left(source))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.startswith(f"UserError tokens cannot be kept in {tmp_path / 'cache'}: File too large\n")
+    assert result.stdout.startswith(
+        f"UserError cannot write tokens to {tmp_path / 'cache'}: the file size limit is reached"
+    )
     assert result.stdout.endswith("[]\n")
 
 
@@ -390,7 +392,7 @@ def test_quarantine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_line_too_long_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "ROW_LIMIT", 100)
+    monkeypatch.setattr(json_files, "ROW_LIMIT", 100)
     source = write(tmp_path / "a.jsonl", ["a", "b" * 200, "c"])
     with pytest.raises(UserError, match=r"a\.jsonl:3: longer than 16 MiB: mend"):
         build(source, Bytes())

@@ -257,8 +257,8 @@ def test_source_changed_meanwhile(source: Path, tokenizer: Bytes, monkeypatch: p
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"the disk is full: tokens are kept in .*cache, make room there and run again, it goes on"),
-        (errno.EIO, r"tokens cannot be kept in .*cache: .*output error"),
+        (errno.ENOSPC, r"cannot write tokens to .*cache: the disk is full: make room, then run .* again: it goes on"),
+        (errno.EIO, r"cannot write tokens to .*cache: the disk reports an error"),
     ],
 )
 def test_disk_trouble(
@@ -278,13 +278,13 @@ def test_file_system_without_locks(source: Path, tokenizer: Bytes, monkeypatch: 
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(storage.fcntl, "flock", fail)
-    with pytest.raises(UserError, match=r"the file system of .*cache has no file locks"):
+    with pytest.raises(UserError, match=r"tokens to .*cache: its file system has no file locks"):
         build(source, tokenizer)
 
 
 def test_cache_that_is_a_file(source: Path, tokenizer: Bytes) -> None:
     (source.parent / "cache").touch()
-    with pytest.raises(UserError, match=r"tokens cannot be kept in .*cache: .*File exists"):
+    with pytest.raises(UserError, match=r"cannot write tokens to .*cache: part of the path is a file"):
         build(source, tokenizer)
 
 

@@ -17,7 +17,7 @@ import tokenizers
 
 from openchatkit import paths
 from openchatkit.data.records.document import texts
-from openchatkit.data.records.row import Mark, Row
+from openchatkit.data.records.raw_row import Mark, RawRow
 from openchatkit.data.stores import tokenise as module
 from openchatkit.data.stores.tokenise import Tokenised, separator_ids, tokenise, tokenise_all
 from openchatkit.data.tokenizer import Tokenizer, encoder
@@ -34,9 +34,9 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
     return Tokenizer(tiny_tokenizer)
 
 
-def rows(texts: Iterable[str]) -> Iterator[Row]:
+def rows(texts: Iterable[str]) -> Iterator[RawRow]:
     for number, text in enumerate(texts, 1):
-        yield Row(number, json.dumps({"text": text}).encode(), Mark(number))
+        yield RawRow(number, json.dumps({"text": text}).encode(), Mark(number))
 
 
 def tokenise_texts(texts: list[str], tokenizer: Tokenizer, *, separator: str = "end-of-text") -> Tokenised:
@@ -203,8 +203,8 @@ def test_batches_keep_the_order(
     monkeypatch.setattr(module, "_BATCH_BYTES", 200)
     texts = [f"<human>: {'q' * (n % 37)}\n<bot>: {n}\n{END}" for n in range(100)]
     mixed = list(rows(texts))
-    mixed.insert(70, Row(1070, b"{}", Mark(1070)))
-    mixed.insert(30, Row(1030, b"", Mark(1030), error="too long"))
+    mixed.insert(70, RawRow(1070, b"{}", Mark(1070)))
+    mixed.insert(30, RawRow(1030, b"", Mark(1030), error="too long"))
     found = list(tokenise_all(iter(mixed), tokenizer, separator=separator, processes=processes))
     assert len(found) > 10
     assert [row for batch, _ in found for row in batch] == mixed
@@ -240,7 +240,7 @@ def test_only_bad_rows(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_an_error_among_the_rows_comes_through(tokenizer: Tokenizer, processes: int) -> None:
-    def broken() -> Iterator[Row]:
+    def broken() -> Iterator[RawRow]:
         yield from rows(["fine"])
         raise UserError("line 2")
 
@@ -260,9 +260,9 @@ def test_a_killed_worker_is_told(tokenizer: Tokenizer, monkeypatch: pytest.Monke
 SCRIPT = """
 import sys, time
 from openchatkit.data.stores.tokenise import tokenise_all
-from openchatkit.data.records.row import Mark, Row
+from openchatkit.data.records.raw_row import Mark, RawRow
 from openchatkit.data.tokenizer import Tokenizer
-rows = (Row(n, b'{"text": "%d"}' % n, Mark(n)) for n in range(1, 100_000))
+rows = (RawRow(n, b'{"text": "%d"}' % n, Mark(n)) for n in range(1, 100_000))
 parts = tokenise_all(rows, Tokenizer(sys.argv[1]), separator="end-of-text", processes=2)
 try:
     print(next(parts)[1].sizes[:2].tolist(), flush=True)

@@ -33,7 +33,7 @@ def tokenizer(tiny_tokenizer: Path) -> Tokenizer:
 @pytest.fixture
 def build(tiny_tokenizer: Path, tmp_path: Path) -> Callable[..., tuple[Dataset, DataOptions]]:
     def build(task_names: str, **given: object) -> tuple[Dataset, DataOptions]:
-        options = DataOptions(tiny_tokenizer, **{"seq_length": 64, "cache_dir": tmp_path / "cache"} | given)
+        options = DataOptions(tiny_tokenizer, **{"seq_length": 64, "data_cache": tmp_path / "cache"} | given)
         return build_dataset(task_names, options), options
 
     return build
@@ -322,7 +322,7 @@ def test_shares_too_small_to_print_do_not_show_as_none() -> None:
 
 def test_a_page_of_one_source_names_it_once_a_bar() -> None:
     source = figures.SourceFigures("a", 1.0, 9, 0, 9, 90, 45, 1.0, 32, 2.0, 10.0, 5.0, 1.0, 0.25)
-    mixture = figures.Mixture((source,), 16, 1, 32, 8)
+    mixture = figures.MixtureFigures((source,), 16, 1, 32, 8)
     shown = page.render(mixture, [], [])
     assert shown.count('title="a: 100.0%"') == 2
     assert "1 step of 32 sequences of 16 tokens. 31.2% of all places" in shown

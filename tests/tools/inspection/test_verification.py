@@ -14,11 +14,11 @@ from openchatkit.data.options import from_settings
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.ledger import LEDGER, Entry
-from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import shard_names
 from openchatkit.tools.inspection import verification
 from openchatkit.tools.inspection.command import main
-from openchatkit.tools.inspection.verification import Run, verify
+from openchatkit.tools.inspection.verification import LedgerRun, verify
 
 STEPS, ROWS, LENGTH = 10, 4, 24
 MODEL = {
@@ -123,8 +123,8 @@ def test_what_was_trained_on_once_is_proved(
     proof = verify(root)
     assert (proof.checkpoint, proof.steps, proof.samples, proof.later) == (root / "checkpoint_10", 10, 40, 0)
     assert proof.runs == (
-        Run("9:00", "2 stages x 1 replica", 1, 4, 16),
-        Run("9:30", "1 stage x 2 replicas", 5, 10, 24),
+        LedgerRun("9:00", "2 stages x 1 replica", 1, 4, 16),
+        LedgerRun("9:30", "1 stage x 2 replicas", 5, 10, 24),
     )
     assert proof.trained_tokens == (dataset.batch(0, 40).labels >= 0).sum()
     assert not proof.changed

@@ -26,7 +26,7 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore, mask_path
 from openchatkit.storage import try_lock
 from openchatkit.tools.preprocess import command as module
-from openchatkit.tools.preprocess import unfinished
+from openchatkit.tools.preprocess import work_folder
 from openchatkit.tools.preprocess.command import main
 
 CHATS = [f"<human>: What is {n}?\n<bot>: It is {n}, and that's it.\n<human>: Hm.\n" for n in range(40)]
@@ -293,7 +293,7 @@ def test_training_on_it_is_training_on_the_records(
 ) -> None:
     flags = ["--tokenizer-type", "HFTokenizer", "--vocab-file", tiny_tokenizer, "--append-eod", "--loss-mask"]
     assert run("--input", data, *flags, "--output-prefix", tmp_path / "o") == 0
-    options = DataOptions(tiny_tokenizer, 48, loss_on=loss_on, cache_dir=tmp_path / "cache")
+    options = DataOptions(tiny_tokenizer, seq_length=48, loss_on=loss_on, data_cache=tmp_path / "cache")
     ours, records = (build_dataset(str(name), options) for name in (tmp_path / "o_text_document", data))
     assert ours.epoch_samples == records.epoch_samples
     batch, expected = (dataset.batch(0, 2 * dataset.epoch_samples) for dataset in (ours, records))
@@ -374,7 +374,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
     """When all files are closed, and are forced to disk before they get their names."""
     flags = ["--input", data, *BYTES, "--loss-mask", "--output-prefix"]
     assert run(*flags, tmp_path / "whole") == 0
-    sync = unfinished.storage.sync
+    sync = work_folder.storage.sync
 
     def stop(path: Path) -> None:
         if path.name == "text.idx":
@@ -382,7 +382,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished.storage, "sync", stop)
+        patch.setattr(work_folder.storage, "sync", stop)
         assert run(*flags, tmp_path / "o") in (2, 130)
     assert not list(tmp_path.glob("o_*"))
     capsys.readouterr()
@@ -397,7 +397,7 @@ def test_work_that_does_not_fit_is_begun_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
     monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
-    monkeypatch.setattr(unfinished, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(work_folder, "_SAVE_SECONDS", 0.0)
     flags = ["--input", data, *BYTES, "--output-prefix", tmp_path / "o"]
     encode, batches = module.fields.encode, itertools.count()
 
@@ -497,7 +497,7 @@ def test_a_full_disk(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(unfinished.TokenStoreWriter, "add", full)
+    monkeypatch.setattr(work_folder.TokenStoreWriter, "add", full)
     assert run("--input", data, *BYTES, "--output-prefix", tmp_path / "o") == 2
     assert "No space left on device: make room or choose another --output-prefix" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]

@@ -21,7 +21,7 @@ from typing import IO
 from loguru import logger
 
 from openchatkit import storage
-from openchatkit.data import records
+from openchatkit.data.records import reader
 from openchatkit.data.stores.build import BadRowsError
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats.token_store import (
@@ -60,13 +60,15 @@ class Done:
     stores: dict[str, StoreProgress] = field(default_factory=dict)
 
 
-class Unfinished:
+class WorkFolder:
     """A context manager: the open files of one job, its `done`, and `publish`, which gives them their names.
 
     UserError: a final name that is taken, where `overwrite` does not allow it; another process that does the same.
     """
 
-    def __init__(self, prefix: Path, job: fields.Job, *, files: Sequence[Path], bad_rows: str, overwrite: bool) -> None:
+    def __init__(
+        self, prefix: Path, job: fields.FieldOptions, *, files: Sequence[Path], bad_rows: str, overwrite: bool
+    ) -> None:
         self._prefix = prefix
         self._folder = prefix.with_name(f".{prefix.name}.partial")
         self._job = job
@@ -82,7 +84,7 @@ class Unfinished:
             self._leave(keep=self._note.exists())
             raise UserError(f"{taken[0]} is there already: name another --output-prefix, or pass --overwrite")
         self._files = files
-        self._stamps = [records.stamps(path) for path in files]
+        self._stamps = [reader.stamps(path) for path in files]
         self.done = Done(_identity(files, self._stamps, job))
         try:
             self._open(self._saved())
@@ -115,14 +117,13 @@ class Unfinished:
         """Force what is there to disk, then note how far it reaches."""
         for writer in self._writers.values():
             writer.sync()
-        self._quarantine.flush()
-        os.fsync(self._quarantine.fileno())
+        storage.sync_file(self._quarantine)
         storage.write_text(self._note, json.dumps(asdict(self.done)) + "\n")
         self._save_at = time.monotonic() + _SAVE_SECONDS
 
     def publish(self) -> None:
         """Give the whole files their final names, in place of what had them. UserError: the input is another by now."""
-        if not all(map(records.unchanged, self._files, self._stamps)):
+        if not all(map(reader.unchanged, self._files, self._stamps)):
             raise UserError("the input was changed while it was tokenised: run again when it is complete")
         self.save()  # so that nothing is lost by a stop before the files leave the folder
         self._quarantine.close()
@@ -190,7 +191,7 @@ class Unfinished:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
 
-    def __enter__(self) -> "Unfinished":
+    def __enter__(self) -> "WorkFolder":
         return self
 
     def __exit__(
@@ -212,7 +213,7 @@ class Unfinished:
         self._leave(keep=self._note.exists() and not other_input)
 
 
-def _identity(files: Sequence[Path], stamps: Sequence[object], job: fields.Job) -> str:
+def _identity(files: Sequence[Path], stamps: Sequence[object], job: fields.FieldOptions) -> str:
     """A digest of everything that decides what is written."""
     known = json.dumps([_VERSION, [str(path.resolve()) for path in files], stamps])
     return hashlib.sha256(known.encode() + pickle.dumps(job)).hexdigest()

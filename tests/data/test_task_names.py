@@ -8,7 +8,7 @@ import pytest
 from hub_server import Hub
 
 from openchatkit import paths
-from openchatkit.data import names
+from openchatkit.data import task_names
 from openchatkit.data.mixture import parse
 from openchatkit.errors import UserError
 
@@ -44,7 +44,7 @@ def test_stems_of_fetched_files(here: Path, name: str, file: str) -> None:
 
 def test_a_file_of_the_working_folder_comes_first(here: Path) -> None:
     (here / "unified_ni.jsonl").touch()
-    assert names.here("unified_ni.jsonl") == names.Found(files=(Path("unified_ni.jsonl"),))
+    assert task_names.find_local("unified_ni.jsonl") == task_names.DataFiles(files=(Path("unified_ni.jsonl"),))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_address_without_a_file(here: Path, server: str) -> None:
 
 @pytest.mark.parametrize("name", ["mine/chats.jsonl", "data/nothing", "a/b/c", "../x", "plain"])
 def test_a_path_that_is_spelt_wrong_is_no_name_of_the_hub(here: Path, name: str) -> None:
-    assert names.elsewhere(name, here / "cache") is None
+    assert task_names.fetch_remote(name, here / "cache") is None
 
 
 RECORDS = {
@@ -143,8 +143,8 @@ def test_a_glob_takes_all_that_can_be_read(here: Path) -> None:
     (here / "mix").mkdir()
     for name in READABLE:
         (here / "mix" / name).touch()
-    found = names.here("mix/*")
-    assert found == names.Found(files=tuple(Path("mix") / name for name in READABLE))
+    found = task_names.find_local("mix/*")
+    assert found == task_names.DataFiles(files=tuple(Path("mix") / name for name in READABLE))
 
 
 def test_a_glob_that_also_matches_other_files_names_them(here: Path) -> None:
@@ -153,16 +153,16 @@ def test_a_glob_that_also_matches_other_files_names_them(here: Path) -> None:
         (here / "mix" / name).touch()
     message = r"mix/\* also matches what cannot be read, mix/README\.md, mix/z\.csv: name the files, or give a pattern"
     with pytest.raises(UserError, match=message):
-        names.here("mix/*")
+        task_names.find_local("mix/*")
 
 
 def test_a_glob_over_saved_datasets_and_stores(here: Path) -> None:
     (here / "mix" / "saved").mkdir(parents=True)
     (here / "mix" / "saved" / "dataset_info.json").touch()
     (here / "mix" / "a.jsonl").touch()
-    assert names.here("mix/*") == names.Found(files=(Path("mix/a.jsonl"), Path("mix/saved")))
-    assert names.here("mix/**") == names.Found(files=(Path("mix/a.jsonl"), Path("mix/saved")))
+    assert task_names.find_local("mix/*") == task_names.DataFiles(files=(Path("mix/a.jsonl"), Path("mix/saved")))
+    assert task_names.find_local("mix/**") == task_names.DataFiles(files=(Path("mix/a.jsonl"), Path("mix/saved")))
     (here / "stores").mkdir()
     for name in ("s.bin", "s.idx", "s.mask.bin"):
         (here / "stores" / name).touch()
-    assert names.here("stores/*") == names.Found(stores=(Path("stores/s"),))
+    assert task_names.find_local("stores/*") == task_names.DataFiles(stores=(Path("stores/s"),))

@@ -1,0 +1,166 @@
+"""Rows of JSON files, plain or compressed: a row a line, or the elements of one array; each within a row's limit."""
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import zstandard
+
+from openchatkit.data.records.raw_row import ROW_LIMIT, START, TOO_LONG, Mark, RawRow
+from openchatkit.download.zstandard_stream import ZstandardStream
+
+_ARRAY = ".json"  # which may also hold a row a line
+_KINDS = (".jsonl", ".ndjson", _ARRAY)
+_PACKINGS = ("", ".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = tuple(kind + packing for kind in _KINDS for packing in _PACKINGS)
+ENDINGS = ".jsonl, .ndjson, .json (each also with .gz, .zst, .bz2 or .xz)"  # the same, to be read
+BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError)
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON = json.JSONDecoder()
+_CHUNK = 1 << 16  # bytes of an array that are read at a time
+_PIECE = 1 << 11  # bytes of a line too long that are read at a time
+
+
+class BrokenJSONError(ValueError):
+    """An array that ends before its end, or is none."""
+
+
+def form_of(name: str) -> tuple[str, str] | None:
+    """Return what a file's name says, in whatever case: (kind, packing); None for a name of another kind of file."""
+    forms = ((kind, packing) for kind in _KINDS for packing in _PACKINGS)
+    return next((form for form in forms if name.lower().endswith("".join(form))), None)
+
+
+class JsonFile:
+    """The rows of an open file, blank lines aside; its name says what it holds, `size` is in bytes.
+
+    Reading may raise any of `BROKEN_STREAM`, or BrokenJSONError.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+        form = form_of(name)
+        assert form is not None, name
+        self._kind, self._packing = form
+        self._file, self.size = file, size
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, start: Mark) -> Iterator[RawRow]:
+        plain = not self._packing
+        place = start.end if plain else 0
+        if self._file.tell() != place:  # a member of an archive stands at its start and can go nowhere
+            self._file.seek(place)
+        stream = _decompressed(self._file, self._packing)
+        if self._kind == _ARRAY and not place and _holds_array(stream):
+            yield from _elements(stream, start)
+        else:
+            yield from _lines(stream, start, plain=plain)
+
+
+def _lines(stream: BinaryIO, start: Mark, *, plain: bool) -> Iterator[RawRow]:
+    number, end = start if plain else START
+    while line := stream.readline(ROW_LIMIT + 1):
+        number, end, error = number + 1, end + len(line), ""
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if len(line) > ROW_LIMIT:
+            end += _skip(stream, line)
+            line, error = b"", TOO_LONG
+        if number > start.number and (error or (line and not line.isspace())):
+            yield RawRow(number, line, Mark(number, end if plain else 0), error)
+
+
+def _holds_array(stream: BinaryIO) -> bool:
+    """Whether what follows white space, however much of it is looked at, is an array's bracket; nothing is read."""
+    return stream.peek(1 << 10).removeprefix(_BOM).lstrip()[:1] == b"["
+
+
+def _elements(stream: BinaryIO, start: Mark) -> Iterator[RawRow]:
+    """The elements of an array as they are written, as lines would have them."""
+    text, number = _ArrayText(stream), 0
+    if text.take() != "[":
+        raise BrokenJSONError("expected an array")
+    following = text.take() if text.peek() == "]" else ","
+    while following == ",":
+        data, number = text.element().encode(), number + 1
+        if number > start.number:
+            fits = len(data) <= ROW_LIMIT
+            yield RawRow(number, data if fits else b"", Mark(number), "" if fits else TOO_LONG)
+        following = text.take()
+    if following != "]" or text.peek():
+        raise BrokenJSONError(f"expected a comma or the array's end, found {following or 'the end of the file'!r}")
+
+
+class _ArrayText:
+    """The text of an array, of which no more is held than an element and a piece behind it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._at = "", 0
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()
+            if self._at < len(self._text) or not self._grow():
+                return self._text[self._at : self._at + 1]
+
+    def take(self) -> str:
+        """`peek`, and go on behind it."""
+        character = self.peek()
+        self._at += len(character)
+        return character
+
+    def element(self) -> str:
+        """The next value, as it is written."""
+        self.peek()
+        while True:
+            try:
+                end = _JSON.raw_decode(self._text, self._at)[1]
+                if end < len(self._text) or not self._grow():  # a number may go on
+                    break
+            except (ValueError, RecursionError) as error:
+                if len(self._text) - self._at > 2 * ROW_LIMIT or not self._grow():
+                    raise BrokenJSONError(str(error).partition(": line")[0]) from error
+        element, self._at = self._text[self._at : end], end
+        return element
+
+    def _grow(self) -> bool:
+        """Hold as much again as is held; False at the end of the file."""
+        data = self._stream.read(max(_CHUNK, len(self._text) - self._at))
+        try:
+            more = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise BrokenJSONError("it is not UTF-8") from error
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(data)
+
+
+def _skip(stream: BinaryIO, line: bytes) -> int:
+    """Read on to the end of the line that begins so, and hold none of it; returns how many bytes that were."""
+    size = 0
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(_PIECE)
+        size += len(line)
+    return size
+
+
+def _decompressed(file: BinaryIO, packing: str) -> BinaryIO:
+    if packing == ".zst":
+        return io.BufferedReader(ZstandardStream(file), 1 << 17)
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers[packing](file) if packing else file

@@ -1,0 +1,188 @@
+"""What a name in `--task-name` stands for: files of records, or token stores; fetched first where they lie elsewhere.
+
+In this order: a path or a glob; the prefix of a token store; the bare name of a file that a `prepare.py` has fetched
+(`unified_ni` for data/OIG/files/unified_ni.jsonl.gz, and the original kit's `cot`); an address (`https://`, `s3://`,
+`hf://datasets/ORG/NAME/GLOB`); a data set of the Hugging Face hub (`ORG/NAME`). What is fetched stays in the cache, and
+a later run takes it from there without asking anyone.
+"""
+
+import glob
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from openchatkit import download, paths, storage
+from openchatkit.data.records import reader, tables
+from openchatkit.errors import Interrupted, UserError
+from openchatkit.formats import token_store
+
+_PACKED = ("", ".gz", ".zst", ".bz2", ".xz")
+# What a folder of a hub's data set is searched for; JSON there is as often what describes the data.
+_HUB_SUFFIXES = tuple(suffix for suffix in reader.RECORD_SUFFIXES if suffix.split(".")[1] != "json")
+_ADDRESS = re.compile(r"(https?|s3)://")
+_HUB = re.compile(r"(?:hf://datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<glob>.+))?")
+# A name that the original's documentation uses and that no file has.
+_ALIASES = {"cot": "unified_mathqa_flanv2_kojma_cot"}
+# The splits of a hub's data set that are not for training, in the words that the hub goes by.
+_HELD_OUT = re.compile(r"(^|[\W_])(test|testing|eval|evaluation|valid|validation|val|dev)([\W_]|$)")
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """Files of records, or prefixes of token stores: one of the two."""
+
+    files: tuple[Path, ...] = ()
+    stores: tuple[Path, ...] = ()
+
+
+def is_address(name: str) -> bool:
+    """Whether a name says by itself that it lies elsewhere."""
+    return bool(_ADDRESS.match(name)) or name.startswith("hf://")
+
+
+def is_path(name: str) -> bool:
+    """Whether there is a file or folder of exactly this name on this machine."""
+    return bool(name) and not is_address(name) and os.path.lexists(os.path.expanduser(name))
+
+
+def find_local(name: str) -> DataFiles | None:
+    """What a name stands for on this machine; None if there is nothing of that name."""
+    if not name or is_address(name):
+        return None
+    name = os.path.expanduser(name)
+    for candidate in (Path(name + packed) for packed in _PACKED):
+        if candidate.is_file() and reader.is_readable(candidate.name):
+            return DataFiles(files=(candidate,))
+    if prefix := token_store.find_prefix(Path(name)):
+        return DataFiles(stores=(prefix,))
+    if tables.is_saved_dataset(Path(name)):
+        return DataFiles(files=(Path(name),))
+    if Path(name).is_file():
+        return DataFiles(files=(Path(name),))  # `records` says which endings it reads
+    if glob.has_magic(name):
+        return _matching(name)
+    return _prepared(name)
+
+
+def fetch_remote(name: str, cache_dir: Path) -> DataFiles | None:
+    """What a name stands for on another machine, fetched into the cache; None if it has the form of no such name.
+
+    UserError when it cannot be fetched. Any number of processes may ask at once.
+    """
+    if _ADDRESS.match(name):
+        place = Path(cache_dir) / "downloads" / hashlib.sha256(name.encode()).hexdigest()[:16]
+        return DataFiles(files=(download.fetch(name, place),))
+    match = _HUB.fullmatch(name)
+    if not match or (not name.startswith("hf://") and not _is_hub_name(name)):
+        return None
+    try:
+        return DataFiles(files=_from_hub(match["name"], match["glob"], Path(cache_dir) / "downloads" / "hub"))
+    except UserError as error:
+        if isinstance(error, Interrupted) or name.startswith("hf://"):
+            raise
+        # A path that was meant for one of this machine has the same form.
+        raise UserError(f"{name} is no file or folder here; as a data set of the hub: {error}") from error
+
+
+def explain_missing(name: str) -> str:
+    """What to say of a name that stands for nothing: what is there instead, and the command that brings it."""
+    if name.removesuffix(".jsonl") in _ALIASES or ("/" not in name and name.startswith("unified_")):
+        stem = _ALIASES.get(name.removesuffix(".jsonl"), name)
+        return f"{name} is not here yet: run `python data/OIG/prepare.py --files {stem}` first"
+    path = Path(name)
+    if path.is_dir():
+        return f"{name} is a folder: pass its files, for example {path / '*.jsonl'}"
+    folder = path.parent
+    if folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir() if reader.is_readable(entry.name))
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        found = f"{folder} holds {', '.join(names[:5]) or 'no file of records'}{more}"
+    else:
+        found = f"there is no folder {folder}"
+    return f"no file {name} ({found}){_fetch_command(folder)}"
+
+
+def _matching(pattern: str) -> DataFiles | None:
+    """What a glob matches, sorted: files of records and saved data sets, or token stores, met by several files each.
+
+    UserError where it matches anything else besides: nobody would notice what is left out.
+    """
+    matches = list(map(Path, sorted(glob.glob(_literal_folders(pattern), recursive=True))))
+    saved = [path for path in matches if tables.is_saved_dataset(path)]
+    matches = [path for path in matches if path.is_file() and not set(saved).intersection(path.parents)]
+    parts = {path: prefix for path in matches if (prefix := _store_of(path))}
+    stores = tuple(dict.fromkeys(parts.values()))
+    rest = [path for path in matches if path not in parts]
+    files = tuple(sorted([*saved, *(path for path in rest if reader.is_readable(path.name))]))
+    unknown = [path for path in rest if not reader.is_readable(path.name)]
+    if files and stores:
+        raise UserError(f"{pattern} matches files of records and token stores: expected one kind, name them apart")
+    if not files and not stores:
+        return DataFiles(files=tuple(unknown)) if unknown else None
+    if unknown:
+        names = ", ".join(str(path) for path in unknown[:5]) + (f" and {len(unknown) - 5} more" if unknown[5:] else "")
+        raise UserError(
+            f"{pattern} also matches what cannot be read, {names}: name the files, or give a pattern that matches "
+            f"nothing but {reader.ENDINGS}"
+        )
+    return DataFiles(files, stores)
+
+
+def _literal_folders(pattern: str) -> str:
+    """A glob in which the names of folders that are there as they are written, `[v2]` say, stand for themselves."""
+    place, parts = Path(), []
+    for part in Path(pattern).parts:
+        place = place / part
+        parts.append(glob.escape(part) if place.is_dir() else part)
+    return os.path.join(*parts)
+
+
+def _store_of(path: Path) -> Path | None:
+    """The prefix of the token store that a file is part of, its mask included."""
+    if path.name.endswith(".mask.bin"):
+        return token_store.find_prefix(path.with_name(path.name.removesuffix(".mask.bin")))
+    return token_store.find_prefix(path)
+
+
+def _prepared(name: str) -> DataFiles | None:
+    """The file of a bare name that some data/*/prepare.py has fetched."""
+    stem = name.removesuffix(".jsonl")
+    stem = _ALIASES.get(stem, stem)
+    if not re.fullmatch(r"[\w-][\w.-]*", stem):
+        return None
+    for suffix in reader.RECORD_SUFFIXES:
+        for found in sorted((paths.ROOT / "data").glob(f"*/files/{stem}{suffix}")):
+            return DataFiles(files=(found,))
+    return None
+
+
+def _is_hub_name(name: str) -> bool:
+    """ORG/NAME, and not rather a path that is spelt wrong."""
+    folder, _, rest = name.partition("/")
+    return "/" not in rest and not reader.is_readable(rest) and not Path(folder).is_dir()
+
+
+def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ...]:
+    """The files of records of a hub's data set that `pattern` matches, or without one, those meant for training."""
+    folder = downloads / name.replace("/", "--")
+    listing = folder / f"files-{hashlib.sha256((pattern or '').encode()).hexdigest()[:16]}.txt"
+    if not listing.is_file():
+        with storage.hold_lock(storage.lock_path(folder), f"{name} is fetched by another process: waiting for it"):
+            if not listing.is_file():
+                found = download.fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
+                storage.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))
+    return tuple(folder / line for line in listing.read_text(encoding="utf-8").splitlines())
+
+
+def _for_training(file: str) -> bool:
+    return file.lower().endswith(_HUB_SUFFIXES) and not _HELD_OUT.search(file)
+
+
+def _fetch_command(folder: Path) -> str:
+    """The command that fills a folder such as `data/OIG/files`, if it is one of ours."""
+    script = Path("data") / folder.parent.name / "prepare.py"
+    if folder.name != "files" or not (paths.ROOT / script).is_file():
+        return ""
+    return f": run `python {script}` first"
