@@ -24,8 +24,8 @@ from openchatkit.formats import checkpoint
 from openchatkit.formats.hf_model import PICKLED, WEIGHTS
 from openchatkit.formats.layer_shards import CONFIG, LayerShards, shard_file
 from openchatkit.formats.tensor_file import TensorSpec, tensor_bytes, write_stream
-from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import shard_names
 from openchatkit.paths import ROOT
 from openchatkit.storage import sha256, sync
 

@@ -60,11 +60,11 @@ def prepare(
     the model is none that the kit knows (or not of `family`), is incomplete, holds with `finite` numbers that are not,
     or asks for remote code.
     """
-    from openchatkit.convert.target import locked
     from openchatkit.formats import hf_model
     from openchatkit.formats.layer_shards import folder_name
     from openchatkit.formats.shard_writer import ShardWriter
     from openchatkit.formats.tokenizer_files import check_tokenizer
+    from openchatkit.storage import own_folder
 
     model = hf_model.HFModel(hf_model.fetch(model_name))
     if family not in (None, model.config.family):
@@ -73,7 +73,7 @@ def prepare(
     check_tokenizer(model.path, model.config.vocab_size)
     plan = _plan(model)
     folder = Path(save_dir) / folder_name(model_name)
-    with locked(folder):
+    with own_folder(folder):
         about = {"source": _fingerprint(model), "dtype": dtype or "as stored"}
         writer = ShardWriter(folder, model.config, source=model.path, about=about)
         _copy(
@@ -92,8 +92,8 @@ def _plan(model: "HFModel") -> Plan:
     """What each shard takes from where: {shard: {name in the shard: Hugging Face key}}, in the order of the files."""
     from openchatkit.convert.streams import digest
     from openchatkit.formats.layer_shards import check_shard
-    from openchatkit.models.names import EMBED, HEAD, shard_names
     from openchatkit.models.registry import family
+    from openchatkit.models.shards import EMBED, HEAD, shard_names
 
     kind = family(model.config)
     plan: Plan = {shard: {} for shard in shard_names(model.config.num_layers)}
@@ -130,9 +130,9 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
     import torch
 
     from openchatkit.convert.streams import each, stream
-    from openchatkit.convert.target import check_room
     from openchatkit.formats.tensor_file import TensorSpec
     from openchatkit.progress import bar
+    from openchatkit.storage import check_room
 
     dtypes = {key: getattr(torch, dtype) if dtype else spec.dtype for key, spec in model.specs.items()}
     specs = {
@@ -140,7 +140,7 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
         for shard, keys in plan.items()
     }
     total = sum(spec.nbytes for shard in specs.values() for spec in shard.values())
-    check_room(writer.folder, total)
+    check_room(writer.folder, total, str(writer.folder), "make room or use another disk")
     with bar(total, writer.folder.name, unit="B", unit_scale=True) as progress:
 
         def chunks(key: str) -> Iterable[memoryview]:

@@ -14,8 +14,8 @@ from openchatkit.formats.legacy import StageCheckpoint
 from openchatkit.formats.tensor_file import TensorSpec
 from openchatkit.formats.tokenizer_files import check_tokenizer, has_tokenizer
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import EMBED, HEAD, shard_names
 from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, shard_names
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,9 @@ def convert(
     """
     import torch
 
-    from openchatkit.convert.target import check_room, whole_folder
     from openchatkit.formats import hf_writer
     from openchatkit.formats.tensor_file import TensorSpec
+    from openchatkit.storage import check_room, whole_folder
 
     save_path = Path(save_path).expanduser().resolve()
     if save_path.exists() and not hf_writer.may_replace(save_path):
@@ -105,7 +105,7 @@ def convert(
         sizes[spec.dtype] += spec.nbytes
     main_dtype = sizes.most_common(1)[0][0]
     with whole_folder(save_path) as folder:
-        check_room(folder, sizes.total())
+        check_room(folder, sizes.total(), str(save_path), "make room or use another disk")
         _write_weights(folder, source, specs, finite=finite)
         hf_writer.write_config(folder, source.raw_config, source.config, dtype=main_dtype, tokenizer=source.tokenizer)
         hf_writer.write_tokenizer(folder, source.tokenizer)

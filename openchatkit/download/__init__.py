@@ -15,10 +15,10 @@ from pathlib import Path
 from openchatkit.download import http, hub, local, s3
 from openchatkit.download.archive import is_packed, unpack
 from openchatkit.download.patience import Patience
-from openchatkit.download.places import Note, check_room, place, read_note, storage_errors, write_note
+from openchatkit.download.places import Note, place, read_note, write_note
 from openchatkit.download.transfer import Remote, bring, missing
 from openchatkit.errors import UserError
-from openchatkit.storage import hold_lock
+from openchatkit.storage import check_room, hold_lock, storage_errors
 
 __all__ = ["Patience", "fetch", "fetch_dataset", "fetch_model", "fetch_source", "unpack"]
 
@@ -90,7 +90,7 @@ def fetch_source(
         raise UserError(f"{destination} lies in {source}, which would be copied into itself: pass another folder")
     files = _source(source, patience, destination)
     with (
-        storage_errors(destination, "make room and run again, it goes on from there"),
+        storage_errors(destination, "it goes on from there", every=True),
         hold_lock(destination / ".lock", f"another process is fetching into {destination}: waiting for it"),
     ):
         done = {file.name: _unpacked(file, destination) for file in files} if not keep_packed else {}
@@ -139,7 +139,7 @@ def _split_digest(address: str, sha256: str | None) -> tuple[str, str | None]:
 
 
 def _check_room(files: Sequence[Remote], destination: Path, advice: str) -> None:
-    with storage_errors(destination, advice):
+    with storage_errors(destination, every=True):
         needed = sum(missing(file, destination) for file in files)
         check_room(destination, needed, files[0].address if len(files) == 1 else f"{len(files)} files", advice)
 

@@ -18,10 +18,10 @@ from typing import Protocol
 from loguru import logger
 
 from openchatkit import progress
-from openchatkit.download.places import amount, place, storage_errors
+from openchatkit.download.places import place
 from openchatkit.download.zstandard_stream import ZstandardStream
 from openchatkit.errors import UserError
-from openchatkit.storage import hold_lock, lock_path, sync
+from openchatkit.storage import format_bytes, free_bytes, hold_lock, lock_path, storage_errors, sync
 
 PACKED = (".gz", ".tgz", ".zst", ".tar")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -47,7 +47,7 @@ def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
         raise UserError(f"{path} cannot be unpacked: expected a name in {', '.join(PACKED)}")
     temporary = destination / f".{path.name}.unpacked"
     with (
-        storage_errors(destination, f"{path.name} cannot be unpacked here; make room and run again"),
+        storage_errors(destination, every=True),
         hold_lock(lock_path(temporary), f"{path.name} is unpacked by another process: waiting for it"),
     ):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +130,7 @@ def _damage(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _contents(path: Path, destination: Path) -> Iterator["_Capped"]:
     """The decompressed bytes of a file, with a bar over the compressed ones."""
-    room = shutil.disk_usage(destination).free - _SPARE_BYTES
+    room = free_bytes(destination) - _SPARE_BYTES
     suffix = path.suffix.lower()
     with (
         open(path, "rb") as file,
@@ -167,11 +167,11 @@ class _Capped:
         self._last = (self._last + data[-512:])[-512:]
         if self._length > self._room:
             raise UserError(
-                f"{self._path} holds more than the {amount(max(0, self._room))} that there is room for: make room, or "
-                "leave it packed"
+                f"{self._path} holds more than the {format_bytes(max(0, self._room))} that there is room for: make "
+                "room, or leave it packed"
             )
         if self._stop is not None and self._length > self._stop:
-            raise tarfile.ReadError(f"a header of more than {amount(_LONGEST_HEADER)}")
+            raise tarfile.ReadError(f"a header of more than {format_bytes(_LONGEST_HEADER)}")
         self._seen()
         return data
 

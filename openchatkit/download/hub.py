@@ -23,10 +23,11 @@ from tqdm import tqdm
 from openchatkit.download import http
 from openchatkit.download.digests import GIT, SHA256, Digest
 from openchatkit.download.patience import Patience, TransientError
-from openchatkit.download.places import check_room, notes
+from openchatkit.download.places import notes
 from openchatkit.download.transfer import Answer, Remote, bring, missing
 from openchatkit.errors import UserError
 from openchatkit.libraries import hf_hub
+from openchatkit.storage import check_room
 
 if TYPE_CHECKING:
     import httpx2

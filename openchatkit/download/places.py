@@ -4,11 +4,8 @@ The note is `.NAME.fetched.json`: the address and the version that a file came f
 unpacked into, if it was. It is what tells a file that need not be fetched again from a stranger of the same name.
 """
 
-import contextlib
-import errno
 import json
 import re
-import shutil
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -68,37 +65,3 @@ def write_note(path: Path, note: Note) -> None:
 
 def _note(path: Path) -> Path:
     return path.with_name(f".{path.name}.fetched.json")
-
-
-def check_room(folder: Path, needed: int, what: str, advice: str = "make room") -> None:
-    """UserError when `needed` bytes do not fit on the disk of `folder`, which need not be there yet."""
-    folder = folder.absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise UserError(f"{what}: {amount(needed)} are needed and {folder} has room for {amount(free)}: {advice}")
-
-
-def amount(size: int) -> str:
-    """A number of bytes as people say it: `1.4 GB`, `300 kB`, `12 bytes`."""
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if size >= 10**power:
-            return f"{size / 10**power:.1f} {unit}"
-    return f"{size} bytes"
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path, full: str) -> Iterator[None]:
-    """Turn what the file system refuses into a UserError about `path`; `full` is what to do when the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            says = f"the disk is full: {full}"
-        elif error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-            says = "its file system has no file locks: use another one"
-        elif error.errno is None:
-            raise
-        else:
-            says = f"cannot be written: {error.strerror}"
-        raise UserError(f"{path}: {says}") from error

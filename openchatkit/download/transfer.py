@@ -20,15 +20,12 @@ from openchatkit.download.digests import Digest, mismatch
 from openchatkit.download.patience import Patience, TransientError
 from openchatkit.download.places import (
     Note,
-    amount,
-    check_room,
     place,
     read_note,
-    storage_errors,
     write_note,
 )
 from openchatkit.errors import UserError
-from openchatkit.storage import hold_lock, lock_path, sync, write_text
+from openchatkit.storage import check_room, format_bytes, hold_lock, lock_path, replace_file, storage_errors, write_text
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def bring(remote: Remote, folder: Path, *, patience: Patience, noted: bool = Tru
     UserError, Interrupted: refused, too large for the disk, other bytes than were promised, or nobody answers.
     """
     path = place(folder, remote.name)
-    with storage_errors(path, "what has come is kept; make room and run again, it goes on from there"):
+    with storage_errors(path, "it goes on from what has come", every=True):
         # First without a lock: what is there is of use in a folder where nobody may write.
         if _is_noted(path, remote):
             return path
@@ -143,7 +140,7 @@ def _bring(remote: Remote, path: Path, patience: Patience, noted: bool) -> None:
         part.finish(noted)
     except KeyboardInterrupt:
         logger.info(
-            "{}: {} are here and kept; the same command goes on from there", remote.address, amount(part.length)
+            "{}: {} are here and kept; the same command goes on from there", remote.address, format_bytes(part.length)
         )
         raise
     finally:
@@ -157,7 +154,7 @@ def _fill(part: "_Partial", remote: Remote, patience: Patience) -> None:
     """Ask for the missing bytes until none is missing."""
     most, failures, met = part.length, 0, False
     if part.length:
-        logger.info("{}: going on at {}", remote.address, amount(part.length))
+        logger.info("{}: going on at {}", remote.address, format_bytes(part.length))
     with progress.bar(
         part.size, _title(remote), unit="B", unit_scale=True, unit_divisor=1000, initial=part.length
     ) as bar:
@@ -281,11 +278,9 @@ class _Partial:
     def finish(self, noted: bool) -> None:
         """Give the file its name."""
         self.close()
-        sync(self.path)
         if noted:
             # Never beside the note of another version, which would pass for this one if we died here.
             self.final.unlink(missing_ok=True)
             write_note(self.final, Note(self._remote.address, self.version, self.length))
-        os.replace(self.path, self.final)
-        sync(self.final.parent)
+        replace_file(self.path, self.final)
         self._memory.unlink(missing_ok=True)

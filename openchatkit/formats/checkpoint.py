@@ -38,11 +38,11 @@ from openchatkit.formats.checkpoint_folders import (
 )
 from openchatkit.formats.layer_shards import CONFIG, check_shard, read_config, shard_file
 from openchatkit.formats.manifest import DamagedError, FileRecord, advise
-from openchatkit.formats.tensor_file import TensorFile, storage_errors, write_tensors
+from openchatkit.formats.tensor_file import TensorFile, write_tensors
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, read_json
-from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf
-from openchatkit.storage import write_text
+from openchatkit.models.shards import shard_names
+from openchatkit.storage import storage_errors, write_text
 
 __all__ = [
     "begin",

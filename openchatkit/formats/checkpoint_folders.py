@@ -8,7 +8,7 @@ from pathlib import Path
 from openchatkit.errors import UserError
 from openchatkit.formats import legacy, manifest
 from openchatkit.formats.manifest import DamagedError
-from openchatkit.storage import sync, write_text
+from openchatkit.storage import replace_folder, write_text
 
 STATE = "state.json"
 LATEST = "latest"
@@ -128,14 +128,9 @@ def prune(root: Path, keep: int, *, verified: Path | None = None, protected: int
 
 def publish(temporary: Path, root: Path, step: int) -> Path:
     """Give a whole checkpoint its name, in place of an older one of that step, and point `latest` to it."""
-    sync(temporary)
-    path, replaced = checkpoint_path(root, step), _replaced_path(root, step)
-    if path.exists():
-        os.rename(path, replaced)
-    os.rename(temporary, path)
-    sync(root)
+    path = checkpoint_path(root, step)
+    replace_folder(temporary, path)
     point_to(root, step)
-    shutil.rmtree(replaced, ignore_errors=True)
     return path
 
 
@@ -149,10 +144,6 @@ def remove_leftovers(root: Path) -> None:
             os.rename(old, path)
     for temporary in root.glob(".checkpoint_*.tmp"):
         shutil.rmtree(temporary)
-
-
-def _replaced_path(root: Path, step: int) -> Path:
-    return root / f".checkpoint_{step}.old"
 
 
 def _named(root: Path) -> int | None:

@@ -9,7 +9,6 @@ name in the model. A file that is missing, damaged or of another key is as good 
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < 2 * size:
+        if storage.free_bytes(path.parent) < 2 * size:
             logger.debug(f"{path} was not written: the disk has little room")
             return
         write_tensors(path, tensors)

@@ -20,8 +20,8 @@ from openchatkit.formats.pickled import PickledFile
 from openchatkit.formats.tensor_file import TensorFile, TensorSpec
 from openchatkit.formats.tokenizer_files import has_tokenizer, read_json
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import shard_names
 
 CONFIG = "config.json"
 JOURNAL = "prepare.json"

@@ -10,13 +10,12 @@ step changed no weight. When a run resumes from a checkpoint, rows of later step
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from openchatkit.errors import UserError
-from openchatkit.storage import write_text
+from openchatkit.storage import sync_file, write_text
 
 LEDGER = "ledger.jsonl"
 EMPTY = hashlib.sha256(b"").hexdigest()
@@ -50,7 +49,7 @@ class Writer:
 
     def sync(self) -> None:
         """Force the rows to disk: called before the checkpoint that vouches for them is published."""
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
 
     def close(self) -> None:
         # Only a row that could not be written is still to be written, and of that `append` has told.

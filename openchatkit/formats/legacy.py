@@ -12,8 +12,8 @@ from pathlib import Path
 from openchatkit.errors import UserError
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import EMBED, HEAD, layer_number, shard_names
 from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, layer_number, shard_names
 
 _STAGE_FILE = re.compile(r"prank_(\d+)_checkpoint\.pt")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from openchatkit.errors import UserError
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import HEAD, layer_number, shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import HEAD, layer_number, shard_names
 
 END_OF_TEXT = 0
 EXAMPLE = "layer_00-model_00-model_states.pt"

@@ -11,11 +11,11 @@ from typing import Any
 from openchatkit.formats import manifest
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, shard_file
 from openchatkit.formats.manifest import MANIFEST, DamagedError, FileRecord
-from openchatkit.formats.tensor_file import TensorSpec, storage_errors, write_stream
+from openchatkit.formats.tensor_file import TensorSpec, write_stream
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, tokenizer_digests
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import shard_names
-from openchatkit.storage import atomic_path
+from openchatkit.models.shards import shard_names
+from openchatkit.storage import atomic_path, storage_errors
 
 _SHARD_FILE = re.compile(r"(embed|head|layer_\d{5})\.safetensors")
 

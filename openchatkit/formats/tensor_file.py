@@ -5,8 +5,6 @@ tensor), and the tensors' bytes (github.com/huggingface/safetensors#format). Fil
 first, so that every tensor is aligned when the file is memory-mapped.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -19,9 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError, FileRecord
-from openchatkit.storage import atomic_path
+from openchatkit.storage import atomic_path, storage_errors
 
 CHUNK = 1 << 20
 DTYPES = {
@@ -167,27 +164,6 @@ def cast(chunks: Iterable[memoryview], source: torch.dtype, target: torch.dtype)
         if not torch.stack(after.aminmax()).isfinite().all() and not torch.equal(before.isinf(), after.isinf()):
             raise OverflowError(f"values up to {before[torch.isfinite(before)].abs().max().item():g}")
         yield tensor_bytes(after)
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk or its permissions refuse into a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        known = {
-            errno.ENOSPC: "the disk is full: make room",
-            errno.EDQUOT: "the disk quota is used up: make room",
-            errno.EFBIG: "the file size limit is reached: see `ulimit -f`",
-            errno.EROFS: "the disk is read-only: choose another folder",
-            errno.EACCES: "permission denied: choose a folder you may write to",
-            errno.EEXIST: "part of the path is a file: choose another folder",
-            errno.ENOTDIR: "part of the path is a file: choose another folder",
-            errno.EIO: "the disk reports an error: check it",
-        }
-        if error.errno not in known:
-            raise
-        raise UserError(f"cannot write {path}: {known[error.errno]}, then run the same command again") from error
 
 
 def _pieces(

@@ -14,7 +14,6 @@ it is built, `progress.json` says how far the files are known to be on disk.
 
 import contextlib
 import json
-import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -220,8 +219,7 @@ class TokenStoreWriter:
     def sync(self) -> None:
         """Force to disk what was added."""
         for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+            storage.sync_file(file)
 
     def close(self) -> None:
         """Write pointers, document borders and, last, the header; a mask of zeros is removed."""

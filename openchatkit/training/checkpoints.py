@@ -19,11 +19,11 @@ from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.formats.manifest import FileRecord
-from openchatkit.formats.tensor_file import storage_errors
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import EMBED, HEAD
 from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
+from openchatkit.storage import storage_errors
 from openchatkit.training.optimizer import own_parameters
 
 Source = LayerShards | Path

@@ -10,7 +10,7 @@ from loguru import logger
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import metrics
-from openchatkit.formats.tensor_file import storage_errors
+from openchatkit.storage import storage_errors
 from openchatkit.training.forecast import Forecast
 
 LOG_FILE = "./logs/file_{time}.log"

@@ -307,10 +307,10 @@ def test_a_family_s_tool_names_the_other_s(tmp_path, capsys):
 
 def test_two_at_once(tmp_path):
     tiny_models.save(tmp_path / "model", "neox")
-    from openchatkit.convert.target import locked
+    from openchatkit.storage import own_folder
 
     with (
-        locked(tmp_path / "out" / "model"),
+        own_folder(tmp_path / "out" / "model"),
         pytest.raises(
             UserError, match=r"another process is writing .*/out/model: wait for it, or end it and run again"
         ),
@@ -321,8 +321,8 @@ def test_two_at_once(tmp_path):
 def test_too_little_room(tmp_path, monkeypatch):
     tiny_models.save(tmp_path / "model", "neox")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("openchatkit.convert.target.shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"0\.0 GB are needed, 0\.0 GB are free; make room or use another disk"):
+    monkeypatch.setattr("openchatkit.storage.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"kB are needed and .* has room for 1\.0 kB: make room or use another disk"):
         prepare(str(tmp_path / "model"), tmp_path / "out")
 
 

@@ -153,11 +153,6 @@ def test_what_a_disk_refuses_is_one_line_and_leaves_nothing(tmp_path, code, reas
     assert not list(tmp_path.iterdir())
 
 
-def test_other_errors_are_not_dressed_up(tmp_path):
-    with pytest.raises(FileNotFoundError), tensor_file.storage_errors(tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "gone")
-
-
 def test_a_path_through_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="part of the path is a file"):

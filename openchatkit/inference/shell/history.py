@@ -5,7 +5,6 @@ its newer half when it becomes too large.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import stat
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from openchatkit.storage import atomic_path
+from openchatkit.storage import atomic_path, lock_open_file
 
 SIZE_LIMIT = 1 << 20  # bytes
 ENTRY_LIMIT = 10_000  # bytes; what is longer was pasted, and is not kept
@@ -58,9 +57,8 @@ def append(path: Path, text: str) -> None:
 def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         with _plain_file(path, os.O_RDWR | os.O_CREAT) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
             # Another shell may have put a shorter file in its place while we waited.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if lock_open_file(file, path):
                 yield file
                 return
 

@@ -16,7 +16,6 @@ from loguru import logger
 from tqdm import tqdm
 
 from openchatkit import progress
-from openchatkit.download.places import storage_errors
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord, SourceRecord
@@ -29,13 +28,14 @@ from openchatkit.retrieval.building.ranks import Ranks
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import check_encoder
 from openchatkit.retrieval.table import Row, Table
+from openchatkit.storage import storage_errors
 
 _WINDOW = 1 << 14  # texts that are sorted by length together
 _SLICE = 512  # texts that are embedded between two writes: what a kill loses
 _BLOCK = 1 << 14  # vectors copied at a time
 _TABLE, _MISSING = "staged.arrow", "missing.npy"
 _ALONE = Ranks()
-_ADVICE = "make room and run again, what has been embedded is kept"
+_ADVICE = "what has been embedded is kept"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def carry_out(
     is damaged is taken for none. UserError: what `planned` raises, no text at all, a vector that is not finite, a full
     disk, a folder that is something else.
     """
-    with storage_errors(folder, _ADVICE):
+    with storage_errors(folder, _ADVICE, every=True):
         if not ranks.first:
             ranks.agree(None)
             _embed(layout.partial_folder(folder), None, device, ranks, None)

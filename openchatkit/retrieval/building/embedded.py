@@ -7,7 +7,6 @@ another: a vector counts when its digest is there. So a kill loses the texts tha
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -113,8 +112,7 @@ class Writer:
         """Append vectors float32 [n, dimension]. A digest never reaches the disk before its vector."""
         with np.errstate(over="ignore"):  # who writes the index refuses what has become infinite
             self._vectors.write(vectors.astype(_VECTORS).tobytes())
-        self._vectors.flush()
-        os.fsync(self._vectors.fileno())
+        storage.sync_file(self._vectors)
         self._keys.write(b"".join(digests))
         self._keys.flush()
 

@@ -13,11 +13,11 @@ from loguru import logger
 from openchatkit import cli
 from openchatkit.download import fetch, fetch_dataset
 from openchatkit.download.digests import SHA256, Digest
-from openchatkit.download.places import read_note, storage_errors
+from openchatkit.download.places import read_note
 from openchatkit.errors import UserError
 from openchatkit.formats import wikipedia_index as layout
 from openchatkit.formats.manifest import DamagedError, FileRecord
-from openchatkit.storage import hold_lock, sha256
+from openchatkit.storage import hold_lock, sha256, storage_errors
 
 
 @cli.command
@@ -64,7 +64,7 @@ def prepare(
     except DamagedError:
         pass
     with (
-        storage_errors(folder, "make room and run again, it goes on from there"),
+        storage_errors(folder, "it goes on from there", every=True),
         hold_lock(folder / ".lock", f"{folder} is being prepared by another process: waiting for it"),
     ):
         for path in layout.litter(folder):

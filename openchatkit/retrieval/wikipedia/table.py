@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from openchatkit import progress
-from openchatkit.download.places import check_room
 from openchatkit.errors import UserError
 from openchatkit.retrieval import blocks
-from openchatkit.storage import atomic_path
+from openchatkit.storage import atomic_path, check_room
 
 TEXT, POSITION = "text_snippet", "position_in_source_text"
 _SCHEMA = pa.schema([(TEXT, pa.string()), (POSITION, pa.int64()), ("article", pa.int64()), ("title", pa.string())])
