@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from openchatkit.inference.engine.attention import attention
-from openchatkit.inference.engine.cache import GrowingCache, GrowingLayer
+from openchatkit.inference.engine.kv_cache import GrowingCache, GrowingLayer
 from openchatkit.libraries import hf_transformers
 
 # Positions that the rotary table is first made for; it doubles as texts grow.

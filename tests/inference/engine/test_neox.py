@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from openchatkit.inference.engine import attention, neox
-from openchatkit.inference.engine.cache import new_cache
+from openchatkit.inference.engine.kv_cache import new_cache
 from openchatkit.libraries import hf_transformers
 
 COMMON = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,7 +1,7 @@
-"""Keys and values of what a model has read, in buffers that are appended to in place.
+"""A KV cache in buffers that are appended to in place.
 
 transformers' DynamicCache concatenates, hence copies, all that it holds at every token: at 1,000 tokens that is a
-large part of decoding. Here a token costs its own keys and values, and forgetting tokens costs nothing.
+large part of decoding. Here a token costs its own keys and values, and dropping tokens costs nothing.
 """
 
 import torch
@@ -10,12 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from openchatkit.libraries import hf_transformers
 
-# The least that a buffer is made for, in tokens; a power of two suits the allocators.
-SMALLEST = 64
+# The smallest buffer, in tokens; a power of two suits the allocators.
+MIN_CAPACITY = 64
 
 
 class GrowingLayer(CacheLayerMixin):
-    """One layer's keys and values, each [batch, heads, tokens, size of a head], in `dtype` (None: as they come).
+    """One layer's keys and values, each [batch, heads, tokens, head size], in `dtype` (None: the model's).
 
     `limit` is the most tokens that will ever be held, or None.
     """
@@ -25,7 +25,7 @@ class GrowingLayer(CacheLayerMixin):
 
     def __init__(self, dtype: torch.dtype | None = None, limit: int | None = None) -> None:
         super().__init__()
-        self._kept_dtype = dtype
+        self._dtype = dtype
         self._limit = limit
         self._length = 0
         # Replaced in one go, so that an interrupt finds both the old or both the new.
@@ -34,7 +34,7 @@ class GrowingLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values; all that are held, as views."""
+        """Append keys and values; return all that are held, as views."""
         new = key_states.shape[-2]
         start, end = self._length, self._length + new
         if self._buffers is None or end > self._buffers[0].shape[-2]:
@@ -46,7 +46,7 @@ class GrowingLayer(CacheLayerMixin):
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def truncate(self, length: int) -> None:
-        """Hold the first `length` tokens alone; what an interrupted pass left behind them goes too."""
+        """Hold only the first `length` tokens; anything that an interrupted pass left after them goes too."""
         held = 0 if self._buffers is None else self._buffers[0].shape[-2]
         assert 0 <= length <= held, f"{length} tokens of a buffer for {held}"
         self._length = length
@@ -65,17 +65,17 @@ class GrowingLayer(CacheLayerMixin):
         return -1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the buffers are made by the first update, which knows how much it needs."""
+        """Do nothing: the first update makes the buffers, since it knows how much it needs."""
 
     def _grow(self, needed: int, *states: torch.Tensor) -> None:
-        # By half each time, so that all the copying together costs a few tokens each, however long the text becomes.
-        capacity = max(needed + needed // 2, SMALLEST)
+        # By half each time, so that a token costs the copying of a few, however long the text becomes.
+        capacity = max(needed + needed // 2, MIN_CAPACITY)
         if self._limit is not None:
             capacity = max(min(capacity, self._limit), needed)
         grown = []
         for index, state in enumerate(states):
             shape = (*state.shape[:2], capacity, state.shape[3])
-            buffer = torch.empty(shape, dtype=self._kept_dtype or state.dtype, device=state.device)
+            buffer = torch.empty(shape, dtype=self._dtype or state.dtype, device=state.device)
             if self._length:
                 buffer.narrow(2, 0, self._length).copy_(self._buffers[index].narrow(2, 0, self._length))
             grown.append(buffer)
@@ -89,12 +89,12 @@ class GrowingCache(Cache):
         super().__init__(layers=[GrowingLayer(dtype, limit) for _ in range(num_layers)])
 
     def truncate(self, length: int) -> None:
-        """Hold the first `length` tokens alone, in every layer."""
+        """Hold only the first `length` tokens, in every layer."""
         for layer in self.layers:
             layer.truncate(length)
 
 
 def new_cache(config: PreTrainedConfig, *, dtype: torch.dtype | None = None, limit: int | None = None) -> Cache:
-    """A `GrowingCache` where every layer of the model attends to all tokens, else the cache that transformers has."""
+    """A `GrowingCache` where every layer of the model attends to all tokens, else transformers' own cache."""
     layers = hf_transformers.plain_cache_layers(config)
     return DynamicCache(config=config) if layers is None else GrowingCache(layers, dtype=dtype, limit=limit)

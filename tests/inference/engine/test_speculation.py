@@ -5,55 +5,55 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from openchatkit.inference.engine.engine import Engine, Statistics
-from openchatkit.inference.engine.lookup import CREDIT, LONGEST, MOST, Lookup
 from openchatkit.inference.engine.sampling import Sampling
+from openchatkit.inference.engine.speculation import CREDIT, MAX_DRAFT, MAX_RUN, PromptLookup, Speculation
 
 
 def test_it_goes_on_as_the_text_did_where_its_end_stood_before():
-    assert Lookup([1, 2, 3, 4, 5, 9, 1, 2]).draft(3) == [3, 4, 5]
-    assert Lookup([1, 2, 3, 4, 5, 9, 1, 2]).draft(100) == [3, 4, 5, 9, 1]
-    assert Lookup([1, 2, 3, 1, 2]).draft(0) == []
-    assert Lookup([1, 2, 3, 4]).draft(5) == []
-    assert Lookup([1]).draft(5) == []
+    assert PromptLookup([1, 2, 3, 4, 5, 9, 1, 2]).guess(3).draft == [3, 4, 5]
+    assert PromptLookup([1, 2, 3, 4, 5, 9, 1, 2]).guess(100).draft == [3, 4, 5, 9, 1]
+    assert not PromptLookup([1, 2, 3, 1, 2]).guess(0).draft
+    assert not PromptLookup([1, 2, 3, 4]).guess(5).draft
+    assert not PromptLookup([1]).guess(5).draft
 
 
 def test_the_longest_run_decides_then_the_nearest():
     text = [7, 1, 2, 50, 8, 1, 2, 60, 9, 1, 2, 70]
-    assert Lookup([*text, 1, 2]).draft(1) == [70]
-    assert Lookup([*text, 8, 1, 2]).draft(1) == [60]
-    assert Lookup([*text, 7, 1, 2]).draft(1) == [50]
-    assert LONGEST >= 3
+    assert PromptLookup([*text, 1, 2]).guess(1).draft == [70]
+    assert PromptLookup([*text, 8, 1, 2]).guess(1).draft == [60]
+    assert PromptLookup([*text, 7, 1, 2]).guess(1).draft == [50]
+    assert MAX_RUN >= 3
 
 
 def test_a_text_that_repeats_itself_is_guessed_beyond_its_end():
-    assert Lookup([4, 4, 4]).draft(5) == [4, 4, 4, 4, 4]
-    assert Lookup([1, 2, 3, 1, 2, 3]).draft(5) == [1, 2, 3, 1, 2]
+    assert PromptLookup([4, 4, 4]).guess(5).draft == [4, 4, 4, 4, 4]
+    assert PromptLookup([1, 2, 3, 1, 2, 3]).guess(5).draft == [1, 2, 3, 1, 2]
 
 
 def test_tokens_of_the_reply_are_found_too():
-    lookup = Lookup([1, 2, 3])
+    lookup = PromptLookup([1, 2, 3])
     for token in (8, 9, 5, 8, 9):
         lookup.append(token)
-    assert lookup.draft(1) == [5]
+    assert lookup.guess(1).draft == [5]
 
 
 def test_drafts_follow_how_many_were_right_and_end_where_none_are():
-    lookup = Lookup([1, 2] * 20)
-    lookup.judge(MOST // 2, MOST // 2)
-    assert len(lookup.draft(100)) == MOST
-    lookup.judge(MOST, 3)
-    assert len(lookup.draft(100)) == 3
+    lookup = PromptLookup([1, 2] * 20)
+    lookup.learn(Speculation([0] * (MAX_DRAFT // 2), MAX_DRAFT // 2))
+    assert len(lookup.guess(100).draft) == MAX_DRAFT
+    lookup.learn(Speculation([0] * MAX_DRAFT, 3))
+    assert len(lookup.guess(100).draft) == 3
     for _ in range(CREDIT):
-        lookup.judge(3, 0)
-    assert lookup.draft(100) == []
+        lookup.learn(Speculation([0] * 3, 0))
+    assert not lookup.guess(100).draft
 
 
 def test_drafts_of_one_length_are_that_long_or_none():
-    lookup = Lookup([1, 2, 3, 1, 2], length=7)
-    assert len(lookup.draft(7)) == 7
-    assert lookup.draft(6) == []
-    lookup.judge(7, 1)
-    assert len(lookup.draft(9)) == 7
+    lookup = PromptLookup([1, 2, 3, 1, 2], length=7)
+    assert len(lookup.guess(7).draft) == 7
+    assert not lookup.guess(6).draft
+    lookup.learn(Speculation([0] * 7, 1))
+    assert len(lookup.guess(9).draft) == 7
 
 
 @pytest.mark.parametrize("family", ["neox", "gptj"])

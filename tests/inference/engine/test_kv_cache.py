@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, Gemma2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
-from openchatkit.inference.engine.cache import SMALLEST, GrowingCache, GrowingLayer, new_cache
+from openchatkit.inference.engine.kv_cache import MIN_CAPACITY, GrowingCache, GrowingLayer, new_cache
 
 HEADS, SIZE = 2, 4
 
@@ -48,7 +48,7 @@ def test_it_grows_to_its_limit_and_no_further():
     for _ in range(100):
         layer.update(*states(1))
         capacity = layer._buffers[0].shape[2]
-        assert SMALLEST <= capacity <= 100
+        assert MIN_CAPACITY <= capacity <= 100
     assert capacity == 100
 
 

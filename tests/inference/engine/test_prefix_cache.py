@@ -14,7 +14,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from openchatkit.inference.engine import reading
+from openchatkit.inference.engine import prefix_cache
 from openchatkit.inference.engine.engine import Engine, OutOfMemory, Statistics
 from openchatkit.inference.engine.sampling import Sampling
 
@@ -130,7 +130,7 @@ def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypa
         sizes.append(inputs["input_ids"].shape[1])
         return forward(**inputs)
 
-    monkeypatch.setattr(reading, "CHUNK", 64)
+    monkeypatch.setattr(prefix_cache, "CHUNK", 64)
     monkeypatch.setattr(model, "forward", counted)
     assert say(running, prompt)[0] == expected
     assert sizes[:5] == [64, 64, 64, 8, 1]
@@ -139,7 +139,7 @@ def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypa
 @pytest.mark.parametrize("name", [*FAMILIES, "sliding"])
 def test_a_long_prompt_that_is_given_up_is_read_no_further_and_gone_on_from(models, name, monkeypatch):
     model, prompt = models[name], [2 + number % 381 for number in range(200)]
-    monkeypatch.setattr(reading, "CHUNK", 64)
+    monkeypatch.setattr(prefix_cache, "CHUNK", 64)
     running, statistics, asked = engine(model), Statistics(), []
     stream = running.generate(
         prompt, GREEDY, statistics=statistics, cancelled=lambda: asked.append(1) or len(asked) > 2
@@ -199,12 +199,12 @@ def test_where_memory_ends_all_that_is_kept_is_freed_first(models, monkeypatch):
     running = engine(model, slots=2)
     for prompt in prompts:
         say(running, prompt)
-    assert [len(slot.tokens) for slot in running._pool._slots] == [20, 20]
+    assert [len(slot.tokens) for slot in running.prefix_cache.slots] == [20, 20]
     with monkeypatch.context() as patch:
         Interrupting(model, patch, 2, torch.OutOfMemoryError("CUDA out of memory"))
         with pytest.raises(OutOfMemory) as raised:
             say(running, [*prompts[0], 8])
-    assert all(slot._cache is None and not slot.tokens for slot in running._pool._slots)
+    assert all(slot._cache is None and not slot.tokens for slot in running.prefix_cache.slots)
     assert raised.value.exit_status == 2
     assert say(running, prompts[0]) == (fresh(model, prompts[0]), 0)
 
@@ -248,13 +248,13 @@ def test_a_model_with_recurrent_states_goes_on_one_token_at_a_time_or_starts_afr
     torch.manual_seed(4)
     states = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 1}
     model = JambaForCausalLM(JambaConfig(**TINY, **states, num_experts_per_tok=1, pad_token_id=1)).eval()
-    monkeypatch.setattr(reading, "CHUNK", 16)
+    monkeypatch.setattr(prefix_cache, "CHUNK", 16)
     prompt = [*range(40, 80)]
     running = engine(model)
     reply, _ = say(running, prompt)
     assert reply == oracle(model, prompt)
     # The last token that was said has not been read yet.
-    for new, held in ((20, len(prompt) + 11), (reading.FEW + 1, 0)):
+    for new, held in ((20, len(prompt) + 11), (prefix_cache.MAX_SINGLE_STEPS + 1, 0)):
         prompt = [*prompt, *reply, *range(100, 100 + new)]
         reply, cached = say(running, prompt)
         assert (reply, cached) == (oracle(model, prompt), held)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from openchatkit.inference.engine import static
 from openchatkit.inference.engine.engine import Engine, Statistics
+from openchatkit.inference.engine.runner import CompiledRunner, can_compile
 from openchatkit.inference.engine.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_turns_are_those_of_the_growing_cache(random_models, family, backend):
     assert compiled.log_likelihoods(first, [[3], [4, 5, 6]]) == pytest.approx(
         plain.log_likelihoods(first, [[3], [4, 5, 6]]), abs=1e-4
     )
-    assert compiled._reader._compiled is not None, "it fell back"
+    assert compiled.runner._compiled is not None, "it fell back"
 
 
 def test_one_graph_serves_all_tokens_and_one_all_drafts(random_models):
@@ -97,7 +97,7 @@ def test_ctrl_c_while_it_compiles_leaves_the_cache_right(random_models, monkeypa
     token = next(stream)
     with pytest.raises(KeyboardInterrupt):
         next(stream)
-    compiled._reader._compiled = None
+    compiled.runner._compiled = None
     statistics = Statistics()
     prompt = [5, 6, 7, token, 9]
     assert list(compiled.generate(prompt, GREEDY, statistics=statistics)) == list(plain.generate(prompt, GREEDY))
@@ -106,15 +106,15 @@ def test_ctrl_c_while_it_compiles_leaves_the_cache_right(random_models, monkeypa
 
 def test_only_what_suits_is_compiled_and_by_itself_only_on_a_gpu(random_models, capsys):
     model = AutoModelForCausalLM.from_pretrained(random_models["neox"]).eval()
-    assert static.suits(model, 512)
-    assert not static.suits(model, None)
-    assert not static.suits(model, 1 << 20)
-    assert not isinstance(Engine(model, eos_ids=(), device=CPU)._reader, static.StaticReader)
+    assert can_compile(model, 512)
+    assert not can_compile(model, None)
+    assert not can_compile(model, 1 << 20)
+    assert not isinstance(Engine(model, eos_ids=(), device=CPU).runner, CompiledRunner)
     model.hf_device_map = {"gpt_neox": 0, "lm_head": "disk"}
-    assert not static.suits(model, 512)
+    assert not can_compile(model, 512)
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     sliding = MistralForCausalLM(MistralConfig(**tiny, num_hidden_layers=1, vocab_size=384, sliding_window=8)).eval()
-    assert not static.suits(sliding, 512)
+    assert not can_compile(sliding, 512)
     running = Engine(sliding, eos_ids=(), device=CPU, compile=True)
-    assert not isinstance(running._reader, static.StaticReader)
+    assert not isinstance(running.runner, CompiledRunner)
     assert "runs uncompiled" in capsys.readouterr().err
