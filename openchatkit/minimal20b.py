@@ -27,8 +27,8 @@ from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.family import SkipInit
 from openchatkit.models.layers import RotaryTable
-from openchatkit.models.names import EMBED, HEAD
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
 
 if TYPE_CHECKING:

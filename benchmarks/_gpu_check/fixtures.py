@@ -9,8 +9,8 @@ from torch import Tensor
 from openchatkit.data.batch import Batch
 from openchatkit.distributed.layout import Layout
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import EMBED, HEAD
 from openchatkit.models.registry import config_from_hf
+from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler

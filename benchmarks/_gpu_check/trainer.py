@@ -24,7 +24,7 @@ from torch import Tensor
 from _gpu_check.rows import Context, Result, Skip
 from openchatkit.formats import checkpoint, metrics
 from openchatkit.formats.layer_shards import LayerShards
-from openchatkit.models.names import shard_names
+from openchatkit.models.shards import shard_names
 from openchatkit.paths import ROOT
 from openchatkit.tools.quickstart import base_model
 from openchatkit.training.config import build_parser

@@ -1,4 +1,4 @@
-"""What the networks need to know of a model, whatever its config.json calls it."""
+"""Sizes and settings that the networks are built from, and how they are read from a config.json."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +43,8 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
 
-def first(raw: dict[str, Any], *names: str, default: Any = None) -> Any:
-    """The value of the first of `names` that config.json holds; several that disagree are an error."""
+def get_first(raw: dict[str, Any], *names: str, default: Any = None) -> Any:
+    """Return the value of the first of `names` that config.json holds; UserError when several disagree."""
     found = {name: raw[name] for name in names if raw.get(name) is not None}
     if len(set(map(str, found.values()))) > 1:
         listed = ", ".join(f"{name}={value}" for name, value in found.items())
@@ -52,9 +52,9 @@ def first(raw: dict[str, Any], *names: str, default: Any = None) -> Any:
     return next(iter(found.values()), default)
 
 
-def whole(raw: dict[str, Any], *names: str, default: int | None = None) -> int:
-    """A positive whole number from config.json; UserError when it is missing or anything else."""
-    value = first(raw, *names, default=default)
+def get_positive_int(raw: dict[str, Any], *names: str, default: int | None = None) -> int:
+    """Return a positive whole number from config.json; UserError when it is missing or anything else."""
+    value = get_first(raw, *names, default=default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {names[0]} is {value!r}, expected a positive whole number")
     return value

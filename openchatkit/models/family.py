@@ -1,4 +1,4 @@
-"""What a model family provides: its config reader, its modules, its map between shard names and Hugging Face keys."""
+"""The interface of a model family: config reader, modules, and the map between shard names and Hugging Face keys."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import EMBED, HEAD, layer_name, layer_number
+from openchatkit.models.shards import EMBED, HEAD, layer_name, layer_number
 
 
 class SkipInit(TorchFunctionMode):
@@ -60,21 +60,21 @@ class Family:
         return {EMBED: self.embed, HEAD: self.head}.get(shard, self.layer)(config)
 
     def parameter_shapes(self, config: ModelConfig, shard: str) -> dict[str, tuple[int, ...]]:
-        """Exactly the parameters that a shard stores, with their shapes."""
+        """Return the parameters that a shard stores, all of them and no others, with their shapes."""
         with torch.device("meta"), SkipInit():
             parameters = self.module(config, shard).named_parameters()
         tied = config.tie_embeddings and shard == HEAD
         return {name: tuple(p.shape) for name, p in parameters if not (tied and name == self.tied_weight)}
 
     def hf_key(self, shard: str, name: str) -> str:
-        """The Hugging Face key of a shard's parameter: ("layer_00003", "mlp.x") -> "gpt_neox.layers.3.mlp.x"."""
+        """Return the Hugging Face key of a parameter: ("layer_00003", "mlp.x") -> "gpt_neox.layers.3.mlp.x"."""
         number = layer_number(shard)
         if number is not None:
             return f"{self.layers_prefix}{number}.{name}"
         return name if name.startswith(f"{self.projection}.") else f"{self.body_prefix}{name}"
 
     def from_hf_key(self, key: str) -> tuple[str, str] | None:
-        """The inverse of `hf_key`; None for a buffer that holds nothing learnt. Raises KeyError for a foreign key."""
+        """Invert `hf_key`; None for a buffer that holds nothing learnt. Raises KeyError for a key of another model."""
         if self.ignored.fullmatch(key):
             return None
         module, _, kind = key.rpartition(".")

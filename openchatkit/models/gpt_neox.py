@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openchatkit.errors import UserError
 from openchatkit.models.cache import KVCache
-from openchatkit.models.config import ModelConfig, first, whole
+from openchatkit.models.config import ModelConfig, get_first, get_positive_int
 from openchatkit.models.family import Family
 from openchatkit.models.layers import ACTIVATIONS, causal_attention, check_activation, rotate_halves
 
@@ -58,7 +58,7 @@ class GPTNeoXMLP(nn.Module):
 
 
 class GPTNeoXLayer(nn.Module):
-    """[batch, length, hidden_size] -> the same; `cos`, `sin` and `mask` say where each token is and what it sees."""
+    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `mask` of what they see."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,26 +90,26 @@ class GPTNeoXHead(nn.Module):
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     """Read a GPTNeoXConfig, with its rotary settings in the old spelling, the new one or both."""
-    hidden_size, num_heads = whole(raw, "hidden_size"), whole(raw, "num_attention_heads")
+    hidden_size, num_heads = get_positive_int(raw, "hidden_size"), get_positive_int(raw, "num_attention_heads")
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(f"config.json: rotary scaling {kind!r} is not supported; only plain rotary embeddings are")
-    spelled = {
+    spellings = {
         "rotary_pct": raw.get("rotary_pct"),
         "rope_parameters.partial_rotary_factor": rope.get("partial_rotary_factor"),
     }
-    fraction = first(spelled, *spelled, default=0.25)
-    spelled = {"rotary_emb_base": raw.get("rotary_emb_base"), "rope_parameters.rope_theta": rope.get("rope_theta")}
-    base = first({name: value and float(value) for name, value in spelled.items()}, *spelled, default=10000.0)
+    fraction = get_first(spellings, *spellings, default=0.25)
+    spellings = {"rotary_emb_base": raw.get("rotary_emb_base"), "rope_parameters.rope_theta": rope.get("rope_theta")}
+    base = get_first({name: value and float(value) for name, value in spellings.items()}, *spellings, default=10000.0)
     return ModelConfig(
         family="gpt_neox",
-        vocab_size=whole(raw, "vocab_size"),
+        vocab_size=get_positive_int(raw, "vocab_size"),
         hidden_size=hidden_size,
-        num_layers=whole(raw, "num_hidden_layers"),
+        num_layers=get_positive_int(raw, "num_hidden_layers"),
         num_heads=num_heads,
-        intermediate_size=whole(raw, "intermediate_size", default=4 * hidden_size),
-        max_position_embeddings=whole(raw, "max_position_embeddings", default=2048),
+        intermediate_size=get_positive_int(raw, "intermediate_size", default=4 * hidden_size),
+        max_position_embeddings=get_positive_int(raw, "max_position_embeddings", default=2048),
         rotary_dim=int(hidden_size // num_heads * float(fraction)),
         rotary_base=float(base),
         activation=check_activation(raw.get("hidden_act", "gelu")),

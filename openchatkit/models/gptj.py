@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openchatkit.models.cache import KVCache
-from openchatkit.models.config import ModelConfig, whole
+from openchatkit.models.config import ModelConfig, get_positive_int
 from openchatkit.models.family import Family
 from openchatkit.models.layers import ACTIVATIONS, causal_attention, check_activation, rotate_pairs
 
@@ -88,17 +88,17 @@ class GPTJHead(nn.Module):
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     """Read a GPTJConfig, with sizes in GPT-2's spelling (`n_embd`) or the general one (`hidden_size`)."""
-    hidden_size = whole(raw, "n_embd", "hidden_size")
-    num_heads = whole(raw, "n_head", "num_attention_heads")
+    hidden_size = get_positive_int(raw, "n_embd", "hidden_size")
+    num_heads = get_positive_int(raw, "n_head", "num_attention_heads")
     return ModelConfig(
         family="gptj",
-        vocab_size=whole(raw, "vocab_size"),
+        vocab_size=get_positive_int(raw, "vocab_size"),
         hidden_size=hidden_size,
-        num_layers=whole(raw, "n_layer", "num_hidden_layers"),
+        num_layers=get_positive_int(raw, "n_layer", "num_hidden_layers"),
         num_heads=num_heads,
-        intermediate_size=whole(raw, "n_inner", default=4 * hidden_size),
-        max_position_embeddings=whole(raw, "n_positions", "max_position_embeddings", default=2048),
-        rotary_dim=whole(raw, "rotary_dim", default=64),
+        intermediate_size=get_positive_int(raw, "n_inner", default=4 * hidden_size),
+        max_position_embeddings=get_positive_int(raw, "n_positions", "max_position_embeddings", default=2048),
+        rotary_dim=get_positive_int(raw, "rotary_dim", default=64),
         rotary_base=10000.0,
         activation=check_activation(raw.get("activation_function", "gelu_new")),
         norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),

@@ -19,5 +19,5 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
 
 
 def family(config: ModelConfig) -> Family:
-    """The family that a config belongs to."""
+    """Return the family that a config belongs to."""
     return FAMILIES[config.family]

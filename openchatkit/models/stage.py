@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.layers import RotaryTable, document_mask
-from openchatkit.models.names import EMBED, HEAD, layer_name, shard_names
 from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
 
 
 class Stage(nn.Module):

@@ -22,7 +22,7 @@ from openchatkit.convert.to_hf import convert
 from openchatkit.errors import UserError
 from openchatkit.formats import chat, hf_writer, legacy, manifest
 from openchatkit.formats.layer_shards import LayerShards
-from openchatkit.models.names import layer_number
+from openchatkit.models.shards import layer_number
 
 
 @pytest.fixture

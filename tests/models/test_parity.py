@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from openchatkit.models.layers import RotaryTable
-from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import shard_names
 from openchatkit.models.stage import Stage
 
 TINY = {

@@ -16,8 +16,8 @@ from openchatkit.formats import checkpoint, checkpoint_folders, hf_model
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.names import EMBED, HEAD, shard_names
 from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, shard_names
 from openchatkit.models.stage import Stage
 
 if TYPE_CHECKING:

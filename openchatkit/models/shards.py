@@ -1,4 +1,4 @@
-"""Shards, the unit in which weights are stored, loaded and spread over stages: `embed`, one a layer, `head`."""
+"""Names of shards, the unit in which weights are stored, loaded and spread over stages: `embed`, layers, `head`."""
 
 import re
 
@@ -8,16 +8,16 @@ _LAYER = re.compile(r"layer_(\d{5})")
 
 
 def layer_name(number: int) -> str:
-    """The shard of the layer with this global number, counted from 0."""
+    """Return the shard of the layer with this global number, counted from 0."""
     return f"layer_{number:05d}"
 
 
 def layer_number(shard: str) -> int | None:
-    """The inverse of `layer_name`; None for `embed` and `head`."""
+    """Invert `layer_name`; None for `embed` and `head`."""
     match = _LAYER.fullmatch(shard)
     return int(match[1]) if match else None
 
 
 def shard_names(num_layers: int) -> list[str]:
-    """All shards of a model in the order in which data flows through them."""
+    """Return all shards of a model in the order in which data flows through them."""
     return [EMBED, *map(layer_name, range(num_layers)), HEAD]
