@@ -14,6 +14,7 @@ from openchatkit.cli import Parser, below_one, natural, non_negative_float, posi
 from openchatkit.data import options
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
+from openchatkit.settings import add_flags, fields
 
 Settings = argparse.Namespace
 
@@ -175,7 +176,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--task-name", required=True, help="SOURCE[:WEIGHT],...: see data/README.md")
-    options.add_flags(group)
+    add_flags(group, fields(options.DataSettings))
 
 
 def _add_layout(group: argparse._ArgumentGroup) -> None:

@@ -1,0 +1,245 @@
+"""Settings of a command as frozen dataclasses: its flags, its `--config` file and their documentation come from these.
+
+    @dataclass(frozen=True, kw_only=True)
+    class BatchSettings:
+        title: ClassVar[str] = "batch"
+        micro_batch_size: int = setting(8, check=positive_int, help="rows of one micro-batch")
+
+The field is the flag `--micro-batch-size` and the key `micro_batch_size` of a YAML file. A class that inherits from
+several such groups has the settings of all of them. Owns no setting of any command.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openchatkit.cli import Parser, truth
+from openchatkit.errors import UserError
+from openchatkit.paths import ROOT
+
+OVERRIDES = "--overrides"
+
+_UNSET = object()
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    check: Callable[[str], Any] | None = None,
+    choices: Collection[str] = (),
+    required: bool = False,
+) -> Any:
+    """A dataclass field that is a flag.
+
+    `help` says in Markdown what it means. `check` makes the value of its text and raises ArgumentTypeError; by default
+    it is that of the field's type. Without a default, the user (`required`) or the command itself has to give a value.
+    """
+    metadata = {"help": help, "check": check, "choices": tuple(choices), "required": required}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def fields(cls: type) -> list[dataclasses.Field[Any]]:
+    """The fields of `cls` that are settings."""
+    return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
+
+
+def groups(cls: type) -> dict[str, list[dataclasses.Field[Any]]]:
+    """{title: fields} of the groups that `cls` inherits from, in the order that it names them."""
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
+    for base in cls.__bases__:
+        found.setdefault(base.title, []).extend(fields(base))  # type: ignore[attr-defined]
+    return found
+
+
+def flag(name: str) -> str:
+    """`--batch-size` of the field `batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flags(parser: argparse._ActionsContainer, settings: Collection[dataclasses.Field[Any]]) -> None:
+    """Add the flags of some settings; one without a default is not in the parser's result unless it is given."""
+    for field in settings:
+        default = argparse.SUPPRESS if field.default is dataclasses.MISSING else field.default
+        shown = " (default: %(default)s)" if _shown(field.default) else ""
+        options: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"} if field.type is bool else {}
+        parser.add_argument(
+            flag(field.name),
+            type=_check(field),
+            choices=field.metadata["choices"] or None,
+            default=default,
+            help=field.metadata["help"].replace("`", "").replace("%", "%%") + shown,
+            **options,
+        )
+
+
+def to_json(settings: Any) -> dict[str, object]:
+    """{name: value} of an object's settings, sorted; a path is its text."""
+    values = {field.name: getattr(settings, field.name) for field in fields(type(settings))}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(values.items())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The settings that a user gave, by name; `last` are those of the command line itself, not of a file or recipe."""
+
+    values: Mapping[str, Any]
+    last: Collection[str]
+
+
+class SettingsParser(Parser):
+    """Parser of the flags of a class of settings, of `--config FILE` and of `--overrides`.
+
+    The command line wins over the file. What stands before `--overrides`, as the flags that a recipe passes before
+    those of its user, loses to both. Flags that are `unlisted` are accepted and not shown. Of `alternatives`, sets of
+    settings that say the same thing, only those of the last place that gives any of a set count.
+    """
+
+    def __init__(
+        self,
+        cls: type,
+        *,
+        alternatives: Sequence[Collection[str]] = (),
+        unlisted: Collection[str] = (),
+        **options: Any,
+    ) -> None:
+        self._settings = {field.name: field for field in fields(cls)}
+        self._required = [name for name, field in self._settings.items() if field.metadata["required"]]
+        self._known = {*self._settings, *unlisted}
+        self._alternatives = alternatives
+        needed = " ".join(f"{flag(name)} {name.upper()}" for name in self._required)
+        super().__init__(
+            usage=f"%(prog)s [--config FILE] {needed} [--FLAG VALUE ...]",
+            formatter_class=argparse.HelpFormatter,
+            **options,
+        )
+        self.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            action="append",
+            default=argparse.SUPPRESS,
+            help="YAML file of settings, with lines such as lr: 2e-5; the command line wins over it",
+        )
+        self.add_argument(
+            OVERRIDES,
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="flags before this one are a recipe's: --config and the flags after it win over them",
+        )
+        for title, settings in groups(cls).items():
+            add_flags(self.add_argument_group(title), settings)
+        for name in sorted(unlisted):
+            self.add_argument(flag(name), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def read(self, argv: Sequence[str] | None = None) -> Given:
+        """Return the settings that were given; UserError for one that is wrong, unknown, or required and missing."""
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        here = arguments.index(OVERRIDES) if OVERRIDES in arguments else 0
+        layers = [*self._read_layers(arguments[:here]), *self._read_layers(arguments[here:])]
+        values: dict[str, Any] = {}
+        for layer in layers:
+            for names in self._alternatives:
+                if not layer.keys().isdisjoint(names):
+                    values = {name: value for name, value in values.items() if name not in names}
+            values |= layer
+        missing = [flag(name) for name in self._required if name not in values]
+        if missing:
+            self.error(f"the following arguments are required: {', '.join(missing)}")
+        return Given(values, layers[-1].keys())
+
+    def _read_layers(self, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The settings of each file that these arguments name, then those of the arguments themselves."""
+        layer = self._read_flags(arguments)
+        layer.pop(OVERRIDES.strip("-"), None)
+        for path in layer.pop("config", ()):
+            yield self._read_file(path)
+        yield layer
+
+    def _read_flags(self, arguments: Sequence[str]) -> dict[str, Any]:
+        unset = argparse.Namespace(**dict.fromkeys(self._settings, _UNSET))
+        found = vars(self.parse_args(arguments, unset))
+        return {name: value for name, value in found.items() if value is not _UNSET}
+
+    def _read_file(self, path: Path) -> dict[str, Any]:
+        layer: dict[str, Any] = {}
+        for line, key, text in _entries(path):
+            name = key.replace("-", "_")
+            if name not in self._known:
+                nearest = difflib.get_close_matches(name, self._settings, n=1, cutoff=0)[0]
+                raise UserError(f"{path}:{line}: there is no setting {key!r}: the nearest is {nearest!r}")
+            if name in layer:
+                raise UserError(f"{path}:{line}: {key!r} is there twice: leave one out")
+            if text is None:
+                continue
+            try:
+                layer |= self._read_flags([f"{flag(name)}={text}"])
+            except UserError as error:
+                raise UserError(f"{path}:{line}: {error}") from error
+        return layer
+
+
+def table(cls: type) -> str:
+    """The settings of `cls` as Markdown: a table a group, with each flag's default and meaning."""
+    lines = []
+    for title, settings in groups(cls).items():
+        lines += ["", f"### {title.capitalize()}", "", "| flag | default | meaning |", "|-|-|-|"]
+        for field in settings:
+            *first, last = [f"`{choice}`" for choice in field.metadata["choices"]] or [""]
+            choices = f"{', '.join(first)} or {last}: " if first else ""
+            meaning = (choices + field.metadata["help"]).strip()
+            lines.append(" ".join(f"| `{flag(field.name)}` | {_shown(field.default)} | {meaning} |".split()))
+    return "\n".join(lines).strip() + "\n"
+
+
+def update_table(text: str, cls: type) -> str:
+    """Return a README's text with the table of `cls` between `<!-- flags ... -->` and `<!-- end of flags -->`."""
+    start = text.index("-->\n", text.index("<!-- flags")) + len("-->\n")
+    end = text.index("<!-- end of flags -->")
+    return f"{text[:start]}\n{table(cls)}\n{text[end:]}"
+
+
+def _shown(default: object) -> str:
+    """A default as a table has it; nothing for a setting that is not there, or a flag that is off."""
+    if default is dataclasses.MISSING or default is None or default is False:
+        return ""
+    if isinstance(default, Path):
+        default = default.relative_to(ROOT)
+    return f"`{'true' if default is True else default}`"
+
+
+def _check(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+    by_type: dict[Any, Callable[[str], Any]] = {bool: truth, Path: Path}
+    check: Callable[[str], Any] = field.metadata["check"] or by_type.get(field.type, str)
+    return check
+
+
+def _entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """The line, key and text of each entry of a YAML file; the text of a list is joined by commas, that of null None.
+
+    The text is what was written, so that a flag's own check reads `1e-5` or `007`, and not YAML's idea of them.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}: expected a YAML file of settings") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config {path} is not YAML: {reason}; expected lines such as `lr: 2e-5`") from error
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"--config {path}: expected lines such as `lr: 2e-5`, found something else than settings")
+    for key, value in root.value:
+        line = key.start_mark.line + 1
+        texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(node, yaml.ScalarNode) for node in (key, *texts)):
+            raise UserError(f"{path}:{line}: expected a name and one value, or a list of values: `lr: 2e-5`")
+        null = value.tag == "tag:yaml.org,2002:null"
+        yield line, key.value, None if null else ",".join(node.value for node in texts)
