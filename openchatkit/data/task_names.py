@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from openchatkit import download, paths, storage
+from openchatkit import paths, storage
 from openchatkit.data.records import reader, tables
+from openchatkit.download.sources import fetch, fetch_dataset
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import token_store
 
@@ -73,7 +74,7 @@ def fetch_remote(name: str, cache_dir: Path) -> DataFiles | None:
     """
     if _ADDRESS.match(name):
         place = Path(cache_dir) / "downloads" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        return DataFiles(files=(download.fetch(name, place),))
+        return DataFiles(files=(fetch(name, place),))
     match = _HUB.fullmatch(name)
     if not match or (not name.startswith("hf://") and not _is_hub_name(name)):
         return None
@@ -171,7 +172,7 @@ def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ..
     if not listing.is_file():
         with storage.hold_lock(storage.lock_path(folder), f"{name} is fetched by another process: waiting for it"):
             if not listing.is_file():
-                found = download.fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
+                found = fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
                 storage.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))
     return tuple(folder / line for line in listing.read_text(encoding="utf-8").splitlines())
 

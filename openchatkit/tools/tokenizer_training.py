@@ -14,7 +14,7 @@ from openchatkit import cli, progress, storage
 from openchatkit.data.options import BAD_ROWS
 from openchatkit.data.records.raw_row import RawRow
 from openchatkit.data.records.reader import ENDINGS, Records, document, is_readable
-from openchatkit.data.stores.build import bad_row
+from openchatkit.data.stores.builder import bad_row_error
 from openchatkit.errors import UserError
 from openchatkit.formats import tokenizer_files
 
@@ -174,7 +174,7 @@ class RecordTexts:
             segments = [segment.text for segment in document.decode(row.data)]
         except document.BadRowError as error:
             if self._bad_rows == "error":
-                raise bad_row(path, row.number, str(error)) from error
+                raise bad_row_error(path, row.number, str(error)) from error
             self.first_left_out = self.first_left_out or f"{path}:{row.number}: {error}"
             self.left_out += 1
             return []

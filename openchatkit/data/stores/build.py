@@ -1,32 +1,25 @@
-"""Building a cached store: whole under its final name or not at all, and never twice as far as it had come.
+"""One cached store: whole under its final name or not at all, and continued where an earlier build of it stopped.
 
-Tokens go into a temporary folder. Every so often they are forced to disk and how far they reach is noted beside them;
-the next build of the same store drops what lies behind that note and goes on, so the files come out the same, byte for
-byte, however often a build was killed. Rows that are no records stop it, or are set aside, each with its line and its
-reason. Where stores are kept and who may build them is `data.stores.cache`'s to say.
+It is built in a temporary folder beside it (`data.stores.builder`). Where stores are kept and who may build them is
+decided in `data.stores.cache`.
 """
 
 import contextlib
 import json
 import shutil
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-
-from loguru import logger
 
 from openchatkit import progress, storage
-from openchatkit.data.records.raw_row import Mark, RawRow
+from openchatkit.data.records.raw_row import Mark
 from openchatkit.data.records.reader import Records, Stamps, unchanged
 from openchatkit.data.stores import workers
-from openchatkit.data.stores.tokenise import Tokenised, tokenise_all
+from openchatkit.data.stores.builder import BadRowsError, StoreBuilder, bad_row_error, is_resumable
+from openchatkit.data.stores.tokenise import tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.errors import Interrupted, UserError
+from openchatkit.errors import UserError
 from openchatkit.formats.token_store import (
     StoreProgress,
     StoreRecord,
-    TokenStoreWriter,
     folder_prefix,
     quarantine_path,
     read_progress,
@@ -36,12 +29,7 @@ from openchatkit.formats.token_store import (
     write_record,
 )
 
-_SAVE_TOKENS = 32 << 20  # 64 MB where an id takes two bytes
-_SAVE_SECONDS = 30.0
-
-
-class BadRowsError(UserError):
-    """Rows that are no records, where none may be."""
+_KEY = folder_prefix(Path()).name
 
 
 def build_store(
@@ -66,8 +54,7 @@ def build_store(
                 source, temporary, before=stamps, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows
             )
         except BaseException as error:
-            other_source = isinstance(error, UserError) and not isinstance(error, Interrupted | BadRowsError)
-            if other_source or read_progress(temporary) is None:
+            if not is_resumable(error) or read_progress(temporary) is None:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         write_record(
@@ -91,16 +78,9 @@ def build_store(
     storage.replace_folder(temporary, folder)  # what is there has no record
 
 
-def bad_row(source: Path, number: int, reason: str) -> BadRowsError:
-    """What is said of the first row that is no record, where none may be."""
-    return BadRowsError(
-        f"{source}:{number}: {reason}: mend or remove it, or pass --bad-rows quarantine, which sets such rows aside"
-    )
-
-
 def first_quarantined(source: Path, folder: Path) -> BadRowsError:
-    """`bad_row` of the first row that a store's quarantine lists."""
-    return bad_row(source, *_first_listed(folder))
+    """Return the error that names the first row that a store's quarantine lists."""
+    return bad_row_error(source, *_first_listed(folder))
 
 
 def _first_listed(folder: Path) -> tuple[int, str]:
@@ -124,34 +104,33 @@ def _tokenise(
 ) -> StoreProgress:
     """Write the files of a store but for its record, from where the last build of it stopped."""
     _check_unchanged(source, before)
-    with Records(source) as records, _unfinished(folder, source, tokenizer, bad_rows) as store:
-        done = store.done
-        if done.rows:
-            logger.info("tokenising {}: goes on behind row {}, where it was stopped", source, done.row)
-        processes = workers.cores() if records.size - done.position > workers.SMALL and workers.cores() > 1 else 0
-        rows = records.rows(Mark(done.row, done.row_end))
-        parts = tokenise_all(rows, tokenizer, separator=separator, processes=processes)
+    with Records(source) as records, _open(source, folder, tokenizer, bad_rows) as store:
+        position = store.input.position
+        processes = workers.cores() if records.size - position > workers.SMALL and workers.cores() > 1 else 0
+        rows = records.rows(Mark(store.input.row, store.input.row_end))
         title = f"tokenising {source.name}"
         with (
-            contextlib.closing(parts),
-            progress.bar(records.size, title, unit="B", unit_scale=True, initial=done.position) as bar,
+            contextlib.closing(tokenise_all(rows, tokenizer, separator=separator, processes=processes)) as parts,
+            progress.bar(records.size, title, unit="B", unit_scale=True, initial=position) as bar,
         ):
             for batch, part in parts:
-                store.add(batch, part, position=records.position)
+                assert len(batch) == len(part.sizes) + len(part.bad), (len(batch), len(part.sizes), len(part.bad))
+                bad = [(str(source), batch[place].number, reason) for place, reason in part.bad]
+                store.add(len(batch), {_KEY: part}, bad, mark=batch[-1].mark, position=records.position)
                 bar.update(records.position - bar.n)
-                if store.due():
+                if store.is_save_due():
                     _check_unchanged(source, before)
                     store.save()
         _check_unchanged(source, before)
-        store.save()
-    if not store.done.documents:
+    done = store.progress[_KEY]
+    if not done.documents:
         line, reason = _first_listed(folder)
-        raise UserError(f"{source}: none of its {store.done.rows} rows is a record; the first, row {line}: {reason}")
-    if not store.done.quarantined:
+        raise UserError(f"{source}: none of its {done.rows} rows is a record; the first, row {line}: {reason}")
+    if not done.quarantined:
         quarantine_path(folder).unlink()
     for path in folder.iterdir():
         storage.sync(path)
-    return store.done
+    return done
 
 
 def _check_unchanged(source: Path, before: Stamps) -> None:
@@ -159,85 +138,19 @@ def _check_unchanged(source: Path, before: Stamps) -> None:
         raise UserError(f"{source} was changed while it was tokenised: run again when it is complete")
 
 
-def _unfinished(folder: Path, source: Path, tokenizer: Tokenizer, bad_rows: str) -> "_Unfinished":
+def _open(source: Path, folder: Path, tokenizer: Tokenizer, bad_rows: str) -> StoreBuilder:
     """The store in `folder` as it was last saved, or an empty one."""
     folder.mkdir(exist_ok=True)
-    if done := read_progress(folder):
-        if done.quarantined and bad_rows == "error":
-            raise first_quarantined(source, folder)
-        with contextlib.suppress(ValueError):
-            return _Unfinished(folder, source, tokenizer.vocab_size, bad_rows, done)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    return _Unfinished(folder, source, tokenizer.vocab_size, bad_rows, None)
-
-
-class _Unfinished:
-    """The open files of a store: `done` is what they hold, and `save` makes sure that a later build finds it."""
-
-    def __init__(
-        self, folder: Path, source: Path, vocab_size: int, bad_rows: str, resume: StoreProgress | None
-    ) -> None:
-        self.done = self._saved = resume or StoreProgress()
-        self._folder = folder
-        self._source = source
-        self._bad_rows = bad_rows
-        self._save_at = time.monotonic() + _SAVE_SECONDS
-        self._quarantine = open(quarantine_path(folder), "ab")  # noqa: SIM115 (closed by `__exit__`)
-        if self._quarantine.tell() < self.done.quarantine_size:
-            raise ValueError(f"{quarantine_path(folder)} is cut short")
-        self._quarantine.truncate(self.done.quarantine_size)
-        self._writer = TokenStoreWriter(folder_prefix(folder), vocab_size=vocab_size, masked=True, resume=resume)
-
-    def add(self, rows: Sequence[RawRow], part: Tokenised, *, position: int) -> None:
-        """Append what some rows became; BadRowsError at a bad one if none may be."""
-        assert len(rows) == len(part.sizes) + len(part.bad), (len(rows), len(part.sizes), len(part.bad))
-        bad = [(rows[place].number, reason) for place, reason in part.bad]
-        if bad and self._bad_rows == "error":
-            raise bad_row(self._source, *bad[0])
-        self._writer.add(part.tokens, part.sizes, part.mask)
-        listed = [{"file": str(self._source), "line": number, "reason": reason} for number, reason in bad]
-        lines = "".join(json.dumps(row) + "\n" for row in listed).encode()
-        self._quarantine.write(lines)
-        done = self.done
-        self.done = StoreProgress(
-            rows=done.rows + len(rows),
-            row=rows[-1].mark.number,
-            row_end=rows[-1].mark.end,
-            position=position,
-            documents=self._writer.documents,
-            tokens=self._writer.tokens,
-            trained_tokens=self._writer.trained_tokens,
-            excluded_tokens=self._writer.excluded_tokens,
-            untrained=self._writer.untrained,
-            spelled=done.spelled + part.spelled,
-            quarantined=done.quarantined + len(bad),
-            quarantine_size=done.quarantine_size + len(lines),
-        )
-
-    def due(self) -> bool:
-        """Whether so much is new that it should be saved."""
-        return self.done.tokens - self._saved.tokens >= _SAVE_TOKENS or time.monotonic() >= self._save_at
-
-    def save(self) -> None:
-        """Force what is there to disk, then note how far it reaches."""
-        done = self.done
-        self._writer.sync()
-        storage.sync_file(self._quarantine)
-        write_progress(self._folder, done)
-        self._saved = done
-        self._save_at = time.monotonic() + _SAVE_SECONDS
-
-    def __enter__(self) -> "_Unfinished":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if isinstance(error, KeyboardInterrupt | Interrupted) and self.done.rows:
-                self.save()
-                logger.info("tokenising {}: stopped; the same command goes on where it stopped", self._source)
-        finally:
-            with self._quarantine:
-                self._writer.__exit__(kind, error, trace)
+    saved = read_progress(folder)
+    if saved and saved.quarantined and bad_rows == "error":
+        raise first_quarantined(source, folder)
+    return StoreBuilder(
+        folder,
+        [_KEY],
+        title=f"tokenising {source}",
+        vocab_size=tokenizer.vocab_size,
+        masked=True,
+        bad_rows=bad_rows,
+        resume={_KEY: saved} if saved else None,
+        write_note=lambda stores: write_progress(folder, stores[_KEY]),
+    )

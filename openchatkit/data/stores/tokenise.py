@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -35,14 +35,14 @@ _BATCH_BYTES = 1 << 17
 class Tokenised:
     """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask uint8 [T] (see `token_store`).
 
-    `bad`: the rows that are none, as (place among the rows given, reason). `spelled`: how many documents have the
+    `bad`: the rows that cannot be used, as (place among the rows given, reason). `spelled`: how many documents have the
     end-of-text token in their text, where it is no more than characters.
     """
 
     tokens: np.ndarray
     sizes: np.ndarray
     mask: np.ndarray
-    bad: list[tuple[int, str]]
+    bad: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     spelled: int = 0
 
 
@@ -56,15 +56,15 @@ def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int], *,
         except BadRowError as error:
             bad.append((place, str(error)))
     spelled = sum(any(marker in segment.text for segment in segments) for segments in chats) if marker else 0
-    return Tokenised(*assemble(chats, encode, separator), bad, spelled)
+    return dataclasses.replace(assemble(chats, encode, separator), bad=bad, spelled=spelled)
 
 
 def assemble(
     chats: Sequence[Sequence[chat.Segment]], encode: Encode, separator: Sequence[int], *, skip_empty: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens, sizes and mask (see `Tokenised`) of documents that are cut into segments, each with the separator.
+) -> Tokenised:
+    """Tokenise documents that are cut into segments, and close each with the separator.
 
-    Those whose segments have no tokens are left out with `skip_empty`.
+    `skip_empty` leaves out those whose segments have no tokens.
     """
     encoded = iter(encode([segment.text for segments in chats for segment in segments]))
     pieces: list[Sequence[int]] = []
@@ -82,7 +82,7 @@ def assemble(
         sizes.append(sum(map(len, ids)) + len(separator))
     tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, sum(sizes))
     mask = np.repeat(np.array(marks, np.uint8), np.array([len(piece) for piece in pieces], np.int64))
-    return tokens, np.array(sizes, np.int32), mask
+    return Tokenised(tokens, np.array(sizes, np.int32), mask)
 
 
 def _mark(segment: chat.Segment) -> int:
@@ -91,19 +91,20 @@ def _mark(segment: chat.Segment) -> int:
 
 def tokenise_all(
     rows: Iterable[RawRow], tokenizer: Tokenizer, *, separator: str, processes: int = 0
-) -> Iterator[tuple[list[RawRow], Tokenised]]:
-    """`tokenise` batch by batch, in order, by so many worker processes, or in this one if there are none.
+) -> Generator[tuple[list[RawRow], Tokenised], None, None]:
+    """Tokenise batch by batch, in order, in so many worker processes, or in this one if there are none.
 
-    Rows that could not be read are among the bad ones, for the reason they bring.
+    Rows that could not be read are among the bad ones, with the reader's reason.
     """
     closing, marker = separator_ids(tokenizer, separator), tokenizer.end_of_text_token
-    done: Iterator[tuple[list[RawRow], Tokenised]]
     batches = ((batch, [row.data for row in batch]) for batch in in_batches(rows, lambda row: len(row.data)))
-    if processes and workers.can_start():
-        arguments = (tokenizer.serialised, closing, marker)
-        done = workers.in_order(batches, processes=processes, make=_worker, arguments=arguments)
-    else:
-        done = ((batch, tokenise(data, tokenizer.encode, closing, marker=marker)) for batch, data in batches)
+    done = workers.in_order(
+        batches,
+        processes=processes,
+        make=_worker,
+        arguments=(tokenizer.serialised if processes else "", closing, marker),
+        here=lambda data: tokenise(data, tokenizer.encode, closing, marker=marker),
+    )
     for batch, part in done:
         bad = [(place, batch[place].error or reason) for place, reason in part.bad]
         yield batch, dataclasses.replace(part, bad=bad)

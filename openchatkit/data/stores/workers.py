@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -43,12 +43,18 @@ def in_order(
     processes: int,
     make: Callable[..., Callable[[Sent], Result]],
     arguments: tuple[object, ...] = (),
-) -> Iterator[tuple[Kept, Result]]:
-    """What is kept here of each batch, with the result of what was sent, in order; a few batches a worker at a time.
+    here: Callable[[Sent], Result],
+) -> Generator[tuple[Kept, Result], None, None]:
+    """Yield what is kept here of each batch, with the result of what was sent, in order; a few batches a worker a time.
 
     `make(*arguments)`, called once in each worker, gives the function that is applied; it is a function of a module.
-    Interrupted: a worker was killed.
+    `here` is applied in this process instead where `processes` is 0 or none can start. Interrupted: a worker was
+    killed.
     """
+    if not (processes and can_start()):
+        for kept, sent in batches:
+            yield kept, here(sent)
+        return
     pending: deque[tuple[Kept, Future[Result]]] = deque()
     pool = ProcessPoolExecutor(processes, _Context(), _prepare, (make, arguments))
     try:

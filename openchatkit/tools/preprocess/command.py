@@ -8,26 +8,26 @@ was stopped; files get their names when all of them are whole. What becomes of a
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from loguru import logger
 
 from openchatkit import cli, progress
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records.raw_row import RawRow
+from openchatkit.data.records.raw_row import Mark, RawRow
 from openchatkit.data.records.reader import ENDINGS, Records, is_readable
 from openchatkit.data.records.reader import files as record_files
 from openchatkit.data.stores import workers
-from openchatkit.data.stores.build import bad_row
+from openchatkit.data.stores.builder import Progress
 from openchatkit.data.stores.tokenise import in_batches
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.tools.preprocess import fields, neox_tokenizers
 from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES, Archive
-from openchatkit.tools.preprocess.work_folder import WorkFolder, set_aside_path, store_prefix
+from openchatkit.tools.preprocess.work_folder import set_aside_path, store_prefix, unfinished_stores
 
-Named = tuple[str, RawRow]  # a row with the name of its file
+NamedRow = tuple[str, RawRow]  # a row with the name of its file
 
 
 @cli.command
@@ -126,46 +126,49 @@ def preprocess(
     worker was killed.
     """
     source = InputRows(files, job.keys)
+    title = f"tokenising {files[0].name if len(files) == 1 else f'{len(files)} files'}"
     try:
-        with WorkFolder(prefix, job, files=files, bad_rows=bad_rows, overwrite=overwrite) as stores:
-            if stores.done.rows:
-                logger.info("goes on behind row {:,}, where it was stopped", stores.done.rows)
-            title = f"tokenising {files[0].name if len(files) == 1 else f'{len(files)} files'}"
+        with unfinished_stores(prefix, job, files=files, title=title, bad_rows=bad_rows, overwrite=overwrite) as stores:
+            done = stores.input.rows
             with (
-                contextlib.closing(_parts(source, stores.done.rows, job, processes)) as parts,
-                progress.bar(expected, title, unit="docs", initial=stores.done.rows, miniters=interval) as bar,
+                contextlib.closing(_tokenise(source, done, job, processes)) as parts,
+                progress.bar(expected, title, unit="docs", initial=done, miniters=interval) as bar,
             ):
                 began = time.monotonic()
                 for batch, part in parts:
                     bad = [(batch[place][0], batch[place][1].number, reason) for place, reason in part.bad]
-                    if bad and bad_rows == "error":
-                        raise bad_row(Path(bad[0][0]), *bad[0][1:])
-                    stores.add(len(batch), part.documents, bad)
+                    done += len(batch)
+                    stores.add(len(batch), part.documents, bad, mark=Mark(done))
                     bar.set_postfix_str(source.rate(time.monotonic() - began), refresh=False)
                     bar.update(len(batch))
-                    stores.save_if_due()
-            if empty := [key for key in job.keys if not stores.done.stores[key].documents]:
-                raise UserError(f"--jsonl-keys {empty[0]}: none of {stores.done.rows:,} rows has a text there")
-            stores.publish()
+                    if stores.is_save_due():
+                        stores.save()
+            if empty := next((key for key in job.keys if not stores.progress[key].documents), None):
+                raise UserError(f"--jsonl-keys {empty}: none of {done:,} rows has a text there")
     except OSError as error:
         raise UserError(
             f"{error.filename or prefix.parent}: {error.strerror or error}: make room or choose another "
             "--output-prefix, and run the same command again"
         ) from error
-    _report(stores, job, prefix)
+    _report(stores.progress, job, prefix)
 
 
-def _parts(
+def _tokenise(
     source: "InputRows", start: int, job: fields.FieldOptions, processes: int
-) -> Iterator[tuple[list[Named], fields.TokenisedFields]]:
-    """What the rows behind the first `start` ones become, batch by batch."""
+) -> Generator[tuple[list[NamedRow], fields.TokenisedFields], None, None]:
+    """Yield what the rows after the first `start` ones become, batch by batch."""
     rows = in_batches(source.rows(start), lambda named: len(named[1].data))
     batches = ((batch, [row.data for _, row in batch]) for batch in rows)
-    if processes > 1 and source.size > workers.SMALL and workers.can_start():
-        parts = workers.in_order(batches, processes=processes, make=fields.worker, arguments=(job,))
-    else:
-        parts = ((batch, fields.encode(data, job)) for batch, data in batches)
-    with contextlib.closing(parts):
+    processes = processes if processes > 1 and source.size > workers.SMALL else 0
+    with contextlib.closing(
+        workers.in_order(
+            batches,
+            processes=processes,
+            make=fields.worker,
+            arguments=(job,),
+            here=lambda data: fields.encode(data, job),
+        )
+    ) as parts:
         for batch, part in parts:
             bad = [(place, batch[place][1].error or reason) for place, reason in part.bad]
             yield batch, part._replace(bad=bad)
@@ -181,7 +184,7 @@ class InputRows:
         self._read = 0
         self._text = 0
 
-    def rows(self, start: int) -> Iterator[Named]:
+    def rows(self, start: int) -> Iterator[NamedRow]:
         """The rows behind the first `start` ones."""
         number, before = 0, 0
         for path, size in zip(self._files, self._sizes, strict=True):
@@ -204,16 +207,15 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in record_files(path))
 
 
-def _report(stores: WorkFolder, job: fields.FieldOptions, prefix: Path) -> None:
-    done = stores.done
-    for key in job.keys:
-        held = done.stores[key]
+def _report(stores: Progress, job: fields.FieldOptions, prefix: Path) -> None:
+    for key, held in stores.items():
         trained = f", {held.trained_tokens:,} of them trained on" if job.chats else ""
-        empty = f"; {done.empty[key]:,} empty texts are no documents" if done.empty.get(key) else ""
+        empty = held.rows - held.quarantined - held.documents
+        texts = f"; {empty:,} empty texts are no documents" if empty else ""
         logger.info(
-            f"{store_prefix(prefix, key)}: {held.documents:,} documents, {held.tokens:,} tokens{trained}{empty}"
+            f"{store_prefix(prefix, key)}: {held.documents:,} documents, {held.tokens:,} tokens{trained}{texts}"
         )
         if job.chats and not held.trained_tokens:
             logger.warning(f"no text under {key!r} has a line that begins with {chat.BOT}: there is no mask")
-    if done.quarantined:
-        logger.warning(f"{done.quarantined:,} of {done.rows:,} rows set aside, listed in {set_aside_path(prefix)}")
+    if held.quarantined:
+        logger.warning(f"{held.quarantined:,} of {held.rows:,} rows set aside, listed in {set_aside_path(prefix)}")

@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from openchatkit.data.records import document
 from openchatkit.data.records.document import BadRowError
 from openchatkit.data.records.tables import CARRIERS
-from openchatkit.data.stores.tokenise import assemble
+from openchatkit.data.stores.tokenise import Tokenised, assemble
 from openchatkit.formats import chat
 from openchatkit.tools.preprocess.neox_tokenizers import NeoxTokenizer
 
@@ -32,22 +30,10 @@ class FieldOptions:
     chats: bool
 
 
-class Documents(NamedTuple):
-    """Documents one after another: tokens int32 [T], sizes int32 [N] in tokens, mask uint8 [T] (see `token_store`).
-
-    `empty` fields are no documents.
-    """
-
-    tokens: np.ndarray
-    sizes: np.ndarray
-    mask: np.ndarray
-    empty: int
-
-
 class TokenisedFields(NamedTuple):
     """The documents of each key, and the rows that have none, as (place among the rows given, reason)."""
 
-    documents: dict[str, Documents]
+    documents: dict[str, Tokenised]
     bad: list[tuple[int, str]]
 
 
@@ -72,12 +58,11 @@ def encode(rows: Sequence[bytes], job: FieldOptions) -> TokenisedFields:
     return TokenisedFields({key: _documents(chats, job) for key, chats in found.items()}, bad)
 
 
-def _documents(chats: Sequence[list[chat.Segment]], job: FieldOptions) -> Documents:
+def _documents(chats: Sequence[list[chat.Segment]], job: FieldOptions) -> Tokenised:
     end = job.encoder.end_of_text
     assert end is not None or not job.append_eod
     encode = functools.partial(job.encoder.encode, literal=job.chats)
-    tokens, sizes, mask = assemble(chats, encode, [end] if job.append_eod else [], skip_empty=True)
-    return Documents(tokens, sizes, mask, len(chats) - len(sizes))
+    return assemble(chats, encode, [end] if job.append_eod else [], skip_empty=True)
 
 
 def _segments(row: bytes, key: str, job: FieldOptions) -> list[chat.Segment]:

@@ -20,9 +20,8 @@ import pytest
 import zstandard
 
 from openchatkit.data.records import json_files
-from openchatkit.data.stores import build as module
+from openchatkit.data.stores import builder, tokenise, workers
 from openchatkit.data.stores import cache as cache_module
-from openchatkit.data.stores import tokenise, workers
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats.token_store import StoreRecord, TokenStore
@@ -55,7 +54,7 @@ class KilledError(BaseException):
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row or so a batch, saved after each."""
     monkeypatch.setattr(tokenise, "_BATCH_BYTES", 1)
-    monkeypatch.setattr(module, "_SAVE_TOKENS", 1)
+    monkeypatch.setattr(builder, "SAVE_TOKENS", 1)
 
 
 def write(path: Path, texts: list[str | None]) -> Path:
@@ -100,7 +99,7 @@ def left(source: Path, cache: str = "cache") -> list[Path]:
 @contextlib.contextmanager
 def stop_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int, error: BaseException) -> Iterator[None]:
     """Let so many calls of a method of the unfinished store pass, and raise `error` in the next."""
-    plain, count = getattr(module._Unfinished, name), iter(range(calls))
+    plain, count = getattr(builder.StoreBuilder, name), iter(range(calls))
 
     def stopped(self: object, *arguments: object, **options: object) -> object:
         if next(count, None) is None:
@@ -108,7 +107,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, name: str, calls: int, error: Ba
         return plain(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Unfinished, name, stopped)
+        patch.setattr(builder.StoreBuilder, name, stopped)
         yield
 
 
@@ -130,7 +129,7 @@ def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert once.texts <= tokenizer.texts <= once.texts + 4 * 2, "at most the batch in flight is tokenised again"
 
 
-@pytest.mark.parametrize("name", ["write_record", "remove_progress", "os.rename"])
+@pytest.mark.parametrize("name", ["write_record", "remove_progress", "storage.os.rename"])
 def test_killed_at_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Nothing is tokenised again; also where there is no mask, which has been removed by then."""
 
@@ -155,12 +154,11 @@ CHILD = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from openchatkit.data.stores import build
-from openchatkit.data.stores import tokenise, workers
+from openchatkit.data.stores import builder, tokenise, workers
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.data.tokenizer import encoder
 source, tokenizer, cache = map(Path, sys.argv[1:])
-tokenise._BATCH_BYTES, workers.SMALL, build._SAVE_TOKENS = 500, 0, 1
+tokenise._BATCH_BYTES, workers.SMALL, builder.SAVE_TOKENS = 500, 0, 1
 serialised = tokenizer.read_text()
 tokenizer = SimpleNamespace(
     serialised=serialised,
@@ -205,20 +203,20 @@ def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     """What was tokenised is kept, though no save was due, and the next build says that it goes on."""
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
     tokenizer = Bytes()
-    monkeypatch.setattr(module, "_SAVE_TOKENS", 1 << 30)
+    monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
     with stop_after(monkeypatch, "add", 50, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         build(source, tokenizer)
-    assert "a.jsonl: stopped; the same command goes on where it stopped" in capsys.readouterr().err
+    assert "a.jsonl: stopped; the same command continues after row 99" in capsys.readouterr().err
     count = tokenizer.texts
     assert build(source, tokenizer)[1].documents == ROWS
     assert tokenizer.texts < count + 40
-    assert "a.jsonl: goes on behind row 99, where it was stopped" in capsys.readouterr().err
+    assert "a.jsonl: continues after row 99, where it was stopped" in capsys.readouterr().err
 
 
 def test_saved_after_a_while_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
-    monkeypatch.setattr(module, "_SAVE_TOKENS", 1 << 30)
-    monkeypatch.setattr(module, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0.0)
     with stop_after(monkeypatch, "add", 50, KilledError()), pytest.raises(KilledError):
         build(source, Bytes())
     assert saved_row(tmp_path / "cache") == 99
@@ -230,7 +228,7 @@ def test_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_t
     source = write(tmp_path / "a.jsonl", some_texts(bad=False) * 5)
     monkeypatch.setattr(workers, "SMALL", 0)
     monkeypatch.setattr(workers, "cores", lambda: 2)
-    plain = module._Unfinished.add
+    plain = builder.StoreBuilder.add
 
     def add(self: object, *arguments: object, **options: object) -> None:
         plain(self, *arguments, **options)
@@ -238,7 +236,7 @@ def test_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_t
 
     tokenizer = Tokenizer(tiny_tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(module._Unfinished, "add", add)
+        patch.setattr(builder.StoreBuilder, "add", add)
         with pytest.raises(Interrupted, match="a worker process was killed"):
             build(source, tokenizer)
     assert saved_row(tmp_path / "cache") > 0
@@ -307,7 +305,7 @@ def test_source_changed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tokenizer = Bytes()
     encode = tokenizer.encode
     if when == "at the end":
-        monkeypatch.setattr(module, "_SAVE_TOKENS", 1 << 30)
+        monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
 
     def change(texts: list[str]) -> list[list[int]]:
         if tokenizer.texts > ROWS:

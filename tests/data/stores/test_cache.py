@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from openchatkit import storage
-from openchatkit.data.stores import build as module
-from openchatkit.data.stores import cache
+from openchatkit.data.stores import builder, cache
 from openchatkit.data.stores.cache import cached_store, content_hash, store_identity
 from openchatkit.errors import UserError
 from openchatkit.formats.token_store import StoreRecord, TokenStore
@@ -267,7 +266,7 @@ def test_disk_trouble(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(module.TokenStoreWriter, "add", fail)
+    monkeypatch.setattr(builder.TokenStoreWriter, "add", fail)
     with pytest.raises(UserError, match=message):
         build(source, tokenizer)
     assert folders(source) == []

@@ -21,10 +21,10 @@ from tokenizers import models, pre_tokenizers
 from openchatkit.data.dataset import build_dataset
 from openchatkit.data.options import DataOptions
 from openchatkit.data.records.document import decode
-from openchatkit.data.stores import tokenise, workers
+from openchatkit.data.stores import builder, tokenise, workers
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore, mask_path
-from openchatkit.storage import try_lock
+from openchatkit.storage import own_folder
 from openchatkit.tools.preprocess import command as module
 from openchatkit.tools.preprocess import work_folder
 from openchatkit.tools.preprocess.command import main
@@ -350,7 +350,7 @@ def test_what_was_stopped_goes_on(
 
     stop(KeyboardInterrupt())
     assert run(*flags, tmp_path / "o") == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "stopped; the same command continues after row" in capsys.readouterr().err
     assert not list(tmp_path.glob("o_*"))
     work = tmp_path / ".o.partial"
     for name in ("text.bin", "text.idx", "text.mask.bin", "quarantine.jsonl"):
@@ -359,7 +359,7 @@ def test_what_was_stopped_goes_on(
     monkeypatch.setattr(module.fields, "encode", encode)
     assert run(*flags, tmp_path / "o") == 0
     said = capsys.readouterr().err
-    assert "goes on behind row" in said
+    assert "continues after row" in said
     assert f"1 of 40 rows set aside, listed in {tmp_path / 'o_quarantine.jsonl'}" in said
     assert written(tmp_path / "o") == written(tmp_path / "whole")
     for ending in ("text_document.mask.bin", "quarantine.jsonl"):
@@ -387,7 +387,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
     assert not list(tmp_path.glob("o_*"))
     capsys.readouterr()
     assert run(*flags, tmp_path / "o") == 0
-    assert "goes on behind row 40" in capsys.readouterr().err
+    assert "continues after row 40" in capsys.readouterr().err
     assert written(tmp_path / "o") == written(tmp_path / "whole")
     assert not (tmp_path / ".o.partial").exists()
 
@@ -397,7 +397,7 @@ def test_work_that_does_not_fit_is_begun_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
     monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
-    monkeypatch.setattr(work_folder, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(builder, "SAVE_SECONDS", 0.0)
     flags = ["--input", data, *BYTES, "--output-prefix", tmp_path / "o"]
     encode, batches = module.fields.encode, itertools.count()
 
@@ -422,7 +422,7 @@ def test_work_that_does_not_fit_is_begun_anew(
     else:
         (tmp_path / ".o.partial" / "progress.json").write_text("{")
     assert run(*flags) == 0
-    assert "goes on behind" not in capsys.readouterr().err
+    assert "continues after" not in capsys.readouterr().err
     assert written(tmp_path / "o") == by_hand([[*text.encode(), *end] for text in CHATS], vocab_size=512)
 
 
@@ -482,12 +482,9 @@ def test_input_that_goes_away(
 
 
 def test_two_processes_do_not_write_the_same(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / ".o.partial").mkdir()
-    lock = try_lock(tmp_path / ".o.partial" / "lock")
-    assert lock is not None
-    assert run("--input", data, *BYTES, "--output-prefix", tmp_path / "o") == 2
-    assert f"another process is writing {tmp_path / 'o'}" in capsys.readouterr().err
-    lock.close()
+    with own_folder(tmp_path / ".o.partial"):
+        assert run("--input", data, *BYTES, "--output-prefix", tmp_path / "o") == 2
+    assert f"another process is writing {tmp_path / '.o.partial'}" in capsys.readouterr().err
     assert run("--input", data, *BYTES, "--output-prefix", tmp_path / "o") == 0
 
 
@@ -497,7 +494,7 @@ def test_a_full_disk(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(work_folder.TokenStoreWriter, "add", full)
+    monkeypatch.setattr(builder.TokenStoreWriter, "add", full)
     assert run("--input", data, *BYTES, "--output-prefix", tmp_path / "o") == 2
     assert "No space left on device: make room or choose another --output-prefix" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
