@@ -23,7 +23,8 @@ class GPTNeoXEmbed(nn.Module):
         self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.embed_in(tokens)
+        hidden: Tensor = self.embed_in(tokens)
+        return hidden
 
 
 class GPTNeoXAttention(nn.Module):
@@ -41,7 +42,8 @@ class GPTNeoXAttention(nn.Module):
         query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        return self.dense(causal_attention(query, key, value, mask))
+        attended: Tensor = self.dense(causal_attention(query, key, value, mask))
+        return attended
 
 
 class GPTNeoXMLP(nn.Module):
@@ -54,7 +56,8 @@ class GPTNeoXMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        hidden: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        return hidden
 
 
 class GPTNeoXLayer(nn.Module):
@@ -69,11 +72,10 @@ class GPTNeoXLayer(nn.Module):
         self.mlp = GPTNeoXMLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), cos, sin, mask, cache)
-        if self.parallel_residual:
-            return x + attended + self.mlp(self.post_attention_layernorm(x))
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = x + self.attention(self.input_layernorm(x), cos, sin, mask, cache)
+        mlp_input = x if self.parallel_residual else attended
+        mixed: Tensor = attended + self.mlp(self.post_attention_layernorm(mlp_input))
+        return mixed
 
 
 class GPTNeoXHead(nn.Module):
@@ -85,7 +87,8 @@ class GPTNeoXHead(nn.Module):
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.final_layer_norm(x)
+        normed: Tensor = self.final_layer_norm(x)
+        return normed
 
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:

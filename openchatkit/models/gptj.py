@@ -22,7 +22,8 @@ class GPTJEmbed(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.wte(tokens)
+        hidden: Tensor = self.wte(tokens)
+        return hidden
 
 
 class GPTJAttention(nn.Module):
@@ -44,7 +45,8 @@ class GPTJAttention(nn.Module):
         query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        return self.out_proj(causal_attention(query, key, value, mask))
+        attended: Tensor = self.out_proj(causal_attention(query, key, value, mask))
+        return attended
 
 
 class GPTJMLP(nn.Module):
@@ -57,7 +59,8 @@ class GPTJMLP(nn.Module):
         self.fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc_out(self.activation(self.fc_in(x)))
+        hidden: Tensor = self.fc_out(self.activation(self.fc_in(x)))
+        return hidden
 
 
 class GPTJLayer(nn.Module):
@@ -71,7 +74,8 @@ class GPTJLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         normed = self.ln_1(x)
-        return x + self.attn(normed, cos, sin, mask, cache) + self.mlp(normed)
+        mixed: Tensor = x + self.attn(normed, cos, sin, mask, cache) + self.mlp(normed)
+        return mixed
 
 
 class GPTJHead(nn.Module):
@@ -83,7 +87,8 @@ class GPTJHead(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ln_f(x)
+        normed: Tensor = self.ln_f(x)
+        return normed
 
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:

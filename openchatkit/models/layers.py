@@ -60,7 +60,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     half = cos.shape[-1]
     # One split, not three slices: the backward of a slice fills a whole tensor with zeros.
-    left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    left, right, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     turned = (left * cos - right * sin, right * cos + left * sin)
     return torch.cat([*(part.to(x.dtype) for part in turned), rest], dim=-1)
 
@@ -68,8 +68,8 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [batch, heads, length, head_dim] as GPT-J does: dimension 2j pairs with 2j + 1; see `rotate_halves`."""
     rotary_dim = 2 * cos.shape[-1]
-    turning, rest = x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
-    even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    turning, rest = torch.split(x, [rotary_dim, x.shape[-1] - rotary_dim], dim=-1)
+    even, odd = torch.unflatten(turning, -1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 

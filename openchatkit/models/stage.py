@@ -54,6 +54,7 @@ class Stage(nn.Module):
     ) -> Tensor:
         before = cache[0].length if cache else 0
         length = before + x.shape[1]
+        assert not cache or length <= cache[0].capacity, f"{length} tokens in a cache for {cache[0].capacity}"
         # Of a cache's whole capacity, so that one table serves all its calls.
         cos, sin = self.rotary(cache[0].capacity if cache else length, x.device)
         if document_starts is None and mask is None and before and x.shape[1] > 1:
@@ -103,7 +104,8 @@ class Stage(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project what `forward` of a stage with the head returns, [batch, length, hidden_size], to [..., vocab]."""
-        return self.projection(hidden)
+        logits: Tensor = self.projection(hidden)
+        return logits
 
     def named_shards(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the stage's shards in the order of the data's flow."""
