@@ -1,9 +1,9 @@
-"""What a name in `--task-name` stands for: files of records, or token stores; fetched first where they lie elsewhere.
+"""Names in `--task-name` -> files of records, or token stores; remote ones are fetched first.
 
 In this order: a path or a glob; the prefix of a token store; the bare name of a file that a `prepare.py` has fetched
 (`unified_ni` for data/OIG/files/unified_ni.jsonl.gz, and the original kit's `cot`); an address (`https://`, `s3://`,
-`hf://datasets/ORG/NAME/GLOB`); a data set of the Hugging Face hub (`ORG/NAME`). What is fetched stays in the cache, and
-a later run takes it from there without asking anyone.
+`hf://datasets/ORG/NAME/GLOB`); a data set of the Hugging Face hub (`ORG/NAME`). Fetched files stay in the cache, and a
+later run takes them from there without a connection.
 """
 
 import glob
@@ -20,36 +20,36 @@ from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import token_store
 
 _PACKED = ("", ".gz", ".zst", ".bz2", ".xz")
-# What a folder of a hub's data set is searched for; JSON there is as often what describes the data.
+# The files looked for in a data set of the hub; JSON there is as often a description of the data.
 _HUB_SUFFIXES = tuple(suffix for suffix in reader.RECORD_SUFFIXES if suffix.split(".")[1] != "json")
 _ADDRESS = re.compile(r"(https?|s3)://")
 _HUB = re.compile(r"(?:hf://datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<glob>.+))?")
 # A name that the original's documentation uses and that no file has.
 _ALIASES = {"cot": "unified_mathqa_flanv2_kojma_cot"}
-# The splits of a hub's data set that are not for training, in the words that the hub goes by.
+# Splits of a hub's data set that are not for training, by the names that are usual there.
 _HELD_OUT = re.compile(r"(^|[\W_])(test|testing|eval|evaluation|valid|validation|val|dev)([\W_]|$)")
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """Files of records, or prefixes of token stores: one of the two."""
+    """Files of records, or prefixes of token stores; one of the two is empty."""
 
     files: tuple[Path, ...] = ()
     stores: tuple[Path, ...] = ()
 
 
 def is_address(name: str) -> bool:
-    """Whether a name says by itself that it lies elsewhere."""
+    """Return whether a name is an address."""
     return bool(_ADDRESS.match(name)) or name.startswith("hf://")
 
 
 def is_path(name: str) -> bool:
-    """Whether there is a file or folder of exactly this name on this machine."""
+    """Return whether there is a file or folder of exactly this name on this machine."""
     return bool(name) and not is_address(name) and os.path.lexists(os.path.expanduser(name))
 
 
 def find_local(name: str) -> DataFiles | None:
-    """What a name stands for on this machine; None if there is nothing of that name."""
+    """Return the data of this name on this machine, or None."""
     if not name or is_address(name):
         return None
     name = os.path.expanduser(name)
@@ -61,16 +61,16 @@ def find_local(name: str) -> DataFiles | None:
     if tables.is_saved_dataset(Path(name)):
         return DataFiles(files=(Path(name),))
     if Path(name).is_file():
-        return DataFiles(files=(Path(name),))  # `records` says which endings it reads
+        return DataFiles(files=(Path(name),))  # `reader` names the endings it reads in its error
     if glob.has_magic(name):
-        return _matching(name)
-    return _prepared(name)
+        return _match(name)
+    return _find_prepared(name)
 
 
 def fetch_remote(name: str, cache_dir: Path) -> DataFiles | None:
-    """What a name stands for on another machine, fetched into the cache; None if it has the form of no such name.
+    """Fetch the data of an address or of a hub's data set into the cache; None if the name has neither form.
 
-    UserError when it cannot be fetched. Any number of processes may ask at once.
+    UserError when it cannot be fetched. Any number of processes may call this at once.
     """
     if _ADDRESS.match(name):
         place = Path(cache_dir) / "downloads" / hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -79,16 +79,16 @@ def fetch_remote(name: str, cache_dir: Path) -> DataFiles | None:
     if not match or (not name.startswith("hf://") and not _is_hub_name(name)):
         return None
     try:
-        return DataFiles(files=_from_hub(match["name"], match["glob"], Path(cache_dir) / "downloads" / "hub"))
+        return DataFiles(files=_fetch_from_hub(match["name"], match["glob"], Path(cache_dir) / "downloads" / "hub"))
     except UserError as error:
         if isinstance(error, Interrupted) or name.startswith("hf://"):
             raise
-        # A path that was meant for one of this machine has the same form.
+        # A mistyped local path has the same form.
         raise UserError(f"{name} is no file or folder here; as a data set of the hub: {error}") from error
 
 
 def explain_missing(name: str) -> str:
-    """What to say of a name that stands for nothing: what is there instead, and the command that brings it."""
+    """Return the message for a name without data: what is there instead, and the command that fetches it."""
     if name.removesuffix(".jsonl") in _ALIASES or ("/" not in name and name.startswith("unified_")):
         stem = _ALIASES.get(name.removesuffix(".jsonl"), name)
         return f"{name} is not here yet: run `python data/OIG/prepare.py --files {stem}` first"
@@ -105,12 +105,12 @@ def explain_missing(name: str) -> str:
     return f"no file {name} ({found}){_fetch_command(folder)}"
 
 
-def _matching(pattern: str) -> DataFiles | None:
-    """What a glob matches, sorted: files of records and saved data sets, or token stores, met by several files each.
+def _match(pattern: str) -> DataFiles | None:
+    """Return the matches of a glob, sorted: files of records and saved data sets, or token stores, of several files each.
 
-    UserError where it matches anything else besides: nobody would notice what is left out.
+    UserError where it matches anything else besides: nobody would notice that it is left out.
     """
-    matches = list(map(Path, sorted(glob.glob(_literal_folders(pattern), recursive=True))))
+    matches = list(map(Path, sorted(glob.glob(_escape_folders(pattern), recursive=True))))
     saved = [path for path in matches if tables.is_saved_dataset(path)]
     matches = [path for path in matches if path.is_file() and not set(saved).intersection(path.parents)]
     parts = {path: prefix for path in matches if (prefix := _store_of(path))}
@@ -131,8 +131,8 @@ def _matching(pattern: str) -> DataFiles | None:
     return DataFiles(files, stores)
 
 
-def _literal_folders(pattern: str) -> str:
-    """A glob in which the names of folders that are there as they are written, `[v2]` say, stand for themselves."""
+def _escape_folders(pattern: str) -> str:
+    """Escape the names of existing folders in a glob: `[v2]`, say, then matches the folder `[v2]`."""
     place, parts = Path(), []
     for part in Path(pattern).parts:
         place = place / part
@@ -141,14 +141,14 @@ def _literal_folders(pattern: str) -> str:
 
 
 def _store_of(path: Path) -> Path | None:
-    """The prefix of the token store that a file is part of, its mask included."""
+    """Return the prefix of the token store that a file belongs to, its mask included."""
     if path.name.endswith(".mask.bin"):
         return token_store.find_prefix(path.with_name(path.name.removesuffix(".mask.bin")))
     return token_store.find_prefix(path)
 
 
-def _prepared(name: str) -> DataFiles | None:
-    """The file of a bare name that some data/*/prepare.py has fetched."""
+def _find_prepared(name: str) -> DataFiles | None:
+    """Return the file of a bare name that some data/*/prepare.py has fetched."""
     stem = name.removesuffix(".jsonl")
     stem = _ALIASES.get(stem, stem)
     if not re.fullmatch(r"[\w-][\w.-]*", stem):
@@ -160,29 +160,29 @@ def _prepared(name: str) -> DataFiles | None:
 
 
 def _is_hub_name(name: str) -> bool:
-    """ORG/NAME, and not rather a path that is spelt wrong."""
+    """Return whether a name is ORG/NAME and not more likely a mistyped path."""
     folder, _, rest = name.partition("/")
     return "/" not in rest and not reader.is_readable(rest) and not Path(folder).is_dir()
 
 
-def _from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ...]:
-    """The files of records of a hub's data set that `pattern` matches, or without one, those meant for training."""
+def _fetch_from_hub(name: str, pattern: str | None, downloads: Path) -> tuple[Path, ...]:
+    """Fetch the files of a hub's data set that `pattern` matches or, without one, those for training."""
     folder = downloads / name.replace("/", "--")
     listing = folder / f"files-{hashlib.sha256((pattern or '').encode()).hexdigest()[:16]}.txt"
     if not listing.is_file():
         with storage.hold_lock(storage.lock_path(folder), f"{name} is fetched by another process: waiting for it"):
             if not listing.is_file():
-                found = fetch_dataset(name, [pattern] if pattern else _for_training, folder / "files")
+                found = fetch_dataset(name, [pattern] if pattern else _is_for_training, folder / "files")
                 storage.write_text(listing, "".join(f"{path.relative_to(folder)}\n" for path in found))
     return tuple(folder / line for line in listing.read_text(encoding="utf-8").splitlines())
 
 
-def _for_training(file: str) -> bool:
+def _is_for_training(file: str) -> bool:
     return file.lower().endswith(_HUB_SUFFIXES) and not _HELD_OUT.search(file)
 
 
 def _fetch_command(folder: Path) -> str:
-    """The command that fills a folder such as `data/OIG/files`, if it is one of ours."""
+    """Return a hint at the command that fills a folder such as `data/OIG/files`, if it is one of ours."""
     script = Path("data") / folder.parent.name / "prepare.py"
     if folder.name != "files" or not (paths.ROOT / script).is_file():
         return ""

@@ -1,8 +1,8 @@
-"""Unpacking: `.gz`, `.zst`, `.tar`, and a tar in either, from strangers.
+"""Unpack untrusted `.gz`, `.zst` and `.tar` files, and a tar in either.
 
-Only regular files are made, under names that are joined here; links and devices are left out, a name that leads outside
-is an error, and so is more than the disk has room for. Everything is written under a temporary name: a stream that is
-cut short or damaged leaves nothing.
+Only regular files are made, under names that are checked here; links and devices are skipped. A name that leads outside
+is an error, and so is more than the disk has room for. Everything is written under a temporary name: a truncated or
+damaged stream leaves nothing.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Protocol
 from loguru import logger
 
 from openchatkit import progress
-from openchatkit.download.places import place
+from openchatkit.download.sidecar import storage_path
 from openchatkit.download.zstandard_stream import ZstandardStream
 from openchatkit.errors import UserError
 from openchatkit.storage import format_bytes, free_bytes, hold_lock, lock_path, storage_errors, sync
@@ -32,15 +32,15 @@ _LONGEST_HEADER = 1 << 22  # bytes, for one file in a tar; a thousand times what
 
 
 def is_packed(path: Path) -> bool:
-    """Whether `unpack` knows the file, by its name."""
+    """Return whether `unpack` knows the file, by its name."""
     return path.name.lower().endswith(PACKED)
 
 
 def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
-    """Unpack a file into a folder and say which files came of it; those that are there already are replaced.
+    """Unpack a file into a folder, replacing files that are there, and return the paths of its files.
 
     Without tar, the file keeps its name but for the ending. `strip` leading folders of the names in a tar are dropped.
-    UserError: no packed file, damaged or cut short, a name that leads outside, too large for the disk.
+    UserError: not a packed file, damaged or truncated, a name that leads outside, too large for the disk.
     """
     path, destination = Path(path), Path(destination)
     if not is_packed(path):
@@ -53,26 +53,26 @@ def unpack(path: Path, destination: Path, *, strip: int = 0) -> list[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            with _damage(path), _contents(path, destination) as stream:
+            with _damage_errors(path), _open_contents(path, destination) as stream:
                 if not path.stat().st_size:
                     raise EOFError("an empty file")
-                names = _members(stream, path, temporary, strip)
+                names = _write_members(stream, path, temporary, strip)
             return [_move(temporary, destination, name) for name in names]
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _members(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]:
-    """Write what is packed into `folder`; the names of the files there."""
+def _write_members(stream: "_LimitedStream", path: Path, folder: Path, strip: int) -> list[str]:
+    """Write the packed files into `folder`, and return their names."""
     if path.name.lower().endswith(_TARS):
         return _untar(stream, path, folder, strip)
     name = path.name[: -len(path.suffix)]
-    with open(place(folder, name), "wb") as file:
+    with open(storage_path(folder, name), "wb") as file:
         shutil.copyfileobj(stream, file, _PIECE)
     return [name]
 
 
-def _untar(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]:
+def _untar(stream: "_LimitedStream", path: Path, folder: Path, strip: int) -> list[str]:
     names: dict[str, None] = {}
     stream.stop_at(_LONGEST_HEADER)
     with tarfile.open(fileobj=stream, mode="r|") as archive:
@@ -84,7 +84,7 @@ def _untar(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]
             if not member.isreg() or member.issparse():
                 logger.warning("{}: {!r} is no plain file (a link or a device) and is left out", path.name, member.name)
                 continue
-            inside = place(folder, member.name).relative_to(folder)
+            inside = storage_path(folder, member.name).relative_to(folder)
             name = "/".join(inside.parts[strip:])
             if not name:
                 continue
@@ -99,8 +99,8 @@ def _untar(stream: "_Capped", path: Path, folder: Path, strip: int) -> list[str]
     return list(names)
 
 
-def _headers(archive: tarfile.TarFile, stream: "_Capped") -> Iterator[tarfile.TarInfo]:
-    """The members of a tar in constant memory: tarfile reads headers whole, however long, and keeps them all."""
+def _headers(archive: tarfile.TarFile, stream: "_LimitedStream") -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar in constant memory: tarfile reads headers whole, however long, and keeps them all."""
     while (member := archive.next()) is not None:
         archive.members.clear()
         stream.stop_at(None)
@@ -110,7 +110,7 @@ def _headers(archive: tarfile.TarFile, stream: "_Capped") -> Iterator[tarfile.Ta
 
 
 def _move(folder: Path, destination: Path, name: str) -> Path:
-    target = place(destination, name)
+    target = storage_path(destination, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     sync(folder / name)
     os.replace(folder / name, target)
@@ -118,7 +118,7 @@ def _move(folder: Path, destination: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage_errors(path: Path) -> Iterator[None]:
     import zstandard
 
     try:
@@ -128,8 +128,8 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _contents(path: Path, destination: Path) -> Iterator["_Capped"]:
-    """The decompressed bytes of a file, with a bar over the compressed ones."""
+def _open_contents(path: Path, destination: Path) -> Iterator["_LimitedStream"]:
+    """Yield the decompressed bytes of a file, with a progress bar over the compressed ones."""
     room = free_bytes(destination) - _SPARE_BYTES
     suffix = path.suffix.lower()
     with (
@@ -140,15 +140,15 @@ def _contents(path: Path, destination: Path) -> Iterator["_Capped"]:
             stream: _Readable = gzip.GzipFile(fileobj=file)
         else:
             stream = ZstandardStream(file) if suffix == ".zst" else file
-        yield _Capped(stream, path, room, lambda: bar.update(file.tell() - bar.n))
+        yield _LimitedStream(stream, path, room, lambda: bar.update(file.tell() - bar.n))
 
 
 class _Readable(Protocol):
     def read(self, size: int) -> bytes: ...
 
 
-class _Capped:
-    """What is decompressed, up to the room there is, with `seen` called as it is read; what tarfile reads from."""
+class _LimitedStream:
+    """A decompressed stream of at most `room` bytes, for tarfile to read from; `seen` is called after each read."""
 
     def __init__(self, stream: _Readable, path: Path, room: int, seen: Callable[[], object]) -> None:
         self._stream, self._path, self._room, self._seen = stream, path, room, seen
@@ -167,8 +167,8 @@ class _Capped:
         self._last = (self._last + data[-512:])[-512:]
         if self._length > self._room:
             raise UserError(
-                f"{self._path} holds more than the {format_bytes(max(0, self._room))} that there is room for: make "
-                "room, or leave it packed"
+                f"{self._path} holds more than the {format_bytes(max(0, self._room))} there is room for: make room, "
+                "or leave it packed"
             )
         if self._stop is not None and self._length > self._stop:
             raise tarfile.ReadError(f"a header of more than {format_bytes(_LONGEST_HEADER)}")

@@ -1,6 +1,6 @@
 """The commands that fetch data: `data/OIG`, `data/OIG-moderation`, and `data/prepare_data.py` for everything else.
 
-How files come, and how they are checked, is `download`'s.
+How files come and are checked is up to `download.sources`.
 """
 
 import argparse
@@ -10,13 +10,13 @@ from pathlib import Path
 from loguru import logger
 
 from openchatkit import cli, paths, progress
-from openchatkit.download import fetch_dataset, fetch_source
+from openchatkit.download.sources import fetch_dataset, fetch_source
 from openchatkit.errors import UserError
 
 OIG, MODERATION = "laion/OIG", "ontocord/OIG-moderation"
 _AGAIN = (
     "Every file is checked against the hub's digest before it gets its name. What is there already is not fetched "
-    "again, and a download that was cut short goes on where it stopped. HF_TOKEN, if set, is who asks."
+    "again, and a download that was cut short goes on where it stopped. HF_TOKEN, if set, is the account used."
 )
 _SOURCES = """\
 sources:
@@ -31,7 +31,7 @@ sources:
 
 
 def dataset_command(folder: str, name: str, size: str, *, everything: str) -> Callable[..., None]:
-    """The command of a `data/<folder>/prepare.py`: the data set `name`, or files of it, into its `files/`.
+    """Return the command of a `data/<folder>/prepare.py`, which fetches files of the data set `name` to `files/`.
 
     `everything` is the glob of the files that are fetched when none is named.
     """
@@ -58,7 +58,7 @@ def dataset_command(folder: str, name: str, size: str, *, everything: str) -> Ca
 
 @cli.command
 def prepare_data(argv: Sequence[str] | None = None) -> None:
-    """The command `data/prepare_data.py`."""
+    """Run the command `data/prepare_data.py`."""
     parser = cli.Parser(
         prog="data/prepare_data.py",
         description="Fetch data from wherever it is into a folder, and unpack .gz, .zst and tar there. What is\n"
@@ -74,8 +74,8 @@ def prepare_data(argv: Sequence[str] | None = None) -> None:
         ("-a", "--access-key-id", "AWS_ACCESS_KEY_ID"),
         ("-k", "--secret-access-key", "AWS_SECRET_ACCESS_KEY"),
     ):
-        text = f"refused: other users see command lines; set {variable} instead"
-        parser.add_argument(short, flag, nargs="?", action=_Secret, const=variable, help=text)
+        text = f"on_refusal: other users see command lines; set {variable} instead"
+        parser.add_argument(short, flag, nargs="?", action=_RefuseSecret, const=variable, help=text)
     args = parser.parse_args(argv)
     if args.debug:
         logger.remove()
@@ -83,8 +83,8 @@ def prepare_data(argv: Sequence[str] | None = None) -> None:
     _print(fetch_source(args.data_source, args.dest, keep_packed=args.keep_packed))
 
 
-class _Secret(argparse.Action):
-    """A flag that took a secret: the variable that takes it now is said, the secret is not."""
+class _RefuseSecret(argparse.Action):
+    """A flag that once took a secret: its error names the environment variable to set, never the secret."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         flags = "/".join(self.option_strings)

@@ -1,4 +1,4 @@
-"""Digests that servers give of a file, and how a file's bytes are held against them."""
+"""Digests that servers give of a file, and the comparison of a file's bytes with them."""
 
 import hashlib
 from collections.abc import Collection
@@ -26,7 +26,7 @@ class Digest:
 
 
 def mismatch(path: Path, expected: Collection[Digest], description: str) -> tuple[Digest, Digest] | None:
-    """The first digest that `path` does not have, and what it has instead; None when it has all of them."""
+    """Return the first digest that `path` does not have, and the one it has instead; None when it has all."""
     if not expected:
         return None
     found = _digests(path, {digest.kind for digest in expected}, description)

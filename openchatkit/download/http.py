@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from openchatkit.download.digests import SHA256, Digest
-from openchatkit.download.patience import TransientError
+from openchatkit.download.retry import TransientError
 from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
@@ -26,26 +26,26 @@ _AGAIN = (408, 425, 429)  # and 500 to 599: refused now, perhaps not later
 
 
 def remote(address: str, *, sha256: str | None = None, name: str | None = None) -> Remote:
-    """The file behind an address, kept under `name` or the last part of the address; its SHA-256 where it is known."""
+    """Return the file at an address, stored under `name` or the last part of the address."""
     url = _split(address)
     if url.username is not None or url.password is not None:
         raise UserError(
-            f"{shown(address)}: the address holds a user or a password, which does not belong on a command line: fetch "
-            "the file with a program that can log in and pass its path"
+            f"{redact(address)}: the address holds a user or a password, which does not belong on a command line: "
+            "fetch the file with a program that can log in and pass its path"
         )
     name = name or urllib.parse.unquote(url.path.rsplit("/", 1)[-1])
     if not url.hostname or not name or name.startswith(".") or "/" in name:
-        raise UserError(f"{shown(address)} names no file: expected https://host/folder/file.jsonl")
+        raise UserError(f"{redact(address)} names no file: expected https://host/folder/file.jsonl")
     digests = (Digest(SHA256, sha256),) if sha256 else ()
 
     def open_at(start: int, version: str | None) -> contextlib.AbstractContextManager[Answer]:
-        return opened(address, start, version)
+        return open_url(address, start, version)
 
     return Remote(name, _identity(address), open_at, digests=digests)
 
 
-def shown(address: str) -> str:
-    """An address as it may be printed: without user, password, query and fragment."""
+def redact(address: str) -> str:
+    """Return an address for printing: without user, password, query and fragment."""
     url = _split(address)
     host = url.netloc.rpartition("@")[2]
     return urllib.parse.urlunsplit((url.scheme, host, url.path, "", ""))
@@ -55,59 +55,59 @@ def _split(address: str) -> urllib.parse.SplitResult:
     try:
         return urllib.parse.urlsplit(address)
     except ValueError as error:
-        # Not shown: a secret cannot be told from the rest of it.
-        raise UserError(f"the address is none ({error}): expected https://host/folder/file.jsonl") from error
+        # Not shown: it may hold a secret anywhere.
+        raise UserError(f"not a valid URL ({error}): expected https://host/folder/file.jsonl") from error
 
 
 def _identity(address: str) -> str:
-    """What tells addresses apart in messages and notes; a query may be a signature, so only its digest is in it."""
+    """Return an address for messages and sidecars, with only a digest of its query, which may be a signature."""
     query = _split(address).query
-    return shown(address) + (f"?({hashlib.sha256(query.encode()).hexdigest()[:8]})" if query else "")
+    return redact(address) + (f"?({hashlib.sha256(query.encode()).hexdigest()[:8]})" if query else "")
 
 
 @contextlib.contextmanager
-def opened(
+def open_url(
     address: str,
     start: int,
     version: str | None,
     *,
     headers: Mapping[str, str] | None = None,
-    refused: Callable[["httpx2.Response"], None] = lambda response: None,
+    on_refusal: Callable[["httpx2.Response"], None] = lambda response: None,
 ) -> Iterator[Answer]:
     """Ask for the bytes of a file from `start` on; `version`, if it is an entity tag or a date, must still hold.
 
-    `headers` go to the address's own host alone. `refused` is shown an answer of 401, 403 or 404 first and may raise.
-    TransientError, here or from the pieces, for all that another try may not meet; UserError for the rest.
+    `headers` go to the address's own host alone. `on_refusal` gets an answer of 401, 403 or 404 first and may raise.
+    TransientError, here or from the pieces, for errors that another try may not meet; UserError for the rest.
     """
     import httpx2
 
-    # As stored, not as compressed for the way: sizes, ranges and digests are of the file.
+    # As stored, not as compressed for transport: sizes, ranges and digests are of the file.
     asked = {"Accept-Encoding": "identity", "User-Agent": "openchatkit", **(headers or {})}
     if start:
         asked["Range"] = f"bytes={start}-"
         if version:
             asked["If-Range"] = version
-    logger.debug("GET {} from byte {}", shown(address), start)
+    logger.debug("GET {} from byte {}", redact(address), start)
     try:
         with (
             connection() as client,
             client.stream("GET", address, headers=asked) as response,
         ):
             if response.status_code in (401, 403, 404):
-                refused(response)
+                on_refusal(response)
             yield _answer(response, address, start)
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
         raise TransientError(f"cannot be reached ({_reason(error)})", unreachable=True) from error
     except httpx2.TimeoutException as error:
         raise TransientError(f"nothing came for {_TIMEOUT_SECONDS:.0f} seconds") from error
     except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.TooManyRedirects, UnicodeError) as error:
-        raise UserError(f"{shown(address)}: {_reason(error)}: check the address") from error
+        raise UserError(f"{redact(address)}: {_reason(error)}: check the address") from error
     except httpx2.TransportError as error:
         raise TransientError(f"the connection broke ({_reason(error)})") from error
 
 
 def connection() -> "httpx2.Client":
-    """A client that follows redirects; UserError when what the environment says of proxies or certificates is wrong."""
+    """Return a client that follows redirects; UserError when the environment's proxies or certificates are wrong."""
     import httpx2
 
     try:
@@ -118,8 +118,8 @@ def connection() -> "httpx2.Client":
         says = f"SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({_reason(error)}): correct or unset it"
         raise UserError(says) from error
     except (ValueError, httpx2.InvalidURL) as error:
-        # What is wrong with it is not shown, for it may be a part of a password.
-        raise UserError("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY holds no address: expected http://host:port") from error
+        # The reason is not shown: it may quote a part of a password.
+        raise UserError("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not an address: expected http://host:port") from error
 
 
 def _reason(error: Exception) -> str:
@@ -129,10 +129,10 @@ def _reason(error: Exception) -> str:
 def _answer(response: "httpx2.Response", address: str, start: int) -> Answer:
     status = response.status_code
     if status == 416:
-        # Nothing lies behind the last byte, so what is here is the whole file, or not of this file.
+        # Nothing follows the last byte, so the bytes here are the whole file, or not of this file.
         size = _content_range(response)[1]
         if size != start:
-            raise TransientError(f"the server has no byte {start}", anew=True)
+            raise TransientError(f"the server has no byte {start}", restart=True)
         return Answer(start, size, None, iter(()), _digests(response))
     if status in _AGAIN or status >= 500:
         raise TransientError(f"the server answers {_status(response)}", wait=retry_after(response.headers))
@@ -140,11 +140,11 @@ def _answer(response: "httpx2.Response", address: str, start: int) -> Answer:
         advice = "check the address"
         if status in (401, 403):
             advice = "it is not public, or the address has expired: fetch it with a program that can log in"
-        raise UserError(f"{shown(address)}: the server answers {_status(response)}: {advice}")
+        raise UserError(f"{redact(address)}: the server answers {_status(response)}: {advice}")
     _check_kind(response, address)
     first, size = _content_range(response) if status == 206 else (0, _length(response))
     if first is None:
-        raise TransientError("the server sends a range and does not say which", anew=True)
+        raise TransientError("the server sends a range and does not say which", restart=True)
     return Answer(first, size, _version(response), response.iter_raw(), _digests(response))
 
 
@@ -153,14 +153,16 @@ def _status(response: "httpx2.Response") -> str:
 
 
 def _check_kind(response: "httpx2.Response", address: str) -> None:
-    """UserError for what is plainly not the file: a page to log in at, or a body compressed unasked."""
+    """UserError for an answer that is plainly not the file: a login page, or a body compressed unasked."""
     path = urllib.parse.urlsplit(address).path.lower()
     kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
     if kind == "text/html" and not path.endswith((".html", ".htm")):
-        raise UserError(f"{shown(address)}: the server answers with a web page, not with the file: check the address")
+        raise UserError(f"{redact(address)}: the server answers with a web page, not with the file: check the address")
     coding = response.headers.get("Content-Encoding", "identity").lower()
     if coding not in ("identity", "") and not path.endswith((".gz", ".tgz", ".zst")):
-        raise UserError(f"{shown(address)}: the server sends the file as {coding}, unasked: fetch it by other means")
+        raise UserError(
+            f"{redact(address)}: the server sends the file as {coding}, unasked: fetch it with another program"
+        )
 
 
 def _length(response: "httpx2.Response") -> int | None:
@@ -194,7 +196,7 @@ def _digests(response: "httpx2.Response") -> tuple[Digest, ...]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that Retry-After asks for, which may be a number or a date."""
+    """Return the seconds that Retry-After asks for, which may be a number or a date."""
     text = headers.get("Retry-After", "").strip()
     if text.isdecimal():
         return float(text)

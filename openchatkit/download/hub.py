@@ -1,9 +1,9 @@
 """Models and data sets of the Hugging Face hub. No code is fetched, and no pickle if avoidable.
 
 The hub's own client lists files, logs in (with HF_TOKEN, or what `hf auth login` left) and keeps the cache of models.
-The bytes come by the loop in `transfer`: the client begins a file anew when it was killed, and takes a file of the
-right size for the right file. Every file is held against the digest that the hub lists, SHA-256 or git's, before it
-gets its name, in the cache of models too, where a file's name is that digest.
+The bytes come by the loop in `transfer`: the client starts a file over when it was killed, and takes a file of the
+right size for the right file. Every file is compared with the digest that the hub lists, SHA-256 or git's, before it
+gets its name; in the cache of models, a file's name is that digest.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from openchatkit.download import http
 from openchatkit.download.digests import GIT, SHA256, Digest
-from openchatkit.download.patience import Patience, TransientError
-from openchatkit.download.places import notes
-from openchatkit.download.transfer import Answer, Remote, bring, missing
+from openchatkit.download.retry import RetryPolicy, TransientError
+from openchatkit.download.sidecar import sidecars
+from openchatkit.download.transfer import Answer, Remote, download_file, missing_bytes
 from openchatkit.errors import UserError
 from openchatkit.libraries import hf_hub
 from openchatkit.storage import check_room
@@ -39,49 +39,49 @@ _KINDS = {"dataset": "data set", "model": "model"}
 
 
 def dataset_files(
-    name: str, wanted: Sequence[str] | Callable[[str], bool], patience: Patience, folder: Path
+    name: str, wanted: Sequence[str] | Callable[[str], bool], retry: RetryPolicy, folder: Path
 ) -> list[Remote]:
-    """The files of a data set that `wanted` names: globs or names, with or without their endings; none: all records.
+    """Return the files of a data set that `wanted` names: globs or names, with or without endings; none: all records.
 
-    Or it says of a file whether it is wanted. When the hub does not answer, names will do whose files are in `folder`.
+    Or `wanted` is a predicate. When the hub does not answer, files of these names in `folder` are used.
     UserError when the hub cannot be reached, knows no such data set, or has no file for one of the names.
     """
     try:
-        offered = _listing(name, "dataset", patience)[1]
+        offered = _listing(name, "dataset", retry)[1]
     except UserError as error:
-        if here := [] if callable(wanted) else _here(name, wanted, folder, error):
+        if here := [] if callable(wanted) else _find_fetched(name, wanted, folder, error):
             return here
         raise
     if callable(wanted):
         if not (chosen := [file for file in offered if wanted(file.name)]):
-            raise _absent(name, "of the kind that is wanted", offered)
+            raise _no_such_file(name, "of the kind that is wanted", offered)
         return chosen
     wanted = wanted or ["*.jsonl*"]
     for pattern in wanted:
         if not any(_is_meant(file.name, pattern) for file in offered):
-            raise _absent(name, pattern, offered)
+            raise _no_such_file(name, pattern, offered)
     chosen = [file for file in offered if any(_is_meant(file.name, pattern) for pattern in wanted)]
     # .gitattributes and the like are the repository's, not the data's.
     return [file for file in chosen if not any(re.match(r"\.[^.]", part) for part in file.name.split("/"))]
 
 
-def dataset_file(name: str, path: str, patience: Patience, folder: Path) -> Remote:
-    """One file of a data set, by its whole path; what is in `folder` will do when the hub does not answer."""
+def dataset_file(name: str, path: str, retry: RetryPolicy, folder: Path) -> Remote:
+    """Return one file of a data set, by its whole path; the one in `folder` is used when the hub does not answer."""
     try:
-        offered = _listing(name, "dataset", patience)[1]
+        offered = _listing(name, "dataset", retry)[1]
     except UserError as error:
-        if here := _here(name, [path], folder, error):
+        if here := _find_fetched(name, [path], folder, error):
             return here[0]
         raise
     if found := [file for file in offered if file.name == path]:
         return found[0]
-    raise _absent(name, path, offered)
+    raise _no_such_file(name, path, offered)
 
 
-def _here(name: str, wanted: Sequence[str], folder: Path, error: UserError) -> list[Remote]:
-    """What an earlier run has fetched into `folder` for these names; empty unless there is a file for each of them.
+def _find_fetched(name: str, wanted: Sequence[str], folder: Path, error: UserError) -> list[Remote]:
+    """Return the files that an earlier run fetched into `folder` for these names; none unless each name has one.
 
-    Nothing here says which files a glob stands for. A file that is gone by now meets the hub's `error`.
+    Only the hub knows which files a glob stands for. Opening a file that is gone by now raises the hub's `error`.
     """
 
     def gone(_: int, __: str | None) -> AbstractContextManager[Answer]:
@@ -89,9 +89,9 @@ def _here(name: str, wanted: Sequence[str], folder: Path, error: UserError) -> l
 
     start = f"{name}/"
     fetched = {
-        note.address.removeprefix(start): Remote(place, note.address, gone, note.size, note.version)
-        for place, note in notes(folder)
-        if note.address.startswith(start)
+        sidecar.address.removeprefix(start): Remote(name, sidecar.address, gone, sidecar.size, sidecar.version)
+        for name, sidecar in sidecars(folder)
+        if sidecar.address.startswith(start)
     }
     found: dict[str, Remote] = {}
     for pattern in wanted:
@@ -104,43 +104,43 @@ def _here(name: str, wanted: Sequence[str], folder: Path, error: UserError) -> l
     return list(found.values())
 
 
-def model_folder(name: str, small: Sequence[str], weights: Sequence[Sequence[str]], patience: Patience) -> Path:
-    """The folder in the hub's cache that holds files of a model, fetched where they are not there yet.
+def model_folder(name: str, small: Sequence[str], weights: Sequence[Sequence[str]], retry: RetryPolicy) -> Path:
+    """Return the folder in the hub's cache that holds files of a model, after fetching those that are missing.
 
     `small` and `weights` are patterns of file names; of the sets of weights, the first that the hub has is fetched.
-    What is in the cache will do when the hub does not answer.
+    The cache is used as it is when the hub does not answer.
     """
     from huggingface_hub import snapshot_download
 
     while True:
         try:
-            commit, offered = _listing(name, "model", Patience(tries=1) if _cached(name, small, ()) else patience)
+            commit, offered = _listing(name, "model", RetryPolicy(tries=1) if _find_cached(name, small, ()) else retry)
         except UserError as error:
-            if folder := _cached(name, small, weights):
+            if folder := _find_cached(name, small, weights):
                 logger.info("{} (using what is in the cache)", error)
                 return folder
             raise
         chosen = _matching(offered, small)
         chosen += next((files for patterns in weights if (files := _matching(offered, patterns))), [])
-        _into_cache(name, commit, chosen, patience)
-        # Without a revision, so that the client notes which commit is the newest, for the times without the hub.
+        _download_to_cache(name, commit, chosen, retry)
+        # Without a revision, so that the client notes which commit is the newest, for runs without the hub.
         patterns = [glob.escape(file.name) for file in chosen]
-        fill = functools.partial(snapshot_download, name, allow_patterns=patterns, tqdm_class=_Silent)
-        folder = Path(_asked(fill, name, "model", patience))
+        fill = functools.partial(snapshot_download, name, allow_patterns=patterns, tqdm_class=_NoBar)
+        folder = Path(_call_hub(fill, name, "model", retry))
         if folder.name == commit:
             return folder
         logger.info("{} has a new version since it was listed: looking again", name)
 
 
-class _Silent(tqdm):
-    """No bar: what the client would show is the linking of files that have been fetched."""
+class _NoBar(tqdm):
+    """No bar: the client would show the linking of files that have been fetched."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **{**options, "disable": True})
 
 
-def _cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path | None:
-    """The model's folder in the cache, if all is there, without asking the hub."""
+def _find_cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path | None:
+    """Return the model's folder in the cache, if all is there, without asking the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -155,8 +155,8 @@ def _cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -
     return None if weights else folder
 
 
-def _into_cache(name: str, commit: str, files: Sequence[Remote], patience: Patience) -> None:
-    """Bring files to where the hub's cache keeps them: under their digests, in `blobs`; the client makes the rest."""
+def _download_to_cache(name: str, commit: str, files: Sequence[Remote], retry: RetryPolicy) -> None:
+    """Download files to the hub's cache, which keeps them in `blobs` by digest; the client makes the rest."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     blobs = Path(constants.HF_HUB_CACHE, hf_hub.cache_folder_name(name, "model"), "blobs")
@@ -166,16 +166,18 @@ def _into_cache(name: str, commit: str, files: Sequence[Remote], patience: Patie
         if not isinstance(try_to_load_from_cache(name, file.name, revision=commit), str)
         and not (blobs / file.digests[0].value).exists()
     ]
-    check_room(blobs, sum(missing(file, blobs) for file in absent), name, "make room, or set HF_HOME to another disk")
+    check_room(
+        blobs, sum(missing_bytes(file, blobs) for file in absent), name, "make room, or set HF_HOME to another disk"
+    )
     for file in absent:
-        bring(file, blobs, patience=patience, noted=False)
+        download_file(file, blobs, retry=retry, sidecar=False)
 
 
 def _matching(files: Sequence[Remote], patterns: Sequence[str]) -> list[Remote]:
     return [file for file in files if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)]
 
 
-def _absent(name: str, wanted: str, offered: Sequence[Remote]) -> UserError:
+def _no_such_file(name: str, wanted: str, offered: Sequence[Remote]) -> UserError:
     there = ", ".join(sorted(file.name for file in offered)[:50])
     return UserError(f"{name} holds no file {wanted}: expected one of {there}")
 
@@ -184,19 +186,19 @@ def _is_meant(file: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(file, pattern) or file.startswith(f"{pattern}.")
 
 
-def _listing(name: str, kind: str, patience: Patience) -> tuple[str, list[Remote]]:
-    """The newest commit of a model or data set, and its files."""
+def _listing(name: str, kind: str, retry: RetryPolicy) -> tuple[str, list[Remote]]:
+    """Return the newest commit of a model or data set, and its files."""
     from huggingface_hub import HfApi, RepoFile
 
     api = HfApi()
-    http.connection().close()  # so that wrong settings are told in our words
+    http.connection().close()  # so that wrong settings get our messages
 
     def ask() -> tuple[str, list[RepoFile]]:
         commit = api.repo_info(name, repo_type=kind).sha
         entries = api.list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
         return commit, [entry for entry in entries if isinstance(entry, RepoFile)]
 
-    commit, files = _asked(ask, name, kind, patience)
+    commit, files = _call_hub(ask, name, kind, retry)
     return commit, [_remote(name, kind, commit, file) for file in files]
 
 
@@ -214,25 +216,25 @@ def _remote(name: str, kind: str, commit: str, file: "RepoFile") -> Remote:
     @contextlib.contextmanager
     def open_at(start: int, _: str | None) -> Iterator[Answer]:
         # The digest says whether the rest is of the same file; entity tags differ between the hosts that keep it.
-        with http.opened(address, start, None, headers=build_hf_headers(), refused=refused) as answer:
+        with http.open_url(address, start, None, headers=build_hf_headers(), on_refusal=refused) as answer:
             yield answer
 
     return Remote(file.path, f"{name}/{file.path}", open_at, file.size, str(digest), (digest,))
 
 
-def _asked(ask: Callable[[], _T], name: str, kind: str, patience: Patience) -> _T:
-    """What the hub answers, asked again while it is only busy; UserError about `name` when it refuses."""
+def _call_hub(ask: Callable[[], _T], name: str, kind: str, retry: RetryPolicy) -> _T:
+    """Return the hub's answer, and ask again while it is only busy; UserError about `name` when it refuses."""
 
     def once() -> _T:
         with _errors(name, kind):
             return ask()
 
-    return patience.until_answered(once, name)
+    return retry.call(once, name)
 
 
 @contextlib.contextmanager
 def _errors(name: str, kind: str) -> Iterator[None]:
-    """Turn what the hub's client raises about the model or data set `name` into UserError or TransientError."""
+    """Turn errors of the hub's client about the model or data set `name` into UserError or TransientError."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -245,7 +247,7 @@ def _errors(name: str, kind: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"cannot fetch {name}: no hub name; expected ORG/NAME or a folder") from error
+        raise UserError(f"cannot fetch {name}: not a hub name; expected ORG/NAME or a folder") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, library.ConnectError, library.ProxyError) as error:
         again = "connect and run again" + ("" if kind == "model" else ", what is there already is kept")
         raise UserError(f"cannot fetch {name}: {unreachable}; {again}") from error

@@ -1,4 +1,4 @@
-"""Files and folders on this machine: copied by the same loop as everything else."""
+"""Files and folders on this machine, copied by the same loop as files from elsewhere."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _PIECE = 1 << 20
 
 
 def remotes(name: str, *, sha256: str | None = None) -> list[Remote]:
-    """The file `name`, or all files of the folder `name` but hidden ones; UserError when there is neither."""
+    """Return the file `name`, or all files of the folder `name` but hidden ones; UserError when there is neither."""
     path = Path(name).expanduser().absolute()
     if os.path.isfile(path):  # which, unlike the path's own, is False for a name that is too long
         return [_remote(path, path.name, sha256)]
@@ -25,7 +25,7 @@ def remotes(name: str, *, sha256: str | None = None) -> list[Remote]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones; UserError for a subfolder that cannot be read."""
+    """Yield all files below a folder but hidden ones; UserError for a subfolder that cannot be read."""
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error

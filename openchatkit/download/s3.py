@@ -1,4 +1,4 @@
-"""Objects of S3-compatible storage, by boto3. Keys come from the environment and from nowhere else.
+"""Objects of S3-compatible storage, by boto3. Keys come from the environment alone.
 
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, for passing keys, AWS_SESSION_TOKEN; AWS_ENDPOINT_URL for storage that is
 not Amazon's; AWS_REGION where it matters.
@@ -15,7 +15,7 @@ from loguru import logger
 
 from openchatkit.download.digests import MD5, SHA256, Digest
 from openchatkit.download.http import retry_after
-from openchatkit.download.patience import Patience, TransientError
+from openchatkit.download.retry import RetryPolicy, TransientError
 from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
@@ -28,22 +28,22 @@ _PIECE = 1 << 18
 _AGAIN = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError", "ServiceUnavailable")
 
 
-def remotes(address: str, patience: Patience, *, sha256: str | None = None) -> list[Remote]:
-    """The object `s3://bucket/key`, or all objects under a prefix that ends in `/`, named from there on.
+def remotes(address: str, retry: RetryPolicy, *, sha256: str | None = None) -> list[Remote]:
+    """Return the object `s3://bucket/key`, or all objects under a prefix that ends in `/`, named from there on.
 
-    UserError without keys, without boto3, and for what is not there or not allowed.
+    UserError without keys, without boto3, and for an object that is missing or not allowed.
     """
     bucket, _, key = address.removeprefix(SCHEME).partition("/")
     if not bucket or not address.startswith(SCHEME):
-        raise UserError(f"{address} names no object: expected s3://bucket/key, or s3://bucket/folder/")
+        raise UserError(f"{address} is not an object: expected s3://bucket/key, or s3://bucket/folder/")
     client = _client()
     if key and not key.endswith("/"):
         found, prefix = [key], key.rfind("/") + 1
     else:
-        found, prefix = patience.until_answered(lambda: _keys(client, address, bucket, key), address), len(key)
-    # Each with patience of its own: of thousands, some fail at first.
+        found, prefix = retry.call(lambda: _keys(client, address, bucket, key), address), len(key)
+    # Each with retries of its own: of thousands, some fail at first.
     asks = (functools.partial(_remote, client, bucket, each, each[prefix:], sha256) for each in found)
-    return [patience.until_answered(ask, f"{SCHEME}{bucket}/{each}") for ask, each in zip(asks, found, strict=True)]
+    return [retry.call(ask, f"{SCHEME}{bucket}/{each}") for ask, each in zip(asks, found, strict=True)]
 
 
 def _keys(client: "BaseClient", address: str, bucket: str, prefix: str) -> list[str]:
@@ -77,7 +77,7 @@ def _remote(client: "BaseClient", bucket: str, key: str, name: str, sha256: str 
 
 
 def _digests(head: dict[str, Any]) -> tuple[Digest, ...]:
-    """What storage says of the whole object: its SHA-256, if kept, and its MD5, where that is the entity tag."""
+    """Digests of the whole object: its SHA-256, if the storage keeps it, and its MD5, where that is the entity tag."""
     digests = []
     checksum = head.get("ChecksumSHA256", "")
     # A checksum of the parts' checksums ends in their number.
@@ -109,7 +109,7 @@ def _client() -> "BaseClient":
             region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         ).client(
             "s3",
-            # Tries and digests are the loop's: a digest is checked over all of a file, however often it was resumed.
+            # Retries and digests are up to the loop: a digest is of a whole file, however often it was resumed.
             config=Config(
                 retries={"total_max_attempts": 1, "mode": "standard"},
                 response_checksum_validation="when_required",
@@ -123,13 +123,13 @@ def _client() -> "BaseClient":
 
 @contextlib.contextmanager
 def _errors(address: str, client: "BaseClient | None" = None, bucket: str = "") -> Iterator[None]:
-    """Turn what boto3 raises about `address` into UserError or TransientError."""
+    """Turn errors of boto3 about `address` into UserError or TransientError."""
     from botocore import exceptions
 
     try:
         yield
     except exceptions.ClientError as error:
-        raise _explained(error, address, client, bucket) from error
+        raise _explain(error, address, client, bucket) from error
     except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError) as error:
         raise TransientError("cannot be reached", unreachable=True) from error
     except (exceptions.HTTPClientError, exceptions.IncompleteReadError) as error:
@@ -138,16 +138,16 @@ def _errors(address: str, client: "BaseClient | None" = None, bucket: str = "") 
         raise UserError(f"{address}: {error}: check the address, AWS_ENDPOINT_URL and AWS_REGION") from error
 
 
-def _explained(error: Any, address: str, client: "BaseClient | None", bucket: str) -> Exception:
+def _explain(error: Any, address: str, client: "BaseClient | None", bucket: str) -> Exception:
     code = str(error.response.get("Error", {}).get("Code", ""))
     metadata = error.response.get("ResponseMetadata", {})
     status = metadata.get("HTTPStatusCode", 0)
     if status in (412, 416):
-        return TransientError("the object was changed while it was fetched", anew=True)
+        return TransientError("the object was changed while it was fetched", restart=True)
     if status == 429 or status >= 500 or code in _AGAIN:
         wait = retry_after({"Retry-After": metadata.get("HTTPHeaders", {}).get("retry-after", "")})
         return TransientError(f"the storage answers {status} {code}".rstrip(), wait=wait)
-    if code in ("NoSuchBucket",) or (status == 404 and client is not None and not _bucket_is_there(client, bucket)):
+    if code in ("NoSuchBucket",) or (status == 404 and client is not None and not _bucket_exists(client, bucket)):
         says = "there is no such bucket: check the address and AWS_ENDPOINT_URL"
     elif status == 404:
         says = "there is no such object: check the key; a folder ends in /"
@@ -159,13 +159,13 @@ def _explained(error: Any, address: str, client: "BaseClient | None", bucket: st
     return UserError(f"{address}: {says}")
 
 
-def _bucket_is_there(client: "BaseClient", bucket: str) -> bool:
+def _bucket_exists(client: "BaseClient", bucket: str) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         client.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
-        # Not allowed to look is no proof that it is not there.
+        # Without permission to look, it may still exist.
         response = getattr(error, "response", {})
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404
     return True

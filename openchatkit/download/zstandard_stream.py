@@ -1,4 +1,4 @@
-"""A zstd file as a stream of its contents, in which a file that was cut never passes for a shorter one."""
+"""The decompressed stream of a zstd file, in which a truncated file never passes for a shorter one."""
 
 import io
 from typing import BinaryIO
@@ -9,7 +9,7 @@ _PIECE = 1 << 11  # bytes decompressed at a time: few, since they may stand for 
 
 
 class ZstandardStream(io.RawIOBase):
-    """Decompresses every frame of a file. The library's own reader takes a cut frame for the end of the data.
+    """Decompress every frame of a file. The library's own reader takes a truncated frame for the end of the data.
 
     Reading raises EOFError where a frame has no end, ZstdError where it is damaged.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from openchatkit.download import fetch_model
+from openchatkit.download.sources import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats.layer_shards import CONFIG, read_config
 from openchatkit.formats.manifest import DamagedError, advise

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from openchatkit.download import fetch_model
+from openchatkit.download.sources import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, read_json, tokenizer_json
 from openchatkit.storage import sha256

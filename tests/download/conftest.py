@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hub_server import Server, serving
 
-from openchatkit.download import Patience
+from openchatkit.download.retry import RetryPolicy
 
 
 @pytest.fixture
@@ -21,5 +21,5 @@ def waits() -> list[float]:
 
 
 @pytest.fixture
-def patience(waits: list[float]) -> Patience:
-    return Patience(sleep=waits.append)
+def retry(waits: list[float]) -> RetryPolicy:
+    return RetryPolicy(sleep=waits.append)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from openchatkit import download
+from openchatkit.download import archive
 from openchatkit.errors import UserError
 
 LINES = b"one line and another\n" * 5000
@@ -53,14 +53,14 @@ def left(folder: Path) -> set[str]:
 )
 def test_unpacks(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
-    found = download.unpack(tmp_path / name, tmp_path / "out")
+    found = archive.unpack(tmp_path / name, tmp_path / "out")
     assert {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in found} == expected
     assert left(tmp_path / "out") == set(expected)
 
 
 def test_leading_folders_can_be_dropped(tmp_path):
     (tmp_path / "a.tar").write_bytes(TAR)
-    assert download.unpack(tmp_path / "a.tar", tmp_path / "out", strip=1) == [tmp_path / "out" / "a.jsonl"]
+    assert archive.unpack(tmp_path / "a.tar", tmp_path / "out", strip=1) == [tmp_path / "out" / "a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_a_cut_stream_leaves_nothing(tmp_path, name, data, share):
     keep = int(share * (len(data) if not name.endswith(".tar") else len(data.rstrip(b"\0"))))
     (tmp_path / name).write_bytes(data[:keep])
     with pytest.raises(UserError, match=rf"{name} is damaged or cut short \(.*\): remove it and fetch it again"):
-        download.unpack(tmp_path / name, tmp_path / "out")
+        archive.unpack(tmp_path / name, tmp_path / "out")
     assert left(tmp_path / "out") == set()
 
 
 def test_a_tar_cut_between_two_files_is_cut(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of((member("a"), b"a" * 512))[:1024])
     with pytest.raises(UserError, match=r"cut short \(a tar without its end\)"):
-        download.unpack(tmp_path / "a.tar", tmp_path / "out")
+        archive.unpack(tmp_path / "a.tar", tmp_path / "out")
     assert left(tmp_path / "out") == set()
 
 
@@ -95,7 +95,7 @@ def test_a_tar_cut_between_two_files_is_cut(tmp_path):
 def test_what_is_not_packed(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match="is damaged or cut short"):
-        download.unpack(tmp_path / name, tmp_path / "out")
+        archive.unpack(tmp_path / name, tmp_path / "out")
     assert left(tmp_path / "out") == set()
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_packed(tmp_path, name, data):
 def test_names_that_lead_outside(tmp_path, name):
     (tmp_path / "a.tar").write_bytes(tar_of((member("good"), b"good"), (member(name), b"evil")))
     with pytest.raises(UserError, match=r"leads outside the folder it is meant for: do not trust where it comes from"):
-        download.unpack(tmp_path / "a.tar", tmp_path / "out")
+        archive.unpack(tmp_path / "a.tar", tmp_path / "out")
     assert left(tmp_path) == {"a.tar"}
 
 
@@ -118,7 +118,7 @@ def test_links_and_devices_are_left_out(tmp_path, capsys):
     links = [(member(name, kind, link), b"") for name, (kind, link) in kinds.items()]
     through = [(member("folder", tarfile.SYMTYPE, ".."), b""), (member("folder/evil"), b"evil")]
     (tmp_path / "a.tar").write_bytes(tar_of(*links, *through, (member("good"), b"good")))
-    found = download.unpack(tmp_path / "a.tar", tmp_path / "out")
+    found = archive.unpack(tmp_path / "a.tar", tmp_path / "out")
     assert left(tmp_path) == {"a.tar", "secret", "out/good", "out/folder/evil"}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     assert len(found) == 2
@@ -127,15 +127,14 @@ def test_links_and_devices_are_left_out(tmp_path, capsys):
 
 
 def test_a_bomb_stops_at_the_room_there_is(tmp_path, monkeypatch):
-    from openchatkit.download import archive
 
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(50_000_000)))
     (tmp_path / "bomb.zst").write_bytes(zstandard.compress(bytes(50_000_000)))
     room = archive._SPARE_BYTES + 10_000_000
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": room}))
     for name in ("bomb.gz", "bomb.zst"):
-        with pytest.raises(UserError, match=rf"{name} holds more than the 10\.0 MB that there is room for"):
-            download.unpack(tmp_path / name, tmp_path / "out")
+        with pytest.raises(UserError, match=rf"{name} holds more than the 10\.0 MB there is room for"):
+            archive.unpack(tmp_path / name, tmp_path / "out")
     assert left(tmp_path / "out") == set()
 
 
@@ -145,7 +144,7 @@ def test_a_header_is_not_read_into_memory_whole(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(30_000_000)))
     tracemalloc.start()
     with pytest.raises(UserError, match=r"a\.tar\.gz is damaged or cut short \(a header of more than 4\.2 MB\)"):
-        download.unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+        archive.unpack(tmp_path / "a.tar.gz", tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 15_000_000
@@ -158,7 +157,7 @@ def test_memory_does_not_grow_with_the_files_of_a_tar(tmp_path):
         gzip.compress(tar_of(large, *[(member(f"d{n}", tarfile.DIRTYPE), b"") for n in range(5000)], large))
     )
     tracemalloc.start()
-    assert download.unpack(tmp_path / "a.tar.gz", tmp_path / "out") == [tmp_path / "out" / "large"]
+    assert archive.unpack(tmp_path / "a.tar.gz", tmp_path / "out") == [tmp_path / "out" / "large"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5_000_000
@@ -167,20 +166,20 @@ def test_memory_does_not_grow_with_the_files_of_a_tar(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a\x1b[2J.jsonl", r"'a\\x1b\[2J\.jsonl' is no name for a file: it holds control characters, or is not UTF-8"),
-        ("caf\udce9.jsonl", r"'caf\\udce9\.jsonl' is no name for a file"),
-        ("folder/.a.jsonl.fetched.json", "is a name that downloads keep for notes"),
-        (".a.jsonl.part", "is a name that downloads keep for notes"),
-        (".a.jsonl.part.json", "is a name that downloads keep for notes"),
+        ("a\x1b[2J.jsonl", r"'a\\x1b\[2J\.jsonl' is not a valid file name: it has control characters, or is not UTF-8"),
+        ("caf\udce9.jsonl", r"'caf\\udce9\.jsonl' is not a valid file name"),
+        ("folder/.a.jsonl.fetched.json", "is a name that downloads reserve for their sidecars"),
+        (".a.jsonl.part", "is a name that downloads reserve for their sidecars"),
+        (".a.jsonl.part.json", "is a name that downloads reserve for their sidecars"),
     ],
 )
 def test_names_that_nothing_may_have(tmp_path, name, message):
     (tmp_path / "a.tar").write_bytes(tar_of((member("good"), b"good"), (member(name), b"evil")))
     with pytest.raises(UserError, match=message):
-        download.unpack(tmp_path / "a.tar", tmp_path / "out")
+        archive.unpack(tmp_path / "a.tar", tmp_path / "out")
     assert left(tmp_path) == {"a.tar"}
 
 
 def test_a_name_that_is_not_known(tmp_path):
     with pytest.raises(UserError, match=r"a\.zip cannot be unpacked: expected a name in \.gz, \.tgz, \.zst, \.tar"):
-        download.unpack(tmp_path / "a.zip", tmp_path)
+        archive.unpack(tmp_path / "a.zip", tmp_path)

@@ -195,13 +195,13 @@ def test_a_data_set_of_the_hub(hub, tmp_path, capsys, monkeypatch, source):
 def test_a_repository_on_github(hub, tmp_path, capsys, monkeypatch):
     from openchatkit.download import http
 
-    asked, opened = [], http.opened
+    asked, open_url = [], http.open_url
 
     def local(address, *arguments, **options):
         asked.append(address)
-        return opened(f"{hub.address}/archive.tar.gz", *arguments, **options)
+        return open_url(f"{hub.address}/archive.tar.gz", *arguments, **options)
 
-    monkeypatch.setattr(http, "opened", local)
+    monkeypatch.setattr(http, "open_url", local)
     hub.files["/archive.tar.gz"] = gzip.compress(tar_of({"kit-1234/data/a.jsonl": LINES, "kit-1234/README.md": b"hi"}))
     for _ in range(2):
         assert call("-s", "https://github.com/org/kit.git", "-d", str(tmp_path)) == 0

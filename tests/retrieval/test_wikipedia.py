@@ -12,7 +12,7 @@ import pytest
 import wikipedia_maker as maker
 from tiny_encoder import make_encoder
 
-from openchatkit.download.patience import Patience
+from openchatkit.download.retry import RetryPolicy
 from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.wikipedia_index import INDEX, PUBLISHED, TABLE
@@ -101,8 +101,8 @@ def test_a_download_that_was_cut_goes_on(hub, files, tmp_path, monkeypatch):
     hub.add(maker.REPOSITORY, files)
     path = hub.path(maker.REPOSITORY, PUBLISHED)
     hub.faults[path] = [Fault(cut_after=1000)]
-    monkeypatch.setattr("openchatkit.download.patience.time.sleep", lambda seconds: None)
-    assert Patience().tries > 1
+    monkeypatch.setattr("openchatkit.download.retry.time.sleep", lambda seconds: None)
+    assert RetryPolicy().tries > 1
     prepare(tmp_path / "files", digests=digests(files))
     assert hub.ranges(path) == [None, "bytes=1000-"]
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.download import fetch_model
+from openchatkit.download.sources import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
 from openchatkit.inference.engine import attention, linear, neox

@@ -11,9 +11,9 @@ from pathlib import Path
 from loguru import logger
 
 from openchatkit import cli
-from openchatkit.download import fetch, fetch_dataset
 from openchatkit.download.digests import SHA256, Digest
-from openchatkit.download.places import read_note
+from openchatkit.download.sidecar import read_sidecar
+from openchatkit.download.sources import fetch, fetch_dataset
 from openchatkit.errors import UserError
 from openchatkit.formats import wikipedia_index as layout
 from openchatkit.formats.manifest import DamagedError, FileRecord
@@ -83,7 +83,7 @@ def _fetched(name: str, folder: Path, source: str, digests: Mapping[str, str]) -
         (path,) = fetch_dataset(source, [name], folder)
     else:
         path = fetch(address, folder, sha256=digests[name])
-    expected, note = Digest(SHA256, digests[name]), read_note(path)
+    expected, note = Digest(SHA256, digests[name]), read_sidecar(path)
     # What came by this very digest was compared on its way; a copy, or another commit of the hub's, was not.
     if note is None or note.version != str(expected):
         logger.info(f"hashing {path}")
