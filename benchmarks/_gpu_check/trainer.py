@@ -39,7 +39,7 @@ DETERMINISTIC = """
 import sys, torch
 torch.use_deterministic_algorithms(True)
 torch.backends.cuda.enable_cudnn_sdp(False)
-from openchatkit.training.loop import main
+from openchatkit.training.command import main
 main(sys.argv[1:])
 """
 Flags = Mapping[str, object]

@@ -89,7 +89,7 @@ def _rank(argv: list[str], errors: Path, environment: dict[str, str], workplace:
         os.chdir(workplace or os.curdir)
         import torch
 
-        from openchatkit.training.loop import main
+        from openchatkit.training.command import main
 
         torch.set_num_threads(1)
         try:

@@ -157,10 +157,11 @@ def test_cuda_blocks_grow_unless_the_user_says_how(monkeypatch, name):
 def test_a_rank_sets_what_torch_reads_as_it_starts_before_torch_is_there(tmp_path, use_cuda):
     program = (
         "import os, sys\n"
-        "from openchatkit.training import loop\n"
-        "loop._train = lambda settings: print('torch' in before, os.environ.get('PYTORCH_ALLOC_CONF')) or 0\n"
-        "grow, before = loop.device.let_cuda_blocks_grow, set(sys.modules)\n"
-        "loop.main(sys.argv[1:])\n"
+        "from openchatkit.training import command\n"
+        "before = set(sys.modules)\n"
+        "def say(settings): sys.exit(print('torch' in before, os.environ.get('PYTORCH_ALLOC_CONF')))\n"
+        "command.device.choose_device = say\n"
+        "command.main(sys.argv[1:])\n"
     )
     argv = ["--model-name", "m", "--task-name", "d", "--total-steps", "1", "--use-cuda", use_cuda]
     environment = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}

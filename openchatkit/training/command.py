@@ -1,0 +1,106 @@
+"""`training/dist_clm_train.py`: one process a rank, from flags to a trained checkpoint."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from openchatkit.cli import command
+from openchatkit.distributed import network
+from openchatkit.errors import Interrupted, UserError
+from openchatkit.settings import flag
+from openchatkit.training import config, device
+from openchatkit.training.config import Settings
+
+if TYPE_CHECKING:
+    from openchatkit.training.loop import Loop
+
+_LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train until --total-steps, from the newest checkpoint on if there is one. Returns the exit status."""
+    settings = config.parse(argv)
+    if settings.net_interface or settings.world_size > 1:
+        host = network.parse_url(settings.dist_url)[0] if settings.dist_url else ""
+        network.choose_interface(settings.net_interface, host)
+    if settings.use_cuda:
+        device.let_cuda_blocks_grow()
+
+    # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
+    from openchatkit.training.metrics import configure_logging
+
+    configure_logging(rank=settings.rank, backend=settings.train_log_backend)
+    with _explain_failures(settings), _prepare_loop(settings) as loop:
+        return loop.run()
+
+
+@contextlib.contextmanager
+def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
+    """Open model and data, meet the other ranks, load this rank's stage; leave the others in good order at the end."""
+    from openchatkit.distributed import rendezvous
+    from openchatkit.distributed.layout import make_layout
+    from openchatkit.training import checkpoints, setup
+    from openchatkit.training.loop import Loop
+
+    if settings.rank == 0:
+        _warn_of_ignored_flags(settings)
+    if settings.deterministic:
+        device.make_deterministic()
+    rank, timeout = settings.rank, timedelta(seconds=settings.timeout)
+    own_device = device.choose_device(settings)
+    inputs = setup.prepare_run(settings)
+    try:
+        if settings.world_size > 1:
+            rendezvous.connect(
+                settings.dist_url, rank=rank, world_size=settings.world_size, device=own_device, timeout=timeout
+            )
+        layout = make_layout(
+            rank=rank,
+            stages=settings.pipeline_group_size,
+            replicas=settings.data_group_size,
+            device=own_device,
+            timeout=timeout,
+        )
+        with checkpoints.only_run_in(settings.checkpoint_path, layout):
+            checkpoints.check_shared_folder(settings.checkpoint_path, layout)
+            trainer, progress = setup.build_trainer(settings, inputs, layout)
+            yield Loop(settings, inputs, trainer, progress)
+    finally:
+        rendezvous.disconnect()
+
+
+def _warn_of_ignored_flags(settings: Settings) -> None:
+    from loguru import logger
+
+    for name in settings.ignored:
+        logger.warning("{} has no effect: {}", flag(name), config.IGNORED[name])
+    if settings.nepochs is not None and settings.total_steps is not None:
+        logger.warning("--nepochs has no effect: --total-steps {} is given", settings.total_steps)
+
+
+@contextlib.contextmanager
+def _explain_failures(settings: Settings) -> Iterator[None]:
+    """Turn a lost peer or full memory into one line; any other exception is a defect, with its traceback."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        causes: list[BaseException] = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+            raise UserError(
+                f"rank {settings.rank} ran out of GPU memory: use a smaller --micro-batch-size or --seq-length, "
+                "--optimizer 8bit-adam, --activation-checkpointing true, or more stages"
+            ) from error
+        if settings.world_size > 1 and _LOST_PEER.search(str(causes[-1])):
+            reason = str(causes[-1]).splitlines()[0][:160]
+            raise Interrupted(
+                f"rank {settings.rank} lost a peer ({reason}); when the cause is mended, the same command resumes from "
+                f"the newest checkpoint in {settings.checkpoint_path}"
+            ) from error
+        raise

@@ -1,0 +1,96 @@
+"""Which weights are sound: those that a step was taken with. No checkpoint of others takes the place of theirs."""
+
+import math
+from pathlib import Path
+
+from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint
+from openchatkit.training.setup import RunProgress
+from openchatkit.training.step import StepResult
+
+# After this many steps in a row whose gradient is not finite, training does not recover by itself.
+_HOPELESS = 20
+
+
+class Soundness:
+    """Judges a run by its steps and keeps `progress.proven` up to date; all ranks come to the same verdict.
+
+    `root` holds the checkpoints, of which the newest `keep` stay.
+    """
+
+    def __init__(self, root: Path, progress: RunProgress, layout: Layout, *, keep: int) -> None:
+        self.root, self.progress, self.layout, self.keep = root, progress, layout, keep
+        self._first_step = progress.step + 1
+        self._applied = 0  # steps of this run that changed weights
+        self._not_finite = 0  # steps in a row, up to the last one, whose gradient was not finite
+        self._hopeless = 0  # of these, those that no lower loss scale could have helped
+        self._loss_is_finite = True  # as far as is known
+
+    def add(self, result: StepResult, *, scale_can_fall: bool) -> None:
+        """Judge the weights that a step was taken with. `scale_can_fall`: whether the loss scale may still become less.
+
+        Once a step has been taken with the weights of the last checkpoint, older checkpoints are deleted.
+        """
+        if result.applied:
+            self._not_finite, self._hopeless, self._loss_is_finite = 0, 0, True
+            self._applied += 1
+            saved = self.progress.saved
+            if saved is not None and saved != self.progress.proven:
+                self.progress.proven = saved
+                if self.layout.rank == 0:
+                    verified = checkpoint.checkpoint_path(self.root, saved)
+                    checkpoint.prune(self.root, self.keep, verified=verified, protected=saved)
+        elif result.trained_tokens:
+            self._not_finite, self._loss_is_finite = self._not_finite + 1, math.isfinite(result.loss)
+            self._hopeless += not (self._loss_is_finite and scale_can_fall)
+
+    def check(self) -> None:
+        """Raise UserError after too many steps in vain."""
+        if self._hopeless == _HOPELESS:
+            raise UserError(
+                f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}: lower "
+                f"--lr, use --bf16 instead of --fp16, or look at the data; {self.go_back()}"
+            )
+
+    def check_end(self) -> None:
+        """Raise UserError if none of the run's steps changed a weight, or the last ones are not saved."""
+        if not self._applied:
+            raise UserError(
+                f"none of the steps {self._first_step} to {self.progress.step} changed a weight, since no gradient was "
+                f"finite or no token trained on: look at the warnings above; {self.go_back()}"
+            )
+        if self.progress.saved != self.progress.step:
+            raise UserError(
+                f"the loss of the last {self._not_finite} steps was not finite, so that nothing of them is saved: "
+                f"lower --lr, or look at the data; {self.go_back()}"
+            )
+
+    def may_save(self, *, last: bool) -> bool:
+        """Return whether the weights may be saved: not after a step whose gradient was not finite.
+
+        The last step's weights are saved where its loss was finite: they are those that it was computed with.
+        """
+        if self._not_finite == 0:
+            return self._applied > 0 or self.progress.saved is not None
+        return last and self._loss_is_finite and self._applied > 0
+
+    def go_back(self) -> str:
+        """Let the next run start from the last checkpoint that is known to be sound; returns a clause that names it.
+
+        It is the newest one where the loss is finite, since no step has made its weights worse. Where so many steps
+        were in vain that the run ended, it is the last one that a step was taken with.
+        """
+        saved, proven = self.progress.saved, self.progress.proven
+        if saved is None:
+            return "nothing was saved"
+        if self._loss_is_finite and self._hopeless < _HOPELESS:
+            return f"the same command goes on from {checkpoint.checkpoint_path(self.root, saved)}"
+        if proven is None:
+            return f"nothing in {self.root} is known to be good"
+        if self.layout.rank == 0 and saved != proven:
+            checkpoint.point_to(self.root, proven)
+        return (
+            f"the same command goes on from {checkpoint.checkpoint_path(self.root, proven)}, the last one known to be "
+            "good"
+        )
