@@ -153,13 +153,13 @@ class Encoder:
 
 
 def device_name(device: str) -> str:
-    """Return the device to embed on as sentence-transformers names it; see `loading.choose_device`.
+    """Return the device to embed on as sentence-transformers names it; see `hardware.choose_device`.
 
     Embedding is in float32 wherever it is done, so that an index made on one machine is searched alike on another.
     """
-    from openchatkit import loading
+    from openchatkit.loading import hardware
 
-    return str(loading.choose_device(device))
+    return str(hardware.choose_device(device))
 
 
 def import_sentence_transformers() -> Any:

@@ -34,9 +34,9 @@ def choose_device(settings: Settings) -> "torch.device":
     """Return the GPU of --cuda-id, or the CPU with --use-cuda false or without CUDA."""
     import torch
 
-    from openchatkit import loading
+    from openchatkit.loading import hardware
 
-    device = loading.choose_device(
+    device = hardware.choose_device(
         "auto" if settings.use_cuda else "cpu",
         gpu=settings.cuda_id,
         mps=False,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from loguru import logger
 
-from openchatkit import loading
 from openchatkit.distributed.layout import Layout
+from openchatkit.loading import hardware
 
 
 def compute_dtype(precision: str, layout: Layout) -> torch.dtype:
@@ -21,8 +21,8 @@ def compute_dtype(precision: str, layout: Layout) -> torch.dtype:
     "auto" is bfloat16 where the hardware of every rank computes in it, else float32. Rank 0 says in the log what was
     taken, and what it costs where some rank emulates it. UserError where a rank cannot compute in it at all.
     """
-    own = loading.choose_dtype(precision, layout.device, purpose="training")
-    note = None if precision == "auto" else loading.emulation_note(layout.device, own)
+    own = hardware.choose_dtype(precision, layout.device, purpose="training")
+    note = None if precision == "auto" else hardware.emulation_note(layout.device, own)
     found = layout.gather((own, note))
     dtype = own if all(other == own for other, _ in found) else torch.float32
     if layout.rank == 0:

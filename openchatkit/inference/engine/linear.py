@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from openchatkit import loading
 from openchatkit.libraries import pytorch
+from openchatkit.loading import hardware
 from openchatkit.progress import bar
 
 # Up to this many rows the CPU's 8-bit operator is faster than widening the weights for an ordinary product.
@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)  # [out]
         device = weight.device
         self._on_cpu = device.type == "cpu" and dtype == torch.bfloat16
-        self._widens = self._on_cpu and not loading.computes_in(device, dtype)
+        self._widens = self._on_cpu and not hardware.computes_in(device, dtype)
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> "Int8Linear":
@@ -136,7 +136,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, room: float) -> None:
     Packing copies the weights; where that takes more than `room` bytes they stay, if they are of `dtype`, in the files
     that they are mapped from. So a model larger than memory still runs, if slowly.
     """
-    computes = loading.computes_in(torch.device("cpu"), dtype)
+    computes = hardware.computes_in(torch.device("cpu"), dtype)
     if computes and pytorch.can_pack(dtype) and linear_bytes(model, dtype) < room:
         replace(model, lambda _, layer: PackedLinear(layer, dtype), "loading")
     elif dtype.itemsize == 2 and not computes:

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from openchatkit import loading
 from openchatkit.errors import UserError
+from openchatkit.loading import hardware
 
 GIB = 1 << 30
 
 
 def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.device:
     """CUDA's `gpu_id`, else Apple's MPS, else the CPU; UserError for GPUs that are not there."""
-    device = loading.choose_device(gpu=gpu_id)
+    device = hardware.choose_device(gpu=gpu_id)
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if gpu_gib is not None and not count:
         raise UserError("-g names GPUs, and torch finds none here: leave it out, -r limits main memory alone")
@@ -26,7 +26,7 @@ def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.dev
         raise UserError(f"-g must give --gpu-id {gpu_id} its share, it names {', '.join(map(str, gpu_gib))}")
     for number in gpu_gib or ():
         if number >= count:
-            loading.choose_device(gpu=number)
+            hardware.choose_device(gpu=number)
     return device
 
 
@@ -37,7 +37,7 @@ def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtyp
     """
     if name == "int8" and device.type == "cpu":
         return torch.bfloat16
-    return loading.choose_dtype("auto" if name == "int8" else name, device, parameters=parameters, flag="--dtype")
+    return hardware.choose_dtype("auto" if name == "int8" else name, device, parameters=parameters, flag="--dtype")
 
 
 def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib: float | None) -> dict[str, object]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openchatkit import cli, loading
+from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.loading import PRECISIONS
+from openchatkit.loading import hardware
 from openchatkit.storage import write_text
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def evaluate(
 
     # All that can be wrong with the flags comes before the weights are read.
     found = subjects.find(model)
-    place = loading.choose_device(device)
-    precision = loading.choose_dtype(dtype, place, parameters=subjects.count_parameters(found), flag="--dtype")
-    if dtype != "auto" and (note := loading.emulation_note(place, precision)):
+    place = hardware.choose_device(device)
+    precision = hardware.choose_dtype(dtype, place, parameters=subjects.count_parameters(found), flag="--dtype")
+    if dtype != "auto" and (note := hardware.emulation_note(place, precision)):
         from loguru import logger
 
         logger.warning(note)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda:1, ...; auto: the first GPU, else the CPU")
     parser.add_argument(
         "--dtype",
-        choices=PRECISIONS,
+        choices=hardware.PRECISIONS,
         default="auto",
         help="auto: as the chat takes it, bfloat16 on GPUs that compute in it; float32 on CPUs for small models",
     )

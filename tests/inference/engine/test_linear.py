@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from openchatkit import loading
 from openchatkit.inference.engine import linear
 from openchatkit.libraries import pytorch
+from openchatkit.loading import hardware
 
 CPU = torch.device("cpu")
 # Widths that the CPU's operator takes and others, and one that spreads over several blocks when those are small.
@@ -140,7 +140,7 @@ def test_a_layer_whose_weight_is_read_by_others_stays(kind):
 @pytest.fixture
 def emulating(monkeypatch):
     """A processor that has no instructions for 16 bits."""
-    monkeypatch.setattr(loading, "computes_in", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(hardware, "computes_in", lambda device, dtype: dtype == torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 70])
@@ -199,9 +199,9 @@ def test_a_model_gets_the_layers_that_are_fastest_here(monkeypatch):
     packed = pytorch.can_pack(torch.float32)
     assert prepared(torch.float32) == [linear.PackedLinear if packed else nn.Linear, nn.LayerNorm]
     assert prepared(torch.float32, room=63) == [nn.Linear, nn.LayerNorm]
-    monkeypatch.setattr(loading, "computes_in", lambda device, dtype: True)
+    monkeypatch.setattr(hardware, "computes_in", lambda device, dtype: True)
     assert prepared(torch.bfloat16, room=31) == [nn.Linear, nn.LayerNorm]
-    monkeypatch.setattr(loading, "computes_in", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(hardware, "computes_in", lambda device, dtype: dtype == torch.float32)
     # They take no room, since they copy nothing.
     for dtype in (torch.bfloat16, torch.float16):
         assert prepared(dtype, room=0) == [linear.NarrowLinear, nn.LayerNorm]

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from openchatkit import loading
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
 from openchatkit.inference.engine import linear
@@ -18,6 +17,7 @@ from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader, placement
 from openchatkit.libraries import pytorch
+from openchatkit.loading import hardware
 from openchatkit.paths import ROOT
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_the_precision_follows_device_and_size(monkeypatch):
         return placement.choose_dtype(name, torch.device(device), parameters)
 
     for native, most in ((True, 10**8), (False, 10**9)):
-        monkeypatch.setattr(placement.loading, "slowdown", lambda dtype, native=native: 0.4 if native else 9)
+        monkeypatch.setattr(placement.hardware, "slowdown", lambda dtype, native=native: 0.4 if native else 9)
         assert chosen("cpu", most) == torch.float32
         assert chosen("cpu", most + 1) == torch.bfloat16
     assert chosen("cpu", name="int8") == torch.bfloat16
@@ -118,7 +118,7 @@ def test_weights_are_packed_where_memory_allows_and_else_stay_in_the_mapped_file
     assert kinds & {nn.Linear, linear.NarrowLinear}
     assert linear.PackedLinear not in kinds
     kind = getattr(torch, dtype)
-    fast = pytorch.can_pack(kind) and loading.computes_in(CPU, kind)
+    fast = pytorch.can_pack(kind) and hardware.computes_in(CPU, kind)
     assert fast == isinstance(packed.lm_head, linear.PackedLinear)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if hf_model.WEIGHTS in line]
     addresses = [range(*(int(end, 16) for end in line[0].split("-"))) for line in maps]

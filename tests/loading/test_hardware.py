@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from openchatkit import loading
 from openchatkit.errors import UserError
+from openchatkit.loading import hardware
 
 CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 
@@ -16,7 +16,7 @@ CPU, GPU, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps"
 @pytest.fixture
 def native(monkeypatch):
     """Decide whether the CPU computes in 16 bits: `native(True)`."""
-    return lambda value: monkeypatch.setattr(loading, "slowdown", lambda dtype: 0.4 if value else 9.0)
+    return lambda value: monkeypatch.setattr(hardware, "slowdown", lambda dtype: 0.4 if value else 9.0)
 
 
 @pytest.mark.parametrize(
@@ -26,15 +26,15 @@ def native(monkeypatch):
         (False, "training", None, torch.float32),
         (True, "inference", None, torch.bfloat16),
         (False, "inference", None, torch.float32),
-        (True, "inference", loading.TINY, torch.float32),
-        (True, "inference", loading.TINY + 1, torch.bfloat16),
-        (False, "inference", loading.SMALL, torch.float32),
-        (False, "inference", loading.SMALL + 1, torch.bfloat16),
+        (True, "inference", hardware.TINY, torch.float32),
+        (True, "inference", hardware.TINY + 1, torch.bfloat16),
+        (False, "inference", hardware.SMALL, torch.float32),
+        (False, "inference", hardware.SMALL + 1, torch.bfloat16),
     ],
 )
 def test_a_cpu_computes_in_what_it_has_units_for(native, units, purpose, parameters, expected):
     native(units)
-    assert loading.choose_dtype("auto", CPU, purpose=purpose, parameters=parameters) == expected
+    assert hardware.choose_dtype("auto", CPU, purpose=purpose, parameters=parameters) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,28 +48,28 @@ def test_a_cpu_computes_in_what_it_has_units_for(native, units, purpose, paramet
 )
 def test_a_gpu_says_itself_what_it_has_units_for(monkeypatch, units, purpose, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: units)
-    assert loading.choose_dtype("auto", GPU, purpose=purpose) == expected
-    assert loading.computes_in(GPU, torch.float16)
-    assert (loading.emulation_note(GPU, torch.bfloat16) is None) == units
+    assert hardware.choose_dtype("auto", GPU, purpose=purpose) == expected
+    assert hardware.computes_in(GPU, torch.float16)
+    assert (hardware.emulation_note(GPU, torch.bfloat16) is None) == units
 
 
 def test_apples_gpus_are_tried(monkeypatch):
     for refusal, expected in ((None, torch.bfloat16), ("BFloat16 is not supported on MPS", torch.float16)):
-        monkeypatch.setattr(loading, "_refusal", lambda device, dtype, refusal=refusal: refusal)
-        assert loading.choose_dtype("auto", MPS) == expected
+        monkeypatch.setattr(hardware, "_refusal", lambda device, dtype, refusal=refusal: refusal)
+        assert hardware.choose_dtype("auto", MPS) == expected
 
 
 def test_a_precision_that_is_named_is_taken_and_its_cost_is_said(native):
     native(False)
-    for name, dtype in loading.DTYPES.items():
-        assert loading.choose_dtype(name, CPU, purpose="training") == dtype
-    assert loading.emulation_note(CPU, torch.bfloat16) == (
+    for name, dtype in hardware.DTYPES.items():
+        assert hardware.choose_dtype(name, CPU, purpose="training") == dtype
+    assert hardware.emulation_note(CPU, torch.bfloat16) == (
         "this processor emulates bfloat16: a product takes 9.0 times as long as in float32; --precision auto takes "
         "what it computes in"
     )
     native(True)
-    assert loading.emulation_note(CPU, torch.bfloat16) is None
-    assert loading.emulation_note(CPU, torch.float32) is None
+    assert hardware.emulation_note(CPU, torch.bfloat16) is None
+    assert hardware.emulation_note(CPU, torch.float32) is None
 
 
 def test_a_precision_that_a_device_cannot_do_at_all(monkeypatch):
@@ -78,7 +78,7 @@ def test_a_precision_that_a_device_cannot_do_at_all(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", fails)
     with pytest.raises(UserError) as raised:
-        loading.choose_dtype("float16", CPU)
+        hardware.choose_dtype("float16", CPU)
     assert str(raised.value) == (
         "--precision float16: cpu cannot compute in it (\"addmm_impl_cpu_\" not implemented for 'Half'): use "
         "--precision auto or float32"
@@ -96,20 +96,20 @@ def test_the_measurement_compares_what_products_take(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", product)
     monkeypatch.setattr(time, "thread_time", lambda: now)
-    loading.slowdown.cache_clear()
+    hardware.slowdown.cache_clear()
     try:
         threads = torch.get_num_threads()
-        assert loading.slowdown(torch.bfloat16) == pytest.approx(4.5)
+        assert hardware.slowdown(torch.bfloat16) == pytest.approx(4.5)
         assert torch.get_num_threads() == threads
-        assert loading.slowdown.cache_info().misses == 1
+        assert hardware.slowdown.cache_info().misses == 1
         takes[torch.bfloat16] = 1.0
-        assert loading.slowdown(torch.bfloat16) == pytest.approx(4.5)
+        assert hardware.slowdown(torch.bfloat16) == pytest.approx(4.5)
     finally:
-        loading.slowdown.cache_clear()
+        hardware.slowdown.cache_clear()
 
 
 def test_the_measurement_runs_on_this_processor():
-    code = "import torch; from openchatkit import loading; print(loading.slowdown(torch.bfloat16))"
+    code = "import torch; from openchatkit.loading import hardware; print(hardware.slowdown(torch.bfloat16))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) > 0
 
@@ -117,19 +117,19 @@ def test_the_measurement_runs_on_this_processor():
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert loading.choose_device() == MPS
-    assert loading.choose_device(mps=False, gpu=7) == CPU
-    assert loading.choose_device("cpu") == CPU
+    assert hardware.choose_device() == MPS
+    assert hardware.choose_device(mps=False, gpu=7) == CPU
+    assert hardware.choose_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert loading.choose_device(gpu=1) == torch.device("cuda", 1)
+    assert hardware.choose_device(gpu=1) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert loading.choose_device() == torch.device("cuda", 1)
+    assert hardware.choose_device() == torch.device("cuda", 1)
     with pytest.raises(UserError, match=r"^there is no GPU 2: torch finds 2, numbered from 0; start fewer ranks$"):
-        loading.choose_device(gpu=2, advice="start fewer ranks")
+        hardware.choose_device(gpu=2, advice="start fewer ranks")
 
 
 @pytest.mark.parametrize("name", ["toaster", "cuda:99"])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(UserError, match=f"^--device {name}: there is no such device here .*: expected auto, cpu, or a"):
-        loading.choose_device(name)
+        hardware.choose_device(name)
