@@ -1,13 +1,14 @@
-"""One reply to one conversation: rendered, fitted into the context, generated, streamed, moderated.
+"""One reply to one conversation: passages found, rendered, fitted into the context, generated, streamed, moderated.
 
-Keeps nothing between calls but what the engine caches; whoever calls owns the conversation. The shell and the server
-both stand on it.
+Keeps nothing between calls but what the engine caches; the caller owns the conversation. The shell, the server and a
+batch all use it.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,21 +21,24 @@ from openchatkit.inference.conversation.rendering import Rendering
 from openchatkit.inference.engine.engine import Engine, Statistics, most_tokens
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.moderation.moderator import Moderator, Verdict
-from openchatkit.inference.release import Emit, Release, judge
+from openchatkit.inference.moderation_gate import Emit, ModerationGate, judge
 from openchatkit.inference.streaming import ReplyStream
 from openchatkit.retrieval.passage import Passage
+
+if TYPE_CHECKING:
+    from openchatkit.inference.retrieval.retriever import Retriever
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply's text and token ids (a stop string's included), what ended it and what it took.
+    """A reply's text and token ids (a stop string's included), what ended it, and its figures.
 
     `finish` is "end" (the model's own end of turn, or a stop string), "length" (`max_tokens`, or the context's end),
-    "interrupted" or "moderated". `dropped` counts the pairs of turns that were left out for want of room, `passages`
-    are those that the model read with the question. `verdict` is the moderator's: what it did not allow, else its first
-    warning, else its last judgement. `refused` says that the question was not allowed and so not answered: `text` is
-    the message instead. `sources` say where each of the `passages` is from, and are None where none were looked for;
-    `note` says what went wrong in looking.
+    "interrupted" or "moderated". `dropped` counts the oldest pairs of turns that had no room, `passages` are those that
+    the model read with the question. `verdict` is the moderator's: the one that was not allowed, else the first
+    warning, else the last. `refused` says that the question was not allowed and so not answered: `text` is the
+    moderator's message instead. `sources` say where each of the `passages` is from, and are None where none were
+    looked for; `note` says what went wrong in the search.
     """
 
     text: str
@@ -49,8 +53,28 @@ class Reply:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """The tokens that a reply continues, and how it is judged and shown.
+
+    `question`, `system` and `begun` are judged before it. Its text continues that of the tokens `before`, if any, and
+    is trimmed if `trim`; the rest is as in `Reply`.
+    """
+
+    tokens: list[int]
+    question: str
+    system: str = ""
+    begun: str = ""
+    before: Sequence[int] = ()
+    trim: bool = True
+    dropped: int = 0
+    passages: tuple[str, ...] = ()
+    sources: tuple[Passage, ...] | None = None
+    note: str = ""
+
+
 class Responder:
-    """A model ready to answer: the engine, its tokenizer, how conversations are written for it, and a moderator."""
+    """A model ready to answer: the engine, its tokenizer, the rendering of conversations for it, and a moderator."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, rendering: Rendering, *, moderator: Moderator | None = None
@@ -61,7 +85,7 @@ class Responder:
         self.moderator = moderator
 
     def fit(self, conversation: Conversation, sampling: Sampling) -> context.Fitted:
-        """What of `conversation` the model would read. UserError when its last turn alone is too long."""
+        """Return the part of `conversation` that the model would read. UserError when its last turn is too long."""
         return context.fit(
             conversation,
             encode=self.rendering.tokens,
@@ -72,148 +96,137 @@ class Responder:
 
     def answer(
         self,
-        conversation: Conversation,
+        subject: Conversation | str,
         sampling: Sampling,
         *,
+        retriever: "Retriever | None" = None,
         generator: torch.Generator | None = None,
         stop: Sequence[str] = (),
         emit: Emit = lambda text: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """The reply to the conversation's last turn, the human's, or the rest of a reply that is `begun`.
+        """Answer a conversation's last turn, the human's, or finish a reply that is `begun`; or continue a plain text.
 
-        Its text also goes to `emit` as it comes.
+        A `retriever` finds passages for the question first. A text is continued as it stands: no roles, no passages,
+        nothing trimmed; before it the model reads only what its tokenizer puts before any text.
 
-        Ctrl-C, or `cancelled` becoming true, ends it. `stop` are strings that end it besides the rendering's own. With
-        a moderator, text comes in stretches that have been judged, and its message takes the place of what is not
-        allowed (see `release`); earlier questions that are not allowed are not read. Raises UserError: too long, out of
-        memory, no number, no question.
+        The reply's text also goes to `emit` as it comes. Ctrl-C, or `cancelled` becoming true, ends it. `stop` are
+        strings that end it besides the rendering's own. With a moderator, text comes in stretches that have been
+        judged, and its message takes the place of text that is not allowed (see `moderation_gate`); earlier questions
+        that are not allowed are not read. Raises UserError: too long, out of memory, no number, no question.
         """
-        if not conversation.open:
-            raise UserError("the conversation ends with a reply: expected a question that can be answered")
-        fitted = self._without_refused(self.fit(conversation, sampling))
-        question = conversation.turns[-1]
-        begun = fitted.conversation.begun.strip() != ""
-        stream = self._stream((*self.rendering.stop_strings, *stop), fitted.tokens if begun else (), trim=True)
-        # A passage is read with the question, and can ask for as much as the question itself.
-        asked = "\n\n".join((*question.passages, question.text))
-        release = Release(emit, self.moderator, asked, system=conversation.system, begun=conversation.begun)
-        reply = self._generate(
-            fitted.tokens, stream, release, sampling, generator, cancelled, lookup=bool(question.passages)
-        )
-        return replace(reply, dropped=fitted.dropped, passages=question.passages)
-
-    def complete(
-        self,
-        prompt: str,
-        sampling: Sampling,
-        *,
-        generator: torch.Generator | None = None,
-        stop: Sequence[str] = (),
-        emit: Emit = lambda text: None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> Reply:
-        """Go on from `prompt` as it stands: no roles, nothing trimmed. Moderated, and raises, as `answer`.
-
-        Before it the model reads what its tokenizer puts before any text, a token for its beginning say.
-        """
-        tokens = rendering.encode(self.tokenizer, chat.parse(prompt))
-        if not tokens:
-            raise UserError("the prompt is empty: expected a text to go on from")
-        tokens = [*self.tokenizer.prefix, *tokens]
-        context.check(len(tokens), self.engine.context_length)
-        stream = self._stream((*self.rendering.stop_strings, *stop), tokens, trim=False)
-        release = Release(emit, self.moderator, prompt)
-        return self._generate(tokens, stream, release, sampling, generator, cancelled)
-
-    def _without_refused(self, fitted: context.Fitted) -> context.Fitted:
-        """What is left without the earlier questions that the moderator does not allow, and without their replies.
-
-        In the shell such a question leaves no trace; a client of the server sends whatever it likes as the past.
-        """
-        if self.moderator is None:
-            return fitted
-        *before, last = fitted.conversation.exchanges()
-        kept = [pair for pair in before if all(self._allows(turn.text) for turn in pair if turn.role == "human")]
-        if len(kept) == len(before):
-            return fitted
-        conversation = replace(fitted.conversation, turns=tuple(turn for pair in (*kept, last) for turn in pair))
-        return replace(fitted, conversation=conversation, tokens=self.rendering.tokens(conversation))
-
-    def _allows(self, question: str) -> bool:
-        return judge(self.moderator, question).allowed
-
-    def _stream(self, stop_strings: Sequence[str], before: Sequence[int], *, trim: bool) -> ReplyStream:
-        if not all(stop_strings):
-            raise UserError("a stop string is empty: expected at least one character, or no stop string")
-        return ReplyStream(
-            partial(self.tokenizer.decode, special=False),
-            before=before,
-            stop_strings=stop_strings,
-            trim=trim,
-            separator=self.rendering.separator,
-        )
-
-    def _generate(
-        self,
-        prompt: Sequence[int],
-        stream: ReplyStream,
-        release: Release,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        cancelled: Callable[[], bool],
-        *,
-        lookup: bool = False,
-    ) -> Reply:
+        is_text = isinstance(subject, str)
+        prompt = self._text_prompt(subject) if is_text else self._chat_prompt(subject, sampling, retriever)
+        stream = self._stream(prompt, stop)
+        gate = ModerationGate(emit, self.moderator, prompt.question, system=prompt.system, begun=prompt.begun)
+        limit = most_tokens(len(prompt.tokens), sampling.max_tokens, self.engine.context_length)
         tokens: list[int] = []
-        statistics = Statistics()
-        refused = False
+        statistics, refused, finish = Statistics(), False, "end"
         try:
-            release.ask()
-            refused = release.blocked
+            gate.check_question()
+            refused = gate.blocked
             if refused:
                 finish = "moderated"
             elif cancelled():
                 finish = "interrupted"
             else:
-                how = {"statistics": statistics, "lookup": lookup, "cancelled": cancelled}
-                drawn = self.engine.generate(prompt, sampling, generator, **how)
-                most = most_tokens(len(prompt), sampling.max_tokens, self.engine.context_length)
-                with contextlib.closing(drawn):
-                    finish = self._follow(drawn, tokens, stream, release, most, cancelled)
+                new = self.engine.generate(
+                    prompt.tokens,
+                    sampling,
+                    generator,
+                    statistics=statistics,
+                    lookup=bool(prompt.passages),
+                    cancelled=cancelled,
+                )
+                with contextlib.closing(new):
+                    for token in new:
+                        tokens.append(token)
+                        if token in self.rendering.stop_ids:
+                            break
+                        gate.add(stream.push(token))
+                        if gate.blocked or stream.stopped:
+                            break
+                        if cancelled():
+                            finish = "interrupted"
+                            break
+                    else:
+                        # A cancelled engine stops by itself while it reads a long prompt.
+                        finish = "interrupted" if cancelled() else "length" if len(tokens) == limit else "end"
+                if not gate.blocked:
+                    gate.add(stream.flush())
+                    if finish != "interrupted":
+                        gate.finish()
+                finish = "moderated" if gate.blocked else finish
         except KeyboardInterrupt:
             finish = "interrupted"
         return Reply(
-            release.text, tuple(tokens), finish, statistics=statistics, verdict=release.verdict, refused=refused
+            gate.text,
+            tuple(tokens),
+            finish,
+            dropped=prompt.dropped,
+            statistics=statistics,
+            passages=prompt.passages,
+            verdict=gate.verdict,
+            refused=refused,
+            # A question that was refused has no sources.
+            sources=() if refused and prompt.sources is not None else prompt.sources,
+            note=prompt.note,
         )
 
-    def _follow(
-        self,
-        drawn: Iterator[int],
-        tokens: list[int],
-        stream: ReplyStream,
-        release: Release,
-        most: int,
-        cancelled: Callable[[], bool],
-    ) -> str:
-        """Take at most so many tokens to their text and on to whoever waits for it; return what ended the reply."""
-        finish = "end"
-        for token in drawn:
-            tokens.append(token)
-            if token in self.rendering.stop_ids:
-                break
-            release.push(stream.push(token))
-            if release.blocked:
-                return "moderated"
-            if stream.stopped:
-                break
-            if cancelled():
-                finish = "interrupted"
-                break
-        else:
-            # The engine stops by itself while it reads a long prompt.
-            finish = "interrupted" if cancelled() else "length" if len(tokens) == most else "end"
-        release.push(stream.flush())
-        if finish != "interrupted":
-            release.finish()
-        return "moderated" if release.blocked else finish
+    def _chat_prompt(self, conversation: Conversation, sampling: Sampling, retriever: "Retriever | None") -> _Prompt:
+        if not conversation.open:
+            raise UserError("the conversation ends with a reply: expected a question that can be answered")
+        sources, note = None, ""
+        if retriever is not None:
+            found = retriever.retrieve(conversation, self, sampling)
+            conversation, sources, note = found.conversation, found.sources, found.note
+        fitted = self._without_refused(self.fit(conversation, sampling))
+        question = conversation.turns[-1]
+        return _Prompt(
+            fitted.tokens,
+            # A passage is read with the question, and can ask for as much as the question itself.
+            "\n\n".join((*question.passages, question.text)),
+            system=conversation.system,
+            begun=conversation.begun,
+            before=fitted.tokens if fitted.conversation.begun.strip() else (),
+            dropped=fitted.dropped,
+            passages=question.passages,
+            sources=sources,
+            note=note,
+        )
+
+    def _text_prompt(self, text: str) -> _Prompt:
+        tokens = rendering.encode(self.tokenizer, chat.parse(text))
+        if not tokens:
+            raise UserError("the prompt is empty: expected a text to go on from")
+        tokens = [*self.tokenizer.prefix, *tokens]
+        context.check(len(tokens), self.engine.context_length)
+        return _Prompt(tokens, text, before=tokens, trim=False)
+
+    def _without_refused(self, fitted: context.Fitted) -> context.Fitted:
+        """Leave out the earlier questions that the moderator does not allow, and their replies.
+
+        In the shell such a question leaves no trace; a client of the server may send any past.
+        """
+        if self.moderator is None:
+            return fitted
+        moderator = self.moderator
+        *before, last = fitted.conversation.exchanges()
+        allowed = [
+            pair for pair in before if all(judge(moderator, turn.text).allowed for turn in pair if turn.role == "human")
+        ]
+        if len(allowed) == len(before):
+            return fitted
+        conversation = replace(fitted.conversation, turns=tuple(turn for pair in (*allowed, last) for turn in pair))
+        return replace(fitted, conversation=conversation, tokens=self.rendering.tokens(conversation))
+
+    def _stream(self, prompt: _Prompt, stop: Sequence[str]) -> ReplyStream:
+        if not all(stop):
+            raise UserError("a stop string is empty: expected at least one character, or no stop string")
+        return ReplyStream(
+            partial(self.tokenizer.decode, special=False),
+            before=prompt.before,
+            stop_strings=(*self.rendering.stop_strings, *stop),
+            trim=prompt.trim,
+            separator=self.rendering.separator,
+        )

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +21,11 @@ from openchatkit.inference.engine import sampling
 from openchatkit.inference.engine.engine import Statistics
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Emit, Reply, Responder
-from openchatkit.inference.retrieval.retriever import Found, Retriever
 from openchatkit.inference.streaming import clean
 from openchatkit.retrieval.passage import Passage
+
+if TYPE_CHECKING:
+    from openchatkit.inference.retrieval.retriever import Retriever
 
 STOP_LIMIT = 16
 _SEED_LIMIT = 1 << 63
@@ -43,7 +46,7 @@ class Session:
         date: bool = True,
         seed: int | None = None,
         stop: Sequence[str] = (),
-        retriever: Retriever | None = None,
+        retriever: "Retriever | None" = None,
         model: str = "",
     ) -> None:
         self.responder = responder
@@ -60,22 +63,27 @@ class Session:
         self._model = model
         self._generator = torch.Generator()
         self.conversation = conversation.begin(date=date)
-        self._sow()
+        self._seed_generator()
 
     def reset(self) -> None:
         """Forget the conversation. The system text stays, as do the settings."""
         self.conversation = conversation.begin(date=self._date).with_system(self.system)
-        self._sow()
+        self._seed_generator()
 
     # -- turns
 
     def say(self, text: str, passages: Sequence[str] = (), *, emit: Emit = lambda text: None) -> Reply:
         """Ask, and return the reply; its text also goes to `emit` as it comes.
 
-        Ctrl-C ends the reply and keeps what was said. Raises UserError (too long, out of memory, no number) with the
+        Ctrl-C ends the reply and keeps the text so far. Raises UserError (too long, out of memory, no number) with the
         conversation as it was before.
         """
-        return self._answer(self._looked_up(self.conversation.asked(text, passages)), emit)
+        asked = self.conversation.asked(text, passages)
+        retriever = self.retriever if self.retrieval else None
+        reply = self.responder.answer(
+            asked, self.sampling, retriever=retriever, generator=self._generator, stop=self._stop, emit=emit
+        )
+        return self._record(asked, reply)
 
     def regenerate(self, *, emit: Emit = lambda text: None) -> Reply:
         """Answer the last question, passages included, once more; the old reply stays when no new one comes.
@@ -84,7 +92,9 @@ class Session:
         """
         question = self._last_question("nothing to answer again")
         asked = self.conversation.undone().asked(question.text, question.passages)
-        return self._answer(Found(asked, self._sources.get(question.passages)), emit)
+        reply = self.responder.answer(asked, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
+        sources = self._sources.get(question.passages)
+        return self._record(asked, replace(reply, sources=() if reply.refused and sources is not None else sources))
 
     def undo(self) -> str:
         """Take back the last question and its reply; returns the question. UserError when there is none."""
@@ -93,8 +103,8 @@ class Session:
         return question.text
 
     def complete(self, prompt: str, *, emit: Emit = lambda text: None) -> Reply:
-        """Go on from `prompt` as it stands: no preamble, no roles, and the conversation neither read nor changed."""
-        reply = self.responder.complete(prompt, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
+        """Continue `prompt` as it stands: no preamble, no roles, and the conversation neither read nor changed."""
+        reply = self.responder.answer(prompt, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
         self._count(reply)
         return reply
 
@@ -102,7 +112,9 @@ class Session:
         """The conversation as the model would read it; with `text`, as it would be sent if that were said next."""
         if not text:
             return self.responder.rendering.text(self.conversation)
-        asked = self._looked_up(self.conversation.asked(text, passages)).conversation
+        asked = self.conversation.asked(text, passages)
+        if self.retriever is not None and self.retrieval:
+            asked = self.retriever.retrieve(asked, self.responder, self.sampling).conversation
         return self.responder.rendering.text(self.responder.fit(asked, self.sampling).conversation)
 
     # -- settings
@@ -146,7 +158,7 @@ class Session:
         name = name.replace("-", "_")
         if name == "seed":
             self._seed = _seed(text)
-            self._sow()
+            self._seed_generator()
         elif name == "stop":
             self._stop = _stop_strings(text)
         else:
@@ -171,21 +183,15 @@ class Session:
         saved = conversation.from_messages(chat_file.read(name).messages)
         begun = conversation.begin(date=self._date)
         self.conversation = conversation.Conversation(saved.system, saved.turns, begun.preamble)
-        self._sow()
+        self._seed_generator()
 
     # -- the rest
 
-    def _looked_up(self, asked: Conversation) -> Found:
-        return self.retriever.add(asked, self.responder, self.sampling) if self.retrieval else Found(asked)
-
-    def _answer(self, found: Found, emit: Emit) -> Reply:
-        asked = found.conversation
-        reply = self.responder.answer(asked, self.sampling, generator=self._generator, stop=self._stop, emit=emit)
-        reply = found.told(reply)
+    def _record(self, asked: Conversation, reply: Reply) -> Reply:
         self._count(reply)
         if not reply.refused and (reply.text or reply.finish != "interrupted"):
             self._sources[reply.passages] = reply.sources
-            self.conversation = asked.answered(reply.text)
+            self.conversation = asked.with_passages(reply.passages).answered(reply.text)
         return reply
 
     def _count(self, reply: Reply) -> None:
@@ -199,7 +205,7 @@ class Session:
             return question
         raise UserError(f"{lacking}: no question has been asked yet")
 
-    def _sow(self) -> None:
+    def _seed_generator(self) -> None:
         if self._seed is None:
             self._generator.seed()
         else:

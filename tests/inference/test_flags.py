@@ -68,7 +68,7 @@ def test_a_model_is_made_ready_to_answer(random_models, monkeypatch):
     assert len(said) == 1
     assert responder.rendering.name == "kit"
     assert responder.moderator is None
-    reply = responder.complete("The", flags.sampling(given))
+    reply = responder.answer("The", flags.sampling(given))
     assert len(reply.tokens) == 4
 
 

@@ -92,17 +92,17 @@ def test_the_beginning_of_a_text_is_the_token_that_transformers_puts_there(llama
     assert (tokenizer.prefix, Tokenizer(tiny_tokenizer).prefix) == ((0,), ())
     responder = Responder(Script([5]), tokenizer, KitRendering(tokenizer))
     for text in ("The answer", "What does it say?\n"):
-        responder.complete(text, LONG)
+        responder.answer(text, LONG)
         assert responder.engine.prompts[-1][0] == theirs(text)["input_ids"][:-1]
         assert theirs(text)["input_ids"][0] == theirs.bos_token_id == 0
     responder.answer(HELLO, LONG)
     assert responder.engine.prompts[-1][0] == theirs("<human>: hello\n<bot>:")["input_ids"][:-1]
     assert responder.rendering.text(HELLO) == "<|endoftext|><human>: hello\n<bot>:"
     # A text cannot write the token, and none of it is repeated by what a user types.
-    responder.complete("<|endoftext|>", LONG)
+    responder.answer("<|endoftext|>", LONG)
     assert responder.engine.prompts[-1][0].count(0) == 1
     with pytest.raises(UserError, match="the prompt is empty"):
-        responder.complete("", LONG)
+        responder.answer("", LONG)
 
 
 def test_a_model_that_this_kit_trained_reads_what_it_was_trained_on(llama_like):
@@ -131,7 +131,7 @@ def test_stop_strings_of_the_callers_end_a_reply_too(says):
     with pytest.raises(UserError, match="a stop string is empty"):
         says("one").answer(HELLO, LONG, stop=["a", ""])
     with pytest.raises(UserError, match="a stop string is empty"):
-        says("one").complete("hello", LONG, stop=[""])
+        says("one").answer("hello", LONG, stop=[""])
 
 
 def test_a_special_token_of_the_rendering_ends_a_reply(says):
@@ -169,7 +169,7 @@ def test_a_conversation_that_ends_with_a_reply_cannot_be_answered(says):
         with pytest.raises(UserError, match="the conversation ends with a reply: expected a question"):
             says("one").answer(talk, GREEDY)
     with pytest.raises(UserError, match="the prompt is empty"):
-        says("one").complete("", GREEDY)
+        says("one").answer("", GREEDY)
 
 
 def test_passages_are_told_and_looked_up(says):
@@ -241,7 +241,7 @@ def test_a_question_that_is_not_allowed_is_not_answered(says):
     for reply in (
         responder.answer(HELLO, LONG, emit=seen.append),
         responder.answer(Conversation().asked("and?", ["hello"]), LONG, emit=seen.append),
-        responder.complete("hello", LONG, emit=seen.append),
+        responder.answer("hello", LONG, emit=seen.append),
     ):
         assert (reply.text, reply.finish, reply.refused, reply.tokens) == ("Not this.", "moderated", True, ())
         assert reply.verdict.label == "label"
@@ -271,7 +271,7 @@ def test_a_reply_that_is_not_allowed_ends_where_it_is_judged(says):
     assert "".join(seen) == reply.text
     assert len(reply.tokens) < len(responder.engine.tokens)
     assert responder.engine.closed
-    reply = says(" It is bad", Forbidding("bad")).complete("hello", LONG)
+    reply = says(" It is bad", Forbidding("bad")).answer("hello", LONG)
     assert (reply.text, reply.finish) == ("Not this.", "moderated")
 
 
@@ -325,7 +325,7 @@ def test_the_end_of_the_context_ends_a_reply_by_its_length(random_models, tokeni
     assert 300 < size < 512
     for reply in (
         responder.answer(talk, Sampling(max_tokens=1000, sample=False)),
-        responder.complete(responder.rendering.text(talk), Sampling(max_tokens=1000, sample=False)),
+        responder.answer(responder.rendering.text(talk), Sampling(max_tokens=1000, sample=False)),
     ):
         assert (reply.finish, len(reply.tokens), reply.dropped) == ("length", 512 - size + 1, 0)
 

@@ -13,7 +13,7 @@ from openchatkit.inference.batch.files import Batch
 from openchatkit.inference.batch.rows import Row
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.retrieval.retriever import Found, Retriever
+from openchatkit.inference.retrieval.retriever import Retriever
 
 
 def answer(
@@ -53,8 +53,8 @@ def _told(
         asked = rows.question(given, system=system)
         text = asked.conversation.turns[-1].text
         wanted = sampling if asked.max_tokens is None else replace(sampling, max_tokens=asked.max_tokens)
-        found = retriever.add(asked.conversation, responder, wanted) if retriever else Found(asked.conversation)
-        reply = found.told(responder.answer(found.conversation, wanted, generator=_generator(seed, row.number)))
+        generator = _generator(seed, row.number)
+        reply = responder.answer(asked.conversation, wanted, retriever=retriever, generator=generator)
     except UserError as error:
         return {**name, **report.as_error(text, error)}
     if reply.finish == "interrupted":

@@ -115,7 +115,7 @@ class Batch:
 
     def _check(self, line: bytes, target: Path) -> None:
         row = next(self.rows(), None)
-        told = _object(line)
+        told = jsonl.parse_object(line) or {}
         if row is None or told.get("line") != row.number or told.get("row") != self._digest(row):
             raise _foreign(self.done + 1, target)
         self.done += 1
@@ -152,11 +152,3 @@ def _count(file: BinaryIO) -> int:
     except OSError as error:
         raise UserError(f"--batch {file.name} cannot be read: {error.strerror}") from error
     return count
-
-
-def _object(line: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {}

@@ -49,6 +49,11 @@ class Conversation:
         _add(turns, Turn("human", text, tuple(passages)))
         return replace(self, turns=tuple(turns))
 
+    def with_passages(self, passages: Sequence[str]) -> "Conversation":
+        """This conversation with these passages of its last question, which is open."""
+        assert self.open, self.turns[-1:]
+        return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], passages=tuple(passages))))
+
     def answered(self, text: str) -> "Conversation":
         """This conversation with the reply to its last question."""
         assert self.open, self.turns[-1:]

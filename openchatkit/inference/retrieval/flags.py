@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.inference.retrieval.queries import telling_words
 from openchatkit.retrieval.passage import Passage, Searcher
 
 if TYPE_CHECKING:
     from openchatkit.inference.retrieval.retriever import Retriever
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.index import Index
-    from openchatkit.retrieval.wikipedia import WikipediaIndex
 
 DEFAULT_K = 3  # passages
-_WIDTH = 2  # snippets of Wikipedia on each side of one that is found
-_STEM = 5  # characters by which two forms of a word are taken for one
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -116,7 +112,8 @@ def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str
     return index
 
 
-def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> "WikipediaSearcher":
+def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Searcher:
+    from openchatkit.inference.retrieval.retriever import WikipediaSearcher
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.wikipedia import ENCODER, WikipediaIndex
 
@@ -144,25 +141,3 @@ def _fetch(encoder: "Encoder", folder: Path) -> None:
         raise UserError(
             f"no encoder for {folder}: {error} (--retrieval-encoder NAME takes it from elsewhere)"
         ) from error
-
-
-class WikipediaSearcher:
-    """Wikipedia as a chat searches it.
-
-    Whatever is asked, some snippets are the nearest, and how near is near enough has not been measured. So a passage
-    counts only if it holds a word of the question that says something. A passage has few neighbours: with all that
-    `WikipediaIndex.search` shows by default, one alone is more than a quarter of 2,048 tokens.
-    """
-
-    def __init__(self, index: "WikipediaIndex") -> None:
-        self._index = index
-
-    def search(self, query: str, k: int) -> list[Passage]:
-        """The passages of the k nearest snippets, each with its neighbours, that are about the question."""
-        stems = {word[:_STEM] for word in telling_words(query)}
-        found = self._index.passages(query, k, w=_WIDTH, apart=True) if stems else []
-        return [passage for passage in found if _stems_of(passage) & stems]
-
-
-def _stems_of(passage: Passage) -> set[str]:
-    return {word[:_STEM] for word in telling_words(f"{passage.title} {passage.text}")}

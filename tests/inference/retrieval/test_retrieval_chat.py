@@ -12,7 +12,7 @@ import pytest
 from openchatkit.errors import UserError
 from openchatkit.formats import wikipedia_index
 from openchatkit.inference.responder import Reply
-from openchatkit.inference.retrieval.flags import WikipediaSearcher
+from openchatkit.inference.retrieval.retriever import WikipediaSearcher
 from openchatkit.inference.shell.output import Output
 from openchatkit.paths import ROOT
 from openchatkit.retrieval import building

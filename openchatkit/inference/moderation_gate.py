@@ -1,4 +1,4 @@
-"""What of a reply may be shown: all of it as it comes, or, where there is a moderator, what has been judged."""
+"""The moderation gate: which text of a reply may be shown. Without a moderator, all of it as it comes."""
 
 import re
 from collections.abc import Callable
@@ -7,19 +7,18 @@ from openchatkit.inference.moderation.moderator import Moderator, Verdict
 
 Emit = Callable[[str], None]
 
-# A reply is judged when a sentence has ended, or else about this many characters further on.
+# A reply is judged when a sentence has ended, or else after about this many characters.
 STRETCH = 200
 FAILED = "This text could not be judged by the moderation model, so it is not shown or answered."
 _SENTENCE_END = re.compile(r"[.!?\u0964][\"')\]\u201d\u2019]*(?=\s)|[\u3002\uff01\uff1f]|.(?=\n)")
 
 
-class Release:
-    """Lets the text of one reply through to `emit`; `text` is what has been.
+class ModerationGate:
+    """Lets the text of one reply through to `emit`; `text` is what it has let through.
 
-    With a moderator, text waits until the whole reply up to its end has been judged. Once a judgement is not
-    `allowed`, nothing more of the reply comes out: the judgement's message stands in its place, behind what had been
-    shown before. `verdict` is the judgement that counts: the one that is not allowed, else the first warning, else the
-    last.
+    With a moderator, text waits until the whole reply up to its end has been judged. Once a verdict is not `allowed`,
+    nothing more of the reply comes out: the verdict's message takes its place, after what was shown before. `verdict`
+    is the one that counts: the one that is not allowed, else the first warning, else the last.
     """
 
     def __init__(
@@ -46,29 +45,29 @@ class Release:
 
     @property
     def blocked(self) -> bool:
-        """Whether a text was not allowed, so that nothing may follow."""
+        """Whether a text was not allowed, so that nothing may follow it."""
         return self.verdict is not None and not self.verdict.allowed
 
-    def ask(self) -> None:
-        """Judge what is asked, if there is a moderator: the question, and the system text, which can ask too.
+    def check_question(self) -> None:
+        """Judge the question, if there is a moderator, and the system text, which can ask for as much.
 
-        How the reply begins, where who asks says so, is judged as an answer.
+        The beginning of a reply, where the client gives one, is judged as an answer.
         """
         if self._moderator is None:
             return
         if self._system.strip():
             verdict = judge(self._moderator, self._system)
-            # What it warns of was for whoever wrote the system text, and is not for every reply.
+            # A warning is for the author of the system text, not for every reply.
             if not verdict.allowed:
-                self._obey(verdict)
+                self._apply_verdict(verdict)
                 return
-        self._obey(judge(self._moderator, self._question))
+        self._apply_verdict(judge(self._moderator, self._question))
         if self._begun.strip() and not self.blocked:
-            self._obey(judge(self._moderator, self._question, self._begun))
+            self._apply_verdict(judge(self._moderator, self._question, self._begun))
 
-    def push(self, text: str) -> None:
+    def add(self, text: str) -> None:
         """Take the next piece of the reply."""
-        assert not self.blocked, "a reply goes on that was not allowed"
+        assert not self.blocked, "a reply continues that was not allowed"
         if self._moderator is None:
             self._show(text)
             return
@@ -77,22 +76,22 @@ class Release:
         self._judge(len(self._waiting) if len(self._waiting) >= STRETCH else max(ends, default=0))
 
     def finish(self) -> None:
-        """Judge, and let through, what is still waiting: the reply is whole."""
+        """Judge, and let through, the text that is still waiting: the reply is complete."""
         if not self.blocked:
             self._judge(len(self._waiting))
 
     def _judge(self, end: int) -> None:
-        """Judge the reply up to so many characters of what is waiting, and let them through."""
+        """Judge the reply up to the first `end` characters that are waiting, and let them through."""
         if end == 0:
             return
         assert self._moderator is not None
         stretch = self._waiting[:end]
-        self._obey(judge(self._moderator, self._question, self._begun + self.text + stretch))
+        self._apply_verdict(judge(self._moderator, self._question, self._begun + self.text + stretch))
         if not self.blocked:
             self._waiting = self._waiting[end:]
             self._show(stretch)
 
-    def _obey(self, verdict: Verdict) -> None:
+    def _apply_verdict(self, verdict: Verdict) -> None:
         if self.verdict is None or self.verdict.action != "warn" or not verdict.allowed:
             self.verdict = verdict
         if not verdict.allowed:
@@ -106,7 +105,7 @@ class Release:
 
 
 def judge(moderator: Moderator, question: str, answer: str | None = None) -> Verdict:
-    """The moderator's verdict; one that is not allowed where it fails, in whatever way."""
+    """The moderator's verdict; one that is not allowed where the moderator fails, in any way."""
     try:
         verdict = moderator.check(question, answer)
     except Exception:  # a model, a library or a policy that fails must never let a text through

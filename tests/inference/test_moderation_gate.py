@@ -3,7 +3,7 @@
 import pytest
 
 from openchatkit.inference.moderation.moderator import Verdict
-from openchatkit.inference.release import FAILED, STRETCH, Release, judge
+from openchatkit.inference.moderation_gate import FAILED, STRETCH, ModerationGate, judge
 
 
 class Forbidding:
@@ -27,69 +27,69 @@ class Failing:
         raise self._error
 
 
-def released(pieces, moderator, question="q"):
-    """What comes out for each piece, and at the end; and the release."""
+def let_through(pieces, moderator, question="q"):
+    """What comes out for each piece, and at the end; and the gate."""
     out = []
-    release = Release(out.append, moderator, question)
+    gate = ModerationGate(out.append, moderator, question)
     steps = []
     for piece in pieces:
-        release.push(piece)
+        gate.add(piece)
         steps.append("".join(out))
-        if release.blocked:
+        if gate.blocked:
             break
-    release.finish()
-    return [*steps, "".join(out)], release
+    gate.finish()
+    return [*steps, "".join(out)], gate
 
 
 def test_without_a_moderator_every_piece_is_shown_as_it_comes():
-    assert released(["a", "", "b"], None)[0] == ["a", "a", "ab", "ab"]
+    assert let_through(["a", "", "b"], None)[0] == ["a", "a", "ab", "ab"]
 
 
 def test_a_stretch_is_shown_when_the_reply_up_to_its_end_is_judged():
     moderator = Forbidding()
-    steps, release = released(["One", " is", ". Two", "\nthree"], moderator)
+    steps, gate = let_through(["One", " is", ". Two", "\nthree"], moderator)
     assert steps == ["", "", "One is.", "One is. Two", "One is. Two\nthree"]
     assert moderator.asked == [("q", text) for text in steps[2:]]
-    assert release.text == steps[-1]
+    assert gate.text == steps[-1]
 
 
 def test_text_without_sentences_is_judged_after_a_while():
-    steps, _ = released(["x" * (STRETCH - 1), "y"], Forbidding())
+    steps, _ = let_through(["x" * (STRETCH - 1), "y"], Forbidding())
     assert steps[0] == ""
     assert len(steps[1]) == STRETCH
 
 
 def test_what_is_not_allowed_is_never_shown_and_the_message_stands_in_its_place():
-    steps, release = released(["Good. ", "A b", "ad thing. ", "more"], Forbidding())
+    steps, gate = let_through(["Good. ", "A b", "ad thing. ", "more"], Forbidding())
     assert steps == ["Good.", "Good.", "Good.\n\nNot this.", "Good.\n\nNot this."]
-    assert release.blocked
-    assert release.verdict.label == "needs intervention"
+    assert gate.blocked
+    assert gate.verdict.label == "needs intervention"
 
 
 def test_what_is_not_allowed_at_the_end_is_not_shown_either():
-    assert released(["Good. ", "Very b", "ad"], Forbidding())[0][-1] == "Good.\n\nNot this."
-    assert released(["b", "ad"], Forbidding())[0][-1] == "Not this."
+    assert let_through(["Good. ", "Very b", "ad"], Forbidding())[0][-1] == "Good.\n\nNot this."
+    assert let_through(["b", "ad"], Forbidding())[0][-1] == "Not this."
 
 
 def test_a_word_that_is_cut_by_a_stretch_is_judged_whole():
-    steps, release = released(["x" * (STRETCH - 2), " b", "ad"], Forbidding())
-    assert release.blocked
+    steps, gate = let_through(["x" * (STRETCH - 2), " b", "ad"], Forbidding())
+    assert gate.blocked
     assert steps[-1].endswith(" b\n\nNot this.")
 
 
 def test_a_question_is_judged_by_itself():
     out = []
-    release = Release(out.append, Forbidding(), "a bad one")
-    release.ask()
-    assert (release.blocked, out) == (True, ["Not this."])
-    release = Release(out.append, None, "a bad one")
-    release.ask()
-    assert not release.blocked
+    gate = ModerationGate(out.append, Forbidding(), "a bad one")
+    gate.check_question()
+    assert (gate.blocked, out) == (True, ["Not this."])
+    gate = ModerationGate(out.append, None, "a bad one")
+    gate.check_question()
+    assert not gate.blocked
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), MemoryError(), KeyError("label"), RecursionError()])
 def test_a_moderator_that_fails_allows_nothing(error):
-    assert released(["All is well. "], Failing(error))[0][-1] == FAILED
+    assert let_through(["All is well. "], Failing(error))[0][-1] == FAILED
     assert judge(Failing(error), "q") == Verdict(False, "", FAILED)
 
 
@@ -109,9 +109,9 @@ def test_ctrl_c_is_no_failure_of_the_moderator():
 
 def test_a_warning_is_kept_and_the_text_is_shown():
     warning = Verdict(True, "needs caution", "Careful.", "warn")
-    steps, release = released(["So bad. ", "good"], Forbidding("bad.", verdict=warning))
+    steps, gate = let_through(["So bad. ", "good"], Forbidding("bad.", verdict=warning))
     assert steps[-1] == "So bad. good"
-    assert release.verdict == warning
+    assert gate.verdict == warning
 
     class OnlyOnce:
         verdicts = iter([warning, Verdict(True)])
@@ -119,4 +119,4 @@ def test_a_warning_is_kept_and_the_text_is_shown():
         def check(self, question, answer=None):
             return next(self.verdicts)
 
-    assert released(["One. ", "two"], OnlyOnce())[1].verdict == warning
+    assert let_through(["One. ", "two"], OnlyOnce())[1].verdict == warning
