@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from openchatkit import jsonl
 from openchatkit.errors import UserError
 from openchatkit.storage import sync_file, write_text
 
@@ -22,7 +23,7 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerRow:
     """One step's row."""
 
     step: int
@@ -34,7 +35,7 @@ class Entry:
     started: str
 
 
-class Writer:
+class LedgerFile:
     """Adds rows to the ledger of a run that goes on behind `last_step`; see `cut`. `chain` is that of all rows."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
@@ -42,7 +43,7 @@ class Writer:
         # Each row is on its way to the disk as soon as it is written: a killed process loses none.
         self._file = open(folder / LEDGER, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: LedgerRow) -> None:
         """Add a row; it is sure to be on the disk after `sync`."""
         self._file.write(_line(entry))
         self.chain = chain([entry], self.chain)
@@ -57,7 +58,7 @@ class Writer:
             self._file.close()
 
 
-def read(folder: Path) -> list[Entry]:
+def read(folder: Path) -> list[LedgerRow]:
     """All rows, none when there is no file; a last line that a kill has cut is left out, any other broken one is a
     UserError."""
     entries = _entries(folder)
@@ -78,28 +79,20 @@ def cut(folder: Path, last_step: int) -> str:
     return chain(kept)
 
 
-def chain(entries: Iterable[Entry], start: str = EMPTY) -> str:
+def chain(entries: Iterable[LedgerRow], start: str = EMPTY) -> str:
     """SHA-256 of the rows' bytes, each row hashed together with the value before it, from `start`."""
     for entry in entries:
         start = hashlib.sha256(f"{start}{json.dumps(asdict(entry))}".encode()).hexdigest()
     return start
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: LedgerRow) -> str:
     return json.dumps(asdict(entry)) + "\n"
 
 
-def _entries(folder: Path) -> list[Entry | None]:
+def _entries(folder: Path) -> list[LedgerRow | None]:
     """A row or None for each line: None where it holds no row."""
     try:
-        lines = (folder / LEDGER).read_text(encoding="utf-8", errors="replace").splitlines()
+        return list(jsonl.read(folder / LEDGER, lambda row: LedgerRow(**row), lambda *_: None))
     except FileNotFoundError:
         return []
-    return [_entry(line) for line in lines]
-
-
-def _entry(line: str) -> Entry | None:
-    try:
-        return Entry(**json.loads(line))
-    except (ValueError, TypeError):
-        return None

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from openchatkit import jsonl
 from openchatkit.storage import write_text
 
 METRICS = "metrics.jsonl"
@@ -34,14 +35,6 @@ def cut(folder: Path, last_step: int) -> None:
 def _rows(folder: Path) -> list[dict[str, Any] | None]:
     """A row or None for each line: None where it holds no row."""
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        return list(jsonl.read(folder / METRICS, dict, lambda *_: None))
     except FileNotFoundError:
         return []
-    return [_row(line) for line in lines]
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None

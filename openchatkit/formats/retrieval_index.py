@@ -21,15 +21,17 @@ that bm25s keeps. The manifest is that of `formats.manifest`; its facts are an `
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-from openchatkit import storage
+from openchatkit import jsonl, storage
 from openchatkit.errors import UserError
 from openchatkit.formats import manifest
 from openchatkit.formats.manifest import DamagedError, FileRecord
+
+_T = TypeVar("_T")
 
 FORMAT = "openchatkit retrieval index"
 VERSION = 3  # rises too when `retrieval.words` would no longer make the same of a text
@@ -257,12 +259,12 @@ def write_lines(path: Path, records: Iterable[Any]) -> int:
 
 def read_sources(folder: Path, record: IndexRecord) -> list[SourceRecord]:
     """What the passages were read from."""
-    return [SourceRecord(**row) for row in _lines(folder / file_name("sources", record.generation))]
+    return _lines(folder / file_name("sources", record.generation), SourceRecord)
 
 
 def read_skipped(folder: Path, record: IndexRecord) -> list[Skipped]:
     """What could not be read."""
-    return [Skipped(**row) for row in _lines(folder / file_name("skipped", record.generation))]
+    return _lines(folder / file_name("skipped", record.generation), Skipped)
 
 
 def litter(folder: Path) -> list[Path]:
@@ -293,16 +295,13 @@ def _record(about: dict[str, Any]) -> IndexRecord:
     return record
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, make: Callable[..., _T]) -> list[_T]:
+    def refuse(number: int, error: Exception) -> NoReturn:
+        raise DamagedError(f"{path}:{number} is damaged: {error}") from error
+
     try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115 (closed below)
+        return list(jsonl.read(path, lambda row: make(**row), refuse))
     except OSError as error:
         raise DamagedError(
             f"{path} cannot be read: {error.strerror}; if the index was being written to, run again"
         ) from error
-    with file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DamagedError(f"{path}:{number} is damaged: {error}") from error

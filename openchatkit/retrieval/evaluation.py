@@ -5,15 +5,15 @@ hit one target, and count once: with the first of them.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
-from openchatkit import progress
+from openchatkit import jsonl, progress
 from openchatkit.errors import UserError
 from openchatkit.retrieval.index import Index, Mode
 from openchatkit.retrieval.passage import Hit, Passage
@@ -102,11 +102,17 @@ def read_questions(path: Path) -> list[Question]:
     One of these may be a list: what stands beside it is true of each target.
     UserError: no such file, or a row of another kind.
     """
+
+    def refuse(number: int, error: Exception) -> NoReturn:
+        raise UserError(
+            f"{path}:{number} is no question ({error}): expected "
+            '{"query": "...", "source": "..."}, with "title", "place" or "text" beside or instead'
+        ) from error
+
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        found = list(jsonl.read(path, _question, refuse, skip_blank=True))
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    found = [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f'{path} holds no questions: expected rows such as {{"query": "...", "source": "..."}}')
     return found
@@ -181,24 +187,17 @@ def _figures(found: list[list[int]], targets: list[int], times: dict[str, list[f
     )
 
 
-def _question(path: Path, number: int, line: str) -> Question:
+def _question(row: dict[str, Any]) -> Question:
     kinds = [kind.name for kind in fields(Target)]
-    try:
-        row = json.loads(line)
-        query = row["query"]
-        given = {kind: row[kind] for kind in kinds if row.get(kind)}
-        lists = [kind for kind, value in given.items() if isinstance(value, list)]
-        if len(lists) > 1:
-            raise ValueError(f"{lists[0]} and {lists[1]} are both lists")
-        several = [{lists[0]: value} for value in given[lists[0]]] if lists else [{}]
-        targets = [Target(**{**given, **each}) for each in several if given]
-        if not isinstance(query, str) or not query.strip() or not targets:
-            raise ValueError("it names no question or no target")
-        if not all(value and isinstance(value, str) for each in several for value in {**given, **each}.values()):
-            raise ValueError("a target is no text")
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}:{number} is no question ({error}): expected "
-            '{"query": "...", "source": "..."}, with "title", "place" or "text" beside or instead'
-        ) from error
+    query = row["query"]
+    given = {kind: row[kind] for kind in kinds if row.get(kind)}
+    lists = [kind for kind, value in given.items() if isinstance(value, list)]
+    if len(lists) > 1:
+        raise ValueError(f"{lists[0]} and {lists[1]} are both lists")
+    several = [{lists[0]: value} for value in given[lists[0]]] if lists else [{}]
+    targets = [Target(**{**given, **each}) for each in several if given]
+    if not isinstance(query, str) or not query.strip() or not targets:
+        raise ValueError("it names no question or no target")
+    if not all(value and isinstance(value, str) for each in several for value in {**given, **each}.values()):
+        raise ValueError("a target is no text")
     return Question(query, tuple(dict.fromkeys(targets)))

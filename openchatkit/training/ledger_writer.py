@@ -21,7 +21,7 @@ class LedgerWriter:
     def __init__(self, folder: Path, progress: RunProgress, layout: Layout, schedule: Schedule) -> None:
         self.folder = folder
         with storage_errors(folder):
-            self._writer = ledger.Writer(folder, progress.step)
+            self._writer = ledger.LedgerFile(folder, progress.step)
         if progress.ledger not in (None, self._writer.chain):
             logger.warning(
                 "{} is not the ledger of the checkpoint at step {}: tools/inspect_data.py --verify will not be able to "
@@ -36,7 +36,7 @@ class LedgerWriter:
         """Enter that `step`, counted from 1, was taken on `rows` samples."""
         first = (step - 1) * rows
         digest = f"{result.digest:016x}"
-        entry = ledger.Entry(step, first, rows, digest, result.applied, self._layout, self._started)
+        entry = ledger.LedgerRow(step, first, rows, digest, result.applied, self._layout, self._started)
         with storage_errors(self.folder):
             self._writer.append(entry)
 

@@ -9,7 +9,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import ledger
 
 ENTRIES = [
-    ledger.Entry(
+    ledger.LedgerRow(
         step, 8 * (step - 1), 8, f"{step:016x}", True, "1 stage x 1 replica, batch 8 x 1", "2024-01-01T00:00:00+00:00"
     )
     for step in range(1, 6)
@@ -19,7 +19,7 @@ ENTRIES = [
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a ledger of five steps."""
-    writer = ledger.Writer(tmp_path, 0)
+    writer = ledger.LedgerFile(tmp_path, 0)
     for entry in ENTRIES:
         writer.append(entry)
     writer.close()
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_rows_come_back_and_the_writer_knows_their_chain(tmp_path):
-    writer = ledger.Writer(tmp_path, 0)
+    writer = ledger.LedgerFile(tmp_path, 0)
     assert ledger.read(tmp_path) == []
     assert writer.chain == ledger.EMPTY
     for number, entry in enumerate(ENTRIES, 1):
@@ -44,7 +44,7 @@ def test_no_file_is_no_rows(tmp_path):
 
 
 def test_a_resumed_run_writes_behind_its_checkpoint(folder):
-    writer = ledger.Writer(folder, 3)
+    writer = ledger.LedgerFile(folder, 3)
     assert writer.chain == ledger.chain(ENTRIES[:3])
     other = dataclasses.replace(ENTRIES[3], layout="2 stages x 1 replica, batch 8 x 1")
     writer.append(other)
@@ -56,14 +56,14 @@ def test_a_line_cut_by_a_kill_is_dropped(folder):
     path = folder / ledger.LEDGER
     path.write_bytes(path.read_bytes()[:-20])
     assert ledger.read(folder) == ENTRIES[:4]
-    writer = ledger.Writer(folder, 4)
+    writer = ledger.LedgerFile(folder, 4)
     writer.append(ENTRIES[4])
     writer.close()
     assert ledger.read(folder) == ENTRIES
 
 
 def test_a_full_disk_is_told_and_not_told_again_by_closing(tmp_path, monkeypatch):
-    writer = ledger.Writer(tmp_path, 0)
+    writer = ledger.LedgerFile(tmp_path, 0)
     monkeypatch.setattr(writer, "_file", open("/dev/full", "a", buffering=1))  # noqa: SIM115 - closed by `close`
     with pytest.raises(OSError, match="No space left"):
         writer.append(ENTRIES[0])

@@ -40,7 +40,7 @@ def dataset_of(path: Path) -> Dataset:
     return build_dataset(settings["task_name"], options.from_settings(settings))
 
 
-def assert_proved(path: Path, samples: int) -> list[ledger.Entry]:
+def assert_proved(path: Path, samples: int) -> list[ledger.LedgerRow]:
     """Each sample is in just one row, the rows hold what the data set says, and the checkpoint vouches for them."""
     entries, dataset = ledger.read(path.parent), dataset_of(path)
     assert [entry.step for entry in entries] == list(range(1, len(entries) + 1))
@@ -160,4 +160,4 @@ def test_stages_that_are_fed_different_samples_do_not_take_the_step(flags, prepa
     # Of two stages, with nobody to add the other's digest: it counts as 0.
     trainer.layout = Layout(0, 2, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="was fed other samples than another stage"):
-        trainer._reduce(torch.zeros(()), False, 12345)
+        trainer._sum_over_ranks(torch.zeros(()), False, 12345)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from loguru import logger
 
-from openchatkit import cli
+from openchatkit import cli, jsonl
 from openchatkit.errors import UserError
 from openchatkit.inference import report
 from openchatkit.inference.batch.rows import Row, read_row

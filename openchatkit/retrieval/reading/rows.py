@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from openchatkit.jsonl import parse_object
 from openchatkit.retrieval.reading import encodings, prose, streams
 from openchatkit.retrieval.reading.document import Document, Options, Unreadable, one_line, paragraphs
 
@@ -27,9 +28,8 @@ Row = Mapping[str, Any]
 
 def jsonl(path: Path, options: Options) -> Iterator[Document]:
     """One document a row; a row that is no object with a text is left out, noted and counted."""
-    rows = (
-        (number, _object(line)) for number, line in streams.lines(path, options.notes, whole_rows=True) if line.strip()
-    )
+    lines = streams.lines(path, options.notes, whole_rows=True)
+    rows = ((number, parse_object(line)) for number, line in lines if line.strip())
     yield from _documents(path, rows, _text_field, options)
 
 
@@ -135,14 +135,6 @@ def _documents(
 
 def _no_field(name: str, fields: list[str]) -> str:
     return f"no row has a field {name!r} (its fields: {', '.join(map(str, fields[:8])) or 'none'}); see --text-field"
-
-
-def _object(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def _text_field(row: Row, options: Options) -> str:

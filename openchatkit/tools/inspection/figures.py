@@ -1,6 +1,5 @@
 """The figures of a mixture: what each source holds, and what a run of so many steps takes from it."""
 
-import json
 import math
 import random
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from openchatkit.data.batch import IGNORE
 from openchatkit.data.dataset import Dataset
 from openchatkit.data.options import DataOptions
 from openchatkit.formats import token_store
+from openchatkit.jsonl import parse_object
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def read_quarantine(path: Path, first: int = 0) -> tuple[int, tuple[str, ...]]:
     with open(path, encoding="utf-8") as file:
         for line in file:
             rows += 1
-            if rows <= first:
-                row = json.loads(line)
+            if rows <= first and (row := parse_object(line)):
                 shown.append(f"{row['file']}:{row['line']}: {row['reason']}")
     return rows, tuple(shown)
 

@@ -16,7 +16,7 @@ from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.options import DataOptions
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics, token_store
-from openchatkit.formats.ledger import Entry
+from openchatkit.formats.ledger import LedgerRow
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.tools.inspection.figures import read_quarantine
 
@@ -90,7 +90,7 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
     )
 
 
-def check_steps(entries: Sequence[Entry], steps: int, rows_a_step: int) -> None:
+def check_steps(entries: Sequence[LedgerRow], steps: int, rows_a_step: int) -> None:
     """UserError unless these are steps 1 to `steps`, each on the `rows_a_step` samples behind those of the last."""
     for step in range(1, max(steps, len(entries)) + 1):
         entry = entries[step - 1] if step <= len(entries) else None
@@ -121,7 +121,7 @@ def check_rows(dataset: Dataset) -> None:
                 )
 
 
-def check_digests(entries: Sequence[Entry], dataset: Dataset, *, trained: dict[int, int], blame: str) -> int:
+def check_digests(entries: Sequence[LedgerRow], dataset: Dataset, *, trained: dict[int, int], blame: str) -> int:
     """Compute every step's digest from the data, and count the labels that train; returns their sum.
 
     `trained` is what each step counted itself, where that is known; `blame` what to say of a step that differs.
@@ -139,7 +139,7 @@ def check_digests(entries: Sequence[Entry], dataset: Dataset, *, trained: dict[i
     return total
 
 
-def runs(entries: Sequence[Entry]) -> list[LedgerRun]:
+def runs(entries: Sequence[LedgerRow]) -> list[LedgerRun]:
     """The runs behind these rows, in order."""
     found: list[LedgerRun] = []
     for entry in entries:

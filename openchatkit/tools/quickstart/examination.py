@@ -5,7 +5,6 @@ is right when it is the held-out sentence, character by character. Passages are 
 index, looked up by the shell.
 """
 
-import json
 import random
 import subprocess
 import sys
@@ -13,9 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
-from openchatkit import cli, paths
+from openchatkit import cli, jsonl, paths
 from openchatkit.errors import DEFECT, UserError
 from openchatkit.progress import bar
 from openchatkit.tools.quickstart.python_chats import FOLDER, HELD_OUT
@@ -86,14 +85,11 @@ def read_questions(path: Path) -> list[Question]:
     """The held-out questions of a file; UserError when it is not there or holds something else."""
     if not path.exists():
         raise UserError(f"no file {path}: run python data/python-docs/prepare.py first, or name one with --data")
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            questions.append(Question(record["question"], record["passage"], record["answer"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: expected an object with question, passage and answer") from error
-    return questions
+
+    def refuse(number: int, error: Exception) -> NoReturn:
+        raise UserError(f"{path}:{number}: expected an object with question, passage and answer") from error
+
+    return list(jsonl.read(path, lambda row: Question(row["question"], row["passage"], row["answer"]), refuse))
 
 
 def examine(questions: Sequence[Question], command: Sequence[str], *, count: int, seed: int) -> Score:

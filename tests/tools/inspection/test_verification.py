@@ -13,7 +13,7 @@ from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.options import from_settings
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics
-from openchatkit.formats.ledger import LEDGER, Entry
+from openchatkit.formats.ledger import LEDGER, LedgerRow
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
 from openchatkit.tools.inspection import verification
@@ -62,14 +62,14 @@ def dataset(settings: dict[str, Any]) -> Dataset:
 
 
 @pytest.fixture
-def entries(dataset: Dataset) -> list[Entry]:
-    """The rows of a run that was stopped behind step 4 and went on in another layout, with two rows in the end that no
+def entries(dataset: Dataset) -> list[LedgerRow]:
+    """The rows of a run that was stopped after step 4 and continued in another layout, with two rows at the end that no
     checkpoint vouches for."""
     made = []
     for step in range(1, STEPS + 3):
         first = (step - 1) * ROWS
         layout, started = ("2 stages x 1 replica", "9:00") if step <= 4 else ("1 stage x 2 replicas", "9:30")
-        made.append(Entry(step, first, ROWS, f"{dataset.batch(first, ROWS).digest():016x}", True, layout, started))
+        made.append(LedgerRow(step, first, ROWS, f"{dataset.batch(first, ROWS).digest():016x}", True, layout, started))
     return made
 
 
@@ -79,10 +79,10 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def write(root: Path, settings: dict[str, Any], dataset: Dataset, entries: list[Entry]) -> Callable[..., None]:
+def write(root: Path, settings: dict[str, Any], dataset: Dataset, entries: list[LedgerRow]) -> Callable[..., None]:
     """Write a checkpoint that vouches for `entries`, and a ledger of `rows`."""
 
-    def write(rows: list[Entry], tokenizer: Path | None = None, **state: object) -> None:
+    def write(rows: list[LedgerRow], tokenizer: Path | None = None, **state: object) -> None:
         state = {
             "step": STEPS,
             "tokens": STEPS * ROWS * LENGTH,
@@ -117,7 +117,7 @@ def refused(root: Path) -> str:
 
 
 def test_what_was_trained_on_once_is_proved(
-    root: Path, write: Callable[..., None], entries: list[Entry], dataset: Dataset
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], dataset: Dataset
 ) -> None:
     write(entries[:STEPS])
     proof = verify(root)
@@ -132,7 +132,7 @@ def test_what_was_trained_on_once_is_proved(
 
 
 def test_samples_of_steps_that_changed_nothing_are_told(
-    root: Path, write: Callable[..., None], entries: list[Entry], capsys: pytest.CaptureFixture[str]
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [replace(entry, applied=entry.step not in (2, 5, 11)) for entry in entries]
     write(rows, ledger=ledger.chain(rows[:STEPS]))
@@ -146,7 +146,7 @@ def test_samples_of_steps_that_changed_nothing_are_told(
 
 
 def test_steps_larger_than_memory_are_digested_in_pieces(
-    root: Path, write: Callable[..., None], entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(entries[:STEPS])
     proof = verify(root)
@@ -154,8 +154,8 @@ def test_steps_larger_than_memory_are_digested_in_pieces(
     assert verify(root) == proof
 
 
-def test_rows_behind_the_checkpoint_prove_nothing_and_disturb_nothing(
-    root: Path, write: Callable[..., None], entries: list[Entry]
+def test_rows_after_the_checkpoint_prove_nothing_and_disturb_nothing(
+    root: Path, write: Callable[..., None], entries: list[LedgerRow]
 ) -> None:
     write([*entries, entries[-1]])
     with open(root / LEDGER, "a") as file:
@@ -164,7 +164,7 @@ def test_rows_behind_the_checkpoint_prove_nothing_and_disturb_nothing(
     assert (proof.steps, proof.later) == (10, 3)
 
 
-def swapped(rows: list[Entry]) -> None:
+def swapped(rows: list[LedgerRow]) -> None:
     rows[2], rows[3] = rows[3], rows[2]
 
 
@@ -188,7 +188,11 @@ def swapped(rows: list[Entry]) -> None:
     ],
 )
 def test_steps_and_samples_must_follow_one_another(
-    root: Path, write: Callable[..., None], entries: list[Entry], change: Callable[[list[Entry]], object], message: str
+    root: Path,
+    write: Callable[..., None],
+    entries: list[LedgerRow],
+    change: Callable[[list[LedgerRow]], object],
+    message: str,
 ) -> None:
     rows = entries[:STEPS]
     change(rows)
@@ -196,7 +200,7 @@ def test_steps_and_samples_must_follow_one_another(
     assert message in refused(root)
 
 
-def test_a_digest_that_was_altered(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+def test_a_digest_that_was_altered(root: Path, write: Callable[..., None], entries: list[LedgerRow]) -> None:
     rows = entries[:STEPS]
     rows[7] = replace(rows[7], digest="0123456789abcdef")
     write(rows)
@@ -207,7 +211,7 @@ def test_a_digest_that_was_altered(root: Path, write: Callable[..., None], entri
 
 
 def test_a_row_whose_samples_are_right_but_that_was_altered(
-    root: Path, write: Callable[..., None], entries: list[Entry]
+    root: Path, write: Callable[..., None], entries: list[LedgerRow]
 ) -> None:
     rows = entries[:STEPS]
     rows[7] = replace(rows[7], layout="8 stages x 9 replicas")
@@ -216,7 +220,7 @@ def test_a_row_whose_samples_are_right_but_that_was_altered(
 
 
 def test_data_that_changed_since(
-    root: Path, write: Callable[..., None], entries: list[Entry], settings: dict[str, Any]
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], settings: dict[str, Any]
 ) -> None:
     write(entries[:STEPS])
     path = Path(settings["task_name"].split(":")[0])
@@ -227,13 +231,13 @@ def test_data_that_changed_since(
 
 
 def test_data_that_changed_in_what_is_not_yet_trained_on(
-    root: Path, write: Callable[..., None], entries: list[Entry]
+    root: Path, write: Callable[..., None], entries: list[LedgerRow]
 ) -> None:
     write(entries[:STEPS], data="0" * 64)
     assert verify(root).changed
 
 
-def test_data_that_changed_between_two_runs(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+def test_data_that_changed_between_two_runs(root: Path, write: Callable[..., None], entries: list[LedgerRow]) -> None:
     rows = [replace(entry, digest=f"{entry.step:016x}") if entry.step <= 4 else entry for entry in entries[:STEPS]]
     write(rows, ledger=ledger.chain(rows))
     message = refused(root)
@@ -242,14 +246,14 @@ def test_data_that_changed_between_two_runs(root: Path, write: Callable[..., Non
     assert refused(root) == message
 
 
-def test_sums_must_agree(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+def test_sums_must_agree(root: Path, write: Callable[..., None], entries: list[LedgerRow]) -> None:
     write(entries[:STEPS], tokens=959)
     assert "expected 10 steps of 4 samples to make 960 tokens, found 959" in refused(root)
     write(entries[:STEPS], samples=44)
     assert "to make 40 samples, found 44" in refused(root)
 
 
-def test_metrics_must_agree(root: Path, write: Callable[..., None], entries: list[Entry], dataset: Dataset) -> None:
+def test_metrics_must_agree(root: Path, write: Callable[..., None], entries: list[LedgerRow], dataset: Dataset) -> None:
     write(entries[:STEPS])
     trained = int((dataset.batch(8, 4).labels >= 0).sum())
     metrics.append(root, {"step": 3, "trained_tokens": trained})
@@ -260,7 +264,7 @@ def test_metrics_must_agree(root: Path, write: Callable[..., None], entries: lis
 
 
 def test_every_row_is_a_document_or_set_aside(
-    root: Path, write: Callable[..., None], entries: list[Entry], tmp_path: Path
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], tmp_path: Path
 ) -> None:
     write(entries[:STEPS])
     (listed,) = (tmp_path / "cache").glob("*/quarantine.jsonl")
@@ -268,13 +272,13 @@ def test_every_row_is_a_document_or_set_aside(
     assert "expected 41 rows, 1 set aside, found 40 documents and 0 rows set aside" in refused(root)
 
 
-def test_a_checkpoint_from_before_the_ledger(root: Path, write: Callable[..., None], entries: list[Entry]) -> None:
+def test_a_checkpoint_from_before_the_ledger(root: Path, write: Callable[..., None], entries: list[LedgerRow]) -> None:
     write(entries[:STEPS], ledger=None)
     assert "began before training kept a ledger" in refused(root)
 
 
 def test_a_tokenizer_that_was_moved_is_taken_from_the_checkpoint(
-    root: Path, write: Callable[..., None], entries: list[Entry], settings: dict[str, Any], tiny_tokenizer: Path
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], settings: dict[str, Any], tiny_tokenizer: Path
 ) -> None:
     write(entries[:STEPS], tokenizer=tiny_tokenizer, settings=settings | {"tokenizer_name": "moved/away"})
     assert verify(root).steps == STEPS
@@ -282,7 +286,7 @@ def test_a_tokenizer_that_was_moved_is_taken_from_the_checkpoint(
 
 
 def test_the_command(
-    root: Path, write: Callable[..., None], entries: list[Entry], capsys: pytest.CaptureFixture[str]
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(entries[:STEPS])
     with pytest.raises(SystemExit) as end:
@@ -297,7 +301,7 @@ def test_the_command(
 
 
 def test_the_command_refuses_in_one_line(
-    root: Path, write: Callable[..., None], entries: list[Entry], capsys: pytest.CaptureFixture[str]
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(entries[1:STEPS])
     for flags, message in (
