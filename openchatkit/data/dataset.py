@@ -1,4 +1,4 @@
-"""The data set a run trains on: `--task-name` made into samples and batches.
+"""The data set a run trains on: `--task-name` -> samples and batches.
 
 Sample n is a pure function of (seed, n): the mixture says which source it comes from, and the source which tokens. Any
 rank can therefore take its own slice of a step, in any order, and a checkpoint needs to store no more than a number.
@@ -28,10 +28,10 @@ _VERSION = 2
 class Dataset:
     """Samples without end.
 
-    `sources` tells each one's name, weight, rows, quarantined, documents, tokens and trained_tokens; `packed`, in the
-    same order, its samples an epoch and what of them is padding; `interleaving` which sample is whose. `epoch_samples`
-    is the sum, over the sources, of the samples in which each of its documents is seen once. `fingerprint` is the same
-    for two data sets only if all their samples are.
+    `sources` have name, weight, rows, quarantined, documents, tokens and trained_tokens; `packed`, in the same order,
+    the samples an epoch and their share of padding; `interleaving` says which sample is of which source.
+    `epoch_samples` is the sum, over the sources, of the samples that show each of its documents once. `fingerprint` is
+    the same for two data sets only if all their samples are.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Dataset:
         self.seq_length = options.seq_length
         self.epoch_samples = sum(part.samples for part in packed)
         self.fingerprint = fingerprint
-        self._confined = options.packing == "documents"
+        self._separate = options.packing == "documents"
         if options.whole_epochs:
             self.interleaving = Interleaving([part.samples for part in packed], seed=options.seed)
             return
@@ -56,22 +56,24 @@ class Dataset:
         self.interleaving = Interleaving.by_weight(weights, seed=options.seed)
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each source is gone through by the first `samples` samples."""
+        """Return the number of epochs of each source in the first `samples` samples."""
         counts = self.interleaving.counts(samples)
         return [count / part.samples for count, part in zip(counts, self.packed, strict=True)]
 
     def batch(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1."""
+        """Return samples first to first + count - 1."""
         tokens = np.empty((count, self.seq_length), np.int64)
         labels = np.empty_like(tokens)
-        starts = np.empty_like(tokens) if self._confined else None
+        document_starts = np.empty_like(tokens) if self._separate else None
         sources = np.empty(count, np.int64)
         for row in range(count):
             source, sample = self.interleaving.locate(first + row)
             sources[row] = source
-            self.packed[source].fill(sample, tokens[row], labels[row], None if starts is None else starts[row])
-        confined = None if starts is None else torch.from_numpy(starts)
-        return Batch(first, torch.from_numpy(tokens), torch.from_numpy(labels), confined, torch.from_numpy(sources))
+            self.packed[source].fill(
+                sample, tokens[row], labels[row], None if document_starts is None else document_starts[row]
+            )
+        starts = None if document_starts is None else torch.from_numpy(document_starts)
+        return Batch(first, torch.from_numpy(tokens), torch.from_numpy(labels), starts, torch.from_numpy(sources))
 
 
 def build_dataset(
@@ -80,21 +82,23 @@ def build_dataset(
     *,
     flag: str = "--task-name",
 ) -> Dataset:
-    """The data set of `name[:weight],name[:weight]`, tokenised now or found in the cache.
+    """Return the data set of `name[:weight],name[:weight]`, tokenised now or found in the cache.
 
     Every rank may call this at the same time. `flag` is named in errors.
-    UserError: see `mixture.parse`, `records`, `cache`, `source`, `packing`.
+    UserError: see `mixture.parse`, `records.reader`, `stores.cache`, `samples.source`, `samples.packing`.
     """
-    parts = parse(task_names, cache_dir=options.data_cache, flag=flag)
-    whole = options.whole_epochs and len(parts) > 1 and not any(part.weighted for part in parts)
+    entries = parse(task_names, cache_dir=options.data_cache, flag=flag)
+    whole = options.whole_epochs and len(entries) > 1 and not any(entry.weighted for entry in entries)
     options = dataclasses.replace(options, whole_epochs=whole)
     tokenizer = Tokenizer(options.tokenizer)
     sources, packed = [], []
-    for number, (part, name) in enumerate(zip(parts, _unique([part.name for part in parts]), strict=True)):
+    for number, (entry, name) in enumerate(
+        zip(entries, _number_copies([entry.name for entry in entries]), strict=True)
+    ):
         source = MixtureSource(
             name,
-            part.weight,
-            _contents(part, tokenizer, options),
+            entry.weight,
+            _open_stores(entry, tokenizer, options),
             loss_on=options.loss_on,
             max_without_reply=options.max_without_reply,
             number=number,
@@ -106,10 +110,10 @@ def build_dataset(
     return Dataset(sources, packed, options, fingerprint=_fingerprint(sources, tokenizer, options))
 
 
-def _contents(part: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -> list[Content]:
-    """The stores of one part and what is known of them."""
+def _open_stores(entry: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -> list[Content]:
+    """Return the stores of one entry and what is known of them."""
     contents = []
-    for file in part.files:
+    for file in entry.files:
         store, record = cached_store(
             file,
             tokenizer=tokenizer,
@@ -128,7 +132,7 @@ def _contents(part: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -> li
                 untrained=record.untrained,
             )
         )
-    for prefix in part.stores:
+    for prefix in entry.stores:
         store, identity = TokenStore(prefix), store_identity(prefix, options.data_cache)
         contents.append(Content(store, identity, store.documents, vocab_size=tokenizer.vocab_size))
     return contents
@@ -150,8 +154,8 @@ def _fingerprint(sources: Sequence[MixtureSource], tokenizer: Tokenizer, options
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def _unique(names: Sequence[str]) -> list[str]:
-    """The names, with #2, #3, ... behind those that have been there before."""
+def _number_copies(names: Sequence[str]) -> list[str]:
+    """Return the names, with #2, #3, ... after repeated ones."""
     unique: list[str] = []
     for name in names:
         copies = (name if number == 1 else f"{name}#{number}" for number in range(1, len(names) + 1))

@@ -1,4 +1,4 @@
-"""The mixture: which sources `--task-name` names with which weights, and which of them sample number n comes from.
+"""The mixture: the sources that `--task-name` names, their weights, and which of them sample number n comes from.
 
 Weights are shares of sequences, as in the original kit. Sources take turns by quota, not by chance: a cycle of slots is
 shared out in proportion to the weights and repeats for ever, so sample n's source, and how many samples that source
@@ -21,10 +21,9 @@ _STRIDE = 1 << 10
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One entry of `--task-name`: as it was written, its weight, and what it stands for.
+    """One entry of `--task-name`: name, weight, and data, which is either files of records or prefixes of token stores.
 
-    That is files of records, or token stores made before, by their prefixes: one of the two. `weighted`: the weight was
-    given.
+    `weighted`: the weight was given.
     """
 
     name: str
@@ -35,24 +34,24 @@ class TaskEntry:
 
 
 def parse(value: str, *, cache_dir: Path, flag: str = "--task-name") -> list[TaskEntry]:
-    """The parts of `name[:weight],name[:weight]`; what a name may be is in `data.names`.
+    """Return the entries of `name[:weight],name[:weight]`; for names see `data.task_names`.
 
-    What lies elsewhere is fetched into `cache_dir`. UserError, naming `flag`, for a bad weight, for a name that stands
-    for nothing, and when fetching fails.
+    Remote data is fetched into `cache_dir`. UserError, naming `flag`, for a bad weight, for a name without data, and
+    when fetching fails.
     """
     try:
-        parts = [_part(entry, cache_dir) for entry in _entries(value)]
+        entries = [_parse_entry(entry, cache_dir) for entry in _split_entries(value)]
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
-    except OSError as error:  # a name too long for a file's, or a folder that may not be looked into
+    except OSError as error:  # a name too long for a file, or a folder that may not be read
         raise UserError(f"{flag}: {error.filename}: {error.strerror or error}") from error
-    if not parts:
+    if not entries:
         raise UserError(f"{flag} names no data: expected name[:weight],name[:weight]")
-    return parts
+    return entries
 
 
-def _entries(value: str) -> list[str]:
-    """The entries between commas, of which the name of a file may hold some, too."""
+def _split_entries(value: str) -> list[str]:
+    """Split at commas, but not at those in the name of a file."""
     pieces, entries = value.split(","), []
     while pieces:
         lengths = range(len(pieces), 1, -1) if not _is_here(pieces[0].strip()) else ()
@@ -63,18 +62,18 @@ def _entries(value: str) -> list[str]:
 
 
 def _is_here(entry: str) -> bool:
-    """Whether an entry, or what is left of it without a weight, is the name of a file of this machine."""
+    """Return whether an entry, with or without its weight, is the name of a file on this machine."""
     name, _, weight = entry.rpartition(":")
     return task_names.is_path(entry) or (_number(weight) is not None and task_names.is_path(name))
 
 
-def _part(entry: str, cache_dir: Path) -> TaskEntry:
-    # A path may itself hold colons, so what is there as it stands is a path and nothing else.
+def _parse_entry(entry: str, cache_dir: Path) -> TaskEntry:
+    # A path may itself hold colons, so an entry that is a file's name has no weight.
     if found := task_names.find_local(entry):
         return TaskEntry(entry, 1.0, found.files, found.stores)
     head, _, text = entry.rpartition(":")
     name, weight = head.strip(), _number(text)
-    # The colon may also be the one of an address, or of a name with none behind it.
+    # The colon may also belong to an address, or to a name without a weight.
     weighted = bool(name) and (
         weight is not None or (not task_names.is_address(entry) and task_names.find_local(name) is not None)
     )
@@ -97,7 +96,7 @@ def _number(text: str) -> float | None:
 
 
 def apportion(weights: Sequence[float], slots: int) -> list[int]:
-    """`slots` shared out in proportion to positive weights by largest remainder, at least one to each."""
+    """Share out `slots` in proportion to positive weights by largest remainder, at least one to each."""
     assert weights
     assert all(weight > 0 for weight in weights), weights
     if len(weights) > slots:
@@ -105,7 +104,7 @@ def apportion(weights: Sequence[float], slots: int) -> list[int]:
     total = math.fsum(weights)
     exact = [weight / total * slots for weight in weights]
     quotas = [max(1, math.floor(share)) for share in exact]
-    # Slots still to give go where most is missing; those lent to tiny weights come back from where it matters least.
+    # Remaining slots go where most is missing; slots lent to tiny weights come back from where it matters least.
     while (rest := slots - sum(quotas)) != 0:
         if rest > 0:
             quotas[max(range(len(quotas)), key=lambda i: (exact[i] - quotas[i], -i))] += 1
@@ -116,7 +115,7 @@ def apportion(weights: Sequence[float], slots: int) -> list[int]:
 
 
 class Interleaving:
-    """Sample number n -> (source, how many samples that source gave before n), by arithmetic, for ever.
+    """Sample number n -> (source, how many samples that source gave before n), by arithmetic, without end.
 
     Within the cycle each source's turns are spread evenly, with a seeded jitter, so that a short run, too, meets the
     sources in about their proportions.
@@ -129,18 +128,18 @@ class Interleaving:
         keys = [(np.arange(quota) + generator.random_sample(quota)) / quota for quota in self.quotas]
         sources = np.repeat(np.arange(len(quotas), dtype=np.min_scalar_type(len(quotas))), self.quotas)
         self._source = sources[np.argsort(np.concatenate(keys), kind="stable")]
-        # How many samples each source has given before every so many slots; those between are counted when asked for.
+        # Samples that each source has given before every _STRIDE-th slot; those between are counted on demand.
         starts = range(0, self._cycle, _STRIDE)
         counts = [np.bincount(self._source[start : start + _STRIDE], minlength=len(quotas)) for start in starts]
         self._before = np.cumsum([np.zeros(len(quotas), np.int64), *counts], axis=0)
 
     @classmethod
     def by_weight(cls, weights: Sequence[float], *, seed: int) -> "Interleaving":
-        """Sources in proportion to weights, over a cycle of 16,384 slots."""
+        """Interleave sources in proportion to weights, over a cycle of 16,384 slots."""
         return cls(apportion(weights, CYCLE), seed=seed)
 
     def locate(self, n: int) -> tuple[int, int]:
-        """The source of sample n, and n's number among that source's samples."""
+        """Return the source of sample n, and n's number among that source's samples."""
         cycle, slot = divmod(n, self._cycle)
         source = int(self._source[slot])
         group = slot // _STRIDE
@@ -148,7 +147,7 @@ class Interleaving:
         return source, cycle * self.quotas[source] + int(self._before[group][source]) + int(given)
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first `samples` samples are of each source."""
+        """Return how many of the first `samples` samples are of each source."""
         cycles, slots = divmod(samples, self._cycle)
         rest = np.bincount(self._source[:slots], minlength=len(self.quotas))
         return [cycles * quota + int(count) for quota, count in zip(self.quotas, rest, strict=True)]

@@ -106,7 +106,7 @@ def explain_missing(name: str) -> str:
 
 
 def _match(pattern: str) -> DataFiles | None:
-    """Return the matches of a glob, sorted: files of records and saved data sets, or token stores, of several files each.
+    """Return the matches of a glob, sorted: files of records and saved data sets, or token stores (several files each).
 
     UserError where it matches anything else besides: nobody would notice that it is left out.
     """

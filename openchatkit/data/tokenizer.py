@@ -1,8 +1,8 @@
-"""A tokenizer as training uses it: text in, ids out, and nothing that a text spells is more than text.
+"""A tokenizer as training uses it: text in, ids out, and special tokens in a text are only characters.
 
 It is loaded as transformers loads it for the finished model, from a folder, without remote code. Truncation and padding
 that a `tokenizer.json` may ask for are off, nothing is put around a text, and special tokens are encoded as the
-characters they are written with: end-of-text is what the tokeniser appends, never what a user typed.
+characters they are written with: the tokeniser appends end-of-text, and no user can type it.
 """
 
 import functools
@@ -17,12 +17,12 @@ from tokenizers import Tokenizer as Backend
 from openchatkit.errors import UserError
 from openchatkit.formats.tokenizer_files import has_tokenizer
 
-# Texts -> the ids of each by itself.
+# Texts -> the ids of each, tokenised by itself.
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Tokenizer:
-    """`vocab_size` is one more than the largest id, `digest` a name for everything that decides a text's ids.
+    """`vocab_size` is one more than the largest id; `digest` is a hash of everything that decides a text's ids.
 
     `end_of_text` and `padding` are ids, `end_of_text_token` is how the first is written; a tokenizer without a padding
     token pads with end-of-text. `chat_template` is the model's own, in Jinja, if it has one.
@@ -36,7 +36,7 @@ class Tokenizer:
                 f"the tokenizer in {folder} is a {type(loaded).__name__}, which has no tokenizer.json: "
                 "expected one of the tokenizers library, a byte-level BPE tokenizer for example"
             )
-        self._backend = _plain(backend)
+        self._backend = _make_plain(backend)
         self._loaded = loaded
         self.chat_template: str | dict[str, str] | None = loaded.chat_template
         self._special = {
@@ -61,7 +61,7 @@ class Tokenizer:
 
     @property
     def serialised(self) -> str:
-        """What `encoder` needs, in another process, to give the same ids."""
+        """The tokenizer as a string, from which `encoder` makes the same one in another process."""
         return self._backend.to_str()
 
     @functools.cached_property
@@ -73,18 +73,18 @@ class Tokenizer:
 
     @functools.cached_property
     def used_size(self) -> int:
-        """One more than the largest id that a prompt can hold: special tokens that nothing writes, [PAD] say, aside."""
+        """One more than the largest id in any prompt, without special tokens such as [PAD] that nothing writes."""
         template = str(self.chat_template or "")
         written = {self.end_of_text, self._loaded.bos_token_id, *self.prefix}
         unused = {id for name, (id, _) in self._special.items() if id not in written and name not in template}
         return max(id for id in self._backend.get_vocab(with_added_tokens=True).values() if id not in unused) + 1
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text by itself; the texts are spread over the machine's cores with the GIL released."""
+        """Return the ids of each text by itself; the texts are spread over all cores with the GIL released."""
         return _encode(self._backend, texts)
 
     def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
-        """Ids of a text in pieces, each with whether the special tokens that it spells are meant.
+        """Return the ids of a text in pieces, each with whether the special tokens that it spells are meant.
 
         Where they are not, they are characters, as in `encode`. Text is tokenised across the borders of pieces, so the
         ids are those of the whole text wherever no piece spells a special token that is not meant.
@@ -100,7 +100,7 @@ class Tokenizer:
         return [id for run in runs for id in (next(encoded) if isinstance(run, str) else [run])]
 
     def split_special(self, text: str) -> list[str | int]:
-        """`text` cut at the special tokens that it spells: their ids, and the texts between them."""
+        """Cut `text` at the special tokens that it spells; return their ids, and the texts between them."""
         parts: list[str | int] = list(self._borders.split(text)) if self._special else [text]
         for place in range(1, len(parts), 2):
             parts[place], token = self._special[parts[place]]
@@ -110,21 +110,21 @@ class Tokenizer:
         return [part for part in parts if part != ""]
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
-        """The text that the model's own template makes of messages; jinja2's errors where it fails or refuses them."""
+        """Render messages by the model's own template; raise jinja2's errors where it fails or refuses them."""
         return self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
-        """The text that these ids stand for; `special` tokens are spelled out, or left out."""
+        """Return the text of these ids, with or without `special` tokens."""
         return self._backend.decode(ids, skip_special_tokens=not special)
 
 
 def encoder(serialised: str) -> Encode:
-    """`Tokenizer.encode` of a serialised tokenizer; needs neither torch nor transformers."""
-    return functools.partial(_encode, _plain(Backend.from_str(serialised)))
+    """Return `Tokenizer.encode` of a serialised tokenizer; this needs neither torch nor transformers."""
+    return functools.partial(_encode, _make_plain(Backend.from_str(serialised)))
 
 
-def _plain(backend: Backend) -> Backend:
-    """Nothing cut off, nothing put around a text, and special tokens taken for the characters they are written with."""
+def _make_plain(backend: Backend) -> Backend:
+    """Turn off truncation and padding, and make special tokens in a text ordinary characters."""
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -139,7 +139,7 @@ def _load(folder: Path) -> object:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: expected one that holds a tokenizer (tokenizer.json)")
+        raise UserError(f"{folder} is not a folder: expected one that holds a tokenizer (tokenizer.json)")
     if not has_tokenizer(folder):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder} holds no tokenizer: expected tokenizer.json there, found {found}")

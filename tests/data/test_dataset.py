@@ -170,10 +170,12 @@ def test_whole_documents_share_rows(build: object, tokenizer: Tokenizer, tmp_pat
     (packed,) = data.packed
     assert data.epoch_samples == packed.samples
     batch = data.batch(0, 2 * packed.samples)
-    assert batch.starts.dtype == torch.int64
-    assert batch.starts.shape == batch.tokens.shape
+    assert batch.document_starts.dtype == torch.int64
+    assert batch.document_starts.shape == batch.tokens.shape
     found = []
-    for tokens, labels, starts in zip(batch.tokens.tolist(), batch.labels.tolist(), batch.starts.tolist(), strict=True):
+    for tokens, labels, starts in zip(
+        batch.tokens.tolist(), batch.labels.tolist(), batch.document_starts.tolist(), strict=True
+    ):
         bounds = [t for t in range(len(tokens)) if starts[t] == t]
         for begin, end in itertools.pairwise([*bounds, len(tokens)]):
             if tokens[begin] == tokenizer.padding:
@@ -214,8 +216,10 @@ def test_any_order_of_access_gives_the_same_samples(build: object, tmp_path: Pat
         part = other.batch(start, count)
         assert torch.equal(part.tokens, tokens[start : start + count])
         assert torch.equal(part.labels, labels[start : start + count])
-        assert (part.starts is None) == (packing != "documents")
-        assert part.starts is None or torch.equal(part.starts, batch.starts[start : start + count])
+        assert (part.document_starts is None) == (packing != "documents")
+        assert part.document_starts is None or torch.equal(
+            part.document_starts, batch.document_starts[start : start + count]
+        )
         assert torch.equal(part.sources, batch.sources[start : start + count])
     for n in generator.sample(range(600), 50):
         assert torch.equal(sample(other, n)[0], tokens[n])
@@ -340,10 +344,10 @@ def test_nothing_to_train_on(build: object, tmp_path: Path) -> None:
     build(str(tmp_path / "a.jsonl"), seq_length=20)
 
 
-def test_replies_behind_the_cut(build: object, tmp_path: Path) -> None:
+def test_replies_after_the_cut(build: object, tmp_path: Path) -> None:
     text = chat.render_text([Turn("human", "on " * 60), Turn("bot", "yes")])
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
-    with pytest.raises(UserError, match=r"a\.jsonl: all replies lie behind the first 20 tokens"):
+    with pytest.raises(UserError, match=r"a\.jsonl: all replies lie after the first 20 tokens"):
         build(str(tmp_path / "a.jsonl"), packing="none", loss_on="responses", seq_length=20)
     build(str(tmp_path / "a.jsonl"), packing="none", loss_on="all", seq_length=20)
     build(str(tmp_path / "a.jsonl"), packing="none", loss_on="responses", seq_length=200)
@@ -371,7 +375,7 @@ def test_memory_does_not_grow_with_epochs(build: object, tmp_path: Path) -> None
 
 
 def test_the_order_is_for_ever(build: object, tmp_path: Path) -> None:
-    """A checkpoint stores a sample number: the samples behind it must not change with numpy or with us."""
+    """A checkpoint stores a sample number: the samples after it must not change with numpy or with our code."""
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(10)))
     source = build(str(tmp_path / "a.jsonl"), packing="none", seed=7).sources[0]
     assert [source.order(epoch).tolist() for epoch in range(2)] == [
@@ -395,7 +399,7 @@ def test_a_store_made_elsewhere(build: object, tokenizer: Tokenizer, tmp_path: P
     expected, batch = records.batch(0, 100), data.batch(0, 100)
     assert torch.equal(batch.tokens, expected.tokens)
     assert torch.equal(batch.labels, expected.labels)
-    assert packing != "documents" or torch.equal(batch.starts, expected.starts)
+    assert packing != "documents" or torch.equal(batch.document_starts, expected.document_starts)
     assert data.fingerprint != records.fingerprint
     with pytest.raises(UserError, match=r"made has no loss mask \(.*made\.mask\.bin\)"):
         build(str(tmp_path / "made"), packing=packing, loss_on="responses")

@@ -1,4 +1,4 @@
-"""One record -> the segments of its document, or why there is none.
+"""One record -> the segments of its document, or the reason why it cannot be used.
 
 Three forms. {"text": "<human>: ...\n<bot>: ..."}. {"messages": [{"role": ..., "content": ...}]} with the roles system
 (before all others), user and assistant; a user's message may have "passages", a list of strings; an assistant's with
@@ -21,7 +21,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat, moderation
 
 _ROLES = {"user": "human", "assistant": "bot"}
-# What other kits and services keep in a message beside its content.
+# Keys that other kits and services have in a message beside its content.
 _MESSAGE_CARRIERS = (
     *("tool_calls", "tool_call_id", "function_call", "refusal", "reasoning", "reasoning_content", "thinking", "parts"),
     *("images", "image", "image_url", "audio", "video", "videos", "files", "file", "attachments", "documents"),
@@ -29,26 +29,26 @@ _MESSAGE_CARRIERS = (
 
 
 class BadRowError(ValueError):
-    """A row that is no record; the message is the reason, without file and line."""
+    """A row that cannot be used; the message is the reason, without file and line."""
 
 
 def decode(data: bytes) -> list[chat.Segment]:
-    """The segments of one record, given as JSON; BadRowError where it cannot be used."""
+    """Return the segments of one record, given as JSON; BadRowError where it cannot be used."""
     return segments(read_object(data))
 
 
 def segments(record: dict[str, object]) -> list[chat.Segment]:
-    """The segments of one record; BadRowError where it cannot be used."""
+    """Return the segments of one record; BadRowError where it cannot be used."""
     text, messages = record.get("text"), record.get("messages")
-    if _says_something(text) and _says_something(messages):
+    if _holds_something(text) and _holds_something(messages):
         raise BadRowError("the record has both 'text' and 'messages': which of them is meant?")
-    if messages is not None and not _says_something(text):
+    if messages is not None and not _holds_something(text):
         _refuse(record, CARRIERS, "the record")
-        return _chat(messages)
+        return _parse_chat(messages)
     if record.get("safety_label") is not None:
-        return _labelled(record)
+        return _parse_labelled(record)
     if "text" in record:
-        return _text(usable_string(text, "'text'"))
+        return _parse_text(usable_string(text, "'text'"))
     if "messages" in record:
         raise BadRowError("expected 'messages' to be a list, found null")
     found = ", ".join(repr(key) for key in list(record)[:5]) or "none"
@@ -56,7 +56,7 @@ def segments(record: dict[str, object]) -> list[chat.Segment]:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """The documents of a file as text, in order; UserError at the first row that cannot be used."""
+    """Yield the documents of a file as text, in order; UserError at the first row that cannot be used."""
     with Records(path) as records:
         for row in records.rows():
             try:
@@ -69,7 +69,7 @@ def texts(path: Path) -> Iterator[str]:
 
 
 def read_object(data: bytes) -> dict[str, object]:
-    """The JSON object of a row, whatever its keys; BadRowError where there is none."""
+    """Return the JSON object of a row, with any keys; BadRowError where it is not one."""
     try:
         record = json.loads(data.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -83,7 +83,7 @@ def read_object(data: bytes) -> dict[str, object]:
     return record
 
 
-def _text(text: str) -> list[chat.Segment]:
+def _parse_text(text: str) -> list[chat.Segment]:
     try:
         exchanges = moderation.parse(text)
     except ValueError as error:
@@ -91,7 +91,7 @@ def _text(text: str) -> list[chat.Segment]:
     return chat.parse(text) if exchanges is None else moderation.record(exchanges)
 
 
-def _labelled(record: dict[str, object]) -> list[chat.Segment]:
+def _parse_labelled(record: dict[str, object]) -> list[chat.Segment]:
     keys = [key for key in ("context", "text") if record.get(key) is not None]
     if len(keys) != 1:
         found = "both" if keys else "neither"
@@ -106,19 +106,19 @@ def _labelled(record: dict[str, object]) -> list[chat.Segment]:
     return moderation.record([(text, known)])
 
 
-def _says_something(value: object) -> bool:
-    """Whether a key's value holds anything: tables have empty ones in every row that has no such key."""
+def _holds_something(value: object) -> bool:
+    """Return whether a value holds anything: tables have empty ones in every row without such a key."""
     return value is not None and value is not False and value not in ("", [], {})
 
 
 def _refuse(mapping: dict[str, object], keys: Collection[str], what: str) -> None:
-    """BadRowError where `mapping` has something under one of `keys`, which nothing would be made of."""
+    """Raise BadRowError where `mapping` has something under one of `keys`, which would be lost."""
     for key, value in mapping.items():
-        if key in keys and _says_something(value):
+        if key in keys and _holds_something(value):
             raise BadRowError(f"{what} has '{key}', which the kit's form of a chat has no place for")
 
 
-def _chat(messages: object) -> list[chat.Segment]:
+def _parse_chat(messages: object) -> list[chat.Segment]:
     if not isinstance(messages, list):
         raise BadRowError(f"expected 'messages' to be a list, found {_kind(messages)}")
     system: list[str] = []
@@ -132,7 +132,7 @@ def _chat(messages: object) -> list[chat.Segment]:
         if role == "system":
             if turns:
                 raise BadRowError(f"message {number} is the system's: expected it before all others")
-            # An empty one is how many data sets say that there is none.
+            # In many data sets an empty one means that there is none.
             empty = isinstance(content, str) and not content.strip()
             system += [] if empty else [usable_string(content, f"the content of message {number}")]
         elif isinstance(role, str) and role in _ROLES:
@@ -147,8 +147,8 @@ def _chat(messages: object) -> list[chat.Segment]:
 
 
 def _passages(passages: object, role: object, number: int) -> tuple[str, ...]:
-    """The retrieved texts of a user's message; those of its last question are what a chat shows the model."""
-    if not _says_something(passages):
+    """Return the retrieved texts of a user's message; a chat shows the model those of its last question."""
+    if not _holds_something(passages):
         return ()
     if role != "user":
         raise BadRowError(f"message {number} has passages: only a user's can")
@@ -158,7 +158,7 @@ def _passages(passages: object, role: object, number: int) -> tuple[str, ...]:
 
 
 def _trained(message: dict[str, object], number: int) -> bool:
-    """Whether a message counts in the loss on responses: OpenAI's `weight`, or `train` as other kits have it."""
+    """Return whether a message counts in the loss on responses: OpenAI's `weight`, or `train` in other kits."""
     weight = message.get("weight", message.get("train"))
     if weight is None:
         return True
@@ -168,7 +168,7 @@ def _trained(message: dict[str, object], number: int) -> bool:
 
 
 def usable_string(value: object, what: str) -> str:
-    """`value`, if it is a string that a document may be made of; else BadRowError about `what`."""
+    """Return `value` if it is a string that a document may be made of; else raise BadRowError about `what`."""
     if not isinstance(value, str):
         raise BadRowError(f"expected {what} to be a string, found {_kind(value)}")
     if not value.strip():

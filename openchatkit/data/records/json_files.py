@@ -30,17 +30,17 @@ _PIECE = 1 << 11  # bytes of a line too long that are read at a time
 
 
 class BrokenJSONError(ValueError):
-    """An array that ends before its end, or is none."""
+    """Text that is no JSON array, or only the beginning of one."""
 
 
 def form_of(name: str) -> tuple[str, str] | None:
-    """Return what a file's name says, in whatever case: (kind, packing); None for a name of another kind of file."""
+    """Return (kind, packing) by a file's name, in any case; None for another kind of file."""
     forms = ((kind, packing) for kind in _KINDS for packing in _PACKINGS)
     return next((form for form in forms if name.lower().endswith("".join(form))), None)
 
 
 class JsonFile:
-    """The rows of an open file, blank lines aside; its name says what it holds, `size` is in bytes.
+    """The rows of an open file, without blank lines. Its name tells the kind and the packing; `size` is in bytes.
 
     Reading may raise any of `BROKEN_STREAM`, or BrokenJSONError.
     """
@@ -63,7 +63,7 @@ class JsonFile:
         place = start.end if plain else 0
         if self._file.tell() != place:  # a member of an archive stands at its start and can go nowhere
             self._file.seek(place)
-        stream = _decompressed(self._file, self._packing)
+        stream = _decompress(self._file, self._packing)
         if self._kind == _ARRAY and not place and _holds_array(stream):
             yield from _elements(stream, start)
         else:
@@ -84,18 +84,18 @@ def _lines(stream: BinaryIO, start: Mark, *, plain: bool) -> Iterator[RawRow]:
 
 
 def _holds_array(stream: BinaryIO) -> bool:
-    """Whether what follows white space, however much of it is looked at, is an array's bracket; nothing is read."""
+    """Return whether an array's bracket follows the white space at hand; nothing is consumed."""
     return stream.peek(1 << 10).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
 def _elements(stream: BinaryIO, start: Mark) -> Iterator[RawRow]:
-    """The elements of an array as they are written, as lines would have them."""
+    """Yield the elements of an array as they are written, as if each were a line."""
     text, number = _ArrayText(stream), 0
     if text.take() != "[":
         raise BrokenJSONError("expected an array")
     following = text.take() if text.peek() == "]" else ","
     while following == ",":
-        data, number = text.element().encode(), number + 1
+        data, number = text.take_element().encode(), number + 1
         if number > start.number:
             fits = len(data) <= ROW_LIMIT
             yield RawRow(number, data if fits else b"", Mark(number), "" if fits else TOO_LONG)
@@ -105,7 +105,7 @@ def _elements(stream: BinaryIO, start: Mark) -> Iterator[RawRow]:
 
 
 class _ArrayText:
-    """The text of an array, of which no more is held than an element and a piece behind it."""
+    """The text of an array, of which only an element and a piece after it are in memory."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -113,20 +113,20 @@ class _ArrayText:
         self._text, self._at = "", 0
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """Return the next character that is not white space; "" at the end."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()
             if self._at < len(self._text) or not self._grow():
                 return self._text[self._at : self._at + 1]
 
     def take(self) -> str:
-        """`peek`, and go on behind it."""
+        """Return what `peek` does, and consume it."""
         character = self.peek()
         self._at += len(character)
         return character
 
-    def element(self) -> str:
-        """The next value, as it is written."""
+    def take_element(self) -> str:
+        """Consume and return the next value, as it is written."""
         self.peek()
         while True:
             try:
@@ -140,7 +140,7 @@ class _ArrayText:
         return element
 
     def _grow(self) -> bool:
-        """Hold as much again as is held; False at the end of the file."""
+        """Read on until twice as much is held; return False at the end of the file."""
         data = self._stream.read(max(_CHUNK, len(self._text) - self._at))
         try:
             more = self._decoder.decode(data, final=not data)
@@ -151,7 +151,7 @@ class _ArrayText:
 
 
 def _skip(stream: BinaryIO, line: bytes) -> int:
-    """Read on to the end of the line that begins so, and hold none of it; returns how many bytes that were."""
+    """Read to the end of the line that begins with `line`, keeping nothing; return the number of bytes read."""
     size = 0
     while line and not line.endswith(b"\n"):
         line = stream.readline(_PIECE)
@@ -159,7 +159,7 @@ def _skip(stream: BinaryIO, line: bytes) -> int:
     return size
 
 
-def _decompressed(file: BinaryIO, packing: str) -> BinaryIO:
+def _decompress(file: BinaryIO, packing: str) -> BinaryIO:
     if packing == ".zst":
         return io.BufferedReader(ZstandardStream(file), 1 << 17)
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

@@ -1,13 +1,13 @@
-"""A row: one record of a file as it is read, whatever the kind of file, and the place behind it."""
+"""A raw row: one record of a file as it was read, the same for every kind of file, and the position after it."""
 
 from typing import NamedTuple
 
-ROW_LIMIT = 16 << 20  # bytes: 100 times the longest chat there is
+ROW_LIMIT = 16 << 20  # bytes: 100 times the longest chat known
 TOO_LONG = f"longer than {ROW_LIMIT >> 20} MiB"
 
 
 class Mark(NamedTuple):
-    """A place between rows: the number of the last one before it and, in a plain file, its end in bytes (else 0)."""
+    """A position between rows: the number of the row before it and, in a plain file, its end in bytes (else 0)."""
 
     number: int = 0
     end: int = 0
@@ -17,9 +17,9 @@ START = Mark()
 
 
 class RawRow(NamedTuple):
-    """A record: its line, or its row in a table, counted from 1; its JSON; and the place behind it.
+    """A record: the number of its line or of its row in a table, from 1; its JSON; and the position after it.
 
-    Where `error` says why it is none, `data` is empty.
+    `error` is the reason why it could not be read; `data` is empty then.
     """
 
     number: int

@@ -1,8 +1,8 @@
 """Records: the raw rows of a file, one by one, each with its number, from the start or from where reading stopped.
 
-A file is JSON, a row a line or one array, plain or compressed (`lines`), parquet, or a folder written by `save_to_disk`
-of `datasets` (`tables`). Rows of tables and arrays become JSON, so that one decoder (`document`) serves all. Blank
-lines are no records. A file that was cut short never passes for a shorter one, and a line too long to be a document
+A file is JSON, a row a line or one array, plain or compressed (`json_files`), parquet, or a folder written by
+`save_to_disk` of `datasets` (`tables`). Rows of tables and arrays become JSON, so that one decoder (`document`) serves
+all. Blank lines are no records. A truncated file never passes for a shorter one, and a line too long to be a document
 never fills the memory.
 """
 
@@ -20,12 +20,12 @@ ENDINGS = f"{json_files.ENDINGS}, {tables.PARQUET}"
 
 
 def is_readable(name: str) -> bool:
-    """Return whether a file's name says that it holds records, in whatever case."""
+    """Return whether a file's name, in any case, is one of a file of records."""
     return name.lower().endswith(RECORD_SUFFIXES)
 
 
 def files(source: Path) -> list[Path]:
-    """The files that hold a source's rows: itself, or those of a saved data set, in the order of their names."""
+    """Return the files that hold a source's rows: itself, or those of a saved data set, sorted by name."""
     if not source.is_dir():
         return [source]
     # `datasets` keeps the results of other people's `map` in the same folder.
@@ -37,25 +37,25 @@ Stamps = list[tuple[str, storage.Stamp]]
 
 
 def stamps(source: Path) -> Stamps:
-    """Return the name and the stamp of each of a source's files: what tells that it has been changed."""
+    """Return the name and the stamp of each of a source's files; a changed source has others."""
     return [(str(path.relative_to(source)), storage.stamp(path)) for path in files(source)]
 
 
-def unchanged(source: Path, before: Stamps) -> bool:
-    """Whether a source is there as it was when it had this stamp."""
+def is_unchanged(source: Path, before: Stamps) -> bool:
+    """Return whether a source still has these stamps."""
     try:
         return stamps(source) == before
     except OSError:
         return False
 
 
-COLUMNS = ("text", "messages")  # what `document` makes a document of
+COLUMNS = ("text", "messages")  # a document is made of one of these
 
 
 class Records:
-    """A context manager: it holds the file open. `size` and `position` count bytes of the file, for a progress bar.
+    """A context manager that holds a file of records open. `size` and `position` are in bytes, for a progress bar.
 
-    Of a table only `columns` are read. `source`, if given, are the lines of a file that is open already.
+    Only `columns` of a table are read. `source`, if given, is the file, opened already.
     """
 
     def __init__(
@@ -73,21 +73,21 @@ class Records:
         return self._source.position
 
     def rows(self, start: Mark = START) -> Iterator[RawRow]:
-        """The rows behind `start`. UserError: no rows, or data cut short or damaged, with how far they were read."""
+        """Yield the rows after `start`. UserError: no rows, or truncated or damaged data, with the last row read."""
         number = start.number
         try:
             for row in self._source.read(start):
                 number = row.number
                 yield row
         except json_files.BrokenJSONError as error:
-            raise UserError(f"{self.path}: not JSON behind row {number} ({error}): mend or fetch it again") from error
+            raise UserError(f"{self.path}: not JSON after row {number} ({error}): mend or fetch it again") from error
         except json_files.BROKEN_STREAM as error:
             raise UserError(
-                f"{self.path}: the compressed data is cut short or damaged behind line {number} ({error}): "
+                f"{self.path}: the compressed data is cut short or damaged after line {number} ({error}): "
                 "fetch or compress the file again"
             ) from error
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read behind row {number}: {error.strerror or error}") from error
+            raise UserError(f"{self.path} cannot be read after row {number}: {error.strerror or error}") from error
         if not number:
             raise UserError(f'{self.path} holds no records: expected rows such as {{"text": "..."}}')
 

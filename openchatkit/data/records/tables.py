@@ -1,7 +1,7 @@
 """Tables as rows of JSON: parquet files, and folders written by `save_to_disk` of `datasets`.
 
-Only the columns a record may have are read, a few hundred rows at a time. Which rows are records is
-`document`'s to say; `data.records` is the face of this module.
+Only the columns a record may have are read, a few hundred rows at a time. `data.records.document` decides which rows
+are records; `data.records.reader` is how other modules use this one.
 """
 
 import json
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 PARQUET = ".parquet"
 _BATCH = 256  # rows
 _NO_UTF8 = "its text is not UTF-8"
-_LABELLED, _LABEL = "context", "safety_label"  # columns of texts for a moderation model; the first is nothing alone
-# What other kits keep beside the messages of a chat; `document` refuses a row that has something there.
+_LABELLED, _LABEL = "context", "safety_label"  # columns of texts for a moderation model; the first alone is not enough
+# Columns that other kits have beside the messages of a chat; `document` refuses a row that has something there.
 CARRIERS = ("tools", "functions", "system", "documents", "images", "audio", "videos")
-_MARKS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk puts beside a data set, or several
+_MARKS = ("dataset_info.json", "dataset_dict.json")  # files that save_to_disk writes beside a data set, or several
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` has written this folder."""
+    """Return whether `save_to_disk` has written this folder."""
     return any((folder / name).is_file() for name in _MARKS)
 
 
 class Parquet:
-    """The rows of a parquet file; a row group that lies before the start is not read."""
+    """The rows of a parquet file; row groups before the start are skipped."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         import pyarrow as pa
@@ -69,7 +69,7 @@ class Parquet:
                         yield RawRow(self._row, data, Mark(self._row), error)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{self._path}: cut short or damaged behind row {self._row} ({_line(error)}): fetch it again"
+                f"{self._path}: cut short or damaged after row {self._row} ({_line(error)}): fetch it again"
             ) from error
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class SavedDataset:
         self.size = sum(file.stat().st_size for file in path.rglob("*.arrow"))
         try:
             loaded = datasets.load_from_disk(str(path))
-        except Exception as error:  # whatever is missing or damaged comes through as it was met
+        except Exception as error:  # the library wraps no error of a missing or damaged file
             raise UserError(f"{path} cannot be loaded by datasets: {_line(error)}") from error
         if isinstance(loaded, datasets.DatasetDict):
             if "train" not in loaded:
@@ -111,12 +111,10 @@ class SavedDataset:
                     self._row += 1
                     yield RawRow(self._row, data, Mark(self._row), error)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{self._path} is damaged behind row {self._row} ({_line(error)}): save it again"
-            ) from error
+            raise UserError(f"{self._path} is damaged after row {self._row} ({_line(error)}): save it again") from error
 
     def close(self) -> None:
-        """Nothing: the map goes with the object."""
+        """Do nothing: the memory map is freed with the object."""
 
 
 def _columns(path: Path, names: list[str], wanted: Sequence[str]) -> list[str]:
@@ -132,7 +130,7 @@ def _columns(path: Path, names: list[str], wanted: Sequence[str]) -> list[str]:
 
 
 def _json(rows: "RecordBatch | Table") -> Iterator[tuple[bytes, str]]:
-    """Each row as JSON, or nothing and why there is none."""
+    """Yield each row as JSON, or b"" and the reason why it could not be read."""
     try:
         values = rows.to_pylist()
     except UnicodeDecodeError:
@@ -144,15 +142,15 @@ def _json(rows: "RecordBatch | Table") -> Iterator[tuple[bytes, str]]:
         return
     for value in values:
         try:
-            data = json.dumps(value, ensure_ascii=False, default=_spelt).encode()
+            data = json.dumps(value, ensure_ascii=False, default=_to_json).encode()
         except UnicodeDecodeError:
             yield b"", _NO_UTF8
             continue
         yield (data, "") if len(data) <= ROW_LIMIT else (b"", TOO_LONG)
 
 
-def _spelt(value: object) -> str:
-    """What JSON has no form for; bytes are text, which some writers do not mark as such."""
+def _to_json(value: object) -> str:
+    """Return a string for a value that JSON has no form for; bytes are text that its writer did not mark as such."""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 

@@ -1,9 +1,9 @@
 """Arrays that a source needs for an epoch: in memory while they are small, else in memory-mapped files.
 
-A file is a .npy array with the CRC-32 of its values behind it. It is built under a lock, in a temporary file that is
-renamed when it is whole, so of several processes one builds and the others wait; a damaged one is built anew. Whoever
-builds an epoch's arrays deletes those of epochs before the previous one. All of them can be made again from the data:
-the folder may be deleted whenever no run uses it.
+A file is a .npy array followed by the CRC-32 of its values. It is built under a lock, in a temporary file that is
+renamed when it is whole, so of several processes one builds and the others wait; a damaged one is built again. The
+process that builds an epoch's arrays deletes those of epochs before the previous one. All of them can be made again
+from the data: the folder may be deleted whenever no run uses it.
 """
 
 import io
@@ -19,9 +19,9 @@ from loguru import logger
 
 from openchatkit import storage
 
-IN_MEMORY = 1 << 20  # documents or rows up to which nothing is written
-CHUNK = 1 << 18  # how many of them are worked on at a time
-_LARGE = 1 << 24  # values whose making takes seconds, and is worth a line in the log
+IN_MEMORY = 1 << 20  # up to so many documents or rows, nothing is written
+CHUNK = 1 << 18  # how many of them are processed at a time
+_LARGE = 1 << 24  # so many values take seconds to make, so that is logged
 _EPOCH = re.compile(r"-epoch-(\d+)\.npy$")
 
 
@@ -42,9 +42,9 @@ class Arrays:
         pieces: Iterable[np.ndarray],
         alter: Callable[[np.ndarray], None] | None = None,
     ) -> np.ndarray:
-        """The array `name` [length] of an epoch, or of all: `pieces` one after another, then changed in place.
+        """Return the array `name` [length] of an epoch, or of all: `pieces` in sequence, changed in place by `alter`.
 
-        Neither is asked for anything when the array is there already. `pieces` and `alter` must not call `make`.
+        Neither is used when the array exists already. `pieces` and `alter` must not call `make`.
         UserError: a full disk, a folder that cannot be written.
         """
         dtype = np.dtype(dtype)
@@ -72,14 +72,14 @@ class Arrays:
             if (array := file.open()) is not None:
                 return array
             if file.path.exists():
-                logger.warning("{} is damaged: building it anew", file.path)
+                logger.warning("{} is damaged: building it again", file.path)
             if file.length > _LARGE:
                 logger.info("building {}: {:,} numbers", file.path, file.length)
             self._folder.mkdir(parents=True, exist_ok=True)
             temporary = replace(file, path=file.path.with_name(f".{file.path.name}.tmp"))
             try:
                 temporary.write(pieces, alter)
-                # Mapped under its temporary name: from then on nobody's tidying can take it away.
+                # Mapped under its temporary name: from then on no other process can delete it by tidying.
                 array = temporary.open()
                 assert array is not None, temporary
                 storage.replace_file(temporary.path, file.path)
@@ -99,7 +99,7 @@ class _File:
     dtype: np.dtype
 
     def open(self) -> np.ndarray | None:
-        """The array, mapped; None when there is no file, or not this array whole."""
+        """Map the array; None when the file is missing, or does not hold exactly this array."""
         header = self._header()
         end = len(header) + self.length * self.dtype.itemsize
         try:
@@ -143,8 +143,8 @@ def _checksum(array: np.ndarray) -> bytes:
     return zlib.crc32(array.view(np.uint8)).to_bytes(4, "little")
 
 
-def _tidy(folder: Path, first_kept: int) -> None:
-    """Delete the arrays of epochs before `first_kept`; whoever still reads one keeps it until the map is closed."""
+def _tidy(folder: Path, oldest: int) -> None:
+    """Delete the arrays of epochs before `oldest`; a process that has one mapped keeps it until it is unmapped."""
     for path in folder.iterdir():
-        if (match := _EPOCH.search(path.name)) and int(match[1]) < first_kept:
+        if (match := _EPOCH.search(path.name)) and int(match[1]) < oldest:
             path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """Best-fit decreasing bin packing of very many items of few sizes.
 
-Items are taken largest first; each goes into the fullest row that still has room for it, or opens a row. Items of one
-size are alike, and so are rows with one space left, so the work is done on the histogram of sizes (as in Krell et al.,
-arXiv 2107.02027) and takes no longer for a billion items than for a thousand. The rows are those that placing item by
-item gives (as in Ding et al., arXiv 2404.10830, with the same bound on waste).
+Items are taken largest first; each goes into the fullest row that still has room for it, or opens a row. Items of the
+same size are alike, and so are rows with the same space left, so the work is done on the histogram of sizes (as in
+Krell et al., arXiv 2107.02027) and takes no longer for a billion items than for a thousand. The rows are those that
+placing item by item gives (as in Ding et al., arXiv 2404.10830, with the same bound on waste).
 """
 
 from bisect import bisect_left, insort
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# What a row holds, last placed first: (what it held before, size, how many of it), or None.
+# The content of a row, last placed first: (the content before, size, number of items), or None.
 _Pattern = tuple["_Pattern", int, int] | None
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Rows as patterns: what row number r holds is arithmetic.
+    """Rows as patterns, so that the content of row number r is arithmetic.
 
-    Pattern p makes rows rows_before[p] to rows_before[p + 1] - 1. Entries begins[p] to begins[p + 1] - 1 say what each
-    of them holds: counts[e] items of sizes[e], those of its first row from number firsts[e] on. All int64.
+    Pattern p makes rows rows_before[p] to rows_before[p + 1] - 1. Entries begins[p] to begins[p + 1] - 1 describe each
+    of them: counts[e] items of sizes[e], those of its first row from number firsts[e] on. All int64.
     """
 
     rows: int
@@ -32,7 +32,7 @@ class PackingPlan:
     firsts: np.ndarray
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sizes of a row's items, largest first, and each one's number among all items of its size."""
+        """Return the sizes of a row's items, largest first, and each one's number among all items of its size."""
         pattern = int(np.searchsorted(self.rows_before, number, side="right")) - 1
         entries = slice(int(self.begins[pattern]), int(self.begins[pattern + 1]))
         counts = self.counts[entries]
@@ -51,18 +51,18 @@ def best_fit_decreasing(histogram: Sequence[int]) -> PackingPlan:
         while left:
             space, count, pattern = rows.take(size) or (capacity, left, None)
             left -= rows.place(space, count, pattern, size, left)
-    return _plan(rows.all())
+    return _make_plan(rows.all())
 
 
 class _Rows:
-    """Rows with space left, by how much, as groups of (how many rows, what each holds)."""
+    """Rows by the space they have left, as groups of (number of rows, content of each)."""
 
     def __init__(self) -> None:
         self._spaces: list[int] = []  # that any row has, ascending
         self._groups: dict[int, list[tuple[int, _Pattern]]] = {}
 
     def take(self, size: int) -> tuple[int, int, _Pattern] | None:
-        """Take out a group of the fullest rows with room for `size`: their space, how many, what each holds."""
+        """Take out a group of the fullest rows with room for `size`: (their space, their number, content of each)."""
         at = bisect_left(self._spaces, size)
         if at == len(self._spaces):
             return None
@@ -74,7 +74,7 @@ class _Rows:
         return space, count, pattern
 
     def place(self, space: int, count: int, pattern: _Pattern, size: int, items: int) -> int:
-        """Put `items` of `size` into `count` rows, each filled before the next; the rows go back. How many went in."""
+        """Put `items` of `size` into `count` rows in turn, and the rows back; return how many were placed."""
         each = space // size  # a row that took one item and has room for another is still the fullest with room
         full, rest = divmod(min(items, count * each), each)
         self._put(space - each * size, full, (pattern, size, each))
@@ -85,7 +85,7 @@ class _Rows:
         return full * each + rest
 
     def all(self) -> list[tuple[int, _Pattern]]:
-        """All rows, the fullest first."""
+        """Return all rows, the fullest first."""
         return [group for space in self._spaces for group in self._groups[space]]
 
     def _put(self, space: int, count: int, pattern: _Pattern) -> None:
@@ -96,7 +96,7 @@ class _Rows:
             self._groups[space].append((count, pattern))
 
 
-def _plan(groups: list[tuple[int, _Pattern]]) -> PackingPlan:
+def _make_plan(groups: list[tuple[int, _Pattern]]) -> PackingPlan:
     rows_before, begins, sizes, counts, firsts = [0], [0], [], [], []
     used: dict[int, int] = {}
     for rows, pattern in groups:

@@ -1,15 +1,14 @@
-"""How documents become samples: rows of `seq_length` tokens and the labels to predict behind them.
+"""Documents -> samples: rows of `seq_length` tokens and the labels that follow them.
 
-What a sample holds is a pure function of (seed, source, its number). Each packing has
+The content of a sample is a pure function of (seed, source, its number). Each packing has
 
-    samples             how many there are in an epoch
-    tokens_per_sample   how many places of a row hold a token and no padding, on average
+    samples             samples in an epoch
+    tokens_per_sample   places of a row that hold a token and not padding, on average
     waste               the share of places that hold padding, 0 to 1
-    fill(sample, tokens, labels, starts)
+    fill(sample, tokens, labels, document_starts)
 
-`fill` writes a sample into rows of `seq_length`, int64: labels[t] is the token to predict behind tokens[t], or IGNORE
-where it is padding or not trained on, and starts[t], where `starts` is given, the place at which the document of token
-t begins.
+`fill` writes a sample into rows of `seq_length`, int64: labels[t] is the token that follows tokens[t], or IGNORE where
+it is padding or not trained on, and document_starts[t], if given, the place at which the document of token t begins.
 """
 
 import functools
@@ -26,25 +25,25 @@ from openchatkit.errors import UserError
 
 
 class Packed(Protocol):
-    """What every packing offers."""
+    """The interface of every packing."""
 
     samples: int
     tokens_per_sample: float
     waste: float
 
-    def fill(self, sample: int, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray | None) -> None:
+    def fill(self, sample: int, tokens: np.ndarray, labels: np.ndarray, document_starts: np.ndarray | None) -> None:
         """Write sample number `sample` of the source."""
 
 
 def pack(source: MixtureSource, seq_length: int, *, packing: str, padding: int) -> Packed:
-    """The samples of a source. UserError: a source too small, or one of which nothing would be trained on."""
+    """Return the samples of a source. UserError: a source too small, or without anything to train on."""
     if packing == "concat":
         return Concatenated(source, seq_length)
     return (WholeDocuments if packing == "documents" else OnePerRow)(source, seq_length, padding=padding)
 
 
 class Concatenated:
-    """Samples cut from all documents one after another, epoch behind epoch, at a stride of `seq_length`.
+    """Samples cut from all documents one after another, epoch after epoch, at a stride of `seq_length`.
 
     A window has `seq_length` + 1 tokens, of which the last is only predicted, so every token after the very first is
     predicted exactly once an epoch, those at the border of two epochs included.
@@ -54,7 +53,7 @@ class Concatenated:
         if source.tokens <= seq_length:
             raise UserError(
                 f"{source.name} holds {source.tokens} tokens, too few for one sequence of {seq_length} and the token "
-                "behind it: add data, pass a smaller --seq-length, or pass --packing none"
+                "after it: add data, pass a smaller --seq-length, or pass --packing none"
             )
         self.samples = -(-source.tokens // seq_length)
         self.tokens_per_sample = float(seq_length)
@@ -63,9 +62,11 @@ class Concatenated:
         self._seq_length = seq_length
         self._stream = functools.lru_cache(maxsize=2)(self._sums)
 
-    def fill(self, sample: int, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray | None = None) -> None:
-        """See the module; there are no documents of their own here, so `starts` is None."""
-        assert starts is None
+    def fill(
+        self, sample: int, tokens: np.ndarray, labels: np.ndarray, document_starts: np.ndarray | None = None
+    ) -> None:
+        """See the module; documents are not kept apart, so `document_starts` is None."""
+        assert document_starts is None
         epoch, position = divmod(sample * self._seq_length, self._source.tokens)
         window = np.empty(self._seq_length + 1, np.int64)
         mask = np.empty(self._seq_length + 1, bool)
@@ -108,11 +109,13 @@ class OnePerRow:
         self._padding = padding
         logger.info("{}: {:.1%} of its rows of {} tokens is padding", source.name, self.waste, seq_length)
         if cut:
-            self._explain(cut, seq_length)
+            self._report_cut(cut, seq_length)
 
-    def fill(self, sample: int, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray | None = None) -> None:
-        """See the module; a row holds a single document, so `starts` is None."""
-        assert starts is None
+    def fill(
+        self, sample: int, tokens: np.ndarray, labels: np.ndarray, document_starts: np.ndarray | None = None
+    ) -> None:
+        """See the module; a row holds a single document, so `document_starts` is None."""
+        assert document_starts is None
         epoch, number = divmod(sample, self.samples)
         documents = self._source.order(epoch)[number : number + 1]
         sizes = np.minimum(self._source.sizes(documents), len(tokens) + 1)
@@ -122,7 +125,7 @@ class OnePerRow:
         tokens[:] = row[:-1]
         labels[:] = np.where(mask[1:], row[1:], IGNORE)
 
-    def _explain(self, cut: int, seq_length: int) -> None:
+    def _report_cut(self, cut: int, seq_length: int) -> None:
         source = self._source
         logger.warning(
             "{}: {} of {} documents are longer than --seq-length {} and lose their ends",
@@ -133,13 +136,13 @@ class OnePerRow:
         )
         if not _trains_within(source, seq_length + 1):
             raise UserError(
-                f"{source.name}: all replies lie behind the first {seq_length} tokens of their documents, so "
+                f"{source.name}: all replies lie after the first {seq_length} tokens of their documents, so "
                 "nothing would be trained on: pass a larger --seq-length, or --packing concat"
             )
 
 
 def _trains_within(source: MixtureSource, size: int) -> bool:
-    """Whether any document has a token to train on among its first `size`, its very first aside."""
+    """Return whether any document has a token to train on among tokens 2 to `size`."""
     if not source.masked:
         return True
     each = max(1, (1 << 20) // size)
@@ -154,26 +157,26 @@ def _trains_within(source: MixtureSource, size: int) -> bool:
 
 
 class WholeDocuments:
-    """Whole documents packed into rows: best fit, the largest first in each row, none seeing another.
+    """Whole documents packed into rows by best fit, the largest first in each row, none attending to another.
 
     A document of s tokens takes s - 1 places: its last token is only predicted, never fed. One that needs more than a
-    row is cut into pieces of `seq_length` places and a rest, each piece's last label being the next one's first token,
+    row is cut into pieces of `seq_length` places and a rest; each piece's last label is the next one's first token,
     so every token but a document's first is predicted exactly once an epoch. Documents of fewer than two tokens have
-    nothing to predict and are left out.
+    nothing to predict and are excluded.
 
-    Which sizes share a row is planned once, on the histogram of sizes; which documents of these sizes, each epoch's
-    order decides, and in which order the rows come another one.
+    Which sizes share a row is planned once, on the histogram of sizes. Each epoch has an order that decides which
+    documents of these sizes those are, and another for the rows.
     """
 
     def __init__(self, source: MixtureSource, seq_length: int, *, padding: int) -> None:
-        rests = np.zeros(seq_length + 1, np.int64)  # how many documents have a rest of so many places
-        self._full = held = left_out = cut = 0
+        rests = np.zeros(seq_length + 1, np.int64)  # documents by the places of their rest
+        self._full = held = excluded = cut = 0
         for sizes in source.all_sizes():
             places = np.maximum(sizes - 1, 0)
             rests += np.bincount(places % seq_length, minlength=seq_length + 1)
             self._full += int((places // seq_length).sum())
             held += int(places.sum())
-            left_out += int((places == 0).sum())
+            excluded += int((places == 0).sum())
             cut += int((places > seq_length).sum())
         if not held:
             raise UserError(f"{source.name}: none of its {source.documents} documents has two tokens: add data")
@@ -187,15 +190,15 @@ class WholeDocuments:
         self._source = source
         self._seq_length = seq_length
         self._padding = padding
-        self._rows = functools.lru_cache(maxsize=2)(self._row_order)
-        self._grouped = functools.lru_cache(maxsize=2)(self._by_rest)
+        self._rows = functools.lru_cache(maxsize=2)(self._order_rows)
+        self._grouped = functools.lru_cache(maxsize=2)(self._group_by_rest)
         message = "{}: {} documents in {} rows of {} tokens, {:.2%} of which is padding; {} were cut"
-        logger.info(message, source.name, source.documents - left_out, self.samples, seq_length, self.waste, cut)
-        if left_out:
-            logger.warning("{}: {} documents have fewer than two tokens and are left out", source.name, left_out)
+        logger.info(message, source.name, source.documents - excluded, self.samples, seq_length, self.waste, cut)
+        if excluded:
+            logger.warning("{}: {} documents have fewer than two tokens and are left out", source.name, excluded)
 
-    def fill(self, sample: int, tokens: np.ndarray, labels: np.ndarray, starts: np.ndarray | None) -> None:
-        """See the module; a place that holds padding is a document of its own."""
+    def fill(self, sample: int, tokens: np.ndarray, labels: np.ndarray, document_starts: np.ndarray | None) -> None:
+        """See the module; each place of padding is a document of its own."""
         documents, begins, places = self._pieces(*divmod(sample, self.samples))
         ends = np.cumsum(places)
         size, number = int(ends[-1]), len(documents)
@@ -208,12 +211,12 @@ class WholeDocuments:
         labels[:size] = np.where(mask[1:][predicted], row[1:][predicted], IGNORE)
         tokens[size:] = self._padding
         labels[size:] = IGNORE
-        if starts is not None:
-            starts[:size] = np.repeat(ends - places, places)
-            starts[size:] = np.arange(size, len(starts))
+        if document_starts is not None:
+            document_starts[:size] = np.repeat(ends - places, places)
+            document_starts[size:] = np.arange(size, len(document_starts))
 
     def _pieces(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the epoch's row `number` holds: documents, the token of each to begin at, how many places of each."""
+        """Return the documents of the epoch's row `number`, the first token of each there, and its places."""
         row = int(self._rows(epoch)[number])
         if row < self._full:
             document, _, piece = self._whole_rows.span(row, 1)
@@ -224,19 +227,19 @@ class WholeDocuments:
 
     @functools.cached_property
     def _whole_rows(self) -> RunningSums:
-        """Where the rows lie that a document fills by itself, by documents' numbers."""
+        """The rows that a document fills alone, by documents' numbers."""
 
         def rows(low: int, high: int) -> np.ndarray:
             return np.maximum(self._source.sizes(np.arange(low, high)) - 1, 0) // self._seq_length
 
         return RunningSums(self._source.arrays, f"whole-{self._seq_length}", None, self._source.documents, rows)
 
-    def _row_order(self, epoch: int) -> np.ndarray:
-        seed = [*self._source.seed, epoch, 1]  # one number more than an order of documents
+    def _order_rows(self, epoch: int) -> np.ndarray:
+        seed = [*self._source.seed, epoch, 1]  # one number more than the seed of an order of documents
         return shuffled(self._source.arrays, f"rows-{self._seq_length}", epoch, self.samples, seed=seed)
 
-    def _by_rest(self, epoch: int) -> np.ndarray:
-        """The documents that have a rest, in groups of one size of it, each group in the epoch's order."""
+    def _group_by_rest(self, epoch: int) -> np.ndarray:
+        """Return the documents that have a rest, grouped by its size, each group in the epoch's order."""
         order, dtype = self._source.order(epoch), number_type(self._source.documents)
         small = np.min_scalar_type(self._seq_length)  # numbers of 16 bits are sorted several times as fast as of 64
 

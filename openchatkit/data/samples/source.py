@@ -1,7 +1,7 @@
 """One source of the mixture: the documents of one or several stores, as one sequence that every epoch reorders.
 
-What of a store is read, and which of its tokens are trained on, is decided here; how documents become samples is not
-(`data.samples.packing`).
+Owns which tokens of a store are trained on, and the checks of stores. `data.samples.packing` makes samples of
+documents.
 """
 
 import functools
@@ -19,7 +19,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats.chat import BOT
 from openchatkit.formats.token_store import EXCLUDED, TRAINED, TokenStore, bin_path, idx_path, mask_path
 
-_LOOKED_AT = 10_000  # documents of a store made elsewhere that are searched for replies, and tokens for their kind
+_LOOKED_AT = 10_000  # of a store made elsewhere: documents searched for replies, tokens looked at for their kind
 _CHARACTERS = 256
 
 
@@ -28,8 +28,8 @@ class Content:
     """A store and what is known of it.
 
     `identity` stands for its bytes in names of files and in fingerprints. `trained_tokens`, `excluded_tokens` and
-    `untrained` are what `StoreRecord` says, None where nobody has counted them: in a store made elsewhere, whose ids
-    are then checked against `vocab_size` as they are read.
+    `untrained` are as in `StoreRecord`, None where they are not known: in a store made elsewhere, whose ids are then
+    checked against `vocab_size` as they are read.
     """
 
     store: TokenStore
@@ -43,7 +43,7 @@ class Content:
 
 
 class MixtureSource:
-    """The documents of some stores, numbered through; number n of the mixture's sources shuffles apart from others.
+    """The documents of some stores, numbered through. Source `number` of the mixture shuffles by a seed of its own.
 
     `loss_on` "responses" trains on what the masks mark, "all" on every token but those that they exclude. `rows` are
     the records that were read, of which `quarantined` became no document. UserError: an index and tokens that do not
@@ -89,20 +89,20 @@ class MixtureSource:
 
     @functools.cached_property
     def trained_tokens(self) -> int:
-        """How many tokens are trained on, were every token predicted; masks made elsewhere are read for it once."""
+        """The number of tokens to train on if every token were predicted; masks made elsewhere are read for it once."""
         if self.masked:
             return sum(_count(content, content.trained_tokens, TRAINED) for content in self._contents)
         return self.tokens - sum(_count(content, content.excluded_tokens, EXCLUDED) for content in self._contents)
 
     def sizes(self, documents: np.ndarray) -> np.ndarray:
-        """How many tokens each of these documents has: int64."""
+        """Return the number of tokens of each of these documents: int64."""
         sizes = np.empty(len(documents), np.int64)
         for content, places, numbers in self._by_store(documents):
             sizes[places] = content.store.sizes[numbers]
         return sizes
 
     def all_sizes(self) -> Iterator[np.ndarray]:
-        """The sizes of all documents by number, int64, some at a time."""
+        """Yield the sizes of all documents by number, int64, some at a time."""
         for content in self._contents:
             for low, high in order.chunks(content.store.documents):
                 yield content.store.sizes[low:high].astype(np.int64)
@@ -119,14 +119,14 @@ class MixtureSource:
         for content, places, numbers in self._by_store(documents):
             lengths, store = sizes[places], content.store
             starts = store.starts(numbers) + begins[places]
-            behind = np.cumsum(lengths)
-            steps = np.arange(behind[-1])
-            source = np.repeat(starts - (behind - lengths), lengths) + steps
+            stops = np.cumsum(lengths)
+            steps = np.arange(stops[-1])
+            source = np.repeat(starts - (stops - lengths), lengths) + steps
             if content.vocab_size is not None:
                 _check_tokens(content, numbers, lengths, source)
             target = places
-            if not isinstance(places, slice):  # pieces of several stores lie between each other's
-                target = np.repeat((ends - sizes)[places] - (behind - lengths), lengths) + steps
+            if not isinstance(places, slice):  # pieces of several stores alternate
+                target = np.repeat((ends - sizes)[places] - (stops - lengths), lengths) + steps
             tokens[target] = store.tokens[source]
             if self.masked:
                 mask[target] = False if store.mask is None else store.mask[source] == TRAINED
@@ -134,7 +134,7 @@ class MixtureSource:
                 mask[target] = True if content.excluded_tokens == 0 else _not_excluded(store, source)
 
     def _by_store(self, documents: np.ndarray) -> Iterator[tuple[Content, slice | np.ndarray, np.ndarray]]:
-        """Each store that holds any of these documents: it, their places in `documents`, their numbers in the store."""
+        """Yield each store that has any of these documents, their places in `documents`, their numbers in the store."""
         if len(self._contents) == 1:
             if len(documents):
                 yield self._contents[0], slice(None), documents
@@ -157,7 +157,7 @@ class MixtureSource:
                     "tell replies from the rest: make the store from records of chats, or pass --loss-on all"
                 )
         counted = all(content.trained_tokens is not None for content in self._contents)
-        some, others = _kinds(self._contents)
+        some, others = _find_kinds(self._contents)
         if not some and counted:
             raise UserError(
                 f"{self.name}: nothing would be trained on with --loss-on responses, since in none of its "
@@ -172,17 +172,17 @@ class MixtureSource:
         if not others:
             raise UserError(
                 f"{self.name}: its loss mask is all ones, so --loss-on responses would train on prompts as on replies: "
-                "make the store anew from records of chats, or pass --loss-on all if that is meant"
+                "make the store again from records of chats, or pass --loss-on all if that is meant"
             )
 
     def _check_replies(self, allowed: float) -> None:
-        """Say how many documents have no reply to train on; UserError where they are a larger share than `allowed`."""
+        """Log how many documents have no reply to train on; UserError where that is a larger share than `allowed`."""
         looked_at, without = 0, 0
         for content in self._contents:
             if content.untrained is not None:
                 looked_at, without = looked_at + content.store.documents, without + content.untrained
             else:
-                found = _sampled(content.store)
+                found = _sample_trained(content.store)
                 looked_at, without = looked_at + len(found), without + int(np.count_nonzero(~found))
         if not without:
             return
@@ -192,17 +192,17 @@ class MixtureSource:
         if without > allowed * looked_at:
             raise UserError(
                 f"{finding}, replies being messages of the assistant or what follows `{BOT}` at the start of a line: "
-                f"mend or leave out these rows, or pass --max-without-reply {_rounded_up(without / looked_at)}"
+                f"mend or leave out these rows, or pass --max-without-reply {_round_up(without / looked_at)}"
             )
         logger.warning(finding)
 
 
-def _rounded_up(share: float) -> float:
+def _round_up(share: float) -> float:
     return math.ceil(100 * share) / 100
 
 
 def _count(content: Content, known: int | None, mark: int) -> int:
-    """How many bytes of a store's mask are `mark`: so many as are known, else they are counted."""
+    """Return how many bytes of a store's mask are `mark`: `known`, or counted."""
     mask = content.store.mask
     if known is not None or mask is None:
         return known or 0
@@ -213,8 +213,8 @@ def _not_excluded(store: TokenStore, places: np.ndarray) -> np.ndarray | bool:
     return True if store.mask is None else store.mask[places] != EXCLUDED
 
 
-def _sampled(store: TokenStore) -> np.ndarray:
-    """Whether each of some documents, evenly spread over a store, has a token that is trained on."""
+def _sample_trained(store: TokenStore) -> np.ndarray:
+    """Return whether each of some documents, evenly spread over a store, has a token that is trained on."""
     if store.mask is None:
         return np.zeros(store.documents, bool)
     documents = np.unique(np.linspace(0, store.documents - 1, min(store.documents, _LOOKED_AT)).astype(np.int64))
@@ -222,8 +222,8 @@ def _sampled(store: TokenStore) -> np.ndarray:
     return np.array([(store.mask[start : start + size] == TRAINED).any() for start, size in spans], bool)
 
 
-def _kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
-    """Whether any token is trained on, and whether any is not; masks are read until both are known."""
+def _find_kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
+    """Return whether any token is trained on, and whether any is not; masks are read until both are known."""
     some = others = False
     for content in contents:
         if content.trained_tokens is not None:
@@ -240,38 +240,38 @@ def _kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
 
 
 def _check_index(store: TokenStore) -> None:
-    """Stop when the sizes in an index are not those of its tokens."""
+    """Raise UserError when the sizes in an index do not fit its tokens."""
     total = 0
     for low, high in order.chunks(store.documents):
         sizes = store.sizes[low:high]
         if sizes.min() < 0:
-            raise UserError(f"{idx_path(store.prefix)} has a document of negative size: it is damaged, make it anew")
+            raise UserError(f"{idx_path(store.prefix)} has a document of negative size: it is damaged, make it again")
         total += int(sizes.sum(dtype=np.int64))
     if total != len(store.tokens):
         raise UserError(
             f"{idx_path(store.prefix)} has documents of {total} tokens together and {bin_path(store.prefix)} holds "
-            f"{len(store.tokens)}: they do not belong together, make the store anew"
+            f"{len(store.tokens)}: they do not belong together, make the store again"
         )
 
 
 def _check_kind(content: Content) -> None:
-    """Stop at a store of bytes, as GPT-NeoX's CharLevelTokenizer makes them: all of its ids are in any vocabulary."""
+    """Raise UserError for a store of bytes, as GPT-NeoX's CharLevelTokenizer makes it: its ids fit any vocabulary."""
     first = content.store.tokens[:_LOOKED_AT]
     if content.vocab_size > _CHARACTERS and len(first) == _LOOKED_AT and first.max() < _CHARACTERS:
         raise UserError(
             f"{content.store.prefix}: its first {_LOOKED_AT:,} tokens are all below {_CHARACTERS}, as "
             f"CharLevelTokenizer makes them, and the tokenizer has a vocabulary of {content.vocab_size}: make the "
-            "store anew with the model's tokenizer"
+            "store again with the model's tokenizer"
         )
 
 
 def _check_tokens(content: Content, documents: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> None:
-    """Stop when a document lies outside the file, or holds what is no token of the tokenizer."""
+    """Raise UserError when a document lies outside the file, or holds an id that the tokenizer does not have."""
     store = content.store
     if not len(places):
         return
     if places.min() < 0 or places.max() >= len(store.tokens):
-        raise UserError(f"{idx_path(store.prefix)} points outside its tokens: it is damaged, make the store anew")
+        raise UserError(f"{idx_path(store.prefix)} points outside its tokens: it is damaged, make the store again")
     tokens = store.tokens[places]
     if tokens.min() < 0 or tokens.max() >= content.vocab_size:
         wrong = int(np.flatnonzero((tokens < 0) | (tokens >= content.vocab_size))[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from openchatkit import progress, storage
 from openchatkit.data.records.raw_row import Mark
-from openchatkit.data.records.reader import Records, Stamps, unchanged
+from openchatkit.data.records.reader import Records, Stamps, is_unchanged
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.builder import BadRowsError, StoreBuilder, bad_row_error, is_resumable
 from openchatkit.data.stores.tokenise import tokenise_all
@@ -44,8 +44,8 @@ def build_store(
 ) -> None:
     """Tokenise `source` into `folder`, which appears only when it is complete. The caller holds the lock.
 
-    `stamps` are the source's from before `key` was worked out: what it holds by now may belong under another.
-    UserError: a source that cannot be read or changes meanwhile; BadRowsError; OSError: the disk.
+    `stamps` are the source's from before `key` was computed: a source that was changed since belongs under another key.
+    UserError: a source that cannot be read or is changed during the build; BadRowsError; OSError: the disk.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     if read_record(temporary) is None:
@@ -73,8 +73,8 @@ def build_store(
             ),
         )
     remove_progress(temporary)
-    for cut in temporary.glob(".*"):  # files that a kill kept from getting their names
-        cut.unlink()
+    for stale in temporary.glob(".*"):  # temporary files left by a kill
+        stale.unlink()
     storage.replace_folder(temporary, folder)  # what is there has no record
 
 
@@ -90,7 +90,7 @@ def _first_listed(folder: Path) -> tuple[int, str]:
             row = json.loads(file.readline())
         return row["line"], row["reason"]
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is missing or damaged: delete {folder} and run again, it is made anew") from error
+        raise UserError(f"{path} is missing or damaged: delete {folder} and run again, it is built again") from error
 
 
 def _tokenise(
@@ -134,12 +134,12 @@ def _tokenise(
 
 
 def _check_unchanged(source: Path, before: Stamps) -> None:
-    if not unchanged(source, before):
+    if not is_unchanged(source, before):
         raise UserError(f"{source} was changed while it was tokenised: run again when it is complete")
 
 
 def _open(source: Path, folder: Path, tokenizer: Tokenizer, bad_rows: str) -> StoreBuilder:
-    """The store in `folder` as it was last saved, or an empty one."""
+    """Open the store in `folder` as it was last saved, or an empty one."""
     folder.mkdir(exist_ok=True)
     saved = read_progress(folder)
     if saved and saved.quarantined and bad_rows == "error":

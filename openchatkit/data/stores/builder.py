@@ -2,8 +2,8 @@
 
 Every so often the files are forced to disk and a note says how far they reach. The next build drops what lies after
 that and goes on, so the files come out the same, byte for byte, however often a build was killed. Rows that cannot be
-used stop it, or are listed, each with its line and the reason. What becomes of a row, which folder the files are in and
-what the note looks like are the caller's to say: `data.stores.build` and `tools.preprocess.work_folder`.
+used stop it, or are listed, each with its line and the reason. The callers, `data.stores.build` and
+`tools.preprocess.work_folder`, choose the folder and the form of the note, and make documents of rows.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from openchatkit.formats.token_store import StoreProgress, TokenStoreWriter, qua
 SAVE_TOKENS = 32 << 20  # 64 MB where an id takes two bytes
 SAVE_SECONDS = 30.0
 
-# By the key of each store, what it holds. What all stores share, `rows` to `position` and the quarantine, is in each.
+# The content of each store, by its key. Fields about the input (`rows` to `position`, quarantine) are equal in all.
 Progress = Mapping[str, StoreProgress]
 
 

@@ -1,8 +1,8 @@
-"""Token stores that are made once: where they are kept, under which key, and by which of several processes.
+"""The cache of token stores: where they are kept, under which key, and which of several processes builds one.
 
 The key is the SHA-256 of a source's bytes, the tokenizer's digest, the separator, and the version of the tokenising
-code. A moved or touched file therefore finds its store again and an edited one never does. Reading 100 GB for their
-hash takes minutes, so a hash is remembered for as long as the files keep their stamps (`storage.stamp`).
+code. A moved or touched file therefore finds its store again and an edited one never does. Reading 100 GB for a hash
+takes minutes, so hashes are kept for as long as the files keep their stamps (`storage.stamp`).
 
 Every rank of a run may ask at once: a file lock lets one build (`data.stores.build`) while the others wait.
 """
@@ -33,7 +33,7 @@ from openchatkit.formats.token_store import (
     read_record,
 )
 
-_LARGE = 5 << 30  # bytes whose reading is worth a bar
+_LARGE = 5 << 30  # bytes that take long enough to read for a progress bar
 _PIECE = 1 << 20
 _PLACES, _SHORT = 1024, 1 << 12
 
@@ -41,7 +41,7 @@ _PLACES, _SHORT = 1024, 1 << 12
 def cached_store(
     source: Path, *, tokenizer: Tokenizer, separator: str, bad_rows: str, cache_dir: Path
 ) -> tuple[TokenStore, StoreRecord]:
-    """The store of one file of records, built if it is not there yet, with a mask wherever a row has roles.
+    """Return the store of one file of records, built if it is missing, with a mask where any row has roles.
 
     UserError: a record that cannot be read (file and line), a full disk, a cache that cannot be written or is damaged.
     """
@@ -86,26 +86,26 @@ def cached_store(
 
 
 def _folder(cache_dir: Path, source: Path, key: str) -> Path:
-    """Where the store with this key is, whatever its source was called, or where it belongs."""
-    made = (folder for folder in sorted(cache_dir.glob(f"*-{key[:16]}")) if read_record(folder))
-    return next(made, cache_dir / f"{source.name.split('.')[0][:60]}-{key[:16]}")
+    """Return the folder of the store with this key, under any name of its source; or the one to build it in."""
+    existing = (folder for folder in sorted(cache_dir.glob(f"*-{key[:16]}")) if read_record(folder))
+    return next(existing, cache_dir / f"{source.name.split('.')[0][:60]}-{key[:16]}")
 
 
 def store_identity(prefix: Path, cache_dir: Path) -> str:
-    """Return a digest of a store made elsewhere: its whole index, and so much of its other files as is read quickly.
+    """Return a digest of a store that was made elsewhere: of its whole index, and of samples of its other files.
 
-    Arrays that are kept under this name follow from the index alone. Of tokens and mask it takes their sizes, the first
-    and last MiB and a thousand pieces between, so that a store of a terabyte opens in a second; a small edit between
-    these is not noticed, and all that it misses is the warning that the data has changed since a checkpoint.
+    Arrays that are kept under this name follow from the index alone. Of tokens and mask it takes the sizes, the first
+    and last MiB and a thousand pieces between, so that a store of a terabyte opens in a second. A small edit between
+    these is not noticed; its only effect is that the warning of data changed since a checkpoint is missing.
     """
     digest = hashlib.sha256(content_hash(idx_path(prefix), cache_dir).encode())
     for path in (bin_path(prefix), mask_path(prefix)):
-        digest.update(_sampled(path) if path.exists() else b"none")
+        digest.update(_sample_hash(path) if path.exists() else b"none")
     return digest.hexdigest()
 
 
-def _sampled(path: Path) -> bytes:
-    """SHA-256 of a file's size, its first and last MiB, and pieces of it between."""
+def _sample_hash(path: Path) -> bytes:
+    """Return the SHA-256 of a file's size, its first and last MiB, and pieces of it between."""
     with _reading(path), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest = hashlib.sha256(size.to_bytes(8, "little"))
@@ -118,14 +118,14 @@ def _sampled(path: Path) -> bytes:
 
 
 def content_hash(source: Path, cache_dir: Path) -> str:
-    """SHA-256 of a source's bytes, remembered for as long as its place, sizes and times of change stay the same."""
+    """Return the SHA-256 of a source's bytes, kept for as long as its path, sizes and times of change are the same."""
     stamps = _stamps(source)
     known = {"path": str(source.resolve()), "files": [[name, *stamp] for name, stamp in stamps]}
     memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
-    if digest := _remembered(memory, known):
+    if digest := _read_hash(memory, known):
         return digest
     with storage.hold_lock(storage.lock_path(memory), f"{source} is read by another process: waiting for it"):
-        if digest := _remembered(memory, known):
+        if digest := _read_hash(memory, known):
             return digest
         with _reading(source):
             digest = _digest(source, sum(size for _, (size, *_) in stamps))
@@ -141,7 +141,7 @@ def _stamps(source: Path) -> reader.Stamps:
 
 @contextlib.contextmanager
 def _reading(source: Path) -> Iterator[None]:
-    """What goes wrong here is the source's fault, not the cache's."""
+    """Report errors of the system as the source's, not as the cache's."""
     try:
         yield
     except OSError as error:
@@ -149,7 +149,7 @@ def _reading(source: Path) -> Iterator[None]:
 
 
 def _digest(source: Path, size: int) -> str:
-    """SHA-256 of a file's bytes, or of the names, sizes and bytes of a folder's files."""
+    """Return the SHA-256 of a file's bytes, or of the names, sizes and bytes of a folder's files."""
     digest = hashlib.sha256()
     buffer = bytearray(_PIECE)
     title = f"reading {source.name} once, for its hash"
@@ -164,7 +164,7 @@ def _digest(source: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def _remembered(memory: Path, known: dict[str, object]) -> str | None:
+def _read_hash(memory: Path, known: dict[str, object]) -> str | None:
     try:
         record = json.loads(memory.read_text(encoding="utf-8"))
         return record["sha256"] if known.items() <= record.items() else None

@@ -1,9 +1,9 @@
-"""Rows -> tokens and loss masks: which ids a document has, and which of them are trained on.
+"""Rows -> tokens and loss masks: the ids of a document, and which of them are trained on.
 
 `data.records.document` cuts a row into segments; each is tokenised by itself, exactly as the shell does it, and the
 separator closes the document: end-of-text, or the newline of the original kit, which put it in front (the stream is the
-same). A token is trained on when its segment is, and the separator when the chat ends with a reply. All of this is done
-by worker processes; what they import holds neither torch nor transformers. Where results are kept is `build`'s to say.
+same). A token is trained on when its segment is, and the separator when the chat ends with a reply. Worker processes do
+all of this; they import neither torch nor transformers. `builder` keeps the results.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ T = TypeVar("T")
 # Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
 VERSION = 5
 
-# Large enough to make little of each message between processes, small enough to keep all of them busy to the end.
+# Large enough that a message between processes costs little, small enough to keep all of them busy to the end.
 _BATCH_BYTES = 1 << 17
 
 
@@ -47,7 +47,7 @@ class Tokenised:
 
 
 def tokenise(rows: Sequence[bytes], encode: Encode, separator: Sequence[int], *, marker: str = "") -> Tokenised:
-    """The tokens of some records, given as JSON, and the mask on their responses; `marker` is the end-of-text token."""
+    """Tokenise records, given as JSON, with the mask on their responses; `marker` is the end-of-text token."""
     chats: list[list[chat.Segment]] = []
     bad: list[tuple[int, str]] = []
     for place, row in enumerate(rows):
@@ -111,19 +111,19 @@ def tokenise_all(
 
 
 def _worker(serialised: str, separator: Sequence[int], marker: str) -> Callable[[Sequence[bytes]], Tokenised]:
-    """What a worker process does with the rows it is sent."""
+    """Return the function that a worker process applies to batches of rows."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out by processes
     return functools.partial(tokenise, encode=encoder(serialised), separator=separator, marker=marker)
 
 
 def separator_ids(tokenizer: Tokenizer, separator: str) -> list[int]:
-    """The ids that close each document, for a value of --document-separator."""
+    """Return the ids that close each document, for a value of --document-separator."""
     assert separator in ("end-of-text", "newline"), separator
     return [tokenizer.end_of_text] if separator == "end-of-text" else tokenizer.encode(["\n"])[0]
 
 
 def in_batches(rows: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Rows in lists that are worth a message to a worker process; `size_of` says how many bytes a row has."""
+    """Yield rows in lists large enough for a message to a worker process; `size_of` returns a row's bytes."""
     batch: list[T] = []
     size = 0
     for row in rows:

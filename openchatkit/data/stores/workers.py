@@ -1,7 +1,9 @@
-"""Worker processes: a function applied to batches on all cores, results in order, and no process left behind.
+"""Worker processes: a function applied to batches on all cores, results in order, and no process left running.
 
 The processes are spawned, so they share no memory and no lock with this one, and they do not run the main script again:
-it may lack a guard, or be no file at all. Ctrl-C reaches this process only; when it dies, however it dies, they end.
+it may lack a guard, or not be a file. Ctrl-C reaches this process only; when it dies, in any way, they end.
+`ProcessPoolExecutor` has no option for either, so while a process starts, `__main__` is an empty module and SIGINT is
+blocked.
 """
 
 import contextlib
@@ -27,13 +29,13 @@ Kept = TypeVar("Kept")
 Sent = TypeVar("Sent")
 Result = TypeVar("Result")
 
-SMALL = 4 << 20  # bytes of input that one process has tokenised before workers would have started
-_WINDOW = 3  # batches a worker that are read ahead
+SMALL = 4 << 20  # bytes of input: one process tokenises them before workers have started
+_WINDOW = 3  # batches read ahead for each worker
 
 
 def cores() -> int:
-    """How many cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
@@ -76,9 +78,9 @@ def in_order(
 
 
 def can_start() -> bool:
-    """Whether this process may have workers: a daemonic one may have no children, and they share locks in memory.
+    """Return whether this process may have workers: it must not be daemonic, and must have shared memory for locks.
 
-    Without a /dev/shm that can be written, as in some containers, there are none; that is said in the log.
+    Some containers have no writable /dev/shm; that is logged.
     """
     if multiprocessing.current_process().daemon:
         return False
@@ -93,7 +95,7 @@ def can_start() -> bool:
     return True
 
 
-# In a worker, what is applied to each batch: the one way a pool has to keep anything from batch to batch.
+# In a worker, the function applied to each batch: a pool has no other way to keep anything from batch to batch.
 _function: Callable[[object], object] | None = None
 
 
@@ -127,7 +129,7 @@ class _Context(SpawnContext):
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """What is started meanwhile finds no main script to run again."""
+    """Let processes that are started inside find no main script to run again."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -138,7 +140,7 @@ def _without_main() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """What is started meanwhile never gets Ctrl-C, from its first instruction on."""
+    """Let processes that are started inside never get Ctrl-C, from their first instruction on."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -71,7 +71,7 @@ def unfinished_stores(
                 write_note=write_note,
             ) as stores:
                 yield stores
-                if not all(map(reader.unchanged, files, stamps)):
+                if not all(map(reader.is_unchanged, files, stamps)):
                     raise UserError("the input was changed while it was tokenised: run again when it is complete")
             _publish(folder, prefix, job.keys, quarantined=stores.input.quarantined)
         except BaseException as error:

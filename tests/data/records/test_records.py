@@ -90,13 +90,13 @@ def test_a_cut_stream_is_an_error_wherever_it_is_cut(tmp_path: Path, name: str) 
     whole = gzip.compress(lines()) if name.endswith("gz") else zstd(lines())
     for data in (whole, whole + whole):
         for size in range(len(data) - len(whole) + 1, len(data)):
-            with pytest.raises(UserError, match="cut short or damaged behind line"):
+            with pytest.raises(UserError, match="cut short or damaged after line"):
                 read(tmp_path / name, data[:size])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_what_is_not_compressed_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="cut short or damaged behind line 0"):
+    with pytest.raises(UserError, match="cut short or damaged after line 0"):
         read(tmp_path / name, lines())
 
 
@@ -126,7 +126,7 @@ def test_position_reaches_the_end_and_memory_stays_flat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved"])
-def test_reading_goes_on_behind_any_row(tmp_path: Path, name: str) -> None:
+def test_reading_continues_after_any_row(tmp_path: Path, name: str) -> None:
     texts = [f"text {n}" for n in range(7)]
     path = tmp_path / name
     data = b"\xef\xbb\xbf\n" + lines(texts).replace(b"\n", b"\n\n")
@@ -218,7 +218,7 @@ def test_parquet_that_will_not_do(tmp_path: Path) -> None:
     data = parquet(path, {"text": [str(n) * 50 for n in range(2000)]}, write_page_checksum=True).read_bytes()
     with pytest.raises(UserError, match=r"a\.parquet is no parquet file, or cut short"):
         read(path, data[:-100])
-    with pytest.raises(UserError, match=r"a\.parquet: cut short or damaged behind row 0"):
+    with pytest.raises(UserError, match=r"a\.parquet: cut short or damaged after row 0"):
         read(path, data[:400] + b"damage" + data[406:])
 
 
@@ -270,7 +270,7 @@ def test_forms_of_json(tmp_path: Path, name: str, data: bytes, packing: str) -> 
 def test_an_array_that_is_cut_short(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(json.dumps(ROWS).encode()[:-cut])
-    with Records(path) as records, pytest.raises(UserError, match=r"a\.json: not JSON behind row [2-4] "):
+    with Records(path) as records, pytest.raises(UserError, match=r"a\.json: not JSON after row [2-4] "):
         list(records.rows())
 
 

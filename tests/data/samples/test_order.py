@@ -69,7 +69,7 @@ def test_a_file_is_read_and_not_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", ["cut", "empty", "longer", "bit", "checksum", "header", "other length", "other type"]
 )
-def test_a_damaged_file_is_built_anew(tmp_path: Path, messages: list[str], damage: str) -> None:
+def test_a_damaged_file_is_built_again(tmp_path: Path, messages: list[str], damage: str) -> None:
     kept = Arrays(tmp_path, 300, in_memory=0)
     shuffled(kept, "order", 3, 300, seed=SEED)
     path = tmp_path / "order-epoch-3.npy"
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_built_anew(tmp_path: Path, messages: list[str], damag
     messages.clear()
     assert shuffled(kept, "order", 3, 300, seed=SEED).tolist() == plain(300)
     assert path.read_bytes() == whole
-    assert messages == [f"{path} is damaged: building it anew\n"]
+    assert messages == [f"{path} is damaged: building it again\n"]
 
 
 def test_only_two_epochs_are_kept(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ PADDING = 999_999
 SIZES = [3, 0, 1, 17, 2, 8, 9, 10, 40, 7, 1, 0, 25, 16, 5, 5, 33, 64, 2, 11]
 
 
-def read(packed: Packed, seq_length: int, first: int, count: int, *, starts: bool = True) -> list[np.ndarray]:
-    """tokens, labels and starts of some samples."""
+def read(packed: Packed, seq_length: int, first: int, count: int, *, document_starts: bool = True) -> list[np.ndarray]:
+    """tokens, labels and document_starts of some samples."""
     arrays = [np.full((count, seq_length), -7, np.int64) for _ in range(3)]
     for row in range(count):
-        packed.fill(first + row, arrays[0][row], arrays[1][row], arrays[2][row] if starts else None)
+        packed.fill(first + row, arrays[0][row], arrays[1][row], arrays[2][row] if document_starts else None)
     return arrays
 
 
@@ -56,7 +56,7 @@ def test_concatenated(make_source: Callable, loss_on: str, parts: int, in_memory
     total = sum(SIZES)
     assert (packed.samples, packed.tokens_per_sample, packed.waste) == (-(-total // seq_length), seq_length, 0)
     count = 3 * total // seq_length
-    tokens, labels, _ = read(packed, seq_length, 0, count, starts=False)
+    tokens, labels, _ = read(packed, seq_length, 0, count, document_starts=False)
     order = [number for epoch in range(5) for number in source.order(epoch)]
     stream = np.array([token for number in order for token in documents[number]])
     trained = np.array([mark for number in order for mark in masks[number]]) == 1
@@ -75,7 +75,7 @@ def test_one_document_a_row(make_source: Callable, loss_on: str, parts: int, in_
     source = make_source(split(documents, parts), split(masks, parts), loss_on=loss_on, in_memory=in_memory)
     packed = pack(source, 16, packing="none", padding=PADDING)
     assert packed.samples == len(SIZES)
-    tokens, labels, _ = read(packed, 16, 0, 2 * len(SIZES), starts=False)
+    tokens, labels, _ = read(packed, 16, 0, 2 * len(SIZES), document_starts=False)
     for epoch in range(2):
         for row, number in enumerate(source.order(epoch), epoch * len(SIZES)):
             marks = masks[number] if loss_on == "responses" else [1] * len(documents[number])
@@ -189,15 +189,15 @@ def test_samples_do_not_depend_on_what_was_read_before(make_source: Callable, tm
     ]
     packed = [pack(source, 8, packing=packing, padding=PADDING) for source in sources]
     count = 4 * packed[0].samples
-    starts = packing == "documents"
-    expected = read(packed[0], 8, 0, count, starts=starts)
+    document_starts = packing == "documents"
+    expected = read(packed[0], 8, 0, count, document_starts=document_starts)
     numbers = random.Random(1).sample(range(count), count)
     for other in packed[1:]:
         for number in numbers:
-            for rows, row in zip(expected, read(other, 8, number, 1, starts=starts), strict=True):
+            for rows, row in zip(expected, read(other, 8, number, 1, document_starts=document_starts), strict=True):
                 assert np.array_equal(rows[number], row[0])
-        assert [rows.tolist() for rows in read(other, 8, 10**9, 2, starts=starts)] == [
-            rows.tolist() for rows in read(packed[0], 8, 10**9, 2, starts=starts)
+        assert [rows.tolist() for rows in read(other, 8, 10**9, 2, document_starts=document_starts)] == [
+            rows.tolist() for rows in read(packed[0], 8, 10**9, 2, document_starts=document_starts)
         ]
 
 
@@ -214,7 +214,7 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path, monkeypatch: pytest
         source = MixtureSource("a", 1, [content], loss_on="all", number=0, seed=1, cache_dir=tmp_path, in_memory=10_000)
         packed = pack(source, 64, packing=packing, padding=0)
         for epoch in range(3):
-            read(packed, 64, epoch * packed.samples, 2, starts=packing == "documents")
+            read(packed, 64, epoch * packed.samples, 2, document_starts=packing == "documents")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 180_000, "less than a byte for each further document"

@@ -283,7 +283,7 @@ print(left(source))
 
 
 def test_files_that_lost_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The build begins anew."""
+    """The build starts from scratch."""
     source = write(tmp_path / "a.jsonl", some_texts(bad=True))
     whole, _ = build(source, Bytes(), bad_rows="quarantine", cache="whole")
     for name in ("tokens.bin", "tokens.idx", "tokens.mask.bin", "quarantine.jsonl", "progress.json"):
@@ -435,8 +435,8 @@ def test_without_roles_there_is_no_mask(tmp_path: Path) -> None:
     ("kind", "damage", "message"),
     [
         ("a.jsonl", lambda data: b"", r"a\.jsonl holds no records"),
-        ("a.jsonl.gz", lambda data: data[:-5], "cut short or damaged behind line"),
-        ("a.jsonl.zst", lambda data: data[:-5], "cut short or damaged behind line"),
+        ("a.jsonl.gz", lambda data: data[:-5], "cut short or damaged after line"),
+        ("a.jsonl.zst", lambda data: data[:-5], "cut short or damaged after line"),
         ("a.parquet", lambda data: data[:-5], "cut short"),
     ],
 )

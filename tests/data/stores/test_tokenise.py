@@ -92,7 +92,7 @@ def test_what_tokenizer_json_asks_for_is_off(tiny_tokenizer: Path, tmp_path: Pat
 
 
 def test_tokenizers_that_will_not_do(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         Tokenizer(tmp_path / "nowhere")
     (tmp_path / "model.bin").touch()
     with pytest.raises(UserError, match=r"expected tokenizer\.json there, found model\.bin"):
@@ -288,7 +288,7 @@ def test_a_main_script_without_a_guard(tiny_tokenizer: Path, tmp_path: Path, way
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent(tiny_tokenizer: Path, number: int) -> None:
-    """Ctrl-C, which a terminal sends to the whole group, says nothing of workers; a kill leaves none behind."""
+    """Ctrl-C, which a terminal sends to the whole group, says nothing of workers; a kill leaves none running."""
     command = [sys.executable, "-c", SCRIPT, str(tiny_tokenizer), "wait"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as parent:

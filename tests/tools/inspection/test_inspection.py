@@ -57,9 +57,9 @@ def chats(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def row(tokens: list[int], labels: list[int], starts: list[int] | None = None) -> SimpleNamespace:
+def row(tokens: list[int], labels: list[int], document_starts: list[int] | None = None) -> SimpleNamespace:
     """A data set of one sample."""
-    places = None if starts is None else torch.tensor([starts])
+    places = None if document_starts is None else torch.tensor([document_starts])
     batch = Batch(0, torch.tensor([tokens]), torch.tensor([labels]), places, torch.tensor([0]))
     return SimpleNamespace(
         batch=lambda first, count: batch,
@@ -72,7 +72,7 @@ def spans(sample: Sample) -> list[tuple[str | None, bool]]:
     return [(span.text, span.trained) for span in sample.spans]
 
 
-def test_a_label_belongs_to_the_token_behind_it(tokenizer: Tokenizer) -> None:
+def test_a_label_belongs_to_the_token_after_it(tokenizer: Tokenizer) -> None:
     a, b, c, d = (ids[0] for ids in tokenizer.encode(["a", "b", "c", "d"]))
     sample = read_sample(row([a, b, c], [IGNORE, c, IGNORE]), 0, tokenizer)
     assert spans(sample) == [("ab", False), ("c", True)]

@@ -81,7 +81,7 @@ def test_golden_bytes(tmp_path: Path) -> None:
         "0100000000000000" "08" "0200000000000000" "0300000000000000"  # version, uint16, sequences, borders
         "03000000" "02000000"  # sizes in tokens
         "0000000000000000" "0600000000000000"  # where they begin, in bytes
-        "0000000000000000" "0100000000000000" "0200000000000000"  # a border before each document and behind the last
+        "0000000000000000" "0100000000000000" "0200000000000000"  # a border before each document and after the last
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "o_text_document.bin", "o_text_document.idx"]
 
@@ -355,7 +355,7 @@ def test_what_was_stopped_goes_on(
     work = tmp_path / ".o.partial"
     for name in ("text.bin", "text.idx", "text.mask.bin", "quarantine.jsonl"):
         with open(work / name, "ab") as file:
-            file.write(b"appended behind the note")
+            file.write(b"appended after the note")
     monkeypatch.setattr(module.fields, "encode", encode)
     assert run(*flags, tmp_path / "o") == 0
     said = capsys.readouterr().err
@@ -393,7 +393,7 @@ def test_what_was_stopped_at_the_very_end_goes_on(
 
 
 @pytest.mark.parametrize("damage", ["another input", "another option", "cut", "unreadable"])
-def test_work_that_does_not_fit_is_begun_anew(
+def test_work_that_does_not_fit_is_started_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
     monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
