@@ -20,6 +20,7 @@ from typing import Any
 from openchatkit.cli import Parser, truth
 from openchatkit.errors import UserError
 from openchatkit.paths import ROOT
+from openchatkit.texts import reason_of
 
 OVERRIDES = "--overrides"
 
@@ -65,14 +66,14 @@ def add_flags(parser: argparse._ActionsContainer, settings: Collection[dataclass
     """Add the flags of some settings; one without a default is not in the parser's result unless it is given."""
     for field in settings:
         default = argparse.SUPPRESS if field.default is dataclasses.MISSING else field.default
-        shown = " (default: %(default)s)" if _shown(field.default) else ""
+        text = field.metadata["help"] + (f" (default: {_shown(field.default)})" if _shown(field.default) else "")
         options: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"} if field.type is bool else {}
         parser.add_argument(
             flag(field.name),
             type=_check(field),
             choices=field.metadata["choices"] or None,
             default=default,
-            help=field.metadata["help"].replace("`", "").replace("%", "%%") + shown,
+            help=text.replace("`", "").replace("%", "%%"),
             **options,
         )
 
@@ -107,7 +108,7 @@ class SettingsParser(Parser):
         unlisted: Collection[str] = (),
         **options: Any,
     ) -> None:
-        self._settings = {field.name: field for field in fields(cls)}
+        self._settings = {field.name: field for group in groups(cls).values() for field in group}
         self._required = [name for name, field in self._settings.items() if field.metadata["required"]]
         self._known = {*self._settings, *unlisted}
         self._alternatives = alternatives
@@ -230,7 +231,7 @@ def _entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}: expected a YAML file of settings") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise UserError(f"--config {path} is not YAML: {reason}; expected lines such as `lr: 2e-5`") from error
     if root is None:
         return

@@ -25,8 +25,8 @@ class DataSettings:
     packing: str = setting(
         "concat",
         choices=PACKINGS,
-        help="`concat` joins all documents and cuts them into rows; `documents` puts whole documents into a row, each "
-        "seeing itself alone; `none` gives each document a row, padded",
+        help="documents are joined and cut into rows; whole ones share a row, each seeing itself alone; or each has a "
+        "row, padded",
     )
     loss_on: str = setting("all", choices=LOSS_ON, help="which tokens are trained on; a response follows `<bot>:`")
     mixture_unit: str = setting("sequences", choices=MIXTURE_UNITS, help="what weights are shares of")

@@ -18,8 +18,9 @@ from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.stage import Stage
+from openchatkit.settings import to_json
 from openchatkit.training import checkpoints
-from openchatkit.training.config import MODEL_TYPES, Settings, recorded
+from openchatkit.training.config import MODEL_TYPES, Settings
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler, compute_dtype
 from openchatkit.training.step import Schedule, Trainer
@@ -59,7 +60,7 @@ def prepare_run(settings: Settings) -> RunInputs:
     shards = LayerShards.open(settings.model_name)
     _check_model(
         shards.config,
-        family=MODEL_TYPES.get(settings.model_type),
+        family=MODEL_TYPES[settings.model_type] if settings.model_type else None,
         embedding_dim=settings.embedding_dim,
         seq_length=settings.seq_length,
         vocabulary=Tokenizer(settings.tokenizer_name).vocab_size,
@@ -67,7 +68,7 @@ def prepare_run(settings: Settings) -> RunInputs:
     layers = stage_layers(
         shards.config.num_layers, stages=settings.pipeline_group_size, layers_per_stage=settings.num_layers
     )
-    data_options = options.from_settings(vars(settings))
+    data_options = options.from_settings(to_json(settings))
     dataset = build_dataset(settings.task_name, data_options)
     evaluation = None
     if settings.evaluation_data:
@@ -141,7 +142,7 @@ def state_of(settings: Settings, run: RunInputs, trainer: Trainer, progress: Run
             "layers_per_stage": layers_per_stage,
             "replicas": trainer.layout.replicas,
         },
-        "settings": recorded(settings),
+        "settings": to_json(settings),
         "versions": checkpoints.versions(),
     }
 
@@ -168,6 +169,7 @@ def _check_model(
 def _total_steps(settings: Settings, dataset: Dataset) -> int:
     if settings.total_steps is not None:
         return settings.total_steps
+    assert settings.nepochs is not None, "one of the two is given: see Settings"
     return math.ceil(settings.nepochs * dataset.epoch_samples / _rows(settings))
 
 
@@ -212,7 +214,7 @@ def _resume_from(settings: Settings, run: RunInputs, layout: Layout) -> Path | N
     checkpoints.check_same_model(newest, run.shards.config)
     state = checkpoint.read_state(newest)
     if layout.rank == 0:
-        checkpoints.tell_changes(state, recorded(settings) | {"total_steps": run.total_steps}, path=newest)
+        checkpoints.tell_changes(state, to_json(settings) | {"total_steps": run.total_steps}, path=newest)
     checkpoints.check_resume(
         state,
         path=newest,

@@ -21,7 +21,7 @@ from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
 from openchatkit.training.device import let_cuda_blocks_grow, make_deterministic
 from openchatkit.training.precision import LossScaler
-from openchatkit.training.step import Schedule, Trainer
+from openchatkit.training.step import Schedule, Trainer, _StepSums
 
 
 class CopiesInMainMemory(TorchDispatchMode):
@@ -95,7 +95,7 @@ def test_a_step_asks_the_device_for_nothing_between_its_two_reductions(flags, pr
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(trainer, "_count", lambda batches, sources: (0, [100]))
-    monkeypatch.setattr(trainer, "_reduce", lambda loss, stop, digest: (1.0, 1.0, stop, [1.0]))
+    monkeypatch.setattr(trainer, "_sum_over_ranks", lambda loss, stop, digest: _StepSums(1.0, stop, [1.0], 1.0))
     before = [parameter._version for parameter in stage.parameters()]
     assert trainer.step(0, dataset).applied
     assert all(p._version > version for p, version in zip(stage.parameters(), before, strict=True))

@@ -92,7 +92,7 @@ def test_flags_of_the_original_that_do_nothing_are_said_to(tmp_path, flags):
         ({"seq_length": 4096}, "--seq-length 4096: the model was made for at most 64 tokens"),
         ({"net_interface": "nope0"}, "--net-interface nope0: this machine has no such interface; it has lo"),
         ({"model_name": "/nowhere"}, "no such folder"),
-        ({"tokenizer_name": "/nowhere"}, "/nowhere is no folder: expected one that holds a tokenizer"),
+        ({"tokenizer_name": "/nowhere"}, "/nowhere is not a folder: expected one that holds a tokenizer"),
         ({"task_name": "/nowhere/x.jsonl"}, "no file /nowhere/x.jsonl"),
     ],
     ids=str,

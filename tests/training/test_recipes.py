@@ -1,6 +1,5 @@
 """The recipes as a shell runs them: with a Python that only says what it was given, parsed by the trainer's parser."""
 
-import argparse
 import os
 import re
 import shutil
@@ -10,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from openchatkit.paths import ROOT
+from openchatkit.settings import update_table
 from openchatkit.training import config
 
+OWN_FLAGS = ("--config", "--overrides")  # of the parser, in no table of settings
 RECIPES = sorted(path.name for path in (ROOT / "training").glob("finetune_*.sh"))
 
 
@@ -50,7 +51,7 @@ def test_every_recipe_is_one_that_the_trainer_takes(given, recipe):
     launcher_flags, arguments = given(recipe)
     settings = config.parse([*arguments, "--rank", "0", "--cuda-id", "0", *launcher_flags])
     assert launcher_flags == ["--world-size", str(settings.pipeline_group_size * settings.data_group_size)]
-    assert not config.ignored_flags(settings)
+    assert not settings.ignored
     assert settings.pp_mode == "1f1b"
 
 
@@ -113,16 +114,9 @@ def test_the_environment_and_further_arguments_win(given):
     assert (settings.checkpoint_path, settings.task_name) == (Path("else where"), "mine.jsonl:1")
 
 
-def test_the_readme_has_every_flag_with_its_default():
-    def spelled(default: object) -> str:
-        if default is None or default is False:
-            return ""
-        if isinstance(default, Path):
-            default = default.relative_to(ROOT)
-        return f"`{'true' if default is True else default}`"
-
-    actions = [action for action in config.build_parser()._actions if action.help != argparse.SUPPRESS]
-    expected = [(action.option_strings[0], spelled(action.default)) for action in actions if action.dest != "help"]
+def test_the_readme_has_every_flag_and_recipe():
     text = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"(?m)^\| `(--\S+)` \| (.*?) ?\|", text) == expected
+    assert update_table(text, config.Settings) == text, "python -m openchatkit.training.config writes the table"
+    shown = [line.split()[0] for line in config.build_parser().format_help().splitlines() if line.startswith("  --")]
+    assert re.findall(r"(?m)^\| `(--\S+)` \|", text) == [flag for flag in shown if flag not in OWN_FLAGS]
     assert set(re.findall(r"`(finetune_\S+\.sh)`", text)) == set(RECIPES)

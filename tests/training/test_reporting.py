@@ -6,6 +6,7 @@ import pytest
 import ranks
 
 from openchatkit.formats import metrics
+from openchatkit.settings import to_json
 from openchatkit.training import config
 from openchatkit.training.metrics import Reporter
 
@@ -104,4 +105,4 @@ def lines(folder):
 
 def test_recorded_settings_are_json():
     settings = config.parse(["--model-name", "m", "--task-name", "d", "--total-steps", "1"])
-    assert json.loads(json.dumps(config.recorded(settings)))["model_name"] == "m"
+    assert json.loads(json.dumps(to_json(settings)))["model_name"] == "m"
