@@ -370,7 +370,7 @@ def test_tokenizer_errors(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: no such file; [^\n]*$"):
         minimal20b.create_tokenizer(tmp_path)
     (tmp_path / "t.json").write_text("{")
-    with pytest.raises(UserError, match=r"t\.json is no tokenizer: [^\n]*$"):
+    with pytest.raises(UserError, match=r"t\.json is not a tokenizer: [^\n]*$"):
         minimal20b.create_tokenizer(tmp_path / "t.json")
 
 

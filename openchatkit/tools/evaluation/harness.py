@@ -1,7 +1,7 @@
-"""The command that examines a model with lm-eval: which tasks, on what, and the table and the file that come out.
+"""The command that evaluates a model with lm-eval: which tasks, on what, and the table and the file that come out.
 
-The tasks, their data and their metrics are lm-eval's, or files of one's own in its format. What the model is, is
-`subject`'s; how one of ours is asked, `scoring`'s. With local tasks, data and model, nothing is asked of the network.
+The tasks, their data and their metrics are lm-eval's, or files of one's own in its format. `loading` finds and loads
+the model; `scoring` makes one of ours answer. With local tasks, data and model, nothing is asked of the network.
 """
 
 import contextlib
@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.loading import hardware
+from openchatkit.formats import checkpoint_folders, hf_model
+from openchatkit.loading import hardware, pretrained, stages
 from openchatkit.storage import write_text
+from openchatkit.tools.evaluation import scoring
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -30,7 +34,7 @@ INSTALL = "pip install 'openchatkit[eval]'"
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """One line of the table. `stderr` is None where the metric has none."""
 
     task: str
@@ -51,26 +55,24 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """lm-eval's results of a model on tasks, as plain JSON, with the model, its kind, device and dtype beside them.
+    """Evaluate a model on tasks; returns lm-eval's results as plain JSON, with the model, its kind, device and dtype.
 
-    UserError when lm-eval is not installed, a task is unknown or its data cannot be had, or the model is none.
+    UserError when lm-eval is not installed, a task or its data is not found, or there is no such model.
     """
-    lm_eval = _lm_eval()
-    from openchatkit.tools.evaluation import subject as subjects
-
+    lm_eval = _import_lm_eval()
     # All that can be wrong with the flags comes before the weights are read.
-    found = subjects.find(model)
+    found = stages.find(_fetch(model))
     place = hardware.choose_device(device)
-    precision = hardware.choose_dtype(dtype, place, parameters=subjects.count_parameters(found), flag="--dtype")
+    precision = hardware.choose_dtype(dtype, place, parameters=stages.count_parameters(found), flag="--dtype")
     if dtype != "auto" and (note := hardware.emulation_note(place, precision)):
         from loguru import logger
 
         logger.warning(note)
-    with _quiet():
+    with _silence_libraries():
         manager = _task_manager(include_paths)
-        loaded = _load_tasks(_known(tasks, manager), manager)
+        loaded = _load_tasks(_match_tasks(tasks, manager), manager)
         try:
-            lm = _language_model(found, tokenizer or found.folder, precision, place, batch_size)
+            lm = _load_lm(found, tokenizer or found.path, precision, place, batch_size)
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=loaded,
@@ -81,7 +83,9 @@ def evaluate(
                 task_manager=manager,
             )
         except (RuntimeError, MemoryError) as error:
-            if "memory" in str(error).lower() or isinstance(error, MemoryError):
+            from openchatkit.inference.engine.engine import is_out_of_memory
+
+            if is_out_of_memory(error):
                 raise UserError(
                     f"{model} on {place}: out of memory; pass a smaller --batch-size than {batch_size}, or --dtype "
                     "bfloat16"
@@ -89,18 +93,19 @@ def evaluate(
             raise
         except (ValueError, AssertionError, LookupError) as error:
             # More shots than there are examples, more text to generate than the context holds, and the like.
-            raise _refused(error) from error
-    about = {"model": model, "kind": found.kind, "folder": str(found.folder), "device": str(place)}
-    kept = {key: results[key] for key in _KEPT if key in results}
-    return json.loads(json.dumps({**about, "dtype": str(precision).removeprefix("torch."), **kept}, default=str))
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"lm-eval cannot put these tasks to this model: {reason}") from error
+    about = {"model": model, "kind": found.kind, "folder": str(found.path), "device": str(place)}
+    relevant = {key: results[key] for key in _RELEVANT if key in results}
+    return json.loads(json.dumps({**about, "dtype": str(precision).removeprefix("torch."), **relevant}, default=str))
 
 
-# Of what lm-eval returns; the rest tells about the machine.
-_KEPT = ("results", "groups", "higher_is_better", "n-shot", "n-samples", "versions", "configs", "date")
+# Of what lm-eval returns; the rest is about the machine.
+_RELEVANT = ("results", "groups", "higher_is_better", "n-shot", "n-samples", "versions", "configs", "date")
 
 
-def figures(results: Mapping[str, Any]) -> list[Figure]:
-    """The numbers of `evaluate`'s results, task by task."""
+def metric_values(results: Mapping[str, Any]) -> list[MetricValue]:
+    """List the numbers of `evaluate`'s results, task by task."""
     listed = []
     for task, entry in results["results"].items():
         for key, value in entry.items():
@@ -109,17 +114,18 @@ def figures(results: Mapping[str, Any]) -> list[Figure]:
                 continue
             stderr = entry.get(f"{metric}_stderr,{rule}")
             name = metric if rule == "none" else f"{metric} ({rule})"
-            listed.append(Figure(task, name, value, stderr if isinstance(stderr, (int, float)) else None))
+            listed.append(MetricValue(task, name, value, stderr if isinstance(stderr, (int, float)) else None))
     return listed
 
 
-def _refused(error: Exception) -> UserError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UserError(f"lm-eval cannot put these tasks to this model: {reason}")
+def _fetch(model: str) -> Path:
+    """Return the folder of a model, fetched from the hub if there is none; a checkpoint's step is looked up later."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() or checkpoint_folders.parse_step(path.name) is not None else hf_model.fetch(model)
 
 
-def _lm_eval() -> Any:
-    # lm-eval's log goes to the terminal unless it finds itself told otherwise.
+def _import_lm_eval() -> Any:
+    # lm-eval's log goes to the terminal unless this variable is set.
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
         import accelerate  # noqa: F401 - what lm-eval loads Hugging Face models with
@@ -130,15 +136,15 @@ def _lm_eval() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' notes away, where no terminal shows them their bars too, and the network out of it."""
+def _silence_libraries() -> Iterator[None]:
+    """Keep the libraries' notes off the terminal, their bars too where stderr is none, and let nothing be reported."""
     import datasets
 
     from openchatkit.libraries import hf_transformers
 
     hf_transformers.silence()
     datasets.disable_progress_bars()
-    # Else the hub is told of every local file that is opened.
+    # Else every local file that is opened is reported to the hub.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
@@ -156,12 +162,12 @@ def _task_manager(include_paths: Sequence[Path]) -> "TaskManager":
             raise UserError(f"--include-path {path} is no folder: expected one that holds task files (*.yaml)")
     try:
         return TaskManager(include_path=list(include_paths) or None)
-    except Exception as error:  # whatever a YAML file can be wrong in
+    except Exception as error:  # a YAML file can be wrong in many ways
         raise UserError(f"the task files in {', '.join(map(str, include_paths))} cannot be read: {error}") from error
 
 
-def _known(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
-    """The tasks, groups and tags that these names and patterns (`mmlu_*`) mean; UserError for one that there is not."""
+def _match_tasks(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
+    """Return the tasks, groups and tags that these names and patterns (`mmlu_*`) mean; UserError for an unknown one."""
     names: list[str] = []
     for task in tasks:
         matched = manager.match_tasks([task])
@@ -174,37 +180,38 @@ def _known(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
 
 
 def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
-    """The tasks and groups with their data, fetched where it is not local; none twice."""
+    """Load the tasks and groups, each once, with their data, fetched where it is not local."""
     loaded: dict[str, Any] = {}
     inside: set[str] = set()
     for name in names:
         try:
             built = manager.load([name])
-        except Exception as error:  # a data set that cannot be had, a broken task file, a package that it needs
+        except Exception as error:  # a missing data set, a broken task file, a package that it needs
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"task {name} cannot be loaded: {reason}") from error
-        # A group brings its tasks along; the tasks of a tag stand for themselves.
+        # A group brings its tasks along; the tasks of a tag are listed by themselves.
         inside.update(child for children in built.get("group_map", {}).values() for child in children)
         loaded |= {**built.get("groups", {}), **built["tasks"]}
     return [item for name, item in loaded.items() if name not in inside]
 
 
-def _language_model(found: Any, tokenizer: Path, dtype: Any, device: Any, batch_size: int) -> "LM":
-    from openchatkit.tools.evaluation import scoring, subject
-
-    encoding = subject.load_tokenizer(tokenizer)
-    if found.kind == subject.HUGGING_FACE:
+def _load_lm(
+    found: stages.ModelFolder, folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int
+) -> "LM":
+    """Load a model and the tokenizer in `folder` as lm-eval's language model."""
+    tokenizer = pretrained.load_tokenizer(folder)
+    if found.kind == stages.HUGGING_FACE:
         from lm_eval.models.huggingface import HFLM
 
-        model = subject.load_hugging_face(found.folder, dtype, device)
-        subject.check_tokenizer(tokenizer, encoding, model.config.vocab_size)
-        return HFLM(pretrained=model, tokenizer=encoding, batch_size=batch_size)
-    stage = subject.load_stage(found, dtype, device)
-    subject.check_tokenizer(tokenizer, encoding, stage.config.vocab_size)
-    return scoring.as_lm(scoring.Scorer(stage, device, batch_size=batch_size), encoding)
+        model = pretrained.load_model(found.path, dtype, device)
+        pretrained.check_tokenizer(folder, tokenizer, model.config.vocab_size)
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    stage = stages.load_stage(stages.open_shards(found), device, dtype)
+    pretrained.check_tokenizer(folder, tokenizer, stage.config.vocab_size)
+    return scoring.as_lm(scoring.StageScorer(stage, device, batch_size=batch_size), tokenizer)
 
 
-def _print_table(listed: Sequence[Figure]) -> None:
+def _print_table(listed: Sequence[MetricValue]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -222,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, print the table, and write the results where they are asked for."""
     parser = cli.Parser(
         prog="tools/run_evaluation.py",
-        description="Examine a Hugging Face model, layer shards or a training checkpoint with lm-eval; print a table.",
+        description="Evaluate a Hugging Face model, layer shards or a training checkpoint with lm-eval; print a table.",
     )
     parser.add_argument("--model", required=True, help="a folder of any of the three kinds, or a hub name")
     parser.add_argument("--tasks", required=True, help="names, groups or patterns, by commas: lambada_openai,piqa")
@@ -258,4 +265,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.output is not None:
         write_text(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    _print_table(figures(results))
+    _print_table(metric_values(results))

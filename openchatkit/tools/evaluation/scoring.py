@@ -1,7 +1,7 @@
 """Log-likelihoods and greedy text from a model of ours, as lm-eval asks for them.
 
-`Scorer` computes and knows nothing of lm-eval; `as_lm` dresses it in lm-eval's interface. Sampling is not offered: a
-model that is to be sampled from is converted first.
+`StageScorer` computes and knows nothing of lm-eval; `as_lm` gives it lm-eval's interface. There is no sampling:
+convert a model first to sample from it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openchatkit.errors import UserError
+from openchatkit.models.generation import greedy
 from openchatkit.models.stage import Stage
 from openchatkit.progress import bar
 
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedTokenizerBase
 
-# What lm-eval generates where a task does not say how much.
+# lm-eval's own default for tasks that do not say how much to generate.
 MAX_NEW_TOKENS = 256
 
 
-class Scorer:
+class StageScorer:
     """A whole model on one device, and how many rows it is given at a time."""
 
     def __init__(self, stage: Stage, device: torch.device, *, batch_size: int) -> None:
@@ -31,13 +32,14 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """(context, continuation) in token ids -> (log-likelihood of the continuation, whether it is the greedy one).
+        """Score pairs (context, continuation) of token ids, neither empty.
 
-        Neither may be empty. What is longer than the model's context loses tokens from the left.
+        Returns the log-likelihood of each continuation, and whether greedy decoding gives it. Pairs longer than the
+        model's context lose tokens from the left.
         """
         scored: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
 
-        def one_batch(numbers: Sequence[int]) -> None:
+        def score_batch(numbers: Sequence[int]) -> None:
             rows = [[*pairs[number][0], *pairs[number][1]][-(self.max_length + 1) :] for number in numbers]
             hidden = self._hidden([row[:-1] for row in rows])
             for place, (number, row) in enumerate(zip(numbers, rows, strict=True)):
@@ -48,7 +50,7 @@ class Scorer:
                 values = logits.log_softmax(-1).gather(1, target.unsqueeze(1))
                 scored[number] = (values.sum().item(), bool((logits.argmax(-1) == target).all()))
 
-        self._batches([len(context) + len(rest) for context, rest in pairs], one_batch, "scoring")
+        self._run_batches([len(context) + len(rest) for context, rest in pairs], score_batch, "scoring")
         return scored
 
     @torch.inference_mode()
@@ -60,7 +62,7 @@ class Scorer:
         end_of_text: int,
         is_done: Callable[[list[int]], bool],
     ) -> list[list[int]]:
-        """The most probable tokens after each context, to `end_of_text` (left out), `is_done`, or `max_new_tokens`."""
+        """Continue each context by its most probable tokens; see `models/generation.py:greedy`."""
         room = self.max_length - max_new_tokens
         if room < 1:
             raise UserError(
@@ -69,31 +71,23 @@ class Scorer:
             )
         written: list[list[int]] = [[] for _ in contexts]
 
-        def one_batch(numbers: Sequence[int]) -> None:
-            going = list(numbers)
-            for _ in range(max_new_tokens):
-                rows = [contexts[number][-room:] + written[number] for number in going]
-                hidden = self._hidden(rows)
-                last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-                best = self.stage.logits(hidden[torch.arange(len(rows), device=self.device), last]).argmax(-1).tolist()
-                ended = [token == end_of_text for token in best]
-                for number, token, end in zip(going, best, ended, strict=True):
-                    written[number] += [] if end else [token]
-                going = [n for n, end in zip(going, ended, strict=True) if not end and not is_done(written[n])]
-                if not going:
-                    break
+        def generate_batch(numbers: Sequence[int]) -> None:
+            prompts = [contexts[number][-room:] for number in numbers]
+            rows = greedy(self.stage, prompts, max_new_tokens=max_new_tokens, eos_ids=(end_of_text,), is_done=is_done)
+            for number, row in zip(numbers, rows, strict=True):
+                written[number] = row
 
-        self._batches([len(context) for context in contexts], one_batch, "generating")
+        self._run_batches([len(context) for context in contexts], generate_batch, "generating")
         return written
 
     def _hidden(self, rows: Sequence[list[int]]) -> Tensor:
-        """Hidden states [rows, longest, hidden_size]. No token sees what is right of it, so the padding is there."""
+        """Return hidden states [rows, longest, hidden_size]. Padding goes to the right, where no token sees it."""
         longest = max(map(len, rows))
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         return self.stage(padded)
 
-    def _batches(self, lengths: Sequence[int], action: Callable[[Sequence[int]], None], name: str) -> None:
-        """Call `action` with the numbers of rows of like length; the longest go first, so what is too big shows."""
+    def _run_batches(self, lengths: Sequence[int], action: Callable[[Sequence[int]], None], name: str) -> None:
+        """Call `action` with numbers of rows of like length, the longest first: a batch that is too big fails early."""
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         with bar(len(order), name, unit="row") as progress:
             for first in range(0, len(order), self.batch_size):
@@ -101,8 +95,8 @@ class Scorer:
                 progress.update(len(order[first : first + self.batch_size]))
 
 
-def as_lm(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
-    """lm-eval's language model around a scorer; text becomes tokens as it does for the converted model."""
+def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
+    """Return lm-eval's language model around a scorer; text becomes tokens as it does for the converted model."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -171,5 +165,5 @@ def as_lm(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the strings that end it."""
+    """Return `text` up to the first of the strings that end it."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

@@ -256,7 +256,7 @@ def test_few_shots_come_before_the_question(forms, command, tmp_path):
         (("--tasks", ","), "--tasks names none"),
         (("--tasks", "own_choice", "--include-path", "/nowhere"), "--include-path /nowhere is no folder"),
         (("--tasks", "own_choice", "--model", "/no/model"), "/no/model: no such folder"),
-        (("--tasks", "own_choice", "--model", "{tasks}"), "is no prepared model"),
+        (("--tasks", "own_choice", "--model", "{tasks}"), "holds no model: neither GPT-NeoX"),
         (("--tasks", "own_choice", "--tokenizer", "{tasks}"), "holds no tokenizer: pass --tokenizer"),
         (("--tasks", "own_choice", "--device", "cuda:99"), "--device cuda:99: there is no such device here"),
         (("--tasks", "own_choice", "--device", "toaster"), "--device toaster: there is no such device here"),

@@ -1,0 +1,161 @@
+"""A whole `Stage` from any folder: layer shards, a training checkpoint, a Hugging Face or a GPT-NeoX model.
+
+Owns which of these a folder is, and filling the network one layer at a time; nothing is converted on the way. Stages
+that are a part of a model, to be trained, are filled by `training/checkpoints.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint, checkpoint_folders, hf_model, neox_checkpoint
+from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards, check_shard, read_config
+from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
+from openchatkit.loading import pretrained
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.family import SkipInit
+from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, shard_names
+from openchatkit.models.stage import Stage
+
+HUGGING_FACE, SHARDS, CHECKPOINT = "Hugging Face model", "layer shards", "training checkpoint"
+GPT_NEOX = "GPT-NeoX checkpoint"
+_HF_WEIGHTS = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that holds a model, and which of the four kinds it is."""
+
+    path: Path
+    kind: str
+
+
+class ShardReader(Protocol):
+    """A model's weights shard by shard: its `config`, also as config.json says it, and the names of its shards."""
+
+    raw_config: dict[str, Any]
+    config: ModelConfig
+    shards: list[str]
+
+    def read(self, shard: str) -> Mapping[str, Tensor]:
+        """Return a shard's tensors by their names in the shard, on the CPU, as they are stored."""
+
+
+def find(path: Path) -> ModelFolder:
+    """Find the model that a path means: the folder itself, or the latest checkpoint in it; UserError without one."""
+    if folder := neox_checkpoint.find(path):
+        return ModelFolder(folder, GPT_NEOX)
+    if any((path / file).is_file() for file in _HF_WEIGHTS):
+        return ModelFolder(path, HUGGING_FACE)
+    is_step = (path / checkpoint_folders.STATE).exists() or checkpoint_folders.parse_step(path.name) is not None
+    if is_step or checkpoint_folders.list_steps(path) or checkpoint_folders.is_legacy(path):
+        path = checkpoint.locate(path)
+        if checkpoint_folders.is_legacy(path):
+            raise UserError(
+                f"{path} is a checkpoint of the original kit, which does not say what model it is: "
+                "convert it with tools/convert_to_hf_gptneox.py and pass the folder that makes"
+            )
+        return ModelFolder(path, CHECKPOINT)
+    if not (path / CONFIG).is_file() and not (path / JOURNAL).is_file():
+        raise UserError(
+            f"{path} holds no model: neither GPT-NeoX's layer files, {neox_checkpoint.EXAMPLE} and so on, nor a "
+            "Hugging Face model, a training checkpoint, or layer shards, which pretrained/GPT-NeoX-20B/prepare.py makes"
+        )
+    return ModelFolder(LayerShards.open(path).path, SHARDS)
+
+
+def count_parameters(found: ModelFolder) -> int:
+    """Return the number of a model's parameters by its configuration, without a look at its weights."""
+    if found.kind == HUGGING_FACE:
+        return pretrained.count_parameters(found.path)
+    config = NeoXCheckpoint(found.path).config if found.kind == GPT_NEOX else read_config(found.path)[1]
+    return sum(parameter.numel() for parameter in _empty_stage(config).parameters())
+
+
+def open_shards(found: ModelFolder, *, verify: bool = True) -> ShardReader:
+    """Open a model's weights; with `verify`, compare its files with their manifest if it has one."""
+    if found.kind == GPT_NEOX:
+        return NeoXCheckpoint(found.path)
+    if found.kind == HUGGING_FACE:
+        return _HFReader(found.path)
+    if found.kind == CHECKPOINT:
+        reader = _CheckpointReader(found.path)
+        if verify:
+            checkpoint.verify(found.path, reader.shards)
+        return reader
+    shards = LayerShards.open(found.path)
+    if verify:
+        shards.verify()
+    return shards
+
+
+def load_stage(reader: ShardReader, device: torch.device, dtype: torch.dtype | None = None) -> Stage:
+    """Load the whole network for inference, a layer at a time, in `dtype` or as it is stored.
+
+    Tensors that need not be converted or moved stay memory-mapped.
+    """
+    stage, kind = _empty_stage(reader.config), family(reader.config)
+    embedding: Tensor | None = None
+    with progress.bar(len(reader.shards), "Loading", unit="shard") as bar:
+        for shard in reader.shards:
+            tensors = {name: tensor.to(device, dtype) for name, tensor in reader.read(shard).items()}
+            if shard == EMBED:
+                embedding = tensors[kind.embedding_weight]
+            if shard == HEAD and reader.config.tie_embeddings:
+                assert embedding is not None, reader.shards
+                tensors[kind.tied_weight] = embedding
+            stage.load(shard, tensors)
+            bar.update()
+    return stage.eval().requires_grad_(False)
+
+
+def _empty_stage(config: ModelConfig) -> Stage:
+    with torch.device("meta"), SkipInit():
+        return Stage(config)
+
+
+class _CheckpointReader:
+    """The `ShardReader` of a training checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.raw_config, self.config = read_config(path)
+        self.shards = shard_names(self.config.num_layers)
+        self._path = path
+
+    def read(self, shard: str) -> Mapping[str, Tensor]:
+        return checkpoint.read_weights(self._path, shard)
+
+
+class _HFReader:
+    """The `ShardReader` of a Hugging Face model of a family that the kit trains."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = hf_model.HFModel(path)
+        self.raw_config, self.config = self._model.raw_config, self._model.config
+        self.shards = shard_names(self.config.num_layers)
+        self._keys: dict[str, dict[str, str]] = {shard: {} for shard in self.shards}
+        kind = family(self.config)
+        for key in self._model.specs:
+            try:
+                place = kind.from_hf_key(key)
+            except KeyError:
+                place = (key, key)
+            if place is None or (self.config.tie_embeddings and place == (HEAD, kind.tied_weight)):
+                continue
+            shard, name = place
+            if shard not in self._keys:
+                raise UserError(f"{path} holds {key}, which a {kind.name} model of this config.json does not")
+            self._keys[shard][name] = key
+
+    def read(self, shard: str) -> Mapping[str, Tensor]:
+        keys = self._keys[shard]
+        specs = {name: self._model.specs[key] for name, key in keys.items()}
+        check_shard(self._model.path, self.config, shard, specs)
+        return {name: self._model.read(key) for name, key in keys.items()}
