@@ -1,11 +1,11 @@
 """One optimizer step, taken by all ranks together: gradients summed over micro-batches and replicas, one norm.
 
-What goes with it, by source and for the ledger, travels in the same two reductions: what was fed, counted in whole
-numbers, before the step's work, and what came of it, in float64, after.
+Numbers of the step are added up twice: those of its rows, as integers, before the forward passes, and those of losses
+and gradients, in float64, after the backward passes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class SourceLoss:
 
 
 def by_name(dataset: Dataset, losses: Sequence[SourceLoss]) -> dict[str, dict[str, float | None]]:
-    """{source's name: {"loss", "trained_tokens"}}; a data set has no two sources of one name."""
+    """Return {source's name: {"loss", "trained_tokens"}}; a data set has no two sources of one name."""
     return {
         source.name: {"loss": loss.mean, "trained_tokens": loss.trained_tokens}
         for source, loss in zip(dataset.sources, losses, strict=True)
@@ -54,8 +54,8 @@ class StepResult:
     """Numbers of one step, equal on every rank. `loss` is the mean over the step's `trained_tokens`, NaN without any.
 
     `applied` is false when the gradient was not finite, or nothing was trained on: then no parameter of any rank has
-    changed, nor the optimizer's state. `digest` is that of
-    all the rows the step was fed, over all replicas (see `Batch.digest`); `sources` has an entry for each source.
+    changed, nor the optimizer's state. `digest` is that of all the step's rows, over all replicas (see `Batch.digest`);
+    `sources` has an entry for each source.
     """
 
     loss: float
@@ -79,7 +79,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many rows a step takes, and its learning rate. `batch_size` is per replica and batch."""
+    """Rows of a step, and its learning rate. `batch_size` is per replica and batch."""
 
     batch_size: int
     accumulate: int
@@ -89,8 +89,18 @@ class Schedule:
     max_grad_norm: float
 
 
+@dataclass(frozen=True)
+class _StepSums:
+    """Numbers of a step, summed over micro-batches and ranks; `loss` and gradients are times the loss scale."""
+
+    loss: float
+    stop: bool
+    source_losses: list[float]
+    squared_norm: float
+
+
 class Trainer:
-    """A stage, what optimizes it, and the step that all ranks take together."""
+    """A stage with its optimizer, and the step that all ranks take together."""
 
     def __init__(
         self,
@@ -131,16 +141,18 @@ class Trainer:
         """Take step `number`, counted from 0. `stop` on any rank becomes `stop` of the result on all."""
         batches = [self._batch(dataset, number * self.global_batch, part) for part in range(self.schedule.accumulate)]
         digest, trained = self._count(batches, len(dataset.sources))
-        self._loss_factor = self.scaler.scale / max(sum(trained), 1)
+        trained_tokens = sum(trained)
 
-        loss = self._start_losses(dataset)
+        loss = self._start_losses(dataset, factor=self.scaler.scale / max(trained_tokens, 1))
         with autocast(self.layout.device, self.dtype):
             for batch in batches:
-                loss += self.pipeline.forward_backward(*self._fed(batch))
-        squared_norm, loss_sum, stop, source_losses = self._reduce(loss, stop, digest)
-        grad_norm = math.sqrt(squared_norm) / self.scaler.scale
+                loss += self.pipeline.forward_backward(*self._place(batch))
+        self._sum_gradients()
+        sums = self._sum_over_ranks(loss, stop, digest)
+
+        grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
         finite = math.isfinite(grad_norm)
-        applied = finite and sum(trained) > 0
+        applied = finite and trained_tokens > 0
         lr = learning_rate(
             number,
             peak=self.schedule.peak_lr,
@@ -149,18 +161,24 @@ class Trainer:
         )
         if applied:
             self._update(grad_norm, lr)
-        sources = tuple(map(SourceLoss, source_losses, trained))
-        loss_mean = loss_sum / self.scaler.scale if sum(trained) else math.nan
-        result = StepResult(loss_mean, grad_norm, lr, sum(trained), applied, stop, digest, sources)
         self.optimizer.zero_grad(set_to_none=True)
+        result = StepResult(
+            loss=sums.loss / self.scaler.scale if trained_tokens else math.nan,
+            grad_norm=grad_norm,
+            lr=lr,
+            trained_tokens=trained_tokens,
+            applied=applied,
+            stop=sums.stop,
+            digest=digest,
+            sources=tuple(map(SourceLoss, sums.source_losses, trained)),
+        )
         if applied or not finite:
             self.scaler.update(overflow=not finite)
         return result
 
     def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
-        """The loss over the first `batches` batches of each replica's share of `dataset`."""
-        self._loss_factor = 1.0
-        loss = self._start_losses(dataset).double()
+        """Return the loss over the first `batches` batches of each replica's share of `dataset`."""
+        loss = self._start_losses(dataset, factor=1.0).double()
         trained = torch.zeros(len(dataset.sources), dtype=torch.float64)
         rows = self.schedule.batch_size * self.layout.replicas
         with autocast(self.layout.device, self.dtype):
@@ -168,41 +186,46 @@ class Trainer:
                 batch = self._batch(dataset, number * rows, 0)
                 # Every stage knows the labels: were each to count them, their sum over stages would be too many.
                 trained += _trained_tokens([batch], len(trained)) if self.layout.is_last_stage else 0
-                loss += self.pipeline.evaluate(*self._fed(batch))
-        total = torch.cat([loss.view(1), trained.to(loss.device), self._source_losses])
-        self.layout.sum_over_replicas(total)
-        self.layout.sum_over_stages(total)
-        loss_sum, *found = total.tolist()
-        counts = [int(count) for count in found[: len(trained)]]
-        sources = tuple(map(SourceLoss, found[len(trained) :], counts))
-        return Evaluation(loss_sum / sum(counts) if sum(counts) else math.nan, sum(counts), sources)
+                loss += self.pipeline.evaluate(*self._place(batch))
+        sums = self._add_up(
+            {"loss": loss, "trained": trained.to(loss.device), "source_losses": self._source_losses},
+            self.layout.sum_over_replicas,
+            self.layout.sum_over_stages,
+        )
+        counts = [int(count) for count in sums["trained"].tolist()]
+        sources = tuple(map(SourceLoss, sums["source_losses"].tolist(), counts))
+        return Evaluation(sums["loss"].item() / sum(counts) if sum(counts) else math.nan, sum(counts), sources)
 
     def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
-        """This replica's rows of a step's part: replicas take turns batch by batch, so rows follow each other."""
+        """Return this replica's rows of a step's part. Replicas take turns by the batch, so rows follow each other."""
         size = self.schedule.batch_size
         start = first_row + (part * self.layout.replicas + self.layout.replica) * size
         return dataset.batch(start, size)
 
-    def _fed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A batch's tokens, target and starts for the pipeline; the target stays on the CPU (see `VocabularyLoss`)."""
+    def _place(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return a batch's tokens and document starts on the device, and between them its target, on the CPU.
+
+        `VocabularyLoss` says why the target stays there.
+        """
         moved = batch.to(self.layout.device)
         return moved.tokens, _target(batch), moved.document_starts
 
     def _count(self, batches: Sequence[Batch], sources: int) -> tuple[int, list[int]]:
-        """The digest of all rows of a step, over all replicas, and the trained tokens of each source."""
-        rows = sum(batch.rows for batch in batches)
+        """Return the digest of all rows of a step, over all replicas, and the trained tokens of each source."""
         # Digests are added modulo 2^64, as sums of int64 wrap.
-        digest = sum(batch.digest() for batch in batches)
-        counts = torch.tensor([rows, (digest + (1 << 63)) % (1 << 64) - (1 << 63)], dtype=torch.int64)
-        counts = torch.cat([counts, _trained_tokens(batches, sources)]).to(self.layout.device)
-        self.layout.sum_over_replicas(counts)
-        rows, digest, *trained = counts.tolist()
-        assert rows == self.global_batch, f"the replicas were fed {rows} rows, a step has {self.global_batch}"
-        return digest % (1 << 64), trained
+        digest = (sum(batch.digest() for batch in batches) + (1 << 63)) % (1 << 64) - (1 << 63)
+        rows = sum(batch.rows for batch in batches)
+        trained = _trained_tokens(batches, sources)
+        shares = {"rows": torch.tensor(rows), "digest": torch.tensor(digest), "trained": trained}
+        counts = self._add_up(shares, self.layout.sum_over_replicas)
+        rows = int(counts["rows"])
+        assert rows == self.global_batch, f"the replicas were given {rows} rows, a step has {self.global_batch}"
+        return int(counts["digest"]) % (1 << 64), counts["trained"].tolist()
 
-    def _start_losses(self, dataset: Dataset) -> Tensor:
-        """Begin to sum each source's loss anew; returns the zero that the loss of all is summed to."""
+    def _start_losses(self, dataset: Dataset, *, factor: float) -> Tensor:
+        """Start each source's sum of losses; returns the 0 that the loss of all is added to, times `factor`."""
         device = self.layout.device
+        self._loss_factor = factor
         self._source_losses = torch.zeros(len(dataset.sources), dtype=torch.float64, device=device)
         return torch.zeros((), dtype=torch.float32, device=device)
 
@@ -211,31 +234,51 @@ class Trainer:
         labels, sources = target[:, :-1], target[:, -1:].expand(-1, target.shape[1] - 1)
         return self._vocabulary_loss(hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses)
 
-    def _reduce(self, loss: Tensor, stop: bool, digest: int) -> tuple[float, float, bool, list[float]]:
-        """Make gradients, their squared norm, the losses and the wish to stop the same everywhere they should be."""
+    def _sum_gradients(self) -> None:
+        """Add the gradients over replicas, and those of tied embeddings over their stages."""
         parameters = list(self.stage.parameters())
         for parameter in parameters:
             if parameter.grad is None:
-                # Nothing of this step was trained on here; the other ranks still count on a gradient.
+                # None of this rank's tokens was trained on; the other ranks still wait for its gradient.
                 parameter.grad = torch.zeros_like(parameter)
         sum_gradients_over_replicas(parameters, self.layout, through_cpu=self.reduce_through_cpu)
         add_tied_gradients(self.stage, self.layout)
-        asked = torch.tensor([stop], dtype=torch.float64, device=loss.device)
-        shared = torch.cat([loss.double().view(1), asked, self._source_losses])
-        self.layout.sum_over_replicas(shared)
-        # Only the last stage has a loss, only its owner a shard's norm: adding zeros is exact.
-        norms = squared_norms(self.stage)
-        seal = digest % (1 << 32)  # of which a float64 holds the sum over any number of stages
-        shared = torch.cat([norms, torch.tensor([seal], dtype=torch.float64, device=loss.device), shared])
-        self.layout.sum_over_stages(shared)
-        found = shared.tolist()
-        seals, loss_sum, stops, *source_losses = found[len(norms) :]
-        if seals != seal * self.layout.stages:
+
+    def _sum_over_ranks(self, loss: Tensor, stop: bool, digest: int) -> _StepSums:
+        """Add up this rank's numbers of a step with those of the others. UserError where stages had other samples.
+
+        Only the last stage has losses, and a shard's norm only the stage that has the shard: adding zeros is exact.
+        """
+        end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of stages
+
+        def number(value: float) -> Tensor:
+            return torch.tensor(value, dtype=torch.float64, device=loss.device)
+
+        shares = {"loss": loss.double(), "stops": number(stop), "source_losses": self._source_losses}
+        sums = self._add_up(shares, self.layout.sum_over_replicas)
+        shares = {"squared_norms": squared_norms(self.stage), "ends_of_digests": number(end_of_digest), **sums}
+        sums = self._add_up(shares, self.layout.sum_over_stages)
+        if sums["ends_of_digests"].item() != end_of_digest * self.layout.stages:
             raise UserError(
                 f"{self.layout.describe()} was fed other samples than another stage: the files that --task-name stands "
                 "for differ between machines; make them the same"
             )
-        return sum(found[: len(norms)]), loss_sum, stops > 0, source_losses
+        return _StepSums(
+            loss=sums["loss"].item(),
+            stop=sums["stops"].item() > 0,
+            source_losses=sums["source_losses"].tolist(),
+            squared_norm=sum(sums["squared_norms"].tolist()),
+        )
+
+    def _add_up(self, shares: Mapping[str, Tensor], *all_reduces: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Sum named tensors over ranks, by one call of each all-reduce for all of them; returns the sums, flat.
+
+        The tensors have one dtype and are on one device, whichever it is.
+        """
+        flat = torch.cat([share.flatten() for share in shares.values()]).to(self.layout.device)
+        for all_reduce in all_reduces:
+            all_reduce(flat)
+        return dict(zip(shares, torch.split(flat, [share.numel() for share in shares.values()]), strict=True))
 
     def _update(self, grad_norm: float, lr: float) -> None:
         limit = self.schedule.max_grad_norm
@@ -249,12 +292,12 @@ class Trainer:
 
 
 def _target(batch: Batch) -> Tensor:
-    """Labels, with the row's source as a last column: torch's pipelining takes one tensor of targets, cut by rows."""
+    """Return the labels with the row's source as last column: torch's pipelining cuts one tensor of targets by rows."""
     return torch.cat([batch.labels, batch.sources.unsqueeze(1)], dim=1)
 
 
 def _trained_tokens(batches: Sequence[Batch], sources: int) -> Tensor:
-    """The number of each source's labels that are trained on, int64 [sources]."""
+    """Return the number of each source's labels that are trained on, int64 [sources]."""
     counts = torch.zeros(sources, dtype=torch.int64)
     for batch in batches:
         counts.index_add_(0, batch.sources, (batch.labels != IGNORE).sum(1))

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Ended:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
+    """Return a TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -37,24 +38,26 @@ def start(
     environment: dict[str, str] | None = None,
     workplace: Path | None = None,
     own: dict[int, dict[str, object]] | None = None,
+    before_main: Callable[[], None] | None = None,
 ) -> list:
     """Start every rank of a run, in the folder `workplace`; stderr of rank r goes to folder/stderr_r.
 
-    `own` flags are given to one rank only, in place of those of all.
+    `own` flags are given to one rank only, in place of those of all. Each rank calls `before_main` before the command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flags = {"dist_url": f"tcp://127.0.0.1:{free_port()}", "use_cuda": "false", "timeout": 60, **flags}
     processes = []
     for rank in range(world_size):
         argv = to_argv({"world_size": world_size, **flags, **(own or {}).get(rank, {}), "rank": rank})
-        process = _context.Process(target=_rank, args=(argv, folder / f"stderr_{rank}", environment or {}, workplace))
+        errors = folder / f"stderr_{rank}"
+        process = _context.Process(target=_rank, args=(argv, errors, environment or {}, workplace, before_main))
         process.start()
         processes.append(process)
     return processes
 
 
 def finish(folder: Path, processes: list, *, seconds: float = 120) -> Ended:
-    """Wait for all ranks; those that outlast the limit are killed and have the status -9."""
+    """Wait for all ranks; after `seconds` they are killed, with the status -9."""
     limit = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.1, limit - time.monotonic()))
@@ -82,7 +85,13 @@ def to_argv(flags: dict[str, object]) -> list[str]:
     return argv
 
 
-def _rank(argv: list[str], errors: Path, environment: dict[str, str], workplace: Path | None) -> None:
+def _rank(
+    argv: list[str],
+    errors: Path,
+    environment: dict[str, str],
+    workplace: Path | None,
+    before_main: Callable[[], None] | None,
+) -> None:
     with open(errors, "w", buffering=1) as file, contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
         os.environ.update(environment)
@@ -92,6 +101,8 @@ def _rank(argv: list[str], errors: Path, environment: dict[str, str], workplace:
         from openchatkit.training.command import main
 
         torch.set_num_threads(1)
+        if before_main is not None:
+            before_main()
         try:
             main(argv)
         except SystemExit as ended:
