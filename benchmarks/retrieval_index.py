@@ -63,18 +63,21 @@ def jittered(base: np.ndarray, count: int, seed: int = 0) -> Iterator[np.ndarray
 def opening(folder: Path, rows: int, lists: int) -> None:
     """The table of opening."""
     from openchatkit.formats.retrieval_index import EncoderRecord
-    from openchatkit.retrieval.generation import write_generation, writing
-    from openchatkit.retrieval.table import Row
+    from openchatkit.retrieval.snapshot import lock_for_writing, write_snapshot
+    from openchatkit.retrieval.table import PassageRow
 
     base = np.random.default_rng(0).standard_normal((5000, DIMENSION)).astype(np.float32)
     base /= np.linalg.norm(base, axis=1, keepdims=True)
-    made = (Row(f"Row {n} is number {n % 977} of list {n // 977}.", source="made up", document=n) for n in range(rows))
+    made = (
+        PassageRow(f"Row {n} is number {n % 977} of list {n // 977}.", source="made up", document=n)
+        for n in range(rows)
+    )
     encoder = EncoderRecord("made up", "0" * 64, DIMENSION, "cosine", 128)
     begin = time.perf_counter()
-    with writing(folder):
+    with lock_for_writing(folder):
         options = {"lists": min(lists, rows)}
         vectors = jittered(base, rows)
-        write_generation(folder, rows=made, vectors=vectors, encoder=encoder, dense_options=options)
+        write_snapshot(folder, rows=made, vectors=vectors, encoder=encoder, dense_options=options)
     written = time.perf_counter() - begin
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
     command = [sys.executable, "-c", OPEN, str(folder)]
@@ -104,9 +107,9 @@ def searching(folder: Path, awscli: Path, encoder_folder: Path, arguments: argpa
     """The table of searching."""
     from openchatkit.retrieval import question_sets
     from openchatkit.retrieval.encoder import Encoder
-    from openchatkit.retrieval.generation import write_generation, writing
     from openchatkit.retrieval.index import Index
-    from openchatkit.retrieval.table import Row
+    from openchatkit.retrieval.snapshot import lock_for_writing, write_snapshot
+    from openchatkit.retrieval.table import PassageRow
 
     random = np.random.default_rng(0)
     examples = question_sets.awscli(awscli)[: arguments.passages]
@@ -117,15 +120,15 @@ def searching(folder: Path, awscli: Path, encoder_folder: Path, arguments: argpa
     queries = encoder.encode(questions, query=True)
     words = [body.split()[:60] for body in bodies]
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[PassageRow]:
         for number in range(arguments.vectors):
             some = words[number % len(words)]
             kept = random.random(len(some)) < 0.8
             text = " ".join(word for word, keep in zip(some, kept, strict=True) if keep)
-            yield Row(text, source="awscli", document=number)
+            yield PassageRow(text, source="awscli", document=number)
 
-    with writing(folder):
-        write_generation(folder, rows=rows(), vectors=jittered(base, arguments.vectors), encoder=encoder.record())
+    with lock_for_writing(folder):
+        write_snapshot(folder, rows=rows(), vectors=jittered(base, arguments.vectors), encoder=encoder.record())
     with Index.open(folder, encoder) as index:
         counts = f"{index.record.rows:,} rows of {len(titles):,} passages, {len(questions)} questions"
         print(f"\n{counts}, {index.record.dense}")
@@ -137,10 +140,10 @@ def compare(index: object, questions: list[str], queries: np.ndarray, arguments:
     import faiss
 
     from openchatkit.formats import retrieval_index as layout
-    from openchatkit.retrieval import vectors as kept
-    from openchatkit.retrieval.words import words
+    from openchatkit.retrieval import vector_store
+    from openchatkit.retrieval.tokenization import tokenize
 
-    wanted, threads = kept.exact(index.vectors, queries, 10)[1], faiss.omp_get_max_threads()
+    wanted, threads = vector_store.search_exactly(index.vectors, queries, 10)[1], faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
 
     def row(title: str, search: Callable[[int], np.ndarray | None], *, recall: bool, count: int = len(queries)) -> None:
@@ -148,7 +151,7 @@ def compare(index: object, questions: list[str], queries: np.ndarray, arguments:
 
     def ours(mode: str) -> Callable[[int], np.ndarray]:
         def search(number: int) -> np.ndarray:
-            ranking = index.rank(questions[number], queries[number], 10, mode=mode, floor=False)
+            ranking = index.rank(questions[number], queries[number], 10, mode=mode, score_threshold=False)
             index.fetch(ranking)
             return ranking.rows
 
@@ -171,21 +174,21 @@ def compare(index: object, questions: list[str], queries: np.ndarray, arguments:
     row("encoding the question (any threads)", lambda at: index.encode(questions[at]), recall=False)
     bm25s = import_bm25s()
     if bm25s:
-        peer, names = bm25s.BM25(), [layout.file_name(role, index.record.generation) for role in ("scores", "postings")]
-        starts = layout.file_name("starts", index.record.generation)
+        peer, names = bm25s.BM25(), [layout.file_name(role, index.record.snapshot) for role in ("scores", "postings")]
+        starts = layout.file_name("starts", index.record.snapshot)
         options = {"data_name": names[0], "indices_name": names[1], "indptr_name": starts, "mmap": True}
         peer.load_scores(index.folder, num_docs=index.record.rows, **options)
         peer.nonoccurrence_array = None
         numbers = {word: at for at, word in enumerate(index.sparse.vocabulary())}
-        ids = [[numbers[word] for word in dict.fromkeys(words(text)) if word in numbers] for text in questions]
+        ids = [[numbers[word] for word in dict.fromkeys(tokenize(text)) if word in numbers] for text in questions]
         row("bm25s, the same words", lambda at: top(peer.get_scores_from_ids(ids[at])), recall=False, count=50)
-    dense = index.folder / layout.file_name("dense", index.record.generation)
+    dense = index.folder / layout.file_name("dense", index.record.snapshot)
     if index.record.dense.lists:
         row("faiss IVF as it is (1 probe, no second look)", plain(faiss.read_index(str(dense))), recall=True)
     exact = faiss.IndexFlatIP(DIMENSION)
     graph = faiss.IndexHNSWFlat(DIMENSION, 32, faiss.METRIC_INNER_PRODUCT) if arguments.hnsw else None
     faiss.omp_set_num_threads(threads)  # for building
-    for part in kept.pieces([index.vectors]):
+    for part in vector_store.split_rows([index.vectors]):
         exact.add(part.astype(np.float32))
         if graph:
             graph.add(part.astype(np.float32))

@@ -52,7 +52,7 @@ def by_ranks(index: "Index", query: str, k: int) -> "list[Hit]":
     vector = index.encode(query)
     hits, scores = {}, {}
     for mode in ("dense", "sparse"):
-        ranked = index.fetch(index.rank(query, vector, 100, mode=mode, floor=False))
+        ranked = index.fetch(index.rank(query, vector, 100, mode=mode, score_threshold=False))
         for rank, hit in enumerate(ranked, 1):
             hits[hit.id] = hit
             scores[hit.id] = scores.get(hit.id, 0) + 1 / (RANK_OFFSET + rank)
@@ -66,11 +66,12 @@ def found(index: "Index", questions: list[str], mode: str) -> str:
 
 def finding(name: str, examples: list, encoder: Path, folder: Path, count: int) -> None:
     """The table of one set."""
-    from openchatkit.retrieval import building, evaluation, question_sets
+    from openchatkit.retrieval import evaluation, question_sets
+    from openchatkit.retrieval.building import operations
     from openchatkit.retrieval.index import Index
 
     source = question_sets.source(name, examples)
-    building.build_rows(source, folder, encoder=str(encoder), max_tokens=question_sets.TOKENS)
+    operations.build_rows(source, folder, encoder=str(encoder), max_tokens=question_sets.TOKENS)
     questions = question_sets.questions(examples, count=count)
     with Index.open(folder) as index:
         figures = evaluation.evaluate(index, questions)
@@ -95,7 +96,8 @@ def speed(examples: list, encoder: Path, folder: Path, repeat: int) -> None:
     """The table of building, in passages a second."""
     from sentence_transformers import SentenceTransformer
 
-    from openchatkit.retrieval import building, question_sets
+    from openchatkit.retrieval import question_sets
+    from openchatkit.retrieval.building import operations
 
     texts = [each.text for each in examples]
     alone = SentenceTransformer(str(encoder), local_files_only=True)
@@ -107,7 +109,7 @@ def speed(examples: list, encoder: Path, folder: Path, repeat: int) -> None:
         alone.encode(texts, show_progress_bar=False)
         middle = time.perf_counter()
         source = question_sets.source("awscli", examples)
-        building.build_rows(source, folder / str(run), encoder=str(encoder), max_tokens=question_sets.TOKENS)
+        operations.build_rows(source, folder / str(run), encoder=str(encoder), max_tokens=question_sets.TOKENS)
         for name, spent in zip(seconds, (middle - begin, time.perf_counter() - middle), strict=True):
             seconds[name].append(spent)
     rates = {name: len(texts) / statistics.median(spent) for name, spent in seconds.items()}

@@ -1,6 +1,6 @@
 """The Wikipedia index, to be imported as in the original kit; or python retrieval/wikipedia.py QUESTION."""
 
-from openchatkit.retrieval.wikipedia import WikipediaIndex, main
+from openchatkit.retrieval.wikipedia.index import WikipediaIndex, main
 
 __all__ = ["WikipediaIndex"]
 

@@ -1,7 +1,7 @@
 """The folder of a retrieval index: its files' names, and the manifest that alone says which of them belong to it.
 
-An index is rewritten whole, as a generation: files are named `<role>-<generation>.<ending>` and never change once the
-manifest names them. A manifest is put in place last, so that until then the generation before it is what the folder
+An index is rewritten whole, as a snapshot: files are named `<role>-<snapshot>.<ending>` and never change once the
+manifest names them. A manifest is put in place last, so that until then the snapshot before it is what the folder
 holds, and whoever has that one open keeps it. Files that the manifest does not name are left-overs of a kill.
 
     table.arrow       the passages, a row each: see `retrieval.table`
@@ -47,7 +47,8 @@ ROLES = {
     "sources": ".jsonl",
     "skipped": ".jsonl",
 }
-_SPILL = "spill"  # while a generation is written
+_KEYS = {"snapshot": "generation", "score_threshold": "floor"}  # of the manifest, where a field has another name
+_SPILL = "spill"  # while a snapshot is written
 _PARTIAL = ".openchatkit-partial"  # a name that no other program has
 _OURS = re.compile(
     rf"({'|'.join([*ROLES, _SPILL])})-\d{{6,}}\.(arrow|npy|faiss|jsonl|bin)|\.{re.escape(MANIFEST)}\..*\.tmp"
@@ -90,7 +91,7 @@ class SparseRecord:
 
 
 @dataclass(frozen=True)
-class Floor:
+class ScoreThreshold:
     """What a passage must show to be found: see `retrieval.fusion`."""
 
     cosine: float
@@ -132,30 +133,34 @@ class Skipped:
 class IndexRecord:
     """What the manifest says of an index; `time_stamps` are of its files by name, in nanoseconds."""
 
-    generation: int
+    snapshot: int
     rows: int
     sources: int
     skipped: int
     encoder: EncoderRecord | None
     dense: DenseRecord | None
     sparse: SparseRecord
-    floor: Floor
+    score_threshold: ScoreThreshold
     chunking: dict[str, Any] = field(default_factory=dict)
     time_stamps: dict[str, int] = field(default_factory=dict)
 
+    def facts(self) -> dict[str, Any]:
+        """Return the record under the keys that the manifest has."""
+        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
-def file_name(role: str, generation: int) -> str:
-    """The name of a file of a generation."""
-    return f"{role}-{generation:06d}{ROLES[role]}"
+
+def file_name(role: str, snapshot: int) -> str:
+    """The name of a file of a snapshot."""
+    return f"{role}-{snapshot:06d}{ROLES[role]}"
 
 
-def spill_path(folder: Path, generation: int) -> Path:
-    """Where words are kept while a generation is written."""
-    return folder / f"{_SPILL}-{generation:06d}.bin"
+def temporary_path(folder: Path, snapshot: int) -> Path:
+    """Where words are kept while a snapshot is written."""
+    return folder / f"{_SPILL}-{snapshot:06d}.bin"
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where whoever builds an index keeps what it has embedded until a generation holds it; never taken for litter."""
+    """Where whoever builds an index keeps what it has embedded until a snapshot holds it; never taken for litter."""
     return folder / _PARTIAL
 
 
@@ -204,7 +209,7 @@ def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> Ind
     files = list(files)
     stamps = {file.name: (folder / file.name).stat().st_mtime_ns for file in files}
     record = dataclasses.replace(record, time_stamps=stamps)
-    manifest.write(folder, files, about={"format": FORMAT, "version": VERSION, **asdict(record)})
+    manifest.write(folder, files, about={"format": FORMAT, "version": VERSION, **record.facts()})
     return record
 
 
@@ -222,8 +227,8 @@ def read(folder: Path) -> tuple[IndexRecord, dict[str, FileRecord]]:
         record = _record(about)
     except (TypeError, KeyError, ValueError) as error:
         raise DamagedError(f"{folder / MANIFEST} is damaged: {error}") from error
-    # The names follow from the generation, so that no manifest leads out of its folder.
-    expected = {file_name(role, record.generation) for role in roles(record)}
+    # The names follow from the snapshot, so that no manifest leads out of its folder.
+    expected = {file_name(role, record.snapshot) for role in roles(record)}
     if set(files) != expected or set(record.time_stamps) != expected:
         names = ", ".join(sorted(expected ^ set(files) | expected ^ set(record.time_stamps)))
         raise DamagedError(f"{folder / MANIFEST} is damaged: it should name one file for each part, but for {names}")
@@ -259,16 +264,16 @@ def write_lines(path: Path, records: Iterable[Any]) -> int:
 
 def read_sources(folder: Path, record: IndexRecord) -> list[SourceRecord]:
     """What the passages were read from."""
-    return _lines(folder / file_name("sources", record.generation), SourceRecord)
+    return _lines(folder / file_name("sources", record.snapshot), SourceRecord)
 
 
 def read_skipped(folder: Path, record: IndexRecord) -> list[Skipped]:
     """What could not be read."""
-    return _lines(folder / file_name("skipped", record.generation), Skipped)
+    return _lines(folder / file_name("skipped", record.snapshot), Skipped)
 
 
-def litter(folder: Path) -> list[Path]:
-    """Files of this format that the manifest does not name: what a kill, or the generation before, left."""
+def stale_files(folder: Path) -> list[Path]:
+    """Files of this format that the manifest does not name: what a kill, or the snapshot before, left."""
     try:
         names = set(read(folder)[1])
     except DamagedError:
@@ -287,10 +292,18 @@ def _facts(folder: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
 
 
 def _record(about: dict[str, Any]) -> IndexRecord:
-    nested = {"encoder": EncoderRecord, "dense": DenseRecord, "sparse": SparseRecord, "floor": Floor}
-    parts = {key: kind(**about[key]) if about[key] is not None else None for key, kind in nested.items()}
-    record = IndexRecord(**{**about, **parts})
-    if record.sparse is None or record.floor is None or (record.encoder is None) != (record.dense is None):
+    values = {**about, **{name: about[key] for name, key in _KEYS.items()}}
+    for key in _KEYS.values():
+        del values[key]
+    nested = {
+        "encoder": EncoderRecord,
+        "dense": DenseRecord,
+        "sparse": SparseRecord,
+        "score_threshold": ScoreThreshold,
+    }
+    parts = {name: kind(**values[name]) if values[name] is not None else None for name, kind in nested.items()}
+    record = IndexRecord(**{**values, **parts})
+    if record.sparse is None or record.score_threshold is None or (record.encoder is None) != (record.dense is None):
         raise ValueError("a part of the record is missing")
     return record
 

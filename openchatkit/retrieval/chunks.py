@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval.reading import Block, Document, place
-from openchatkit.retrieval.scripts import MARKS, paired
+from openchatkit.retrieval.reading.document import Block, Document, place
+from openchatkit.retrieval.tokenization import MARKS, count_unspaced
 
 Count = Callable[[Sequence[str]], Sequence[int]]
 
@@ -85,12 +85,12 @@ class _Atom:
         return "" if held else self.block.head
 
 
-def embedded(title: str, text: str) -> str:
+def text_to_embed(title: str, text: str) -> str:
     """What the encoder is shown of a passage."""
     return f"{title}\n{text}" if title else text
 
 
-def chunks(document: Document, chunking: Chunking, count: Count) -> Iterator[Chunk]:
+def chunk_document(document: Document, chunking: Chunking, count: Count) -> Iterator[Chunk]:
     """The chunks of a document; `count` says of texts how many tokens the encoder makes of each."""
     headings: list[Block] = []
     before: Block | None = None
@@ -249,5 +249,5 @@ def _runs_on(before: Block, after: Block) -> bool:
 
 def _least(text: str) -> int:
     """How many tokens a text counts as at least."""
-    alone = paired(text)
+    alone = count_unspaced(text)
     return alone - (-(len(text) - alone) // _CHARACTERS)

@@ -13,9 +13,10 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import IndexRecord
-from openchatkit.retrieval import building, reading, report
-from openchatkit.retrieval.building import ranks
+from openchatkit.retrieval import report
+from openchatkit.retrieval.building import operations, ranks
 from openchatkit.retrieval.index import Index, verify
+from openchatkit.retrieval.reading import reader
 from openchatkit.retrieval.rerank import DEPTH, Reranker
 
 _SHOWN = 10  # of the files that were left out
@@ -33,7 +34,7 @@ def parser() -> cli.Parser:
     whole = cli.Parser(
         prog="retrieval/build_index.py",
         description="Make an index of your own files, keep it in step with them, search it, and measure how well it "
-        f"finds. Files are read by their endings: {', '.join(reading.READABLE)}, source code, and names without an "
+        f"finds. Files are read by their endings: {', '.join(reader.READABLE)}, source code, and names without an "
         "ending; all that is plain text packed as .gz too.",
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -66,8 +67,8 @@ def _add_build(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
     command.add_argument(
         "--encoder",
         metavar="NAME",
-        help=f"folder or hub name of a sentence encoder, or `{building.NO_ENCODER}` to search by words alone; of a new "
-        f"index by default {building.DEFAULT_ENCODER}",
+        help=f"folder or hub name of a sentence encoder, or `{operations.NO_ENCODER}` to search by words alone; of a new "
+        f"index by default {operations.DEFAULT_ENCODER}",
     )
     group = command.add_argument_group("how files become passages (set when an index is made, and kept)")
     group.add_argument("--chunk-tokens", dest="tokens", type=cli.positive_int, help="longest passage; by default 200")
@@ -108,7 +109,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
         metavar=("NAME", "WHEEL"),
         help="a set of its own, which --index is made of: `awscli WHEEL`, examples in a wheel of awscli; or `stdlib`",
     )
-    command.add_argument("--encoder", metavar="NAME", help=f"for --set; by default {building.DEFAULT_ENCODER}")
+    command.add_argument("--encoder", metavar="NAME", help=f"for --set; by default {operations.DEFAULT_ENCODER}")
     command.add_argument("--questions", type=cli.positive_int, default=500, help="of a set, drawn by --seed")
     command.add_argument("--seed", type=cli.natural, default=0, help="decides which questions are drawn")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -138,9 +139,9 @@ def _reranker(command: cli.Parser) -> None:
 
 
 def _build(given: argparse.Namespace) -> None:
-    settings = {name: getattr(given, name) for name in asdict(building.Settings())}
-    with ranks.joined() as all_ranks, _quiet_but_first(all_ranks):
-        building.build(
+    settings = {name: getattr(given, name) for name in asdict(operations.Settings())}
+    with ranks.join() as all_ranks, _silence_all_but_first(all_ranks):
+        operations.build(
             given.paths,
             given.index,
             encoder=given.encoder,
@@ -148,23 +149,23 @@ def _build(given: argparse.Namespace) -> None:
             settings=settings,
             ranks=all_ranks,
         )
-        _tell_skipped(given.index, all_ranks)
+        _report_skipped(given.index, all_ranks)
 
 
 def _add(given: argparse.Namespace) -> None:
-    with ranks.joined() as all_ranks, _quiet_but_first(all_ranks):
-        building.add(given.paths, given.index, device=given.device, ranks=all_ranks)
-        _tell_skipped(given.index, all_ranks)
+    with ranks.join() as all_ranks, _silence_all_but_first(all_ranks):
+        operations.add(given.paths, given.index, device=given.device, ranks=all_ranks)
+        _report_skipped(given.index, all_ranks)
 
 
 def _update(given: argparse.Namespace) -> None:
-    with ranks.joined() as all_ranks, _quiet_but_first(all_ranks):
-        building.update(given.index, device=given.device, ranks=all_ranks)
-        _tell_skipped(given.index, all_ranks)
+    with ranks.join() as all_ranks, _silence_all_but_first(all_ranks):
+        operations.update(given.index, device=given.device, ranks=all_ranks)
+        _report_skipped(given.index, all_ranks)
 
 
 def _delete(given: argparse.Namespace) -> None:
-    building.delete(given.paths, given.index)
+    operations.delete(given.paths, given.index)
 
 
 def _search(given: argparse.Namespace) -> None:
@@ -172,7 +173,7 @@ def _search(given: argparse.Namespace) -> None:
         if given.device.startswith("cuda"):  # for one question not unasked: a copy of the index is made there
             index.to_gpus()
         count = DEPTH if given.reranker else given.k
-        hits = index.search(given.query, count, mode=given.mode, floor=not given.no_floor)
+        hits = index.search(given.query, count, mode=given.mode, score_threshold=not given.no_floor)
         if given.reranker:
             hits = Reranker(given.reranker, given.device).rerank(given.query, hits, given.k)
     if given.json:
@@ -206,7 +207,7 @@ def _evaluate(given: argparse.Namespace) -> None:
             raise UserError("--encoder goes with --set: an index is searched with the encoder that it was made with")
         questions = evaluation.read_questions(given.queries)
     else:
-        questions = _made_set(given)
+        questions = _make_set(given)
     reranker = Reranker(given.reranker, given.device) if given.reranker else None
     with Index.open(given.index, device=given.device) as index:
         index.to_gpus()
@@ -218,7 +219,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         print(f"{about}; times are those of 50 % and 99 % of the questions\n\n{evaluation.table(figures)}")
 
 
-def _made_set(given: argparse.Namespace) -> "list[evaluation.Question]":  # noqa: F821
+def _make_set(given: argparse.Namespace) -> "list[evaluation.EvaluationQuestion]":  # noqa: F821
     """Make --index of a set, unless it is that already; the questions about it."""
     from openchatkit.retrieval import question_sets
 
@@ -230,21 +231,21 @@ def _made_set(given: argparse.Namespace) -> "list[evaluation.Question]":  # noqa
         case _:
             raise UserError(f"--set {' '.join(given.set)}: expected `awscli WHEEL` or `stdlib`")
     source = question_sets.source(given.set[0], examples)
-    building.build_rows(
+    operations.build_rows(
         source, given.index, encoder=given.encoder, device=given.device, max_tokens=question_sets.TOKENS
     )
     return question_sets.questions(examples, count=given.questions, seed=given.seed)
 
 
 @contextlib.contextmanager
-def _quiet_but_first(all_ranks: ranks.Ranks) -> Iterator[None]:
+def _silence_all_but_first(all_ranks: ranks.Ranks) -> Iterator[None]:
     """One process speaks for all."""
     if not all_ranks.first:
         logger.remove()
     yield
 
 
-def _tell_skipped(folder: Path, all_ranks: ranks.Ranks) -> None:
+def _report_skipped(folder: Path, all_ranks: ranks.Ranks) -> None:
     """Say which files were left out, on the first of several processes."""
     if not all_ranks.first:
         return

@@ -19,7 +19,7 @@ from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats.retrieval_index import DenseRecord
 from openchatkit.libraries import faiss_files
-from openchatkit.retrieval import vectors as kept
+from openchatkit.retrieval import vector_store
 
 FLAT, LISTS, CODES = "IndexScalarQuantizer", "IndexIVFScalarQuantizer", "IndexIVFPQ"
 MAX_FLAT = 50_000  # rows; one core looks at so many of 384 numbers in 1 to 2 ms
@@ -112,7 +112,7 @@ def _measured(dense: "Dense", random: np.random.Generator) -> DenseRecord:
     noise *= lengths / np.linalg.norm(noise, axis=1, keepdims=True)
     queries = _NEARNESS * queries + (1 - _NEARNESS**2) ** 0.5 * noise
     k = min(10, len(vectors))
-    wanted = kept.exact(vectors, queries, k)[1]
+    wanted = vector_store.search_exactly(vectors, queries, k)[1]
     probes = 16
     while True:
         probes = min(probes, record.lists)
@@ -159,7 +159,7 @@ class Dense:
         rows = self._candidates(query, k, self.record.probes)
         if len(rows) < k:  # the lists nearest to it do not hold so many
             rows = self._candidates(query, k, self.record.lists)
-        scores = kept.scores(self.vectors, query, rows)
+        scores = vector_store.inner_products(self.vectors, query, rows)
         order = np.argsort(-scores, kind="stable")[:k]
         return scores[order], rows[order]
 

@@ -47,7 +47,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluationQuestion:
     """A question and what answers it."""
 
     query: str
@@ -55,7 +55,7 @@ class Question:
 
 
 @dataclass
-class Figures:
+class SearchMetrics:
     """Means over all questions, and milliseconds a question: 50th and 99th percentile of each part of a search."""
 
     questions: int
@@ -96,7 +96,7 @@ def ndcg(found: Sequence[int], targets: int, k: int) -> float:
     return float(min(gained / weights[: min(targets, k)].sum(), 1.0))
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[EvaluationQuestion]:
     """Questions of a file: rows {"query": ..., "source": ...}, with "title", "place" or "text" beside or instead.
 
     One of these may be a list: what stands beside it is true of each target.
@@ -110,7 +110,7 @@ def read_questions(path: Path) -> list[Question]:
         ) from error
 
     try:
-        found = list(jsonl.read(path, _question, refuse, skip_blank=True))
+        found = list(jsonl.read(path, _parse_question, refuse, skip_blank=True))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not found:
@@ -118,8 +118,10 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
-def evaluate(index: Index, questions: Sequence[Question], *, reranker: Reranker | None = None) -> dict[str, Figures]:
-    """Figures by words, by vectors, by both, and reranked: as far as the index has parts for it. No floor is asked."""
+def evaluate(
+    index: Index, questions: Sequence[EvaluationQuestion], *, reranker: Reranker | None = None
+) -> dict[str, SearchMetrics]:
+    """SearchMetrics by words, by vectors, by both, and reranked: as far as the index has parts for it. No floor is asked."""
     modes = {name: mode for name, mode in MODES.items() if index.record.encoder is not None or mode == "sparse"}
     ways = {name: (mode, None) for name, mode in modes.items()}
     if reranker is not None:
@@ -135,10 +137,10 @@ def evaluate(index: Index, questions: Sequence[Question], *, reranker: Reranker 
                 found[name].append(gains(hits, question.targets))
             bar.update()
     targets = [len(question.targets) for question in questions]
-    return {name: _figures(found[name], targets, times[name]) for name in ways}
+    return {name: _summarize(found[name], targets, times[name]) for name in ways}
 
 
-def table(figures: Mapping[str, Figures]) -> str:
+def table(figures: Mapping[str, SearchMetrics]) -> str:
     """A report as a table in Markdown: shares in percent, times in milliseconds as 50th / 99th percentile."""
     parts = list(dict.fromkeys(part for each in figures.values() for part in each.milliseconds))
     head = ["", *(f"R@{k}" for k in DEPTHS), f"MRR@{_MOST}", f"nDCG@{_MOST}", *(f"{part} ms" for part in parts)]
@@ -167,7 +169,7 @@ def _answer(
         with timed("encode"):
             vector = index.encode(query)
     with timed("search"):
-        ranking = index.rank(query, vector, DEPTH if reranker else _MOST, mode=mode, floor=False)
+        ranking = index.rank(query, vector, DEPTH if reranker else _MOST, mode=mode, score_threshold=False)
     with timed("fetch"):
         hits = index.fetch(ranking)
     if reranker is not None:
@@ -176,9 +178,9 @@ def _answer(
     return hits
 
 
-def _figures(found: list[list[int]], targets: list[int], times: dict[str, list[float]]) -> Figures:
+def _summarize(found: list[list[int]], targets: list[int], times: dict[str, list[float]]) -> SearchMetrics:
     pairs = list(zip(found, targets, strict=True))
-    return Figures(
+    return SearchMetrics(
         len(pairs),
         {k: float(np.mean([recall(gain, count, k) for gain, count in pairs])) for k in DEPTHS},
         float(np.mean([reciprocal_rank(gain, _MOST) for gain, _ in pairs])),
@@ -187,7 +189,7 @@ def _figures(found: list[list[int]], targets: list[int], times: dict[str, list[f
     )
 
 
-def _question(row: dict[str, Any]) -> Question:
+def _parse_question(row: dict[str, Any]) -> EvaluationQuestion:
     kinds = [kind.name for kind in fields(Target)]
     query = row["query"]
     given = {kind: row[kind] for kind in kinds if row.get(kind)}
@@ -200,4 +202,4 @@ def _question(row: dict[str, Any]) -> Question:
         raise ValueError("it names no question or no target")
     if not all(value and isinstance(value, str) for each in several for value in {**given, **each}.values()):
         raise ValueError("a target is no text")
-    return Question(query, tuple(dict.fromkeys(targets)))
+    return EvaluationQuestion(query, tuple(dict.fromkeys(targets)))

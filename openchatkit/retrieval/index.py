@@ -4,11 +4,10 @@ Opening compares each file's size and time stamp with the manifest, and its head
 hashes everything. What does not match is refused by name. The encoder is loaded when a question needs it.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,49 +15,19 @@ from openchatkit import progress, storage
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError, FileRecord
-from openchatkit.formats.retrieval_index import EncoderRecord, Floor, IndexRecord
-from openchatkit.retrieval import fusion
-from openchatkit.retrieval import vectors as kept
+from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord, ScoreThreshold
+from openchatkit.retrieval import vector_store
 from openchatkit.retrieval.dense import Dense
-from openchatkit.retrieval.floor import above
-from openchatkit.retrieval.generation import sparse_paths
 from openchatkit.retrieval.passage import Hit, merge_copies
+from openchatkit.retrieval.ranking import DEPTH, QueryEncoder, Ranking, fuse, merge_candidates, passes
+from openchatkit.retrieval.snapshot import sparse_paths
 from openchatkit.retrieval.sparse import Sparse
 from openchatkit.retrieval.table import Table
-from openchatkit.retrieval.words import stands_in
+from openchatkit.retrieval.tokenization import is_named_in
 
 Mode = Literal["fused", "dense", "sparse"]
 _TITLES = 20  # of the best rows, that are compared with the question
-_ATTEMPTS = 5  # a writer may replace the generation while it is being opened
-
-
-class QueryEncoder(Protocol):
-    """What an index asks of an encoder."""
-
-    name: str
-    digest: str
-
-    def encode(self, texts: list[str], *, query: bool) -> np.ndarray:
-        """float32 [n, dimension]; `query` tells questions from passages, for encoders that want to know."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranking:
-    """Rows in order, the best first, with their fused, dense and sparse scores: arrays of one length.
-
-    `dense` is None where no vector was compared.
-    """
-
-    rows: np.ndarray
-    scores: np.ndarray
-    dense: np.ndarray | None
-    sparse: np.ndarray
-
-    def only(self, chosen: np.ndarray | slice) -> "Ranking":
-        """Some of the rows."""
-        dense = None if self.dense is None else self.dense[chosen]
-        return Ranking(self.rows[chosen], self.scores[chosen], dense, self.sparse[chosen])
+_ATTEMPTS = 5  # a writer may replace the snapshot while it is being opened
 
 
 class Index:
@@ -69,15 +38,17 @@ class Index:
         self.bytes = 0  # of all files
 
         def path(role: str) -> Path:
-            return folder / layout.file_name(role, record.generation)
+            return folder / layout.file_name(role, record.snapshot)
 
         self.table = Table(path("table"), record.rows)
         try:
             self.vectors, self.dense = None, None
             if record.encoder is not None and record.dense is not None:
-                self.vectors = kept.open_array(path("vectors"), rows=record.rows, dimension=record.encoder.dimension)
+                self.vectors = vector_store.open_array(
+                    path("vectors"), rows=record.rows, dimension=record.encoder.dimension
+                )
                 self.dense = Dense.open(path("dense"), record.dense, self.vectors)
-            self.sparse = Sparse(sparse_paths(folder, record.generation), record.sparse, record.rows)
+            self.sparse = Sparse(sparse_paths(folder, record.snapshot), record.sparse, record.rows)
         except BaseException:
             self.table.close()
             raise
@@ -99,7 +70,7 @@ class Index:
                 index = cls(folder, record, encoder, device)
                 index.bytes = sum(file.size for file in files.values())
             except (UserError, OSError):
-                if attempt + 1 < _ATTEMPTS and layout.read(folder)[0].generation != record.generation:
+                if attempt + 1 < _ATTEMPTS and layout.read(folder)[0].snapshot != record.snapshot:
                     continue
                 raise
             try:
@@ -133,16 +104,18 @@ class Index:
             return False
         return self.dense.to_gpus(self.device)
 
-    def search(self, query: str, k: int = 5, *, mode: Mode = "fused", floor: Floor | bool = True) -> list[Hit]:
+    def search(
+        self, query: str, k: int = 5, *, mode: Mode = "fused", score_threshold: ScoreThreshold | bool = True
+    ) -> list[Hit]:
         """The best k passages for a question, each text once; none where nothing in the index is about it.
 
         `mode`: by meaning (dense), by words (sparse), or both. `floor`: what a passage must show, by default what the
         index says; False asks for nothing.
         """
         vector = None if mode == "sparse" or not query.strip() or self._words_alone(mode) else self.encode(query)
-        depth = max(k, fusion.DEPTH)
+        depth = max(k, DEPTH)
         while True:
-            ranking = self.rank(query, vector, depth if k > 0 else 0, mode=mode, floor=floor)
+            ranking = self.rank(query, vector, depth if k > 0 else 0, mode=mode, score_threshold=score_threshold)
             hits = merge_copies(self.fetch(ranking), k)
             if len(hits) >= k or len(ranking.rows) < depth:
                 return hits
@@ -153,7 +126,13 @@ class Index:
         return self._prepared(np.asarray(self.encoder.encode([query], query=True)))[0]
 
     def rank(
-        self, query: str, vector: np.ndarray | None, k: int, *, mode: Mode = "fused", floor: Floor | bool = True
+        self,
+        query: str,
+        vector: np.ndarray | None,
+        k: int,
+        *,
+        mode: Mode = "fused",
+        score_threshold: ScoreThreshold | bool = True,
     ) -> Ranking:
         """The rows of `search`, for a question that has been encoded; `vector` is None to search by words alone."""
         if mode not in ("fused", "dense", "sparse"):
@@ -162,24 +141,26 @@ class Index:
             return Ranking(np.empty(0, np.int64), np.empty(0), None, np.empty(0))
         by_meaning = vector is not None and mode != "sparse"
         by_words = mode != "dense" or vector is None
-        depth = max(k, fusion.DEPTH)
+        depth = max(k, DEPTH)
         orders = []
         if by_meaning:
             assert self.dense is not None, self.folder
             orders.append(self.dense.search(vector, depth)[1])
         if by_words:
             orders.append(self.sparse.search(query, depth)[1])
-        rows = fusion.candidates(orders)
+        rows = merge_candidates(orders)
         counted = self.sparse.scores(query, rows)
-        similarity = None if vector is None or self.vectors is None else kept.scores(self.vectors, vector, rows)
-        scores = fusion.fuse([similarity] * by_meaning + [counted] * by_words)
+        similarity = (
+            None if vector is None or self.vectors is None else vector_store.inner_products(self.vectors, vector, rows)
+        )
+        scores = fuse([similarity] * by_meaning + [counted] * by_words)
         named = self._named(query, rows)
         scores += named  # before all others, whose scores reach 1
         best = np.argsort(-scores, kind="stable")
         ranking = Ranking(rows, scores, similarity, counted).only(best)
-        if floor is not False:
-            chosen = above(
-                self.record.floor if floor is True else floor,
+        if score_threshold is not False:
+            chosen = passes(
+                self.record.score_threshold if score_threshold is True else score_threshold,
                 None if similarity is None else self._cosines(ranking.dense, vector, ranking.rows),
                 ranking.sparse / self.sparse.rarest,
                 self.sparse.shares(query, ranking.rows) if by_words else np.zeros(len(rows)),
@@ -209,7 +190,7 @@ class Index:
 
     def info(self) -> dict[str, Any]:
         """What the manifest says, and `bytes`, the size of all files."""
-        about = dataclasses.asdict(self.record)
+        about = self.record.facts()
         del about["time_stamps"]
         return {**about, "bytes": self.bytes}
 
@@ -236,7 +217,7 @@ class Index:
 
     def _prepared(self, queries: np.ndarray) -> np.ndarray:
         assert self.record.encoder is not None, self.folder
-        return kept.prepared(queries, self.record.encoder.dimension, self.record.encoder.metric)
+        return vector_store.prepare(queries, self.record.encoder.dimension, self.record.encoder.metric)
 
     def _named(self, query: str, rows: np.ndarray) -> np.ndarray:
         """Which of the rows the question names by their whole title: bool [n], of the best few in an index of words.
@@ -246,11 +227,11 @@ class Index:
         named = np.zeros(len(rows), bool)
         if self.dense is None:
             for at, number in enumerate(rows[:_TITLES].tolist()):
-                named[at] = stands_in(self.table.row(number).title, query)
+                named[at] = is_named_in(self.table.row(number).title, query)
         return named
 
     def _cosines(self, similarity: np.ndarray, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        if self.record.encoder.metric == kept.COSINE:
+        if self.record.encoder.metric == vector_store.COSINE:
             return similarity
         lengths = np.linalg.norm(self.vectors[rows].astype(np.float32), axis=1) * np.linalg.norm(vector)
         return similarity / np.maximum(lengths, 1e-9)
@@ -279,14 +260,14 @@ def verify(folder: Path) -> None:
             _verify_files(folder, files)
             break
         except (DamagedError, OSError):
-            if layout.read(folder)[0].generation == record.generation:
+            if layout.read(folder)[0].snapshot == record.snapshot:
                 raise
-            # A writer has put another generation in place meanwhile, and removed this one.
+            # A writer has put another snapshot in place meanwhile, and removed this one.
     if stamps != record.time_stamps:
         with storage.hold_lock(
             layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"
         ):
-            if layout.read(folder)[0].generation == record.generation:
+            if layout.read(folder)[0].snapshot == record.snapshot:
                 layout.write(folder, record, files.values())
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval.building.plan import Fresh, row
-from openchatkit.retrieval.evaluation import Question, Target
-from openchatkit.retrieval.table import Row
+from openchatkit.retrieval.building.plan import NewSource, make_row
+from openchatkit.retrieval.evaluation import EvaluationQuestion, Target
+from openchatkit.retrieval.table import PassageRow
 
 AWSCLI = "1.46.2"
 QUESTIONS, SEED = 500, 0
@@ -64,23 +64,23 @@ def stdlib(folder: Path | None = None) -> list[Example]:
     return _with_own_titles(found)
 
 
-def source(name: str, examples: list[Example]) -> Fresh:
-    """The passages of a set, each whole, as a source for `building.build_rows`."""
+def source(name: str, examples: list[Example]) -> NewSource:
+    """The passages of a set, each whole, as a source for `operations.build_rows`."""
     whole = hashlib.sha256()
     for each in examples:
         whole.update(repr((each.source, each.text)).encode())
 
-    def rows(_: list[str]) -> Iterator[Row]:
+    def rows(_: list[str]) -> Iterator[PassageRow]:
         for number, each in enumerate(examples):
-            yield row(each.text, "", each.source, "", number, 0)
+            yield make_row(each.text, "", each.source, "", number, 0)
 
-    return Fresh(name, whole.hexdigest(), [sum(len(each.text) for each in examples), 0, 0, 0], rows)
+    return NewSource(name, whole.hexdigest(), [sum(len(each.text) for each in examples), 0, 0, 0], rows)
 
 
-def questions(examples: list[Example], *, count: int = QUESTIONS, seed: int = SEED) -> list[Question]:
+def questions(examples: list[Example], *, count: int = QUESTIONS, seed: int = SEED) -> list[EvaluationQuestion]:
     """So many titles, drawn by a seed, and the passages that they are of."""
     drawn = random.Random(seed).sample(examples, min(count, len(examples)))
-    return [Question(each.title, (Target(source=each.source),)) for each in drawn]
+    return [EvaluationQuestion(each.title, (Target(source=each.source),)) for each in drawn]
 
 
 def _example(name: str, text: str) -> Example:

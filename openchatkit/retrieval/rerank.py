@@ -13,7 +13,7 @@ import numpy as np
 
 from openchatkit.errors import UserError
 from openchatkit.formats import sentence_encoder
-from openchatkit.retrieval.chunks import embedded
+from openchatkit.retrieval.chunks import text_to_embed
 from openchatkit.retrieval.encoder import device_name, import_sentence_transformers, unloadable
 from openchatkit.retrieval.passage import Passage, Searcher
 
@@ -38,7 +38,7 @@ class Reranker:
         """
         if not hits:
             return []
-        pairs = [(query, embedded(hit.title, hit.text)) for hit in hits]
+        pairs = [(query, text_to_embed(hit.title, hit.text)) for hit in hits]
         scores = np.asarray(self._model.predict(pairs, show_progress_bar=False), np.float32)
         if scores.ndim != 1:
             raise UserError(f"{self.name} gives {scores.shape[-1]} scores a passage: expected a cross-encoder with one")

@@ -25,8 +25,7 @@ import pyarrow as pa
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats.retrieval_index import SparseRecord
-from openchatkit.retrieval.everyday import telling
-from openchatkit.retrieval.words import words
+from openchatkit.retrieval.tokenization import content_words, tokenize
 
 K1, B = 1.2, 0.75
 _PIECE = 8192  # rows at a time
@@ -48,8 +47,8 @@ class SparsePaths:
     words: Path
 
 
-def build(texts: Iterable[str], paths: SparsePaths, *, rows: int, spill: Path) -> SparseRecord:
-    """Write the index of so many texts; `spill` is a file for use meanwhile, of 12 bytes a distinct word of a text.
+def build(texts: Iterable[str], paths: SparsePaths, *, rows: int, temporary: Path) -> SparseRecord:
+    """Write the index of so many texts; `temporary` is a file for use meanwhile, of 12 bytes a distinct word of a text.
 
     Memory grows with the vocabulary, not with the texts.
     """
@@ -57,22 +56,24 @@ def build(texts: Iterable[str], paths: SparsePaths, *, rows: int, spill: Path) -
     lengths = np.zeros(rows, np.int32)
     sizes = []
     try:
-        with open(spill, "wb") as file, progress.bar(rows, "words counted", unit="row") as bar:
-            for first, entries in _counted(texts, numbers, lengths):
+        with open(temporary, "wb") as file, progress.bar(rows, "words counted", unit="row") as bar:
+            for first, entries in _count_words(texts, numbers, lengths):
                 file.write(entries.tobytes())
                 sizes.append(len(entries))
                 bar.update(min(_PIECE, rows - first))
-        return _arranged(spill, sizes, numbers, lengths, paths)
+        return _arrange(temporary, sizes, numbers, lengths, paths)
     finally:
-        spill.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _counted(texts: Iterable[str], numbers: dict[str, int], lengths: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _count_words(
+    texts: Iterable[str], numbers: dict[str, int], lengths: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
     """Entries of a piece of texts and the number of its first; gives words numbers, notes lengths."""
     texts = iter(texts)
     first = 0
     # Words become numbers a text at a time: as strings, those of a piece would take ten times the room.
-    while piece := [_numbered(text, numbers) for text in islice(texts, _PIECE)]:
+    while piece := [_number_words(text, numbers) for text in islice(texts, _PIECE)]:
         lengths[first : first + len(piece)] = sizes = [len(text) for text in piece]
         flat = np.concatenate(piece)
         keys, counts = np.unique(np.repeat(np.arange(len(piece)), sizes) << 32 | flat, return_counts=True)
@@ -83,12 +84,12 @@ def _counted(texts: Iterable[str], numbers: dict[str, int], lengths: np.ndarray)
     assert first == len(lengths), (first, len(lengths))
 
 
-def _numbered(text: str, numbers: dict[str, int]) -> np.ndarray:
-    return np.array([numbers.setdefault(word, len(numbers)) for word in words(text)], np.int32)
+def _number_words(text: str, numbers: dict[str, int]) -> np.ndarray:
+    return np.array([numbers.setdefault(word, len(numbers)) for word in tokenize(text)], np.int32)
 
 
-def _arranged(
-    spill: Path, sizes: list[int], numbers: dict[str, int], lengths: np.ndarray, paths: SparsePaths
+def _arrange(
+    temporary: Path, sizes: list[int], numbers: dict[str, int], lengths: np.ndarray, paths: SparsePaths
 ) -> SparseRecord:
     """Sort the entries by word, then row, a piece at a time into its places; score them."""
     rows, mean = len(lengths), max(float(lengths.mean()), 1e-9)
@@ -96,14 +97,14 @@ def _arranged(
     ranks = np.empty(len(numbers), np.int64)
     ranks[[numbers[word] for word in vocabulary]] = np.arange(len(vocabulary))
     found_in = np.zeros(len(vocabulary), np.int64)
-    for entries in _pieces(spill, sizes):
+    for entries in _pieces(temporary, sizes):
         found_in += np.bincount(ranks[entries["word"]], minlength=len(vocabulary))
     weights = np.log(1 + (rows - found_in + 0.5) / (found_in + 0.5)).astype(_SCORE)
     starts = np.concatenate([[0], np.cumsum(found_in)]).astype(_START)
     heads, highest = starts[:-1].copy(), np.zeros(len(vocabulary), _SCORE)
     scores, postings = _create(paths.scores, _SCORE, starts[-1]), _create(paths.postings, _ROW, starts[-1])
     with progress.bar(int(starts[-1]), "words arranged", unit="entry") as bar:
-        for entries in _pieces(spill, sizes):
+        for entries in _pieces(temporary, sizes):
             ranked = ranks[entries["word"]]
             order = np.argsort(ranked, kind="stable")
             entries, ranked = entries[order], ranked[order]
@@ -128,8 +129,8 @@ def _arranged(
     return SparseRecord(K1, B, len(vocabulary), int(starts[-1]), round(mean, 3))
 
 
-def _pieces(spill: Path, sizes: list[int]) -> Iterator[np.ndarray]:
-    with open(spill, "rb") as file:
+def _pieces(temporary: Path, sizes: list[int]) -> Iterator[np.ndarray]:
+    with open(temporary, "rb") as file:
         for size in sizes:
             yield np.frombuffer(file.read(size * _ENTRY.itemsize), _ENTRY)
 
@@ -175,7 +176,7 @@ class Sparse:
 
     def search(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k rows of the highest scores, fewer if fewer have a word in common: scores, row numbers, best first."""
-        known = sorted(self._known(query), key=lambda word: -self._highest[word].as_py())
+        known = sorted(self._find_words(query), key=lambda word: -self._highest[word].as_py())
         above = [self._highest[word].as_py() for word in known]
         rows, scores = np.empty(0, np.int64), np.empty(0, _SCORE)
         for number, word in enumerate(known):
@@ -183,9 +184,9 @@ class Sparse:
             enough = _kth(scores, k)
             if enough >= left:  # a row that has none of the words before cannot be among the best
                 kept = scores + left >= enough
-                rows, scores = self._added(word, rows[kept], scores[kept])
+                rows, scores = self._add_scores(word, rows[kept], scores[kept])
             else:
-                rows, scores = _merged(rows, scores, *self._entries(word))
+                rows, scores = _merge(rows, scores, *self._entries(word))
         order = np.lexsort((rows, -scores))[:k] if len(rows) <= 4 * k else _best(rows, scores, k)
         return scores[order], rows[order]
 
@@ -193,8 +194,8 @@ class Sparse:
         """The scores of these rows, 0 without a word in common: float32, one for each."""
         order = np.argsort(rows, kind="stable")
         ranked, found = rows[order], np.zeros(len(rows), _SCORE)
-        for word in self._known(query):
-            found = self._added(word, ranked, found)[1]
+        for word in self._find_words(query):
+            found = self._add_scores(word, ranked, found)[1]
         result = np.empty_like(found)
         result[order] = found
         return result
@@ -208,8 +209,8 @@ class Sparse:
         """
         few = max(_FEW, self._rows // 4)
         told, whole = np.zeros(len(rows)), 0.0
-        numbers = {self._words[number].as_py(): number for number in self._known(query)}
-        for word in telling(query):
+        numbers = {self._words[number].as_py(): number for number in self._find_words(query)}
+        for word in content_words(query):
             number = numbers.get(word)
             weight = self.rarest if number is None else float(self._weights[number].as_py())
             weight *= _NAME if any(character.isdigit() for character in word) else 1
@@ -233,10 +234,10 @@ class Sparse:
         """The weight of a word that is in one row, which no score for a single word reaches."""
         return math.log(1 + (self._rows - 0.5) / 1.5)
 
-    def _known(self, query: str) -> list[int]:
+    def _find_words(self, query: str) -> list[int]:
         """The numbers of a question's words that are in the index; of a long one's, the 64 of most weight."""
         known = []
-        for word in dict.fromkeys(words(query)):
+        for word in dict.fromkeys(tokenize(query)):
             number = bisect.bisect_left(range(len(self._words)), word, key=lambda at: self._words[at].as_py())
             if number < len(self._words) and self._words[number].as_py() == word:
                 known.append(number)
@@ -246,7 +247,7 @@ class Sparse:
         first, end = int(self._starts[word]), int(self._starts[word + 1])
         return self._postings[first:end], self._scores[first:end]
 
-    def _added(self, word: int, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _add_scores(self, word: int, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ascending rows, and their scores with those for a word."""
         postings, values = self._entries(word)
         at = np.minimum(np.searchsorted(postings, rows), len(postings) - 1)
@@ -275,9 +276,7 @@ def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
     return some[np.lexsort((rows[some], -scores[some]))[:k]]
 
 
-def _merged(
-    rows: np.ndarray, scores: np.ndarray, more: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _merge(rows: np.ndarray, scores: np.ndarray, more: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two ascending lists of rows as one, the scores of rows in both added."""
     if not len(rows):
         return more.astype(np.int64), values.astype(_SCORE)

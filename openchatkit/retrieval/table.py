@@ -28,7 +28,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Row:
+class PassageRow:
     """A passage as it is stored.
 
     `digest` names what its vector was made from, so that it need not be made again; `document` is the number of its
@@ -44,7 +44,7 @@ class Row:
     position: int = 0
 
 
-def write(path: Path, rows: Iterable[Row]) -> int:
+def write(path: Path, rows: Iterable[PassageRow]) -> int:
     """Write rows as they come, a block in memory at a time; how many."""
     count = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
@@ -65,25 +65,25 @@ class Table:
     def __len__(self) -> int:
         return self._blocks.rows
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> PassageRow:
         """The row of a number."""
         assert 0 <= number < len(self), (number, len(self))
         block, at = self._blocks.block(number // blocks.BLOCK), number % blocks.BLOCK
-        return Row(*(block.column(name)[at].as_py() for name in _SCHEMA.names))
+        return PassageRow(*(block.column(name)[at].as_py() for name in _SCHEMA.names))
 
     def passage(self, number: int, score: float = 0.0) -> Passage:
         """The passage of a number."""
         row = self.row(number)
         return Passage(row.text, row.title, row.source, row.place, score, number)
 
-    def rows(self, first: int = 0, end: int | None = None) -> Iterator[Row]:
+    def rows(self, first: int = 0, end: int | None = None) -> Iterator[PassageRow]:
         """The rows from `first` until before `end`, in order, a block in memory at a time."""
         end = len(self) if end is None else end
         while first < end:
             block, at = self._blocks.block(first // blocks.BLOCK), first % blocks.BLOCK
             size = min(end - first, len(block) - at)
             columns = (block.column(name).slice(at, size).to_pylist() for name in _SCHEMA.names)
-            yield from (Row(*values) for values in zip(*columns, strict=True))
+            yield from (PassageRow(*values) for values in zip(*columns, strict=True))
             first += size
 
     def texts(self) -> Iterator[str]:
@@ -113,7 +113,7 @@ class Table:
         self.close()
 
 
-def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _blocks(rows: Iterable[PassageRow]) -> Iterator[list[PassageRow]]:
     block = []
     for row in rows:
         block.append(row)

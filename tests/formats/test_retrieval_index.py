@@ -12,22 +12,22 @@ from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.retrieval_index import (
     DenseRecord,
     EncoderRecord,
-    Floor,
     IndexRecord,
+    ScoreThreshold,
     Skipped,
     SourceRecord,
     SparseRecord,
 )
 
 RECORD = IndexRecord(
-    generation=3,
+    snapshot=3,
     rows=2,
     sources=1,
     skipped=1,
     encoder=EncoderRecord("e", "d", 8, "cosine", 128, "mean"),
     dense=DenseRecord("IndexScalarQuantizer"),
     sparse=SparseRecord(1.5, 0.75, 4, 5, 2.5),
-    floor=Floor(0.3, 0.2, 0.6, 0.5),
+    score_threshold=ScoreThreshold(0.3, 0.2, 0.6, 0.5),
     chunking={"tokens": 128},
 )
 SOURCE = SourceRecord("a.txt", "0" * 64, 10, 5, 0, 2)
@@ -35,7 +35,7 @@ SOURCE = SourceRecord("a.txt", "0" * 64, 10, 5, 0, 2)
 
 @pytest.fixture
 def folder(tmp_path):
-    names = [layout.file_name(role, RECORD.generation) for role in layout.roles(RECORD)]
+    names = [layout.file_name(role, RECORD.snapshot) for role in layout.roles(RECORD)]
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
     assert layout.write_lines(tmp_path / layout.file_name("sources", 3), [SOURCE]) == 1
@@ -60,7 +60,7 @@ def test_it_says_what_was_written(folder):
 
 
 def test_an_index_without_an_encoder_has_no_files_of_vectors():
-    roles = layout.roles(IndexRecord(1, 1, 1, 0, None, None, RECORD.sparse, RECORD.floor))
+    roles = layout.roles(IndexRecord(1, 1, 1, 0, None, None, RECORD.sparse, RECORD.score_threshold))
     assert "vectors" not in roles
     assert "dense" not in roles
     assert "words" in roles
@@ -119,9 +119,9 @@ def test_litter_is_what_only_a_writer_of_indices_can_have_left(folder):
     for name in [*left, "notes.txt", "table.arrow", "table-2024.csv"]:
         (folder / name).write_bytes(b"")
     layout.partial_folder(folder).mkdir()
-    assert sorted(path.name for path in layout.litter(folder)) == sorted(left)
+    assert sorted(path.name for path in layout.stale_files(folder)) == sorted(left)
     (folder / layout.MANIFEST).write_text(json.dumps({"digest": 0}))
-    assert layout.litter(folder) == [], "what a damaged manifest named may still be wanted"
+    assert layout.stale_files(folder) == [], "what a damaged manifest named may still be wanted"
 
 
 def test_damaged_lines_are_named(folder):

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord
-from openchatkit.retrieval import floor
-from openchatkit.retrieval.generation import write_generation, writing
-from openchatkit.retrieval.table import Row
-from openchatkit.retrieval.words import words
+from openchatkit.retrieval import ranking
+from openchatkit.retrieval.snapshot import lock_for_writing, write_snapshot
+from openchatkit.retrieval.table import PassageRow
+from openchatkit.retrieval.tokenization import tokenize
 
 TEXTS = [
     "The lighthouse keeper lights the lamp every evening.",
@@ -29,7 +29,7 @@ class WordEncoder:
     def encode(self, texts: Sequence[str], *, query: bool = False) -> np.ndarray:
         vectors = np.full((len(texts), self.dimension), 1e-3, np.float32)
         for number, text in enumerate(texts):
-            for word in words(text):
+            for word in tokenize(text):
                 seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
                 vectors[number] += np.random.default_rng(seed).standard_normal(self.dimension)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -47,11 +47,13 @@ def make(
     **options,
 ) -> IndexRecord:
     titles = titles or [f"title {at}" for at in range(len(texts))]
-    rows = [Row(text, titles[at], "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)]
+    rows = [
+        PassageRow(text, titles[at], "notes.txt", f"line {at + 1}", bytes([at]), 0, at) for at, text in enumerate(texts)
+    ]
     vectors = [encoder.encode(texts)] if encoder else None
-    if encoder and "floor" not in options:
-        options["floor"] = floor.measured(encoder, vectors[0])
-    with writing(folder):
-        return write_generation(
+    if encoder and "score_threshold" not in options:
+        options["score_threshold"] = ranking.measure_threshold(encoder, vectors[0])
+    with lock_for_writing(folder):
+        return write_snapshot(
             folder, rows=rows, vectors=vectors, encoder=encoder.record() if encoder else None, **options
         )

@@ -17,11 +17,12 @@ from tiny_encoder import WORDS, make_encoder
 from openchatkit import storage
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
-from openchatkit.retrieval import building, floor
-from openchatkit.retrieval.building import assembly, embedded, plan
+from openchatkit.retrieval import ranking
+from openchatkit.retrieval.building import assembly, operations, plan, vector_cache
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import Index
-from openchatkit.retrieval.table import Row
+from openchatkit.retrieval.reading import reader
+from openchatkit.retrieval.table import PassageRow
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def rows_of(folder: Path) -> list[Row]:
+def rows_of(folder: Path) -> list[PassageRow]:
     with Index.open(folder) as index:
         return list(index.table.rows())
 
@@ -79,28 +80,28 @@ def check(folder: Path, encoder: str) -> None:
         for row, vector in zip(rows, index.vectors, strict=True):
             text = f"{row.title}\n{row.text}" if row.title else row.text
             np.testing.assert_allclose(vector, Encoder(encoder).encode([text])[0], atol=2e-3)
-            assert row.digest == embedded.digest(text)
+            assert row.digest == vector_cache.text_digest(text)
         for source in layout.read_sources(folder, index.record):
             own = rows[source.first : source.first + source.rows]
             assert {row.source for row in own} <= {source.source, "http://a/castle"}
-    assert not layout.litter(folder)
+    assert not layout.stale_files(folder)
     assert not layout.partial_folder(folder).exists()
 
 
 def test_the_floor_is_measured_where_passages_are_embedded_and_kept_where_none_are(docs, tmp_path, encoder):
     def measured():
         with Index.open(tmp_path / "index") as index:
-            return floor.measured(Encoder(encoder), index.vectors)
+            return ranking.measure_threshold(Encoder(encoder), index.vectors)
 
-    first = building.build([docs], tmp_path / "index", encoder=encoder).floor
+    first = operations.build([docs], tmp_path / "index", encoder=encoder).score_threshold
     assert first == measured()
-    assert building.delete([str(docs / "sea.txt")], tmp_path / "index").floor == first
+    assert operations.delete([str(docs / "sea.txt")], tmp_path / "index").score_threshold == first
     (docs / "more.txt").write_text("bread and honey", encoding="utf-8")
-    assert building.update(tmp_path / "index").floor == measured()
+    assert operations.update(tmp_path / "index").score_threshold == measured()
 
 
 def test_a_folder_becomes_an_index_that_finds(docs, tmp_path, encoder, embeddings):
-    record = building.build([docs], tmp_path / "index", encoder=encoder)
+    record = operations.build([docs], tmp_path / "index", encoder=encoder)
     assert record.rows == len(rows_of(tmp_path / "index")) == len(embeddings)
     assert files_of(tmp_path / "index") == {"kitchen.md": 2, "rows.jsonl": 2, "sea.txt": record.rows - 4}
     check(tmp_path / "index", encoder)
@@ -124,19 +125,19 @@ def test_a_folder_becomes_an_index_that_finds(docs, tmp_path, encoder, embedding
 
 
 def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, encoder, embeddings, monkeypatch):
-    first = building.build([docs], tmp_path / "index", encoder=encoder)
+    first = operations.build([docs], tmp_path / "index", encoder=encoder)
     embeddings.clear()
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    assert building.build([docs], tmp_path / "index", encoder=encoder).generation == first.generation
-    assert building.update(tmp_path / "index").generation == first.generation
+    assert operations.build([docs], tmp_path / "index", encoder=encoder).snapshot == first.snapshot
+    assert operations.update(tmp_path / "index").snapshot == first.snapshot
     assert embeddings == []
     os.utime(docs / "sea.txt")  # another stamp, the same bytes
     monkeypatch.setattr(storage, "SETTLED_SECONDS", -3600.0)
     (docs / "broken.pdf").unlink()
-    building.update(tmp_path / "index")
-    monkeypatch.setattr(building.reading, "digest", None)  # the new stamp is known, nothing is hashed again
-    again = building.update(tmp_path / "index")
-    assert (again.generation, again.rows) == (first.generation + 1, first.rows)
+    operations.update(tmp_path / "index")
+    monkeypatch.setattr(reader, "digest", None)  # the new stamp is known, nothing is hashed again
+    again = operations.update(tmp_path / "index")
+    assert (again.snapshot, again.rows) == (first.snapshot + 1, first.rows)
     assert embeddings == []
 
 
@@ -150,19 +151,19 @@ def test_another_file_with_the_old_one_s_times(docs, tmp_path, encoder, monkeypa
     for text in ("white snow", "black coal"):
         write(docs / "sea.txt", text)
         os.utime(docs / "sea.txt", ns=(10**18, 10**18))
-        building.build([docs], tmp_path / "index", encoder=encoder)
+        operations.build([docs], tmp_path / "index", encoder=encoder)
         assert text in [row.text for row in rows_of(tmp_path / "index")]
 
 
 def test_an_update_embeds_what_is_new_and_drops_what_is_gone(docs, tmp_path, encoder, embeddings):
     index = tmp_path / "index"
-    building.build([docs], index, encoder=encoder)
+    operations.build([docs], index, encoder=encoder)
     embeddings.clear()
     write(docs / "kitchen.md", "# Kitchen\n\nbread in the hot oven\n\n## Table\n\nplain glass\n")
     write(docs / "new.txt", "white snow")
     (docs / "more" / "rows.jsonl").rename(docs / "rows.jsonl")
     (docs / "sea.txt").unlink()
-    building.update(index)
+    operations.update(index)
     assert sorted(embeddings) == ["Kitchen > Table\nplain glass", "new\nwhite snow"]
     assert files_of(index) == {"kitchen.md": 2, "new.txt": 1, "rows.jsonl": 2}
     check(index, encoder)
@@ -170,10 +171,10 @@ def test_an_update_embeds_what_is_new_and_drops_what_is_gone(docs, tmp_path, enc
 
 def test_a_file_that_has_become_unreadable_is_gone(docs, tmp_path, encoder):
     index = tmp_path / "index"
-    building.build([docs], index, encoder=encoder)
+    operations.build([docs], index, encoder=encoder)
     write(docs / "sea.txt", b"\xff\0" + b"text " * 99)
     write(docs / "kitchen.md", "\n")
-    record = building.update(index)
+    record = operations.update(index)
     assert files_of(index) == {"rows.jsonl": 2}
     reasons = {Path(each.source).name: each.reason for each in layout.read_skipped(index, record)}
     assert reasons["kitchen.md"] == "holds no text"
@@ -182,20 +183,20 @@ def test_a_file_that_has_become_unreadable_is_gone(docs, tmp_path, encoder):
 
 def test_add_and_delete(docs, tmp_path, encoder, embeddings):
     index, other = tmp_path / "index", write(tmp_path / "other" / "a.txt", "green grass")
-    building.build([docs], index, encoder=encoder)
+    operations.build([docs], index, encoder=encoder)
     before = rows_of(index)
     embeddings.clear()
-    building.add([other.parent], index)
+    operations.add([other.parent], index)
     assert embeddings == ["a\ngreen grass"]
     assert len(rows_of(index)) == len(before) + 1
-    assert building.add([other.parent], index).generation == 2
-    building.delete([str(docs / "more"), str(other)], index)
+    assert operations.add([other.parent], index).snapshot == 2
+    operations.delete([str(docs / "more"), str(other)], index)
     assert set(files_of(index)) == {"kitchen.md", "sea.txt"}
     check(index, encoder)
-    building.update(index)
+    operations.update(index)
     assert set(files_of(index)) == {"kitchen.md", "sea.txt"}, "what was deleted came back"
-    building.add([docs / "more"], index)
-    building.update(index)
+    operations.add([docs / "more"], index)
+    operations.update(index)
     assert files_of(index)["rows.jsonl"] == 2
     # What was left out is still told of.
     assert len(layout.read_skipped(index, layout.read(index)[0])) == 1
@@ -203,36 +204,36 @@ def test_add_and_delete(docs, tmp_path, encoder, embeddings):
 
 def test_building_from_other_paths_leaves_nothing_of_the_first(docs, tmp_path, encoder):
     index, other = tmp_path / "index", write(tmp_path / "a.txt", "green grass")
-    building.build([docs], index, encoder=encoder)
-    building.build([other], index)
+    operations.build([docs], index, encoder=encoder)
+    operations.build([other], index)
     assert files_of(index) == {"a.txt": 1}
     assert layout.read_skipped(index, layout.read(index)[0]) == []
 
 
 def test_what_is_left_out_is_told_where_no_passage_changes(docs, tmp_path, encoder):
     index, bad = tmp_path / "index", write(tmp_path / "more.pdf", b"%PDF-1.4")
-    building.build([docs], index, encoder=encoder)
-    record = building.add([bad], index)
+    operations.build([docs], index, encoder=encoder)
+    record = operations.add([bad], index)
     assert [Path(each.source).name for each in layout.read_skipped(index, record)] == ["broken.pdf", "more.pdf"]
-    assert building.add([bad], index).generation == record.generation
+    assert operations.add([bad], index).snapshot == record.snapshot
     check(index, encoder)
     bad.unlink()
     with pytest.raises(UserError, match=r"more\.pdf is not there any more: bring it back, or delete it"):
-        building.update(index)
-    record = building.delete([str(bad)], index)
+        operations.update(index)
+    record = operations.delete([str(bad)], index)
     assert [Path(each.source).name for each in layout.read_skipped(index, record)] == ["broken.pdf"]
-    assert building.update(index).generation == record.generation
+    assert operations.update(index).snapshot == record.snapshot
     with Index.open(index) as opened:
         opened.verify()
 
 
 def test_a_folder_that_is_added_while_it_is_empty_is_looked_at_later(docs, tmp_path, encoder):
     index, later = tmp_path / "index", tmp_path / "later"
-    building.build([docs], index, encoder=encoder)
+    operations.build([docs], index, encoder=encoder)
     later.mkdir()
-    building.add([later], index)
+    operations.add([later], index)
     write(later / "a.txt", "green grass")
-    building.update(index)
+    operations.update(index)
     assert "a.txt" in files_of(index)
 
 
@@ -241,18 +242,18 @@ def test_a_folder_of_something_else_is_not_taken_for_an_index(docs, tmp_path, na
     folder = tmp_path / "mine"
     write(folder / name, '{"name": "an extension", "about": {}}')
     with pytest.raises(UserError, match=r"mine is no index and holds other files, such as .*: pass --index a new"):
-        building.build([docs], folder, encoder=building.NO_ENCODER)
+        operations.build([docs], folder, encoder=operations.NO_ENCODER)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(name).name]
 
 
 def test_an_index_of_another_version_is_not_made_anew(docs, tmp_path):
     index = tmp_path / "index"
-    building.build([docs], index, encoder=building.NO_ENCODER)
+    operations.build([docs], index, encoder=operations.NO_ENCODER)
     about = json.loads((index / layout.MANIFEST).read_text())
     about["about"]["version"] = 9
     (index / layout.MANIFEST).write_text(json.dumps(about))
     with pytest.raises(UserError, match="is a retrieval index of version 9, of another OpenChatKit: remove it first"):
-        building.build([docs], index, encoder=building.NO_ENCODER)
+        operations.build([docs], index, encoder=operations.NO_ENCODER)
     assert (index / layout.file_name("table", 1)).exists()
 
 
@@ -262,7 +263,7 @@ def test_scripts_without_spaces_are_cut_to_size_and_found_by_parts_of_words(tmp_
     write(tmp_path / "docs" / "ko.txt", "도서관은 아침 여덟 시에 문을 엽니다.\n\n# 물은 정수기에서 마십니다.")
     write(tmp_path / "docs" / "th.txt", "ห้องสมุดเปิดทุกวันเวลาแปดโมงเช้า")
     write(tmp_path / "docs" / "ru.txt", "Библиотека открывается ежедневно. " * 200)
-    building.build([tmp_path / "docs"], tmp_path / "index", encoder=building.NO_ENCODER)
+    operations.build([tmp_path / "docs"], tmp_path / "index", encoder=operations.NO_ENCODER)
     with Index.open(tmp_path / "index") as index:
         sizes = {name: [] for name in ("zh", "ko", "th", "ru")}
         for row in index.table.rows():
@@ -281,146 +282,146 @@ def test_what_a_project_ignores_is_read_if_the_index_was_made_so(tmp_path):
     write(tmp_path / "docs" / "a.md", "kept in")
     sizes = []
     for name, settings in (("with", {"include_ignored": True}), ("without", {})):
-        options = {"encoder": building.NO_ENCODER, "settings": settings}
-        building.build([tmp_path / "docs"], tmp_path / name, **options)
+        options = {"encoder": operations.NO_ENCODER, "settings": settings}
+        operations.build([tmp_path / "docs"], tmp_path / name, **options)
         write(tmp_path / "docs" / "b.txt", "more")
-        sizes.append(building.update(tmp_path / name).sources)
+        sizes.append(operations.update(tmp_path / name).sources)
     assert sizes == [3, 1]
     with pytest.raises(UserError, match="--include-ignored False, not True"):
-        building.build([tmp_path / "docs"], tmp_path / "without", settings={"include_ignored": True})
+        operations.build([tmp_path / "docs"], tmp_path / "without", settings={"include_ignored": True})
 
 
 def test_an_index_is_named_by_dots_and_links_too(docs, tmp_path, monkeypatch):
     index = tmp_path / "index"
     index.mkdir()
     monkeypatch.chdir(index)
-    building.build([docs], Path("."), encoder=building.NO_ENCODER)
+    operations.build([docs], Path("."), encoder=operations.NO_ENCODER)
     assert len(files_of(index)) == 3
     (tmp_path / "link").symlink_to(index)
     assert layout.lock_path(Path(".")) == layout.lock_path(tmp_path / "link") == layout.lock_path(index)
 
 
 def test_what_is_made_while_a_writer_waits_is_not_taken_for_what_it_wants(docs, tmp_path, encoder, monkeypatch):
-    index, writing = tmp_path / "index", assembly.generation.writing
+    index, writing = tmp_path / "index", assembly.snapshot.lock_for_writing
 
     @contextlib.contextmanager
     def late(folder: Path) -> object:
-        monkeypatch.setattr(assembly.generation, "writing", writing)
-        building.build([docs], index, encoder=encoder, settings={"tokens": 20})
+        monkeypatch.setattr(assembly.snapshot, "lock_for_writing", writing)
+        operations.build([docs], index, encoder=encoder, settings={"tokens": 20})
         with writing(folder):
             yield
 
-    monkeypatch.setattr(assembly.generation, "writing", late)
+    monkeypatch.setattr(assembly.snapshot, "lock_for_writing", late)
     with pytest.raises(UserError, match="was made with --chunk-tokens 20, not 30"):
-        building.build([docs], index, encoder=encoder, settings={"tokens": 30})
-    monkeypatch.setattr(assembly.generation, "writing", late)
+        operations.build([docs], index, encoder=encoder, settings={"tokens": 30})
+    monkeypatch.setattr(assembly.snapshot, "lock_for_writing", late)
     with pytest.raises(UserError, match=r"was made with --encoder .*tiny, not none"):
-        building.build([docs], index, encoder=building.NO_ENCODER)
+        operations.build([docs], index, encoder=operations.NO_ENCODER)
     check(index, encoder)
 
 
 def test_an_index_of_files_is_not_replaced_by_a_set_of_rows(docs, tmp_path):
-    index, rows = tmp_path / "index", [plan.row("green grass", "", "a", "", 0, 0)]
-    source = plan.Fresh("set", "digest", [1, 0, 0, 0], lambda _: iter(rows))
-    building.build([docs], index, encoder=building.NO_ENCODER)
+    index, rows = tmp_path / "index", [plan.make_row("green grass", "", "a", "", 0, 0)]
+    source = plan.NewSource("set", "digest", [1, 0, 0, 0], lambda _: iter(rows))
+    operations.build([docs], index, encoder=operations.NO_ENCODER)
     with pytest.raises(UserError, match=r"is an index of other things, such as .*kitchen.md: pass another --index"):
-        building.build_rows(source, index, encoder=building.NO_ENCODER)
-    assert building.build_rows(source, tmp_path / "set", encoder=building.NO_ENCODER).rows == 1
+        operations.build_rows(source, index, encoder=operations.NO_ENCODER)
+    assert operations.build_rows(source, tmp_path / "set", encoder=operations.NO_ENCODER).rows == 1
     changed = dataclasses.replace(source, digest="other", rows=lambda _: iter(rows * 2))
-    assert building.build_rows(changed, tmp_path / "set", encoder=None).rows == 2
-    assert building.build_rows(changed, tmp_path / "set", encoder=None).generation == 2
+    assert operations.build_rows(changed, tmp_path / "set", encoder=None).rows == 2
+    assert operations.build_rows(changed, tmp_path / "set", encoder=None).snapshot == 2
 
 
 def test_an_index_inside_of_what_is_read_is_not_read(docs, encoder):
-    building.build([docs], docs / "index", encoder=encoder)
-    record = building.build([docs], docs / "index")
-    assert record.generation == 1
+    operations.build([docs], docs / "index", encoder=encoder)
+    record = operations.build([docs], docs / "index")
+    assert record.snapshot == 1
     assert record.sources == 3
 
 
 def test_an_index_without_an_encoder_is_searched_by_words(docs, tmp_path):
-    record = building.build([docs], tmp_path / "index", encoder=building.NO_ENCODER)
+    record = operations.build([docs], tmp_path / "index", encoder=operations.NO_ENCODER)
     assert record.encoder is None
     with Index.open(tmp_path / "index") as index:
         assert index.search("castle", 1)[0].text == "old castle wall"
     write(docs / "a.txt", "green grass")
-    assert building.update(tmp_path / "index").sources == 4
+    assert operations.update(tmp_path / "index").sources == 4
 
 
 def test_settings_are_kept_and_others_refused(docs, tmp_path, encoder):
     index, settings = tmp_path / "index", {"tokens": 20, "overlap": 0}
-    building.build([docs], index, encoder=encoder, settings=settings)
+    operations.build([docs], index, encoder=encoder, settings=settings)
     rows = len(rows_of(index))
     assert layout.read(index)[0].chunking["tokens"] == 20
     write(docs / "sea.txt", "fish wave salt water " * 20)
-    building.update(index)
+    operations.update(index)
     assert len(rows_of(index)) > rows
-    building.build([docs], index, settings=settings)
+    operations.build([docs], index, settings=settings)
     with pytest.raises(
         UserError, match=r"was made with --chunk-tokens 20, not 21; --encoder .*tiny, not none: leave these out"
     ):
-        building.build([docs], index, encoder="none", settings={"tokens": 21, "overlap": 0})
+        operations.build([docs], index, encoder="none", settings={"tokens": 21, "overlap": 0})
     other = make_encoder(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"--encoder .*tiny, not .*other"):
-        building.build([docs], index, encoder=str(other))
+        operations.build([docs], index, encoder=str(other))
     with pytest.raises(UserError, match="sees 62 tokens"):
-        building.build([docs], tmp_path / "new", encoder=encoder, settings={"tokens": 63})
+        operations.build([docs], tmp_path / "new", encoder=encoder, settings={"tokens": 63})
     assert not (tmp_path / "new").exists()
 
 
 def test_an_encoder_that_has_changed_is_refused(docs, tmp_path):
     folder = make_encoder(tmp_path / "encoder")
-    building.build([docs], tmp_path / "index", encoder=str(folder))
+    operations.build([docs], tmp_path / "index", encoder=str(folder))
     make_encoder(folder, seed=1)
     write(docs / "new.txt", "white snow")
     with pytest.raises(UserError, match="is not the one that"):
-        building.update(tmp_path / "index")
+        operations.update(tmp_path / "index")
 
 
 def test_nothing_to_read_is_told(tmp_path, docs, encoder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no file to read there: expected files of these kinds: \.txt"):
-        building.build([tmp_path / "empty"], tmp_path / "index", encoder=encoder)
+        operations.build([tmp_path / "empty"], tmp_path / "index", encoder=encoder)
     assert not (tmp_path / "index").exists()
     with pytest.raises(
         UserError, match=r"no text to make an index of; 1 files .* were left out: .*broken\.pdf \(broken"
     ):
-        building.build([docs / "broken.pdf"], tmp_path / "index", encoder=encoder)
+        operations.build([docs / "broken.pdf"], tmp_path / "index", encoder=encoder)
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
-        building.build([tmp_path / "nowhere"], tmp_path / "index", encoder=encoder)
+        operations.build([tmp_path / "nowhere"], tmp_path / "index", encoder=encoder)
     assert not layout.exists(tmp_path / "index")
-    for change in (lambda: building.update(tmp_path / "index"), lambda: building.add([docs], tmp_path / "index")):
+    for change in (lambda: operations.update(tmp_path / "index"), lambda: operations.add([docs], tmp_path / "index")):
         with pytest.raises(UserError, match="expected a retrieval index"):
             change()
 
 
 def test_deleting_what_is_not_there_or_all_is_told(docs, tmp_path, encoder):
-    building.build([docs], tmp_path / "index", encoder=encoder)
+    operations.build([docs], tmp_path / "index", encoder=encoder)
     with pytest.raises(UserError, match=r"nothing: the index holds nothing from there; it holds .*kitchen\.md"):
-        building.delete([str(docs / "nothing")], tmp_path / "index")
+        operations.delete([str(docs / "nothing")], tmp_path / "index")
     with pytest.raises(UserError, match=r"that is all that .* holds: remove the folder instead"):
-        building.delete([str(docs)], tmp_path / "index")
+        operations.delete([str(docs)], tmp_path / "index")
 
 
 def test_a_root_that_is_gone_is_not_an_empty_one(docs, tmp_path, encoder):
-    building.build([docs], tmp_path / "index", encoder=encoder)
+    operations.build([docs], tmp_path / "index", encoder=encoder)
     docs.rename(tmp_path / "away")
     with pytest.raises(UserError, match="docs is not there any more: bring it back, or delete it"):
-        building.update(tmp_path / "index")
+        operations.update(tmp_path / "index")
     assert len(files_of(tmp_path / "index")) == 3
 
 
 def test_a_damaged_index_is_made_anew_by_build_alone(docs, tmp_path, encoder):
     index = tmp_path / "index"
-    building.build([docs], index, encoder=encoder)
+    operations.build([docs], index, encoder=encoder)
     with open(index / layout.file_name("table", 1), "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="it was cut or replaced; build the index again"):
-        building.update(index)
-    building.build([docs], index, encoder=encoder)
+        operations.update(index)
+    operations.build([docs], index, encoder=encoder)
     check(index, encoder)
     (index / layout.MANIFEST).write_text("{", encoding="utf-8")
-    building.build([docs], index, encoder=encoder)
+    operations.build([docs], index, encoder=encoder)
     check(index, encoder)
 
 
@@ -432,50 +433,50 @@ def test_a_file_that_changes_while_it_is_read_is_left_out(docs, tmp_path, encode
         return stage(*args)
 
     monkeypatch.setattr(assembly.plan, "read_all", change_first)
-    record = building.build([docs], tmp_path / "index", encoder=encoder)
+    record = operations.build([docs], tmp_path / "index", encoder=encoder)
     assert "sea.txt" not in files_of(tmp_path / "index")
     assert any("changed while it was read" in each.reason for each in layout.read_skipped(tmp_path / "index", record))
 
 
 def test_a_file_that_goes_while_it_is_read_is_left_out(docs, tmp_path, encoder, monkeypatch):
-    read = building.reading.read
+    read = reader.read
 
     def read_and_remove(path: Path, options: object) -> object:
         yield from read(path, options)
         path.unlink() if path.name == "sea.txt" else None
 
-    monkeypatch.setattr(building.reading, "read", read_and_remove)
-    record = building.build([docs], tmp_path / "index", encoder=encoder)
+    monkeypatch.setattr(reader, "read", read_and_remove)
+    record = operations.build([docs], tmp_path / "index", encoder=encoder)
     assert set(files_of(tmp_path / "index")) == {"kitchen.md", "rows.jsonl"}
     reasons = [each.reason for each in layout.read_skipped(tmp_path / "index", record)]
     assert "cannot be read: No such file or directory" in reasons
 
 
 def test_vectors_are_found_by_digest_and_the_first_counts():
-    found = embedded.Vectors(2)
-    assert list(found.locate(np.array([b"a"], embedded.KEYS))) == [-1]
-    digests = [embedded.digest(text) for text in "abc"]
-    found.add(embedded.keys(iter(digests[:2]), 2), np.array([[1, 2], [3, 4]], np.float16))
-    found.add(embedded.keys(iter(digests[1:]), 2), np.array([[5, 6], [7, 8]], np.float16))
-    rows = found.locate(embedded.keys(iter([*digests, b"\0" * 16]), 4))
+    found = vector_cache.KnownVectors(2)
+    assert list(found.locate(np.array([b"a"], vector_cache.KEYS))) == [-1]
+    digests = [vector_cache.text_digest(text) for text in "abc"]
+    found.add(vector_cache.as_keys(iter(digests[:2]), 2), np.array([[1, 2], [3, 4]], np.float16))
+    found.add(vector_cache.as_keys(iter(digests[1:]), 2), np.array([[5, 6], [7, 8]], np.float16))
+    rows = found.locate(vector_cache.as_keys(iter([*digests, b"\0" * 16]), 4))
     assert rows.tolist() == [0, 1, 3, -1]
     assert found.take(rows[:3]).tolist() == [[1, 2], [3, 4], [7, 8]]
 
 
 def test_what_was_cut_in_the_middle_of_a_vector_does_not_count(tmp_path, encoder):
     record = Encoder(encoder).record()
-    embedded.begin(tmp_path / "partial", record)
-    with embedded.Writer(tmp_path / "partial", 0, 32) as writer:
-        writer.add([embedded.digest("a"), embedded.digest("b")], np.ones((2, 32), np.float32))
+    vector_cache.start(tmp_path / "partial", record)
+    with vector_cache.VectorWriter(tmp_path / "partial", 0, 32) as writer:
+        writer.add([vector_cache.text_digest("a"), vector_cache.text_digest("b")], np.ones((2, 32), np.float32))
     vectors = tmp_path / "partial" / "vectors-0.bin"
     os.truncate(vectors, 64 + 10)
-    [(found, values)] = embedded.parts(tmp_path / "partial", 32)
-    assert found.tolist() == [embedded.digest("a")]
+    [(found, values)] = vector_cache.read_parts(tmp_path / "partial", 32)
+    assert found.tolist() == [vector_cache.text_digest("a")]
     assert values.shape == (1, 32)
-    with embedded.Writer(tmp_path / "partial", 0, 32) as writer:
-        writer.add([embedded.digest("c")], np.zeros((1, 32), np.float32))
-    [(found, values)] = embedded.parts(tmp_path / "partial", 32)
-    assert found.tolist() == [embedded.digest("a"), embedded.digest("c")]
+    with vector_cache.VectorWriter(tmp_path / "partial", 0, 32) as writer:
+        writer.add([vector_cache.text_digest("c")], np.zeros((1, 32), np.float32))
+    [(found, values)] = vector_cache.read_parts(tmp_path / "partial", 32)
+    assert found.tolist() == [vector_cache.text_digest("a"), vector_cache.text_digest("c")]
     assert values[1].any() == np.False_
 
 
@@ -485,7 +486,7 @@ class TestKills:
     SLOW = """
 import sys, time
 from pathlib import Path
-from openchatkit.retrieval import building
+from openchatkit.retrieval.building import operations
 from openchatkit.retrieval.building import assembly
 from openchatkit.retrieval.encoder import Encoder
 assembly._SLICE = 4
@@ -494,7 +495,7 @@ def slowly(self, texts, **options):
     time.sleep(0.05)
     return encode(self, texts, **options)
 Encoder.encode = slowly
-building.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
+operations.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
 """
 
     def start(self, docs: Path, index: Path, encoder: str) -> subprocess.Popen[bytes]:
@@ -503,12 +504,12 @@ building.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
 
     def kept(self, index: Path) -> int:
         path = layout.partial_folder(index) / "keys-0.bin"
-        return path.stat().st_size // embedded.SIZE if path.exists() else 0
+        return path.stat().st_size // vector_cache.SIZE if path.exists() else 0
 
     def test_embedding_goes_on_where_it_was_killed(self, tmp_path, encoder, embeddings):
         docs, index = tmp_path / "docs", tmp_path / "index"
         write(docs / "old.txt", "the old text")
-        building.build([docs], index, encoder=encoder)
+        operations.build([docs], index, encoder=encoder)
         for number in range(200):
             words = " ".join(WORDS[(number * step) % len(WORDS)] for step in range(1, 9))
             write(docs / f"{number}.txt", words)
@@ -524,17 +525,17 @@ building.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
         with Index.open(index) as before:
             assert before.search("old text", 1)[0].text == "the old text"
         embeddings.clear()
-        building.build([docs], index, encoder=encoder)
+        operations.build([docs], index, encoder=encoder)
         assert len(embeddings) == 200 - kept
         check(index, encoder)
 
     def test_vectors_of_another_encoder_are_not_gone_on_with(self, tmp_path, encoder, embeddings):
         partial = layout.partial_folder(tmp_path / "index")
-        embedded.begin(partial, Encoder(encoder).record())
-        with embedded.Writer(partial, 0, 32) as writer:
-            writer.add([embedded.digest("a\ngreen grass")], np.ones((1, 32), np.float32))
+        vector_cache.start(partial, Encoder(encoder).record())
+        with vector_cache.VectorWriter(partial, 0, 32) as writer:
+            writer.add([vector_cache.text_digest("a\ngreen grass")], np.ones((1, 32), np.float32))
         other = str(make_encoder(tmp_path / "other", seed=1))
-        building.build([write(tmp_path / "a.txt", "green grass")], tmp_path / "index", encoder=other)
+        operations.build([write(tmp_path / "a.txt", "green grass")], tmp_path / "index", encoder=other)
         assert embeddings == ["a\ngreen grass"]
         check(tmp_path / "index", other)
 
@@ -553,7 +554,7 @@ class TestSeveralProcesses:
 
     def test_two_processes_make_the_same_index_as_one(self, docs, tmp_path, encoder):
         alone, together = tmp_path / "alone", tmp_path / "together"
-        building.build([docs], alone, encoder=encoder)
+        operations.build([docs], alone, encoder=encoder)
         result = self.run("build", docs, "--index", together, "--encoder", encoder, "--device", "cpu")
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("broken.pdf") == 1
@@ -591,8 +592,8 @@ def test_a_second_writer_waits_and_says_so(docs, tmp_path, encoder):
     holder = f"""
 import sys, time
 from pathlib import Path
-from openchatkit.retrieval.generation import writing
-with writing(Path({str(index)!r})):
+from openchatkit.retrieval.snapshot import lock_for_writing
+with lock_for_writing(Path({str(index)!r})):
     print("held", flush=True)
     sys.stdin.read()
 """

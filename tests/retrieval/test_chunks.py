@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval import chunks as chunking_module
-from openchatkit.retrieval.chunks import Chunk, Chunking, chunks
-from openchatkit.retrieval.reading import Block, Document, Options, read
+from openchatkit.retrieval.chunks import Chunk, Chunking, chunk_document
+from openchatkit.retrieval.reading.document import Block, Document, ReadOptions
+from openchatkit.retrieval.reading.reader import read
 
 
 def words(texts: Sequence[str]) -> list[int]:
@@ -22,8 +23,8 @@ def words(texts: Sequence[str]) -> list[int]:
 def cut(text: str, tmp_path: Path, tokens: int, overlap: int = 0, name: str = "a.md") -> list[Chunk]:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    [document] = [each for each in map(whole, read(path, Options()))]
-    return list(chunks(document, Chunking(tokens, overlap), words))
+    [document] = [each for each in map(whole, read(path, ReadOptions()))]
+    return list(chunk_document(document, Chunking(tokens, overlap), words))
 
 
 def whole(document: Document) -> Document:
@@ -116,7 +117,10 @@ def test_chinese_is_cut_behind_its_full_stops(tmp_path):
 
     sentences = ["我是学生。", "你好吗。", "我很好。"]
     document = Document(iter([Block("".join(sentences), 3, 3)]), "page", "")
-    assert [each.text for each in chunks(document, Chunking(9, 0), characters)] == ["我是学生。你好吗。", "我很好。"]
+    assert [each.text for each in chunk_document(document, Chunking(9, 0), characters)] == [
+        "我是学生。你好吗。",
+        "我很好。",
+    ]
 
 
 def test_text_without_spaces_is_cut_to_size_whatever_the_tokenizer_knows():
@@ -125,12 +129,12 @@ def test_text_without_spaces_is_cut_to_size_whatever_the_tokenizer_knows():
 
     for sentence in ("図書館は月曜日に休みです。", "ห้องสมุดเปิดทุกวัน ", "天地玄黄，宇宙洪荒，", "ខ្ញុំជាសិស្ស។ "):  # noqa: RUF001
         document = Document(iter([Block(sentence * 100, 1, 1)]), "line", "")
-        found = [each.text for each in chunks(document, Chunking(40, 0), unknown)]
+        found = [each.text for each in chunk_document(document, Chunking(40, 0), unknown)]
         assert max(map(len, found)) <= 45
         assert {each.strip()[-1] for each in found} == {sentence.strip()[-1]}
         assert "".join("".join(found).split()) == "".join((sentence * 100).split())
     document = Document(iter([Block("永" * 1000, 1, 1)]), "line", "")
-    assert {len(each.text) for each in chunks(document, Chunking(40, 0), unknown)} == {40}
+    assert {len(each.text) for each in chunk_document(document, Chunking(40, 0), unknown)} == {40}
 
 
 def test_a_long_title_leaves_room_for_the_text(tmp_path):
@@ -142,18 +146,18 @@ def test_a_long_title_leaves_room_for_the_text(tmp_path):
 def test_places_are_pages_and_rows():
     blocks = [Block("one two", 1, 1), Block("three", 2, 2), Block("four five", 2, 2)]
     document = Document(iter(blocks), "page", "T")
-    assert [each.place for each in chunks(document, Chunking(5, 0), words)] == ["pages 1-2", "page 2"]
+    assert [each.place for each in chunk_document(document, Chunking(5, 0), words)] == ["pages 1-2", "page 2"]
     document = Document(iter([Block("x", 7, 7)]), "row", "T")
-    assert [each.place for each in chunks(document, Chunking(5, 0), words)] == ["row 7"]
+    assert [each.place for each in chunk_document(document, Chunking(5, 0), words)] == ["row 7"]
 
 
 def test_a_passage_lies_on_one_page_unless_a_sentence_runs_on():
     blocks = [Block(f"Page {number} says this.", number, number) for number in range(1, 7)]
     blocks += [Block("This one goes", 7, 7), Block("on here.", 8, 8), Block("Last", 9, 9)]
     for unit, places in (("page", [1, 2, 3, 4, 5, 6, "7-8", 9]), ("slide", [1, 2, 3, 4, 5, 6, "7-8", 9])):
-        found = [each.place for each in chunks(Document(iter(blocks), unit, ""), Chunking(200, 30), words)]
+        found = [each.place for each in chunk_document(Document(iter(blocks), unit, ""), Chunking(200, 30), words)]
         assert found == [f"{unit}s {at}" if isinstance(at, str) else f"{unit} {at}" for at in places]
-    [chunk] = chunks(Document(iter(blocks), "line", ""), Chunking(200, 30), words)
+    [chunk] = chunk_document(Document(iter(blocks), "line", ""), Chunking(200, 30), words)
     assert chunk.place == "lines 1-9"
 
 
@@ -167,7 +171,7 @@ def test_many_blocks_are_not_held_at_once(monkeypatch):
             taken = number
             yield Block("one two", number, number)
 
-    found = chunks(Document(blocks(), "line", ""), Chunking(4, 0), words)
+    found = chunk_document(Document(blocks(), "line", ""), Chunking(4, 0), words)
     assert next(found).place == "lines 1-2"
     assert taken < 12
     assert sum(1 for _ in found) == 49
@@ -179,9 +183,11 @@ PIECES = st.sampled_from(["# H a", "word", "end. New", "x" * 200, "```", "", "  
 @given(st.lists(st.lists(PIECES, max_size=12).map(" ".join), max_size=30), st.integers(4, 30), st.integers(0, 10))
 def test_all_words_are_kept_and_no_chunk_is_too_long(lines, tokens, overlap):
     blocks = [Block(line, number, number) for number, line in enumerate(lines, 1) if line.strip()]
-    found = list(chunks(Document(iter(blocks), "line", "Title"), Chunking(tokens, min(overlap, tokens // 2)), words))
+    found = list(
+        chunk_document(Document(iter(blocks), "line", "Title"), Chunking(tokens, min(overlap, tokens // 2)), words)
+    )
     assert found == list(
-        chunks(Document(iter(blocks), "line", "Title"), Chunking(tokens, min(overlap, tokens // 2)), words)
+        chunk_document(Document(iter(blocks), "line", "Title"), Chunking(tokens, min(overlap, tokens // 2)), words)
     )
     for chunk in found:
         assert chunk.text.strip()

@@ -10,8 +10,7 @@ import pytest
 from fake_gpus import FakeGpus
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval import dense
-from openchatkit.retrieval import vectors as kept
+from openchatkit.retrieval import dense, vector_store
 
 faiss = pytest.importorskip("faiss")
 
@@ -30,11 +29,11 @@ def test_the_nearest_rows_are_found_with_their_products(tmp_path, vectors, kind)
     assert record.recall >= dense.RECALL
     opened = dense.Dense.open(tmp_path / "d", record, vectors)
     queries = vectors[::20].astype(np.float32)
-    rows = kept.exact(vectors, queries, 10)[1]
+    rows = vector_store.search_exactly(vectors, queries, 10)[1]
     found = [opened.search(query, 10) for query in queries]
     assert np.mean([len(np.intersect1d(a, b[1])) / 10 for a, b in zip(rows, found, strict=True)]) > 0.95
     for query, (products, numbers) in zip(queries, found, strict=True):
-        np.testing.assert_allclose(products, kept.scores(vectors, query, numbers), rtol=1e-5)
+        np.testing.assert_allclose(products, vector_store.inner_products(vectors, query, numbers), rtol=1e-5)
         assert (np.diff(products) <= 0).all()
 
 

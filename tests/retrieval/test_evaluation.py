@@ -9,8 +9,9 @@ import pytest
 from tiny_encoder import make_encoder
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval import building, evaluation, question_sets
-from openchatkit.retrieval.evaluation import Figures, Question, Target
+from openchatkit.retrieval import evaluation, question_sets
+from openchatkit.retrieval.building import operations
+from openchatkit.retrieval.evaluation import EvaluationQuestion, SearchMetrics, Target
 from openchatkit.retrieval.index import Index
 from openchatkit.retrieval.passage import Passage
 from openchatkit.retrieval.question_sets import Example
@@ -45,8 +46,8 @@ def test_questions_of_a_file(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"query": "a", "source": ["x", "y"]}\n\n{"query": "b", "source": "x", "place": "page 2"}\n')
     assert evaluation.read_questions(path) == [
-        Question("a", (Target("x"), Target("y"))),
-        Question("b", (Target("x", place="page 2"),)),
+        EvaluationQuestion("a", (Target("x"), Target("y"))),
+        EvaluationQuestion("b", (Target("x", place="page 2"),)),
     ]
 
 
@@ -97,13 +98,13 @@ def examples() -> list[Example]:
 def index(tmp_path_factory: pytest.TempPathFactory, examples: list[Example]) -> Path:
     folder = tmp_path_factory.mktemp("set")
     encoder = make_encoder(folder / "encoder")
-    building.build_rows(question_sets.source("set", examples), folder / "index", encoder=str(encoder))
+    operations.build_rows(question_sets.source("set", examples), folder / "index", encoder=str(encoder))
     return folder / "index"
 
 
 def test_an_index_of_a_set_is_made_once_and_its_passages_found(index, examples):
-    again = building.build_rows(question_sets.source("set", examples), index, encoder=None)
-    assert (again.generation, again.rows) == (1, len(examples))
+    again = operations.build_rows(question_sets.source("set", examples), index, encoder=None)
+    assert (again.snapshot, again.rows) == (1, len(examples))
     questions = question_sets.questions(examples, count=6)
     assert len({question.query for question in questions}) == 6
     assert questions == question_sets.questions(examples, count=6)
@@ -122,12 +123,12 @@ def test_another_set_takes_the_place_of_the_first(index, examples, tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     for count in (5, 7):
         source = question_sets.source("set", examples[:count])
-        assert building.build_rows(source, tmp_path / "index", encoder=str(encoder)).rows == count
+        assert operations.build_rows(source, tmp_path / "index", encoder=str(encoder)).rows == count
 
 
 def test_a_report():
-    figures = {"BM25": Figures(2, {1: 0.5, 5: 1, 10: 1}, 0.75, 0.8, {"search": (1.0, 2.25)})}
-    figures["fused"] = Figures(2, {1: 1, 5: 1, 10: 1}, 1.0, 1.0, {"encode": (10, 20), "search": (1, 2)})
+    figures = {"BM25": SearchMetrics(2, {1: 0.5, 5: 1, 10: 1}, 0.75, 0.8, {"search": (1.0, 2.25)})}
+    figures["fused"] = SearchMetrics(2, {1: 1, 5: 1, 10: 1}, 1.0, 1.0, {"encode": (10, 20), "search": (1, 2)})
     assert evaluation.table(figures).splitlines() == [
         "|  | R@1 | R@5 | R@10 | MRR@10 | nDCG@10 | search ms | encode ms |",
         "|-|-|-|-|-|-|-|-|",

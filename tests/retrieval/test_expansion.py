@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openchatkit.retrieval.wikipedia.expansion import expand, part
+from openchatkit.retrieval.wikipedia.expansion import expand, without_overlap
 
 
 class Articles:
@@ -69,8 +69,8 @@ def test_a_cosine_at_the_threshold_is_not_enough():
 
 def test_no_row_is_shown_twice():
     rows, shown = [4, 6, 5, 9, 1], [range(2, 7), range(5, 8), range(3, 8), range(7, 10), range(0, 4)]
-    assert part(rows, shown) == [(4, range(2, 7)), (9, range(7, 10)), (1, range(0, 2))]
-    assert part([], []) == []
+    assert without_overlap(rows, shown) == [(4, range(2, 7)), (9, range(7, 10)), (1, range(0, 2))]
+    assert without_overlap([], []) == []
 
 
 def reference(table: list[tuple[int, str]], vectors: np.ndarray, row: int, width: int, threshold: float) -> range:

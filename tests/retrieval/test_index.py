@@ -17,11 +17,11 @@ from openchatkit import storage
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError
-from openchatkit.retrieval import generation
-from openchatkit.retrieval.floor import NO_COSINE
+from openchatkit.retrieval import snapshot
 from openchatkit.retrieval.index import Index, verify
 from openchatkit.retrieval.passage import Hit, merge_copies
-from openchatkit.retrieval.table import Row
+from openchatkit.retrieval.ranking import NO_COSINE
+from openchatkit.retrieval.table import PassageRow
 
 pytest.importorskip("faiss")
 
@@ -33,7 +33,7 @@ def names(folder):
 @pytest.mark.parametrize("mode", ["fused", "dense", "sparse"])
 def test_the_passage_about_it_is_found_with_its_place(folder, encoder, mode):
     with Index.open(folder, encoder) as index:
-        hit = index.search("sourdough bread", 3, mode=mode, floor=False)[0]
+        hit = index.search("sourdough bread", 3, mode=mode, score_threshold=False)[0]
     assert (hit.text, hit.title, hit.source, hit.place, hit.id) == (TEXTS[3], "title 3", "notes.txt", "line 4", 3)
     assert hit.sparse > 0
     assert hit.dense is None if mode == "sparse" else 0.5 < hit.dense <= 1.001
@@ -86,17 +86,17 @@ def test_everyday_words_and_one_word_of_many_find_nothing(tmp_path, encoder, wit
 
 
 def test_the_floor_is_the_index_s_own_unless_another_is_given(tmp_path, encoder):
-    high = layout.Floor(cosine=2, weak_cosine=2, strength=9, strength_alone=9)
-    make(tmp_path, encoder=encoder, floor=high)
+    high = layout.ScoreThreshold(cosine=2, weak_cosine=2, strength=9, strength_alone=9)
+    make(tmp_path, encoder=encoder, score_threshold=high)
     with Index.open(tmp_path, encoder) as index:
         assert index.search("sourdough bread") == []
-        assert index.search("sourdough bread", floor=False)
-        assert index.search("sourdough bread", floor=layout.Floor(0.3, 0, 1, 1))
+        assert index.search("sourdough bread", score_threshold=False)
+        assert index.search("sourdough bread", score_threshold=layout.ScoreThreshold(0.3, 0, 1, 1))
 
 
 def test_k_may_be_more_than_there_are_or_nothing(folder, encoder):
     with Index.open(folder, encoder) as index:
-        assert len(index.search("sourdough bread", 1000, floor=False)) == len(TEXTS)
+        assert len(index.search("sourdough bread", 1000, score_threshold=False)) == len(TEXTS)
         assert index.search("sourdough bread", 0) == []
         scores, rows = index.search_vectors(encoder.encode(TEXTS), 99)
         assert rows.shape == scores.shape == (5, 5)
@@ -138,27 +138,27 @@ def test_by_words_alone_a_passage_that_is_named_whole_comes_first_and_is_found(t
 def test_the_floor_asks_each_passage_by_its_own_scores(folder, encoder):
     with Index.open(folder, encoder) as index:
         # By meaning alone the second of these would be the first.
-        first, second, *_ = index.search("three boils twice object zebra", 5, floor=False)
+        first, second, *_ = index.search("three boils twice object zebra", 5, score_threshold=False)
         assert first.dense < second.dense
         between = (first.dense + second.dense) / 2
-        floor = layout.Floor(cosine=between, weak_cosine=1.0, strength=9.0, strength_alone=9.0)
-        assert index.search("three boils twice object zebra", 5, floor=floor) == [second]
+        floor = layout.ScoreThreshold(cosine=between, weak_cosine=1.0, strength=9.0, strength_alone=9.0)
+        assert index.search("three boils twice object zebra", 5, score_threshold=floor) == [second]
 
 
 @pytest.mark.parametrize("with_vectors", [True, False])
 def test_a_text_in_several_files_takes_one_place_and_names_the_others(tmp_path, encoder, with_vectors):
     encoder = encoder if with_vectors else None
     texts = [*["Sourdough bread rises\n overnight.", "Sourdough bread rises overnight."] * 60, "Sourdough needs salt."]
-    rows = [Row(text, f"t{at}", f"{at}.txt", "line 1", bytes([at]), at) for at, text in enumerate(texts)]
+    rows = [PassageRow(text, f"t{at}", f"{at}.txt", "line 1", bytes([at]), at) for at, text in enumerate(texts)]
     vectors = [encoder.encode(texts)] if encoder else None
     made_with = encoder.record() if encoder else None
-    with generation.writing(tmp_path):
-        generation.write_generation(tmp_path, rows=rows, vectors=vectors, encoder=made_with)
+    with snapshot.lock_for_writing(tmp_path):
+        snapshot.write_snapshot(tmp_path, rows=rows, vectors=vectors, encoder=made_with)
     with Index.open(tmp_path, encoder) as index:
-        first, second = index.search("sourdough bread overnight", 2, floor=False)
+        first, second = index.search("sourdough bread overnight", 2, score_threshold=False)
         assert sorted([len(first.also), len(second.also)]) == [0, 119]
         assert {first.where, *first.also, second.where, *second.also} == {f"{at}.txt, line 1" for at in range(121)}
-        assert len(index.search("sourdough bread overnight", 1, floor=False)[0].also) >= 99
+        assert len(index.search("sourdough bread overnight", 1, score_threshold=False)[0].also) >= 99
 
 
 def test_the_same_text_under_two_headings_of_a_file_is_two_passages():
@@ -178,7 +178,7 @@ def test_another_encoder_is_refused(folder, encoder):
 def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened(folder, encoder):
     with Index.open(folder, encoder) as old:
         record = make(folder, [*TEXTS, "A violin has four strings."], encoder=encoder)
-        assert record.generation == 2
+        assert record.snapshot == 2
         assert all("000002" in name for name in names(folder) if name != layout.MANIFEST)
         assert old.search("violin strings") == []
         assert old.search("sourdough bread")[0].id == 3
@@ -189,10 +189,10 @@ def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened
 
 
 def test_a_generation_may_be_made_from_the_one_before(folder, encoder):
-    with Index.open(folder, encoder) as old, generation.writing(folder):
+    with Index.open(folder, encoder) as old, snapshot.lock_for_writing(folder):
         rows, kept = list(old.table.rows(1)), old.vectors[1:]
-        options = {"encoder": old.record.encoder, "floor": old.record.floor}
-        generation.write_generation(folder, rows=iter(rows), vectors=[kept], **options)
+        options = {"encoder": old.record.encoder, "score_threshold": old.record.score_threshold}
+        snapshot.write_snapshot(folder, rows=iter(rows), vectors=[kept], **options)
     with Index.open(folder, encoder) as new:
         assert new.record.rows == 4
         assert new.search("sourdough bread")[0].id == 2
@@ -201,7 +201,7 @@ def test_a_generation_may_be_made_from_the_one_before(folder, encoder):
 
 
 @pytest.mark.parametrize(
-    "step", ["table.write", "kept.write", "dense.build", "sparse.build", "_publish", "layout.write"]
+    "step", ["table.write", "vector_store.write", "dense.build", "sparse.build", "_publish", "layout.write"]
 )
 def test_a_failure_at_any_step_leaves_the_old_index_and_nothing_else(folder, encoder, monkeypatch, step):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -210,7 +210,7 @@ def test_a_failure_at_any_step_leaves_the_old_index_and_nothing_else(folder, enc
         raise KeyboardInterrupt
 
     owner, _, name = step.rpartition(".")
-    monkeypatch.setattr(getattr(generation, owner) if owner else generation, name, stop)
+    monkeypatch.setattr(getattr(snapshot, owner) if owner else snapshot, name, stop)
     with pytest.raises(KeyboardInterrupt):
         make(folder, ["something else"], encoder=encoder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -220,27 +220,27 @@ def test_a_killed_writer_leaves_the_old_index_and_the_next_one_clears_up(folder,
     code = f"""
 import os, pathlib, signal
 from index_maker import WordEncoder, make
-from openchatkit.retrieval import generation
-generation.layout.write = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+from openchatkit.retrieval import snapshot
+snapshot.layout.write = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 make(pathlib.Path({str(folder)!r}), ["something else"], encoder=WordEncoder())
 """
     killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert layout.litter(folder)
+    assert layout.stale_files(folder)
     with Index.open(folder, encoder) as index:
         assert index.search("sourdough bread")[0].id == 3
-    assert make(folder, ["A violin has four strings."], encoder=encoder).generation == 2
-    assert not layout.litter(folder)
+    assert make(folder, ["A violin has four strings."], encoder=encoder).snapshot == 2
+    assert not layout.stale_files(folder)
     with Index.open(folder, encoder) as index:
         assert index.search("violin strings")[0].id == 0
 
 
 def test_what_a_kill_left_is_removed_by_the_next_writer(folder, encoder):
     (folder / layout.file_name("table", 2)).write_bytes(b"half")
-    layout.spill_path(folder, 2).write_bytes(b"half")
+    layout.temporary_path(folder, 2).write_bytes(b"half")
     with Index.open(folder, encoder) as index:
         assert index.search("sourdough bread")
-    with generation.writing(folder):
+    with snapshot.lock_for_writing(folder):
         pass
     assert all("000001" in name for name in names(folder) if name != layout.MANIFEST)
 
@@ -254,16 +254,16 @@ def test_an_index_of_nothing_is_refused(folder, encoder):
 def test_bad_vectors_and_metrics_are_refused_and_the_old_index_stays(folder, encoder, monkeypatch):
     monkeypatch.setattr(encoder, "encode", lambda texts, **_: np.full((len(texts), 256), np.nan))
     with pytest.raises(UserError, match="not finite"):
-        make(folder, encoder=encoder, floor=NO_COSINE)
+        make(folder, encoder=encoder, score_threshold=NO_COSINE)
     monkeypatch.setattr(encoder, "record", lambda: layout.EncoderRecord("words", encoder.digest, 256, "manhattan", 128))
     with pytest.raises(UserError, match="words compares by 'manhattan'"):
-        make(folder, encoder=encoder, floor=NO_COSINE)
-    assert layout.read(folder)[0].generation == 1
+        make(folder, encoder=encoder, score_threshold=NO_COSINE)
+    assert layout.read(folder)[0].snapshot == 1
 
 
 def test_two_writers_wait_for_each_other(tmp_path, encoder):
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda _: make(tmp_path / "index", encoder=encoder).generation, range(2)))
+        done = list(pool.map(lambda _: make(tmp_path / "index", encoder=encoder).snapshot, range(2)))
     assert sorted(done) == [1, 2]
     Index.open(tmp_path / "index", encoder).close()
 
@@ -324,7 +324,7 @@ def test_verifying_while_another_generation_is_written_is_no_damage(folder, enco
 
     monkeypatch.setattr("openchatkit.retrieval.index.storage.sha256", meanwhile)
     verify(folder)
-    assert layout.read(folder)[0].generation == 2
+    assert layout.read(folder)[0].snapshot == 2
     (folder / layout.file_name("table", 2)).unlink()
     with pytest.raises(DamagedError, match=r"table-000002\.arrow is missing"):
         verify(folder)

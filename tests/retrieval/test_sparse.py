@@ -6,7 +6,7 @@ import pytest
 from openchatkit.errors import UserError
 from openchatkit.retrieval import sparse
 from openchatkit.retrieval.sparse import Sparse, SparsePaths
-from openchatkit.retrieval.words import words
+from openchatkit.retrieval.tokenization import tokenize
 
 
 def made_texts(count, seed=0):
@@ -21,7 +21,7 @@ def paths(tmp_path):
 
 
 def build(texts, paths):
-    record = sparse.build(texts, paths, rows=len(texts), spill=paths.scores.with_name("spill"))
+    record = sparse.build(texts, paths, rows=len(texts), temporary=paths.scores.with_name("spill"))
     return Sparse(paths, record, len(texts))
 
 
@@ -32,7 +32,7 @@ def peer(paths, monkeypatch):
     monkeypatch.setattr(sparse, "_PIECE", 64)
     texts = made_texts(500)
     numbers = {}
-    ids = [[numbers.setdefault(word, len(numbers)) for word in words(text)] for text in texts]
+    ids = [[numbers.setdefault(word, len(numbers)) for word in tokenize(text)] for text in texts]
     made = bm25s.BM25(k1=sparse.K1, b=sparse.B, method="lucene")
     made.index((ids, numbers), show_progress=False)
     return build(texts, paths), made, numbers
@@ -41,7 +41,7 @@ def peer(paths, monkeypatch):
 def test_scores_and_order_are_those_of_bm25s(peer):
     ours, theirs, numbers = peer
     for query in ("w1", "w1 w2 w3", "w7 w1 w90", "w399 w1", "w2 w2 w5 w11 w200 w300", "unheard w3"):
-        expected = theirs.get_scores_from_ids([numbers[w] for w in dict.fromkeys(words(query)) if w in numbers])
+        expected = theirs.get_scores_from_ids([numbers[w] for w in dict.fromkeys(tokenize(query)) if w in numbers])
         for k in (1, 10, 500):
             scores, rows = ours.search(query, k)
             assert len(rows) == min(k, int((expected > 0).sum()))
@@ -86,10 +86,10 @@ def test_a_pasted_page_is_searched_by_its_rarest_words(paths):
     assert len(index.search(" ".join(texts), 500)[1]) == 64
 
 
-def test_no_spill_stays_behind(paths, monkeypatch):
+def test_the_temporary_file_is_removed(paths, monkeypatch):
     build(made_texts(20), paths)
     assert not paths.scores.with_name("spill").exists()
-    monkeypatch.setattr(sparse, "words", lambda text: 1 / 0)
+    monkeypatch.setattr(sparse, "tokenize", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(["a"], paths)
     assert not paths.scores.with_name("spill").exists()
@@ -106,7 +106,7 @@ def test_the_room_of_an_array_is_taken_before_it_is_mapped(tmp_path):
 @pytest.mark.parametrize("name", ["scores", "postings", "starts", "words"])
 def test_a_cut_or_foreign_file_is_refused_by_name(paths, name):
     texts = made_texts(50)
-    record = sparse.build(texts, paths, rows=50, spill=paths.scores.with_name("spill"))
+    record = sparse.build(texts, paths, rows=50, temporary=paths.scores.with_name("spill"))
     path = getattr(paths, name)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no index at all"):

@@ -8,7 +8,7 @@ import pytest
 from openchatkit.errors import UserError
 from openchatkit.retrieval import blocks, table
 from openchatkit.retrieval.passage import Passage
-from openchatkit.retrieval.table import Row, Table
+from openchatkit.retrieval.table import PassageRow, Table
 
 
 @pytest.fixture
@@ -18,7 +18,9 @@ def small_blocks(monkeypatch):
 
 
 def rows(count):
-    return [Row(f"text {n}\0é", f"title {n}", "a/b.txt", f"row {n}", bytes([n]), n // 3, n % 3) for n in range(count)]
+    return [
+        PassageRow(f"text {n}\0é", f"title {n}", "a/b.txt", f"row {n}", bytes([n]), n // 3, n % 3) for n in range(count)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 4, 11])

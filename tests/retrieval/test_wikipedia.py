@@ -17,11 +17,12 @@ from openchatkit.errors import UserError
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.wikipedia_index import INDEX, PUBLISHED, TABLE
 from openchatkit.paths import ROOT
-from openchatkit.retrieval import blocks, wikipedia
+from openchatkit.retrieval import blocks
 from openchatkit.retrieval.encoder import Encoder
-from openchatkit.retrieval.wikipedia import WikipediaIndex
+from openchatkit.retrieval.wikipedia import index as wikipedia
 from openchatkit.retrieval.wikipedia import preparation as wikipedia_preparation
 from openchatkit.retrieval.wikipedia import table as wikipedia_table
+from openchatkit.retrieval.wikipedia.index import WikipediaIndex
 from openchatkit.retrieval.wikipedia.preparation import prepare
 
 TEXTS = maker.snippets()
@@ -263,7 +264,7 @@ def test_what_has_no_row_or_no_number_is_left_out(ready, encoder):
 def test_texts_that_are_to_be_apart_share_no_snippet(ready, encoder):
     with WikipediaIndex(ready, encoder) as index:
         index._index = Drawn([8, 9, 11, 2], [0.9, 0.8, 0.7, 0.6])
-        found = index.passages("bread", 4, w=2, w_th=-1, apart=True)
+        found = index.passages("bread", 4, w=2, w_th=-1, disjoint=True)
     assert [(passage.id, passage.text) for passage in found] == [
         (8, " ".join(FLAT[6:11])),
         (11, FLAT[11]),
@@ -275,7 +276,7 @@ def test_opening_needs_no_encoder_and_no_torch(ready):
     import subprocess
 
     code = (
-        "import sys; from openchatkit.retrieval.wikipedia import WikipediaIndex; "
+        "import sys; from openchatkit.retrieval.wikipedia.index import WikipediaIndex; "
         f"WikipediaIndex({str(ready)!r}).close(); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'sentence_transformers', 'pandas')))"
     )

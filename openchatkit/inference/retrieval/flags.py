@@ -57,7 +57,7 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
     if given.retrieval is None:
         return None
     from openchatkit.inference.retrieval.retriever import Retriever
-    from openchatkit.retrieval.live import LiveIndex
+    from openchatkit.retrieval.reloading_index import ReloadingIndex
 
     folder, wikipedia = _named(given)
     if wikipedia:
@@ -65,7 +65,7 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
     else:
         searcher = _own(folder, given.retrieval_encoder, given.retrieval_device, announce)
         if not getattr(given, "batch", None):  # whose rows are all answered from one generation: see `contents`
-            searcher = LiveIndex(searcher)
+            searcher = ReloadingIndex(searcher)
     if given.retrieval_reranker:
         searcher = _reranked(searcher, given.retrieval_reranker, given.retrieval_device, announce)
     return Retriever(searcher, k=given.retrieval_k)
@@ -115,7 +115,7 @@ def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str
 def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Searcher:
     from openchatkit.inference.retrieval.retriever import WikipediaSearcher
     from openchatkit.retrieval.encoder import Encoder
-    from openchatkit.retrieval.wikipedia import ENCODER, WikipediaIndex
+    from openchatkit.retrieval.wikipedia.index import ENCODER, WikipediaIndex
 
     loaded = Encoder(encoder or ENCODER, device)
     index = WikipediaIndex(folder, loaded)

@@ -17,7 +17,7 @@ from openchatkit.retrieval.passage import Passage, Searcher
 
 if TYPE_CHECKING:
     from openchatkit.inference.responder import Responder
-    from openchatkit.retrieval.wikipedia import WikipediaIndex
+    from openchatkit.retrieval.wikipedia.index import WikipediaIndex
 
 SHARE = 4  # passages may take this part of the context
 _WIDTH = 2  # snippets of Wikipedia on each side of one that is found
@@ -79,7 +79,7 @@ class WikipediaSearcher:
     def search(self, query: str, k: int) -> list[Passage]:
         """The passages of the k nearest snippets, each with its neighbours, that are about the question."""
         stems = _stems(query)
-        found = self._index.passages(query, k, w=_WIDTH, apart=True) if stems else []
+        found = self._index.passages(query, k, w=_WIDTH, disjoint=True) if stems else []
         return [passage for passage in found if _stems(f"{passage.title} {passage.text}") & stems]
 
 

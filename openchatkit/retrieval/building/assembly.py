@@ -1,4 +1,4 @@
-"""A plan -> the next generation of an index: passages are staged, what has no vector yet is embedded, all is written.
+"""A plan -> the next snapshot of an index: passages are staged, what has no vector yet is embedded, all is written.
 
 The work lies in the index's partial folder until the new manifest is in place. The first process reads, plans and
 writes; all of them embed, each its part of the texts.
@@ -19,15 +19,16 @@ from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.retrieval_index import EncoderRecord, IndexRecord, SourceRecord
-from openchatkit.retrieval import chunks, floor, generation, reading, table
-from openchatkit.retrieval.building import embedded, plan
-from openchatkit.retrieval.building.embedded import Vectors
-from openchatkit.retrieval.building.plan import Plan
-from openchatkit.retrieval.building.present import Present, clear_if_damaged, opened
+from openchatkit.retrieval import chunks, ranking, snapshot, table
+from openchatkit.retrieval.building import plan, vector_cache
+from openchatkit.retrieval.building.current_snapshot import CurrentSnapshot, clear_if_damaged, open_current
+from openchatkit.retrieval.building.plan import BuildPlan
 from openchatkit.retrieval.building.ranks import Ranks
+from openchatkit.retrieval.building.vector_cache import KnownVectors
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.index import check_encoder
-from openchatkit.retrieval.table import Row, Table
+from openchatkit.retrieval.reading import reader
+from openchatkit.retrieval.table import PassageRow, Table
 from openchatkit.storage import storage_errors
 
 _WINDOW = 1 << 14  # texts that are sorted by length together
@@ -39,7 +40,7 @@ _ADVICE = "what has been embedded is kept"
 
 
 @dataclass(frozen=True)
-class _Run:
+class _SourceRows:
     """Rows of a source in one of the two tables, the present one or the staged one."""
 
     source: SourceRecord
@@ -49,17 +50,17 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Staged:
-    """All sources of the next generation; `missing` are the rows of `table`, the staged one, that have no vector."""
+    """All sources of the next snapshot; `missing` are the rows of `table`, the staged one, that have no vector."""
 
     table: Table
-    runs: list[_Run]
-    known: Vectors | None
+    runs: list[_SourceRows]
+    known: KnownVectors | None
     encoder: EncoderRecord | None
     missing: np.ndarray
 
 
 @dataclass(frozen=True)
-class _Work:
+class _EmbeddingWork:
     """How many rows the staged table has, how many of them are to be embedded, and by what."""
 
     rows: int
@@ -70,16 +71,16 @@ class _Work:
 
 def carry_out(
     folder: Path,
-    planned: Callable[[Present | None], Plan],
+    make_plan: Callable[[CurrentSnapshot | None], BuildPlan],
     *,
     device: str = "cpu",
     ranks: Ranks = _ALONE,
-    anew: bool = False,
+    replace: bool = False,
 ) -> IndexRecord | None:
-    """Make the generation that `planned` asks for; the index's record, None in all processes but the first.
+    """Make the snapshot that `make_plan` asks for; the index's record, None in all processes but the first.
 
-    `planned` is asked while no other command changes the index. With `anew`, the index need not be there, and one that
-    is damaged is taken for none. UserError: what `planned` raises, no text at all, a vector that is not finite, a full
+    `make_plan` is asked while no other command changes the index. With `replace`, the index need not be there, and one that
+    is damaged is taken for none. UserError: what `make_plan` raises, no text at all, a vector that is not finite, a full
     disk, a folder that is something else.
     """
     with storage_errors(folder, _ADVICE, every=True):
@@ -87,56 +88,66 @@ def carry_out(
             ranks.agree(None)
             _embed(layout.partial_folder(folder), None, device, ranks, None)
             return None
-        if anew:
+        if replace:
             layout.check_own(folder)
         empty = not folder.exists()
         try:
-            with generation.writing(folder):
-                if anew:
+            with snapshot.lock_for_writing(folder):
+                if replace:
                     clear_if_damaged(folder)
-                with opened(folder) as present:
-                    return _lead(folder, device, ranks, present, planned)
+                with open_current(folder) as present:
+                    return _lead(folder, device, ranks, present, make_plan)
         finally:
-            if empty and not embedded.holds_any(layout.partial_folder(folder)):
+            if empty and not vector_cache.holds_any(layout.partial_folder(folder)):
                 shutil.rmtree(layout.partial_folder(folder), ignore_errors=True)
                 with contextlib.suppress(OSError):  # an index is in it
                     folder.rmdir()
 
 
 def _lead(
-    folder: Path, device: str, ranks: Ranks, present: Present | None, planned: Callable[[Present | None], Plan]
+    folder: Path,
+    device: str,
+    ranks: Ranks,
+    present: CurrentSnapshot | None,
+    make_plan: Callable[[CurrentSnapshot | None], BuildPlan],
 ) -> IndexRecord:
     partial = layout.partial_folder(folder)
     with contextlib.ExitStack() as stack:
         error = wanted = staged = work = None
         try:
-            wanted = planned(present)
+            wanted = make_plan(present)
             if wanted.fresh or present is None or len(wanted.kept) != present.record.sources:
                 staged = _stage(partial, wanted, present, stack)
             if staged is not None and len(staged.missing):
-                work = _Work(len(staged.table), len(staged.missing), wanted.encoder.name, staged.encoder.max_tokens)
+                work = _EmbeddingWork(
+                    len(staged.table), len(staged.missing), wanted.encoder.name, staged.encoder.max_tokens
+                )
         except UserError as failure:
             error = failure
         ranks.agree(error)
         _embed(partial, wanted.encoder, device, ranks, work)
         record = (
-            _write(folder, wanted, staged, present) if staged is not None else _restated(folder, wanted, present.record)
+            _write(folder, wanted, staged, present)
+            if staged is not None
+            else _rewrite_if_changed(folder, wanted, present.record)
         )
     shutil.rmtree(partial, ignore_errors=True)
     return record
 
 
-def _restated(folder: Path, wanted: Plan, record: IndexRecord) -> IndexRecord:
+def _rewrite_if_changed(folder: Path, wanted: BuildPlan, record: IndexRecord) -> IndexRecord:
     """The index with the passages that it has: as it is, unless something else is to be said of them or of files."""
     logger.info(f"{folder}: nothing has changed, {record.rows:,} passages")
     sources = sorted(wanted.kept, key=lambda source: source.source)
     said = layout.read_sources(folder, record), layout.read_skipped(folder, record), record.chunking
     if said == (sources, wanted.left_out, wanted.about):
         return record
-    return generation.restate(folder, sources=sources, skipped=wanted.left_out, chunking=wanted.about)
+    return snapshot.rewrite_sources(folder, sources=sources, skipped=wanted.left_out, chunking=wanted.about)
 
 
-def _stage(partial: Path, wanted: Plan, present: Present | None, stack: contextlib.ExitStack) -> _Staged | None:
+def _stage(
+    partial: Path, wanted: BuildPlan, present: CurrentSnapshot | None, stack: contextlib.ExitStack
+) -> _Staged | None:
     """Read what is fresh into a table of its own, and list the rows of it that have no vector yet.
 
     None where the index holds all that there is to be held.
@@ -144,45 +155,45 @@ def _stage(partial: Path, wanted: Plan, present: Present | None, stack: contextl
     described = None
     if wanted.encoder is not None:
         described = present.record.encoder if present is not None else wanted.encoder.record()
-        embedded.begin(partial, described)
+        vector_cache.start(partial, described)
     partial.mkdir(parents=True, exist_ok=True)
     records: list[SourceRecord] = []
     count = table.write(partial / _TABLE, plan.read_all(wanted, records))
     if not records and not wanted.kept:
-        raise UserError(_nothing(wanted))
+        raise UserError(_explain_nothing(wanted))
     if not records and present is not None and len(wanted.kept) == present.record.sources:
         return None
     staged = stack.enter_context(Table(partial / _TABLE, count))
-    digests = embedded.keys(staged.digests(), count)
-    runs = [_Run(record, staged, digests) for record in records]
-    known = Vectors(described.dimension) if described is not None else None
+    digests = vector_cache.as_keys(staged.digests(), count)
+    runs = [_SourceRows(record, staged, digests) for record in records]
+    known = KnownVectors(described.dimension) if described is not None else None
     if present is not None:
-        before = embedded.keys(present.table.digests(), present.record.rows)
-        runs += [_Run(record, present.table, before) for record in wanted.kept]
+        before = vector_cache.as_keys(present.table.digests(), present.record.rows)
+        runs += [_SourceRows(record, present.table, before) for record in wanted.kept]
         if known is not None:
             known.add(before, present.vectors)
     runs.sort(key=lambda run: run.source.source)
     missing = np.empty(0, np.int64)
     if known is not None:
-        for part in embedded.parts(partial, described.dimension):
+        for part in vector_cache.read_parts(partial, described.dimension):
             known.add(*part)
-        missing = _missing(digests, records, known)
+        missing = _find_missing(digests, records, known)
         if present is not None and len(missing):
             check_encoder(partial.parent, described, wanted.encoder)
         np.save(partial / _MISSING, missing)
     return _Staged(staged, runs, known, described, missing)
 
 
-def _nothing(wanted: Plan) -> str:
+def _explain_nothing(wanted: BuildPlan) -> str:
     """Why there is nothing to make an index of."""
     left_out = wanted.left_out
     if not left_out:
-        return f"no file to read there: expected files of these kinds: {', '.join(reading.READABLE)}, or code"
+        return f"no file to read there: expected files of these kinds: {', '.join(reader.READABLE)}, or code"
     some = "; ".join(f"{each.source} ({each.reason})" for each in left_out[:3])
     return f"no text to make an index of; {len(left_out):,} files and folders were left out: {some}"
 
 
-def _missing(digests: np.ndarray, records: list[SourceRecord], known: Vectors) -> np.ndarray:
+def _find_missing(digests: np.ndarray, records: list[SourceRecord], known: KnownVectors) -> np.ndarray:
     """The first row of each text that has no vector; rows of no source are those of files that cannot be read."""
     wanted = np.zeros(len(digests), bool)
     for record in records:
@@ -192,7 +203,7 @@ def _missing(digests: np.ndarray, records: list[SourceRecord], known: Vectors) -
     return np.sort(rows[np.unique(digests[rows], return_index=True)[1]])
 
 
-def _embed(partial: Path, encoder: Encoder | None, device: str, ranks: Ranks, work: _Work | None) -> None:
+def _embed(partial: Path, encoder: Encoder | None, device: str, ranks: Ranks, work: _EmbeddingWork | None) -> None:
     """Embed this process's part of the missing texts; return when all processes have done theirs."""
     work = ranks.share(work)
     if work is None:
@@ -205,7 +216,7 @@ def _embed(partial: Path, encoder: Encoder | None, device: str, ranks: Ranks, wo
         missing = np.load(partial / _MISSING, allow_pickle=False)[ranks.rank :: ranks.size]
         with (
             Table(partial / _TABLE, work.rows) as rows,
-            embedded.Writer(partial, ranks.rank, encoder.dimension) as writer,
+            vector_cache.VectorWriter(partial, ranks.rank, encoder.dimension) as writer,
             progress.bar(
                 len(missing), "passages embedded", unit="passage", disable=None if ranks.first else True
             ) as bar,
@@ -219,22 +230,24 @@ def _embed(partial: Path, encoder: Encoder | None, device: str, ranks: Ranks, wo
     ranks.agree(error)
 
 
-def _embed_rows(missing: np.ndarray, rows: Table, encoder: Encoder, writer: embedded.Writer, bar: tqdm) -> None:
+def _embed_rows(
+    missing: np.ndarray, rows: Table, encoder: Encoder, writer: vector_cache.VectorWriter, bar: tqdm
+) -> None:
     for first in range(0, len(missing), _WINDOW):
         window = [rows.row(number) for number in missing[first : first + _WINDOW].tolist()]
         # Those of about one length go through the network together, so that little is computed for padding.
         window.sort(key=lambda row: -len(row.text))
         for start in range(0, len(window), _SLICE):
             some = window[start : start + _SLICE]
-            texts = [chunks.embedded(row.title, row.text) for row in some]
+            texts = [chunks.text_to_embed(row.title, row.text) for row in some]
             writer.add([row.digest for row in some], encoder.encode(texts))
             bar.update(len(some))
 
 
-def _write(folder: Path, wanted: Plan, staged: _Staged, present: Present | None) -> IndexRecord:
-    """Write the generation: sources in the order of their names, each row with the vector of its digest.
+def _write(folder: Path, wanted: BuildPlan, staged: _Staged, present: CurrentSnapshot | None) -> IndexRecord:
+    """Write the snapshot: sources in the order of their names, each row with the vector of its digest.
 
-    What a passage must show is measured anew where passages were embedded: the encoder is loaded then.
+    What a passage must show is measured replace where passages were embedded: the encoder is loaded then.
     """
     sources, first = [], 0
     for run in staged.runs:
@@ -242,24 +255,24 @@ def _write(folder: Path, wanted: Plan, staged: _Staged, present: Present | None)
         first += run.source.rows
     known = staged.known
     if known is not None:
-        for part in embedded.parts(layout.partial_folder(folder), staged.encoder.dimension):
+        for part in vector_cache.read_parts(layout.partial_folder(folder), staged.encoder.dimension):
             known.add(*part)
-    asked = present.record.floor if present is not None else None
+    asked = present.record.score_threshold if present is not None else None
     if known is not None and (asked is None or len(staged.missing)):
-        asked = floor.measured(wanted.encoder, known.take(_located(staged.runs, known, sampled=True)))
-    return generation.write_generation(
+        asked = ranking.measure_threshold(wanted.encoder, known.take(_locate(staged.runs, known, sampled=True)))
+    return snapshot.write_snapshot(
         folder,
         rows=_rows(staged.runs),
         vectors=None if known is None else _vectors(staged.runs, known),
         encoder=staged.encoder,
-        floor=asked,
+        score_threshold=asked,
         sources=sources,
         skipped=wanted.left_out,
         chunking=wanted.about,
     )
 
 
-def _rows(runs: list[_Run]) -> Iterator[Row]:
+def _rows(runs: list[_SourceRows]) -> Iterator[PassageRow]:
     document = 0
     with progress.bar(sum(run.source.rows for run in runs), "passages written", unit="passage") as bar:
         for run in runs:
@@ -270,14 +283,14 @@ def _rows(runs: list[_Run]) -> Iterator[Row]:
             bar.update(run.source.rows)
 
 
-def _vectors(runs: list[_Run], known: Vectors) -> Iterator[np.ndarray]:
-    rows = _located(runs, known)
+def _vectors(runs: list[_SourceRows], known: KnownVectors) -> Iterator[np.ndarray]:
+    rows = _locate(runs, known)
     for first in range(0, len(rows), _BLOCK):
         yield known.take(rows[first : first + _BLOCK])
 
 
-def _located(runs: list[_Run], known: Vectors, *, sampled: bool = False) -> np.ndarray:
+def _locate(runs: list[_SourceRows], known: KnownVectors, *, sampled: bool = False) -> np.ndarray:
     """The row among the known vectors of each passage of all sources, or of those that a floor is measured with."""
     digests = [run.digests[run.source.first : run.source.first + run.source.rows] for run in runs]
     wanted = np.concatenate(digests)
-    return known.locate(wanted[floor.sample(len(wanted))] if sampled else wanted)
+    return known.locate(wanted[ranking.sample_rows(len(wanted))] if sampled else wanted)

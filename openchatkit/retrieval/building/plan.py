@@ -12,12 +12,13 @@ from typing import Any
 
 from openchatkit import progress, storage
 from openchatkit.formats.retrieval_index import Skipped, SourceRecord
-from openchatkit.retrieval import chunks, reading
-from openchatkit.retrieval.building import embedded
+from openchatkit.retrieval import chunks
+from openchatkit.retrieval.building import vector_cache
 from openchatkit.retrieval.chunks import Chunking, Count
 from openchatkit.retrieval.encoder import Encoder
-from openchatkit.retrieval.reading import Options, Unreadable
-from openchatkit.retrieval.table import Row
+from openchatkit.retrieval.reading import reader
+from openchatkit.retrieval.reading.document import ReadOptions, Unreadable
+from openchatkit.retrieval.table import PassageRow
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,21 @@ class Settings:
     text_field: str | None = None
     title_field: str | None = None
     source_field: str | None = None
-    max_bytes: int = Options.max_bytes
-    max_pages: int = Options.max_pages
+    max_bytes: int = ReadOptions.max_bytes
+    max_pages: int = ReadOptions.max_pages
     include_ignored: bool = False
 
     @property
     def chunking(self) -> Chunking:
         return Chunking(self.tokens, self.overlap)
 
-    def options(self, notes: list[str]) -> Options:
-        """Options for reading one file; what is left out of it is noted in a list."""
-        return Options(self.text_field, self.title_field, self.source_field, self.max_bytes, self.max_pages, notes)
+    def options(self, notes: list[str]) -> ReadOptions:
+        """ReadOptions for reading one file; what is left out of it is noted in a list."""
+        return ReadOptions(self.text_field, self.title_field, self.source_field, self.max_bytes, self.max_pages, notes)
 
 
 @dataclass(frozen=True)
-class Fresh:
+class NewSource:
     """A source whose passages are made anew.
 
     `rows` gives them, notes in a list what it has left out, and raises Unreadable, half way too.
@@ -52,16 +53,16 @@ class Fresh:
     source: str
     digest: str
     stamp: storage.Stamp
-    rows: Callable[[list[str]], Iterator[Row]]
+    rows: Callable[[list[str]], Iterator[PassageRow]]
 
 
 @dataclass
-class Plan:
-    """The next generation: sources `kept` from the present one, `fresh` ones, what was `skipped`, and facts to note."""
+class BuildPlan:
+    """The next snapshot: sources `kept` from the present one, `fresh` ones, what was `skipped`, and facts to note."""
 
     encoder: Encoder | None
     kept: list[SourceRecord]
-    fresh: list[Fresh]
+    fresh: list[NewSource]
     skipped: list[Skipped]
     about: dict[str, Any]
     notes: list[Skipped] = field(default_factory=list)  # of what is fresh; added to while sources are read
@@ -74,17 +75,17 @@ class Plan:
 
 def compare(
     files: Iterable[Path], before: Sequence[SourceRecord], settings: Settings, count: Count
-) -> tuple[list[SourceRecord], list[Fresh], list[Skipped]]:
+) -> tuple[list[SourceRecord], list[NewSource], list[Skipped]]:
     """(unchanged, fresh, skipped) of these files; `before` are the sources of the index that the files may be."""
     known = {record.source: record for record in before}
     kept: list[SourceRecord] = []
-    fresh: list[Fresh] = []
+    fresh: list[NewSource] = []
     skipped: list[Skipped] = []
     files = list(files)
     with progress.bar(len(files), "files looked at", unit="file") as bar:
         for path in files:
             try:
-                found = _compared(path, known.get(str(path)), settings, count)
+                found = _compare_file(path, known.get(str(path)), settings, count)
                 kept.append(found) if isinstance(found, SourceRecord) else fresh.append(found)
             except Unreadable as error:
                 skipped.append(Skipped(str(path), str(error)))
@@ -92,7 +93,7 @@ def compare(
     return kept, fresh, skipped
 
 
-def read_all(plan: Plan, found: list[SourceRecord]) -> Iterator[Row]:
+def read_all(plan: BuildPlan, found: list[SourceRecord]) -> Iterator[PassageRow]:
     """The rows of all fresh sources, one after the other; a record of each is appended to `found` when it is whole.
 
     Rows of a source that turned out to be unreadable are those between records. Documents are numbered through.
@@ -105,45 +106,49 @@ def read_all(plan: Plan, found: list[SourceRecord]) -> Iterator[Row]:
                 for row in fresh.rows(notes):
                     document, last = document + (row.document != last), row.document
                     number += 1
-                    yield Row(row.text, row.title, row.source, row.place, row.digest, document, row.position)
+                    yield PassageRow(row.text, row.title, row.source, row.place, row.digest, document, row.position)
                 if number == first:
                     raise Unreadable("holds no text")
-                found.append(_record(fresh.source, fresh.digest, fresh.stamp, first, number - first))
+                found.append(_make_record(fresh.source, fresh.digest, fresh.stamp, first, number - first))
             except Unreadable as error:
                 notes = [str(error)]
             plan.notes += (Skipped(fresh.source, note) for note in notes)
             bar.update()
 
 
-def row(text: str, title: str, source: str, place: str, document: int, position: int) -> Row:
+def make_row(text: str, title: str, source: str, place: str, document: int, position: int) -> PassageRow:
     """A row of the table, with the digest of what is embedded of it."""
-    digest = embedded.digest(chunks.embedded(title, text))
-    return Row(text, title, source, place, digest, document, position)
+    digest = vector_cache.text_digest(chunks.text_to_embed(title, text))
+    return PassageRow(text, title, source, place, digest, document, position)
 
 
-def _compared(path: Path, before: SourceRecord | None, settings: Settings, count: Count) -> SourceRecord | Fresh:
+def _compare_file(
+    path: Path, before: SourceRecord | None, settings: Settings, count: Count
+) -> SourceRecord | NewSource:
     stamp = _stamp(path)
     if before is not None and before.changed_ns and stamp == before.stamp:
         return before
-    digest = reading.digest(path)
+    digest = reader.digest(path)
     if before is not None and before.digest == digest:
-        return _record(str(path), digest, stamp, before.first, before.rows)
-    return Fresh(str(path), digest, stamp, functools.partial(_rows, path, stamp, settings, count))
+        return _make_record(str(path), digest, stamp, before.first, before.rows)
+    return NewSource(str(path), digest, stamp, functools.partial(_read_rows, path, stamp, settings, count))
 
 
-def _record(source: str, digest: str, stamp: storage.Stamp, first: int, rows: int) -> SourceRecord:
+def _make_record(source: str, digest: str, stamp: storage.Stamp, first: int, rows: int) -> SourceRecord:
     """The record of a source, without a time of change where a later change might keep the stamp."""
     size, modified, changed, inode = stamp
     return SourceRecord(source, digest, size, modified, first, rows, changed if storage.is_settled(stamp) else 0, inode)
 
 
-def _rows(path: Path, stamp: storage.Stamp, settings: Settings, count: Count, notes: list[str]) -> Iterator[Row]:
+def _read_rows(
+    path: Path, stamp: storage.Stamp, settings: Settings, count: Count, notes: list[str]
+) -> Iterator[PassageRow]:
     """The passages of a file. Unreadable, perhaps behind the last of them."""
     options = settings.options(notes)
-    for number, document in enumerate(reading.read(path, options)):
+    for number, document in enumerate(reader.read(path, options)):
         source = document.source or str(path)
-        for position, chunk in enumerate(chunks.chunks(document, settings.chunking, count)):
-            yield row(chunk.text, chunk.title, source, chunk.place, number, position)
+        for position, chunk in enumerate(chunks.chunk_document(document, settings.chunking, count)):
+            yield make_row(chunk.text, chunk.title, source, chunk.place, number, position)
     if _stamp(path) != stamp:
         raise Unreadable("was changed while it was read: run again when it is complete")
 

@@ -56,7 +56,7 @@ class Document:
 
 
 @dataclass
-class Options:
+class ReadOptions:
     """How files are read: names of the fields of rows (None: found by their usual names), and limits of size.
 
     `notes` takes what was left out of a file that was read all the same.

@@ -32,22 +32,22 @@ class Encoding:
         return "replace" if self.note else "strict"
 
 
-def marked(data: bytes) -> str | None:
+def encoding_of_mark(data: bytes) -> str | None:
     """The encoding that a text's first bytes say it has, if they do."""
     return next((name for mark, name in _MARKS if data.startswith(mark)), None)
 
 
-def decoded(data: bytes, name: str, notes: list[str]) -> str:
+def decode(data: bytes, name: str, notes: list[str]) -> str:
     """The text of bytes in an encoding, or in the one that they are supposed to be in; Unreadable: they are no text."""
     try:
         return data.decode(name)
     except UnicodeError:
-        found = supposed(data, name)
+        found = guess(data, name)
         notes.append(found.note)
         return data.decode(found.name, found.errors)
 
 
-def supposed(sample: bytes, name: str) -> Encoding:
+def guess(sample: bytes, name: str) -> Encoding:
     """What to take bytes for that are not all in the encoding `name`: in that all the same, where few of them are not.
 
     Unreadable: they are no text in any encoding.
@@ -62,11 +62,11 @@ def supposed(sample: bytes, name: str) -> Encoding:
         raise Unreadable(f"holds bytes that are no {told}: save it as UTF-8")
     if few:
         return Encoding(name, f"some bytes are no {told}: \ufffd stands in their place")
-    found = _guessed(sample[:_SAMPLE])
+    found = _guess_legacy(sample[:_SAMPLE])
     return Encoding(found, f"is no {told}: read as {'Windows-1252' if found == _WESTERN else found}")
 
 
-def _guessed(sample: bytes) -> str:
+def _guess_legacy(sample: bytes) -> str:
     """The likeliest encoding of text that is not UTF-8: Windows-1252, where another is not clearly likelier."""
     try:
         import charset_normalizer

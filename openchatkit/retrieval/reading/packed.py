@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
-from openchatkit.retrieval.reading import rows, streams, web
-from openchatkit.retrieval.reading.document import Block, Document, Options, Unreadable, clean, one_line, pieces
+from openchatkit.retrieval.reading import streams, tabular, web
+from openchatkit.retrieval.reading.document import Block, Document, ReadOptions, Unreadable, clean, one_line, pieces
 
 _UNPACKED = 8  # times `max_bytes` that all of a file may unpack to
 _CONTAINER = "META-INF/container.xml"
@@ -28,7 +28,7 @@ _ROOT, _PACKAGE, _NAMES = (
 )
 
 
-def docx(path: Path, options: Options) -> Iterator[Document]:
+def docx(path: Path, options: ReadOptions) -> Iterator[Document]:
     """A Word document: headings by their styles, tables a row a line; places count its paragraphs and tables."""
     library = _library("docx", "python-docx")
     with _unpacked(path, options):
@@ -40,7 +40,7 @@ def docx(path: Path, options: Options) -> Iterator[Document]:
     yield _document(path, blocks, "paragraph", title)
 
 
-def pptx(path: Path, options: Options) -> Iterator[Document]:
+def pptx(path: Path, options: ReadOptions) -> Iterator[Document]:
     """The slides of a presentation, each under its title, with its notes."""
     library = _library("pptx", "python-pptx")
     with _unpacked(path, options):
@@ -50,7 +50,7 @@ def pptx(path: Path, options: Options) -> Iterator[Document]:
     yield _document(path, blocks, "slide", title)
 
 
-def xlsx(path: Path, options: Options) -> Iterator[Document]:
+def xlsx(path: Path, options: ReadOptions) -> Iterator[Document]:
     """One document for each row of a workbook's sheets, whose first row names the columns, as in other tables."""
     library = _library("openpyxl", "openpyxl")
     stem, found = streams.stem(path), False
@@ -60,7 +60,7 @@ def xlsx(path: Path, options: Options) -> Iterator[Document]:
             title = f"{stem} > {sheet.title}" if len(book.worksheets) > 1 else stem
             cells = ([_cell(value) for value in row] for row in sheet.iter_rows(values_only=True))
             try:
-                for document in rows.of_cells(path, filter(any, cells), options):
+                for document in tabular.of_cells(path, filter(any, cells), options):
                     found = True
                     yield dataclasses.replace(document, title=title if document.title == stem else document.title)
             except Unreadable as error:
@@ -70,7 +70,7 @@ def xlsx(path: Path, options: Options) -> Iterator[Document]:
         raise Unreadable("; ".join(options.notes) or "holds no sheet")
 
 
-def epub(path: Path, options: Options) -> Iterator[Document]:
+def epub(path: Path, options: ReadOptions) -> Iterator[Document]:
     """The chapters of a book, in the order in which it is read."""
     with _unpacked(path, options), zipfile.ZipFile(path) as archive:
         entry = ElementTree.fromstring(archive.read(_CONTAINER)).find(f".//{_ROOT}rootfile")
@@ -103,7 +103,7 @@ def _library(module: str, package: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path, options: Options) -> Iterator[None]:
+def _unpacked(path: Path, options: ReadOptions) -> Iterator[None]:
     """Unreadable where a file is too large, packed or unpacked, or leads its library into an error."""
     limit = options.max_bytes
     if path.stat().st_size > limit:

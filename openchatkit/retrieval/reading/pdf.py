@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from openchatkit.errors import UserError
 from openchatkit.retrieval.reading import streams
-from openchatkit.retrieval.reading.document import Document, Options, Unreadable, one_line, paragraphs, place
+from openchatkit.retrieval.reading.document import Document, ReadOptions, Unreadable, one_line, paragraphs, place
 
 if TYPE_CHECKING:
     from pypdf import PdfReader
@@ -18,7 +18,7 @@ _HALVES = re.compile(r"(\w*[^\W\d_])([-\u2010\u00ad])[ \t]*\n[ \t]*([^\W\d_]\w*)
 _HYPHENED = re.compile(r"\b\w+-\w+\b")
 
 
-def pdf(path: Path, options: Options) -> Iterator[Document]:
+def pdf(path: Path, options: ReadOptions) -> Iterator[Document]:
     """A PDF's text, titled by its own title or its file's name.
 
     Unreadable: encrypted with a password, broken, too large, or pictures of pages alone. UserError: pypdf is missing.
@@ -53,7 +53,7 @@ def pdf(path: Path, options: Options) -> Iterator[Document]:
     yield Document(iter(blocks), "page", title or streams.stem(path))
 
 
-def _text(reader: "PdfReader", number: int, options: Options) -> str | None:
+def _text(reader: "PdfReader", number: int, options: ReadOptions) -> str | None:
     """The text of a page, counted from 0; None, and a note, where it is broken."""
     try:
         text = reader.pages[number].extract_text() or ""

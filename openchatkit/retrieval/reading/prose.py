@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openchatkit.retrieval.reading import streams
-from openchatkit.retrieval.reading.document import Block, Document, Options, clean, one_line, pieces
+from openchatkit.retrieval.reading.document import Block, Document, ReadOptions, clean, one_line, pieces
 
-Lines = Iterator[tuple[int, str]]
+_NumberedLines = Iterator[tuple[int, str]]
 
 _MOST_LINES = 400  # of a paragraph: a log has no empty lines
 _MOST_FRONT_LINES = 200
@@ -28,32 +28,32 @@ _CODE = re.compile(r"\s*\.\. (code|code-block|sourcecode|parsed-literal|highligh
 _DIRECTIVE = re.compile(r"\s*\.\. [\w-]+::")
 
 
-def text(path: Path, options: Options) -> Iterator[Document]:
+def text(path: Path, options: ReadOptions) -> Iterator[Document]:
     """A plain text, titled by its file's name."""
-    yield Document(_paragraphs(_cleaned(path, options)), "line", streams.stem(path))
+    yield Document(_paragraphs(_clean_lines(path, options)), "line", streams.stem(path))
 
 
-def code(path: Path, options: Options) -> Iterator[Document]:
+def code(path: Path, options: ReadOptions) -> Iterator[Document]:
     """The source of a program, or a file of settings, titled by its whole name; cut at empty lines, then at others."""
-    yield Document(_paragraphs(_cleaned(path, options), code=True), "line", streams.plain_name(path))
+    yield Document(_paragraphs(_clean_lines(path, options), code=True), "line", streams.plain_name(path))
 
 
-def markdown(path: Path, options: Options) -> Iterator[Document]:
+def markdown(path: Path, options: ReadOptions) -> Iterator[Document]:
     """A Markdown text, titled by its front matter, by the heading that it begins with, or by its file's name."""
-    title, lines = _front_matter(_cleaned(path, options))
-    yield _titled(title, _markdown(lines), path)
+    title, lines = _front_matter(_clean_lines(path, options))
+    yield _add_title(title, _markdown(lines), path)
 
 
-def restructured(path: Path, options: Options) -> Iterator[Document]:
+def restructured(path: Path, options: ReadOptions) -> Iterator[Document]:
     """A text in reStructuredText, titled by the heading that it begins with, or by its file's name."""
-    yield _titled("", _restructured(_cleaned(path, options)), path)
+    yield _add_title("", _restructured(_clean_lines(path, options)), path)
 
 
-def _cleaned(path: Path, options: Options) -> Lines:
+def _clean_lines(path: Path, options: ReadOptions) -> _NumberedLines:
     return ((number, clean(line)) for number, line in streams.lines(path, options.notes))
 
 
-def _titled(title: str, blocks: Iterator[Block], path: Path) -> Document:
+def _add_title(title: str, blocks: Iterator[Block], path: Path) -> Document:
     first = list(itertools.islice(blocks, 1))
     if first and first[0].level:
         title = title or first[0].text
@@ -84,14 +84,14 @@ class _Gathering:
             yield from pieces(Block(text, lines[0][0], lines[-1][0], code=code, head=head))
 
 
-def _paragraphs(lines: Lines, *, code: bool = False) -> Iterator[Block]:
+def _paragraphs(lines: _NumberedLines, *, code: bool = False) -> Iterator[Block]:
     gathered = _Gathering()
     for number, line in lines:
         yield from gathered.add(number, line, code=code) if line.strip() else gathered.take(code=code)
     yield from gathered.take(code=code)
 
 
-def _front_matter(lines: Lines) -> tuple[str, Lines]:
+def _front_matter(lines: _NumberedLines) -> tuple[str, _NumberedLines]:
     """The title in the lines between `---` that a text may begin with, and the lines behind them."""
     held = list(itertools.islice(lines, 1))
     if not held or held[0][1].rstrip() != "---":
@@ -108,7 +108,7 @@ def _front_matter(lines: Lines) -> tuple[str, Lines]:
     return "", itertools.chain(held, lines)  # it was a rule, not front matter
 
 
-def _markdown(lines: Lines) -> Iterator[Block]:
+def _markdown(lines: _NumberedLines) -> Iterator[Block]:
     gathered, fence, head = _Gathering(), "", ""
     for number, line in lines:
         mark = _FENCE.match(line)
@@ -149,7 +149,7 @@ def _is_title(gathered: _Gathering) -> bool:
     return len(gathered.lines) == 1 and not _NO_TITLE.match(gathered.lines[0][1])
 
 
-def _restructured(lines: Lines) -> Iterator[Block]:
+def _restructured(lines: _NumberedLines) -> Iterator[Block]:
     gathered = _Gathering()
     levels: list[tuple[str, bool]] = []  # (mark, whether there is one above too), in the order of their first use
     base: int | None = None  # the indentation of what announced code, while what follows may be code

@@ -29,7 +29,7 @@ def digest(path: Path, *, text: bool) -> str:
     """SHA-256 of a file as it lies on disk. Unreadable: it cannot be opened, or is not the `text` that it should be."""
     try:
         if text:
-            encoding(path)
+            detect_encoding(path)
         return storage.sha256(path)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
@@ -42,9 +42,9 @@ def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator
     """
     limit = ROW_LIMIT if whole_rows else LINE_LIMIT
     number, held = 1, ""
-    found = encoding(path)
+    found = detect_encoding(path)
     notes += [found.note] if found.note else []
-    with _opened(path) as file, _whole_packed(), _text(file, found) as text:
+    with _open(path) as file, _reject_damaged(), _text(file, found) as text:
         while (line := held + text.readline(limit - len(held))) != held or held:
             ended = line.endswith("\n")
             if whole_rows and not ended and len(line) == limit:
@@ -58,17 +58,17 @@ def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator
 
 def whole(path: Path, limit: int) -> bytes:
     """All bytes of a file, unpacked. Unreadable: they are more than `limit`."""
-    with _opened(path) as file, _whole_packed():
+    with _open(path) as file, _reject_damaged():
         data = file.read(limit + 1)
     if len(data) > limit:
         raise Unreadable(f"too large: more than {limit:,} bytes (see --max-bytes)")
     return data
 
 
-def encoding(path: Path) -> Encoding:
+def detect_encoding(path: Path) -> Encoding:
     """The encoding of a text file: that of its first bytes or UTF-8, where all of it is. Unreadable: it is no text."""
-    with _opened(path) as file, _whole_packed():
-        name = encodings.marked(file.read(3)) or "utf-8"
+    with _open(path) as file, _reject_damaged():
+        name = encodings.encoding_of_mark(file.read(3)) or "utf-8"
         file.seek(0)
         try:
             with _text(file, Encoding(name)) as text:
@@ -78,7 +78,7 @@ def encoding(path: Path) -> Encoding:
             return Encoding(name)
         except UnicodeDecodeError:
             file.seek(0)
-            return encodings.supposed(_telling(file) if name.startswith("utf-8") else file.read(_PIECE), name)
+            return encodings.guess(_sample_non_ascii(file) if name.startswith("utf-8") else file.read(_PIECE), name)
 
 
 def stem(path: Path) -> str:
@@ -91,7 +91,7 @@ def plain_name(path: Path) -> str:
     return path.name[: -len(GZIP)] if path.name.lower().endswith(GZIP) else path.name
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO:
     try:
         return gzip.open(path) if plain_name(path) != path.name else open(path, "rb")
     except OSError as error:
@@ -109,7 +109,7 @@ def _text(file: BinaryIO, encoding: Encoding) -> Iterator[io.TextIOWrapper]:
 
 
 @contextlib.contextmanager
-def _whole_packed() -> Iterator[None]:
+def _reject_damaged() -> Iterator[None]:
     """Unreadable where compressed data is not whole."""
     try:
         yield
@@ -117,7 +117,7 @@ def _whole_packed() -> Iterator[None]:
         raise Unreadable(f"the compressed data is cut short or damaged ({error})") from error
 
 
-def _telling(file: BinaryIO) -> bytes:
+def _sample_non_ascii(file: BinaryIO) -> bytes:
     """Lines, or pieces of them, that are not ASCII alone: some of all there are."""
     found = bytearray()
     while len(found) < _PIECE and (line := file.readline(LINE_LIMIT)):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from openchatkit.retrieval.reading import encodings, streams
-from openchatkit.retrieval.reading.document import Block, Document, Options, clean, one_line, pieces
+from openchatkit.retrieval.reading.document import Block, Document, ReadOptions, clean, one_line, pieces
 
 _DROPPED = {
     *("canvas", "iframe", "math", "noscript", "object", "script", "select", "style", "svg", "template", "textarea"),
@@ -27,37 +27,37 @@ _MEANT = {
 _SNIFFED = 4096  # bytes in which an encoding may be named
 
 
-def html(path: Path, options: Options) -> Iterator[Document]:
+def html(path: Path, options: ReadOptions) -> Iterator[Document]:
     """An HTML page, titled by its title, its first heading, or its file's name; lines are those of its source."""
-    parser = _parsed(streams.whole(path, options.max_bytes), options.notes)
+    parser = _parse(streams.whole(path, options.max_bytes), options.notes)
     heading = next((block.text for block in parser.blocks if block.level), "")
     yield Document(iter(parser.blocks), "line", one_line(parser.title) or heading or streams.stem(path))
 
 
 def blocks(data: bytes, notes: list[str]) -> list[Block]:
     """The blocks of a page."""
-    return _parsed(data, notes).blocks
+    return _parse(data, notes).blocks
 
 
-def _parsed(data: bytes, notes: list[str]) -> "_Parser":
+def _parse(data: bytes, notes: list[str]) -> "_Parser":
     parser = _Parser()
-    parser.feed(_decoded(data, notes))
+    parser.feed(_decode(data, notes))
     parser.close()
     parser.end_block()
     return parser
 
 
-def _decoded(data: bytes, notes: list[str]) -> str:
+def _decode(data: bytes, notes: list[str]) -> str:
     named = _CHARSET.search(data[:_SNIFFED])
     try:
-        encoding = encodings.marked(data) or _meant(named[1].decode("ascii") if named else "utf-8")
+        encoding = encodings.encoding_of_mark(data) or _resolve_encoding(named[1].decode("ascii") if named else "utf-8")
     except LookupError:
         notes.append(f"names an encoding that is not known, {named[1].decode()}")
         encoding = "utf-8"
-    return encodings.decoded(data, encoding, notes)
+    return encodings.decode(data, encoding, notes)
 
 
-def _meant(name: str) -> str:
+def _resolve_encoding(name: str) -> str:
     found = codecs.lookup(name).name
     return _MEANT.get(found, found)
 

@@ -40,10 +40,10 @@ def expand(
     vectors = embed([table.text(number) for number in numbers])
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     directions = dict(zip(numbers, vectors / np.maximum(lengths, 1e-12), strict=True))
-    return [_kept(window, row, directions, threshold) for window, row in zip(windows, rows, strict=True)]
+    return [_extend(window, row, directions, threshold) for window, row in zip(windows, rows, strict=True)]
 
 
-def part(rows: Sequence[int], shown: Sequence[range]) -> list[tuple[int, range]]:
+def without_overlap(rows: Sequence[int], shown: Sequence[range]) -> list[tuple[int, range]]:
     """The same without a row twice: each goes to the first that shows it, and one that has gone is shown no more."""
     taken: set[int] = set()
     parted = []
@@ -60,7 +60,7 @@ def part(rows: Sequence[int], shown: Sequence[range]) -> list[tuple[int, range]]
     return parted
 
 
-def _kept(window: range, row: int, directions: dict[int, np.ndarray], threshold: float) -> range:
+def _extend(window: range, row: int, directions: dict[int, np.ndarray], threshold: float) -> range:
     def near(number: int) -> bool:
         return number in window and float(directions[number] @ directions[row]) > threshold
 

@@ -67,16 +67,16 @@ def prepare(
         storage_errors(folder, "it goes on from there", every=True),
         hold_lock(folder / ".lock", f"{folder} is being prepared by another process: waiting for it"),
     ):
-        for path in layout.litter(folder):
+        for path in layout.stale_files(folder):
             path.unlink()
-        index = _fetched(layout.INDEX, folder, source, digests)
-        record, table = _converted(folder, source, digests)
+        index = _fetch(layout.INDEX, folder, source, digests)
+        record, table = _convert(folder, source, digests)
         _check_rows(index, record)
         layout.write(folder, record, [FileRecord(index.name, index.stat().st_size, digests[index.name]), table])
     return layout.check(folder)
 
 
-def _fetched(name: str, folder: Path, source: str, digests: Mapping[str, str]) -> Path:
+def _fetch(name: str, folder: Path, source: str, digests: Mapping[str, str]) -> Path:
     """One of the published files, with the digest that it must have."""
     address = f"{source.rstrip('/')}/{name}"
     if _is_repository(source):
@@ -99,7 +99,7 @@ def _is_repository(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "~", "/")) and not Path(source).exists()
 
 
-def _converted(folder: Path, source: str, digests: Mapping[str, str]) -> tuple[layout.WikipediaRecord, FileRecord]:
+def _convert(folder: Path, source: str, digests: Mapping[str, str]) -> tuple[layout.WikipediaRecord, FileRecord]:
     """The table as Arrow, made unless it is there as it was made before."""
     from openchatkit.retrieval.wikipedia.table import convert
 
@@ -109,13 +109,13 @@ def _converted(folder: Path, source: str, digests: Mapping[str, str]) -> tuple[l
         logger.info(f"hashing {path}")
         if sha256(path) == before[1].sha256:
             return before
-    rows, keys = convert(_fetched(layout.PUBLISHED, folder, source, digests), path)
+    rows, keys = convert(_fetch(layout.PUBLISHED, folder, source, digests), path)
     logger.info(f"hashing {path}")
     return layout.WikipediaRecord(rows, keys), FileRecord(path.name, path.stat().st_size, sha256(path))
 
 
 def _check_rows(index: Path, record: layout.WikipediaRecord) -> None:
-    from openchatkit.retrieval.wikipedia import open_index
+    from openchatkit.retrieval.wikipedia.index import open_index
 
     rows = open_index(index).ntotal
     if rows != record.rows:

@@ -42,7 +42,7 @@ def convert(published: Path, table: Path) -> tuple[int, tuple[str, ...]]:
                 pa.OSFile(str(temporary), "wb") as file,
                 pa.ipc.new_file(file, _SCHEMA) as writer,
             ):
-                for block in _blocks(_numbered(pieces, keys, title)):
+                for block in _blocks(_number_articles(pieces, keys, title)):
                     writer.write_batch(block)
                     bar.update(len(block))
             return source.metadata.num_rows, tuple(keys)
@@ -116,7 +116,7 @@ def _size(source: pq.ParquetFile, columns: set[str | None]) -> int:
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
 
 
-def _numbered(pieces: Iterable[pa.Table], keys: list[str], title: str | None) -> Iterator[pa.Table]:
+def _number_articles(pieces: Iterable[pa.Table], keys: list[str], title: str | None) -> Iterator[pa.Table]:
     """The pieces in our columns, their articles numbered from 0."""
     before: pa.Table | None = None
     article = -1

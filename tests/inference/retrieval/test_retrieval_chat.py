@@ -15,7 +15,7 @@ from openchatkit.inference.responder import Reply
 from openchatkit.inference.retrieval.retriever import WikipediaSearcher
 from openchatkit.inference.shell.output import Output
 from openchatkit.paths import ROOT
-from openchatkit.retrieval import building
+from openchatkit.retrieval.building import operations
 from openchatkit.retrieval.index import Index
 from openchatkit.retrieval.passage import Passage
 from openchatkit.retrieval.rerank import Reranker
@@ -41,7 +41,7 @@ def notes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("notes")
     for name, text in NOTES.items():
         (folder / name).write_text(text, encoding="utf-8")
-    building.build([folder], folder.parent / "index", encoder=building.NO_ENCODER)
+    operations.build([folder], folder.parent / "index", encoder=operations.NO_ENCODER)
     return folder.parent / "index"
 
 
@@ -127,7 +127,7 @@ def test_a_batch_goes_on_with_the_index_that_it_began_with_wherever_that_lies(pi
     ]
     out.write_bytes(one := whole.splitlines(keepends=True)[0])
     (tmp_path / "more.txt").write_text("A kettle stands in the harbour.\n")
-    building.add([tmp_path / "more.txt"], tmp_path / "moved")
+    operations.add([tmp_path / "more.txt"], tmp_path / "moved")
     done = piped("", *command, "--retrieval", str(tmp_path / "moved"))
     assert done.notes[0].startswith(f"error: line 1 of {out} is no reply to this input with these settings: ")
     assert (done.status, out.read_bytes()) == (2, one)
@@ -143,7 +143,7 @@ def test_a_chat_takes_up_what_is_added_while_it_runs_and_a_batch_does_not(
     def adding(self: Index, query: str, k: int) -> list[Passage]:
         hits = search(self, query, k)
         (tmp_path / "violin.txt").write_text(text)
-        building.add([tmp_path / "violin.txt"], own)
+        operations.add([tmp_path / "violin.txt"], own)
         return hits
 
     monkeypatch.setattr(Index, "search", adding)
@@ -199,7 +199,7 @@ def test_an_encoder_that_has_moved(piped, random_models, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "lamp.txt").write_text(NOTES["lamp.txt"])
     encoder = make_encoder(tmp_path / "encoder", plain=False)
-    building.build([tmp_path / "notes"], tmp_path / "index", encoder=str(encoder))
+    operations.build([tmp_path / "notes"], tmp_path / "index", encoder=str(encoder))
     moved = encoder.rename(tmp_path / "moved")
     command = (random_models["neox"], *FLAGS, "--json", "--retrieval", str(tmp_path / "index"))
     lost = piped("", "/no/such/model", *command[1:])
@@ -221,8 +221,8 @@ class Snippets:
     def __init__(self, *texts: str) -> None:
         self._texts = texts
 
-    def passages(self, query: str, k: int, *, w: int, apart: bool) -> list[Passage]:
-        assert (w, apart) == (2, True)
+    def passages(self, query: str, k: int, *, w: int, disjoint: bool) -> list[Passage]:
+        assert (w, disjoint) == (2, True)
         return [Passage(text, "Penicillin", "Wikipedia") for text in self._texts[:k]]
 
 
@@ -243,8 +243,8 @@ def test_what_has_no_word_of_the_question_does_not_count(query, found):
 def test_wikipedia_is_looked_up_in_a_chat(piped, random_models, tmp_path, monkeypatch):
     import hashlib
 
-    from openchatkit.retrieval import wikipedia
     from openchatkit.retrieval.encoder import Encoder
+    from openchatkit.retrieval.wikipedia import index as wikipedia
     from openchatkit.retrieval.wikipedia.preparation import prepare
 
     folder = make_encoder(tmp_path / "contriever", plain=True)

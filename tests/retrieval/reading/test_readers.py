@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval import reading
-from openchatkit.retrieval.reading import Block, Options, Unreadable, streams
+from openchatkit.retrieval.reading import discovery, reader, streams
+from openchatkit.retrieval.reading.document import Block, ReadOptions, Unreadable
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -18,13 +18,13 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def documents(path: Path, options: Options | None = None) -> list[tuple[str, list[Block]]]:
-    return [(each.title, list(each.blocks)) for each in reading.read(path, options or Options())]
+def documents(path: Path, options: ReadOptions | None = None) -> list[tuple[str, list[Block]]]:
+    return [(each.title, list(each.blocks)) for each in reader.read(path, options or ReadOptions())]
 
 
-def unreadable(path: Path, options: Options | None = None) -> str:
+def unreadable(path: Path, options: ReadOptions | None = None) -> str:
     try:
-        reading.digest(path)
+        reader.digest(path)
         documents(path, options)
     except Unreadable as error:
         return str(error)
@@ -39,7 +39,7 @@ def test_text_is_cut_at_empty_lines(tmp_path):
 def test_a_text_may_begin_with_the_mark_of_its_encoding(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         path = write(tmp_path / f"{encoding}.txt", "ein Gruß".encode(encoding))
-        reading.digest(path)
+        reader.digest(path)
         assert documents(path)[0][1] == [Block("ein Gruß", 1, 1)]
 
 
@@ -61,10 +61,10 @@ JAPANESE = "図書館は朝八時に開きます。本は五冊まで借りら�
 )
 def test_text_in_another_encoding_is_read_and_noted(tmp_path, text, encoding, note):
     for name, packed in (("a.txt", False), ("a.md", False), ("a.rst.gz", True)):
-        options = Options()
+        options = ReadOptions()
         data = ("Plain.\n\n" * 3000 + text).encode(encoding)
         path = write(tmp_path / name, gzip.compress(data) if packed else data)
-        reading.digest(path)
+        reader.digest(path)
         assert documents(path, options)[0][1][-1].text == text
         assert options.notes == [note]
     rows = write(tmp_path / "a.csv", f"text,name\n{text.replace(',', ';')},x\n".encode(encoding))
@@ -73,9 +73,9 @@ def test_text_in_another_encoding_is_read_and_noted(tmp_path, text, encoding, no
 
 def test_one_bad_byte_among_others_does_not_make_it_another_encoding(tmp_path):
     for encoding, name, bad in (("utf-8", "UTF-8", b"\xff"), ("utf-16", "UTF-16", b"\x00\xdc")):
-        options = Options()
+        options = ReadOptions()
         path = write(tmp_path / "a.txt", "Grüße, привет: 5 €".encode(encoding) + bad)
-        reading.digest(path)
+        reader.digest(path)
         assert documents(path, options)[0][1] == [Block("Grüße, привет: 5 €\ufffd", 1, 1)]
         assert options.notes == [f"some bytes are no {name}: \ufffd stands in their place"]
 
@@ -250,7 +250,7 @@ def test_html_says_its_own_encoding(tmp_path):
         ("klingon", "utf-8", ["names an encoding that is not known, klingon"]),
         ("undefined", "latin-1", ["is no UNDEFINED: read as Windows-1252"]),
     ):
-        options = Options()
+        options = ReadOptions()
         path = write(tmp_path / "b.htm", page.format(name).encode(written))
         assert documents(path, options)[0][1][0].text == "Gruß"
         assert options.notes == notes
@@ -271,8 +271,8 @@ def test_declarations_that_html_does_not_know_are_passed_over(tmp_path):
 def test_rows_of_json(tmp_path):
     first = '{"text": "one\\u0000\\ud800", "title": "T", "url": "http://a/b"}'
     rows = f'{first}\n\n[]\nno\n{{"text": " "}}\n{{"text": "two\\n\\n3"}}\n'
-    options = Options()
-    found = list(reading.read(write(tmp_path / "a.jsonl", rows), options))
+    options = ReadOptions()
+    found = list(reader.read(write(tmp_path / "a.jsonl", rows), options))
     assert [(each.title, each.source, each.unit) for each in found] == [("T", "http://a/b", "row"), ("a", "", "row")]
     assert [list(each.blocks) for each in found] == [[Block("one ?", 1, 1)], [Block("two", 6, 6), Block("3", 6, 6)]]
     assert options.notes == ["3 rows without a text, the first of them row 3"]
@@ -281,23 +281,25 @@ def test_rows_of_json(tmp_path):
 def test_the_field_of_the_text_can_be_named(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"body_text": "one", "kind": "x"}\n')
     assert unreadable(path) == "no row has a field 'text' (its fields: body_text, kind); see --text-field"
-    assert documents(path, Options(text_field="body_text", title_field="kind")) == [("x", [Block("one", 1, 1)])]
+    assert documents(path, ReadOptions(text_field="body_text", title_field="kind")) == [("x", [Block("one", 1, 1)])]
 
 
 def test_tables(tmp_path):
     path = write(tmp_path / "a.csv", 'name,what\nfox,"red\nand quick"\n,\n')
-    options = Options()
+    options = ReadOptions()
     assert documents(path, options) == [("fox", [Block("name: fox\nwhat: red\nand quick", 1, 1)])]
     assert options.notes == ["1 rows without a text, the first of them row 2"]
-    assert documents(path, Options(text_field="what"))[0][1] == [Block("red\nand quick", 1, 1)]
+    assert documents(path, ReadOptions(text_field="what"))[0][1] == [Block("red\nand quick", 1, 1)]
     path = write(tmp_path / "b.tsv", "text\turl\nhello\tx\n")
-    assert [(each.source, [*each.blocks]) for each in reading.read(path, Options())] == [("x", [Block("hello", 1, 1)])]
+    assert [(each.source, [*each.blocks]) for each in reader.read(path, ReadOptions())] == [
+        ("x", [Block("hello", 1, 1)])
+    ]
     shouted = write(tmp_path / "B.TSV", path.read_bytes())
-    assert documents(shouted, Options(text_field="url"))[0][1] == [Block("x", 1, 1)]
+    assert documents(shouted, ReadOptions(text_field="url"))[0][1] == [Block("x", 1, 1)]
     path = write(tmp_path / "d.csv", 'text;title\n"old; king";A, B\n')
     assert documents(path) == [("A, B", [Block("old; king", 1, 1)])]
     path = write(tmp_path / "b.tsv", "text\turl\nhello\tx\n")
-    assert "no row has a field 'what' (its fields: text, url)" in unreadable(path, Options(text_field="what"))
+    assert "no row has a field 'what' (its fields: text, url)" in unreadable(path, ReadOptions(text_field="what"))
     assert unreadable(write(tmp_path / "c.csv", "")) == "holds no text"
 
 
@@ -312,14 +314,14 @@ def test_tables(tmp_path):
     ],
 )
 def test_a_table_without_a_header_loses_no_row(tmp_path, text, first):
-    options = Options()
+    options = ReadOptions()
     path = write(tmp_path / "a.csv", text)
     found = documents(path, options)
     assert found[0] == ("a", [Block(first, 1, 1)])
     assert len(found) == text.count("\n")
     columns = first.count("\n") + 1
     assert options.notes == [f"has no header: its columns are 1 to {columns} (see --text-field)"]
-    assert documents(path, Options(text_field="2"))[0][1] == [Block(first.split("\n")[1], 1, 1)]
+    assert documents(path, ReadOptions(text_field="2"))[0][1] == [Block(first.split("\n")[1], 1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -334,14 +336,14 @@ def test_a_table_without_a_header_loses_no_row(tmp_path, text, first):
     ],
 )
 def test_the_header_of_a_table_names_its_columns(tmp_path, text, first):
-    options = Options()
+    options = ReadOptions()
     assert documents(write(tmp_path / "a.csv", text), options) == [("a", [Block(first, 1, 1)])]
     assert options.notes == []
 
 
 def test_json_is_rows_or_text(tmp_path):
     path = write(tmp_path / "a.json", '[{"text": "one", "title": "T"}, 5, {"text": "two"}]')
-    options = Options()
+    options = ReadOptions()
     assert documents(path, options) == [("T", [Block("one", 1, 1)]), ("a", [Block("two", 3, 3)])]
     assert options.notes == ["1 rows without a text, the first of them row 2"]
     for text in ('{"key":\n "value"}', "[1, 2]", "[" * 100_000, '{"no json'):
@@ -393,7 +395,7 @@ def test_what_cannot_be_read_is_told(tmp_path, name, data, reason):
 
 
 def test_a_file_that_is_read_whole_has_a_limit(tmp_path):
-    small = Options(max_bytes=10)
+    small = ReadOptions(max_bytes=10)
     for name in ("a.html", "a.pdf"):
         assert unreadable(write(tmp_path / name, "<p>more than ten"), small).startswith("too large: more than 10 bytes")
     assert "too large" in unreadable(write(tmp_path / "a.html.gz", gzip.compress(b"<p>" * 99)), small)
@@ -422,8 +424,8 @@ class TestPacked:
         for at, text in enumerate(("part", "price", "lamp", "5 €")):
             table.cell(at // 2, at % 2).text = text
         document.save(tmp_path / "a.docx")
-        reading.digest(tmp_path / "a.docx")
-        [found] = reading.read(tmp_path / "a.docx", Options())
+        reader.digest(tmp_path / "a.docx")
+        [found] = reader.read(tmp_path / "a.docx", ReadOptions())
         assert (found.unit, found.title) == ("paragraph", "a")
         assert list(found.blocks) == [
             Block("Manual", 1, 1, level=1),
@@ -440,7 +442,7 @@ class TestPacked:
         slide.notes_slide.notes_text_frame.text = "Say it slowly."
         show.core_properties.title = "Manual"
         show.save(tmp_path / "a.pptx")
-        [found] = reading.read(tmp_path / "a.pptx", Options())
+        [found] = reader.read(tmp_path / "a.pptx", ReadOptions())
         assert (found.unit, found.title) == ("slide", "Manual")
         said = [Block("Lamp", 1, 1, level=1), Block("Light it", 1, 1), Block("Say it slowly.", 1, 1)]
         assert list(found.blocks) == said
@@ -454,7 +456,7 @@ class TestPacked:
         other.append([1, "The lamp is lit."])
         book.create_sheet("Empty")
         book.save(tmp_path / "a.xlsx")
-        options = Options()
+        options = ReadOptions()
         assert documents(tmp_path / "a.xlsx", options) == [
             ("a > Sheet", [Block("part: lamp\nprice: 5", 1, 1)]),
             ("a > Facts", [Block("1\nThe lamp is lit.", 1, 1)]),
@@ -480,7 +482,7 @@ class TestPacked:
         return path
 
     def test_books(self, tmp_path):
-        [found] = reading.read(self.book(tmp_path / "a.epub"), Options())
+        [found] = reader.read(self.book(tmp_path / "a.epub"), ReadOptions())
         assert (found.unit, found.title) == ("chapter", "The Lamp")
         chapters = [Block("Dusk", 1, 1, level=1), Block("It was lit.", 1, 1), Block("It went out.", 2, 2)]
         assert list(found.blocks) == chapters
@@ -501,8 +503,8 @@ class TestPacked:
         with zipfile.ZipFile(tmp_path / f"b.{ending}", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("big", b"0" * 100_000)
         assert unreadable(tmp_path / f"b.{ending}").startswith("broken: ")
-        assert "unpacks to more than 8,000" in unreadable(tmp_path / f"b.{ending}", Options(max_bytes=1000))
-        assert "too large: more than 9 bytes" in unreadable(tmp_path / f"b.{ending}", Options(max_bytes=9))
+        assert "unpacks to more than 8,000" in unreadable(tmp_path / f"b.{ending}", ReadOptions(max_bytes=1000))
+        assert "too large: more than 9 bytes" in unreadable(tmp_path / f"b.{ending}", ReadOptions(max_bytes=9))
 
 
 class TestPDF:
@@ -534,7 +536,7 @@ class TestPDF:
 
     def test_pages_are_places(self, tmp_path):
         path = self.make(tmp_path / "a.pdf", ["First page", "", "Third page"], title="Report\n of pages")
-        [document] = reading.read(path, Options())
+        [document] = reader.read(path, ReadOptions())
         assert (document.title, document.unit) == ("Report of pages", "page")
         assert list(document.blocks) == [Block("First page", 1, 1), Block("Third page", 3, 3)]
 
@@ -544,7 +546,7 @@ class TestPDF:
 
     def test_pages_without_text_and_too_many_pages(self, tmp_path):
         assert unreadable(self.make(tmp_path / "a.pdf", [""])).startswith("holds no text")
-        options = Options(max_pages=1)
+        options = ReadOptions(max_pages=1)
         assert documents(self.make(tmp_path / "b.pdf", ["one", "two"]), options) == [("b", [Block("one", 1, 1)])]
         assert options.notes == ["only 1 of 2 pages (see --max-pages)"]
 
@@ -571,7 +573,7 @@ class TestPDF:
         for number in (1, 2, 5):
             writer.pages[number][NameObject("/Resources")] = DictionaryObject({NameObject("/XObject"): held})
         writer.write(str(tmp_path / "b.pdf"))
-        options = Options()
+        options = ReadOptions()
         assert [block.text for block in documents(tmp_path / "b.pdf", options)[0][1]] == ["one", "five"]
         assert options.notes == ["pages 2-3, page 6: pictures without text; recognise their text first"]
 
@@ -598,7 +600,7 @@ class TestPDF:
             return extract(page)
 
         monkeypatch.setattr(pypdf.PageObject, "extract_text", break_second)
-        options = Options()
+        options = ReadOptions()
         assert documents(self.make(tmp_path / "a.pdf", ["one", "two"]), options)[0][1] == [Block("one", 1, 1)]
         assert options.notes == ["page 2 is broken: '/Font'"]
 
@@ -624,7 +626,7 @@ class TestWalk:
         (root / "over").symlink_to(tmp_path, target_is_directory=True)
         (root / "ring").symlink_to("ring")
         os.mkfifo(root / "pipe.txt")
-        files, skipped = reading.find([root], leave_out=[root / "index"])
+        files, skipped = discovery.find([root], exclude=[root / "index"])
         assert files == sorted(kept)
         assert [(Path(each.source).name, each.reason) for each in skipped] == [
             (".hidden", "hidden"),
@@ -648,7 +650,7 @@ class TestWalk:
         write(root / "docs" / ".gitignore", "!keep.log\ndeep/tmp.*\n")
 
         def found(folder, **options):
-            files, skipped = reading.find([folder], **options)
+            files, skipped = discovery.find([folder], **options)
             told = {each.source[len(str(root)) + 1 :]: each.reason for each in skipped if "/." not in each.source}
             return {str(path.relative_to(root)) for path in files}, told
 
@@ -663,13 +665,13 @@ class TestWalk:
         assert found(root / "docs")[0] == {name for name in kept if name.startswith("docs/")}
         assert found(root / "out")[0] == {"out/a.txt"}
         assert found(root / "node_modules")[0] == {"node_modules/x/readme.md"}
-        assert reading.find([root / "b.log"])[0] == [root / "b.log"]
+        assert discovery.find([root / "b.log"])[0] == [root / "b.log"]
 
     def test_a_missing_package_for_ignoring_is_noted(self, tmp_path, monkeypatch):
         write(tmp_path / ".gitignore", "a.txt\n")
         path = write(tmp_path / "a.txt", "x")
         monkeypatch.setitem(__import__("sys").modules, "pathspec", None)
-        files, skipped = reading.find([tmp_path])
+        files, skipped = discovery.find([tmp_path])
         assert files == [path]
         assert "not heeded, which needs a package: pip install pathspec" in [each.reason for each in skipped]
 
@@ -684,19 +686,19 @@ class TestWalk:
             return entries
 
         monkeypatch.setattr(os, "scandir", scan_and_remove)
-        files, [skipped] = reading.find([tmp_path])
+        files, [skipped] = discovery.find([tmp_path])
         assert (files, skipped.reason) == ([], "cannot be read: No such file or directory")
 
     def test_a_name_that_no_text_can_hold_is_refused(self, tmp_path):
         path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
         Path(path).write_text("x")
         with pytest.raises(UserError, match="its name is not in UTF-8: rename it"):
-            reading.find([Path(path)])
-        assert [each.reason for each in reading.find([tmp_path])[1]] == ["its name cannot be shown"]
+            discovery.find([Path(path)])
+        assert [each.reason for each in discovery.find([tmp_path])[1]] == ["its name cannot be shown"]
 
     def test_what_is_named_itself_is_taken_once(self, tmp_path):
         hidden = write(tmp_path / ".notes.txt", "x")
         (tmp_path / "link.txt").symlink_to(hidden)
-        assert reading.find([hidden, tmp_path / "link.txt"]) == ([hidden], [])
+        assert discovery.find([hidden, tmp_path / "link.txt"]) == ([hidden], [])
         with pytest.raises(UserError, match="nothing: no such file or folder"):
-            reading.find([tmp_path / "nothing"])
+            discovery.find([tmp_path / "nothing"])

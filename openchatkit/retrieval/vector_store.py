@@ -3,7 +3,7 @@
 From these everything else about vectors can be made again: the faiss index, and the exact order of its candidates.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,14 @@ def write(path: Path, parts: Iterable[np.ndarray], *, rows: int, dimension: int,
         np.lib.format.write_array_header_1_0(
             file, {"descr": _DTYPE.str, "fortran_order": False, "shape": (rows, dimension)}
         )
-        for part in pieces(parts):
-            file.write(prepared(part, dimension, metric, first=done).astype(_DTYPE).tobytes())
+        for part in split_rows(parts):
+            file.write(prepare(part, dimension, metric, first=done).astype(_DTYPE).tobytes())
             done += len(part)
     if done != rows:
         raise UserError(f"{rows:,} passages but {done:,} vectors: expected one for each")
 
 
-def prepared(part: np.ndarray, dimension: int, metric: str, *, first: int = 0) -> np.ndarray:
+def prepare(part: np.ndarray, dimension: int, metric: str, *, first: int = 0) -> np.ndarray:
     """Vectors [n, dimension] as they are compared: float32, checked, at length 1 for `cosine`; `first` is the number
     of the first, for messages."""
     part = np.asarray(part, dtype=np.float32)
@@ -68,19 +68,19 @@ def open_array(path: Path, *, rows: int, dimension: int) -> np.ndarray:
     return np.asarray(array)  # the plain array spares every slice the cost of np.memmap's own class
 
 
-def pieces(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def split_rows(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The rows of parts, at most 16,384 at a time, so that memory does not grow with a part that is a memory map."""
     for part in parts:
         for first in range(0, len(part), _PIECE):
             yield part[first : first + _PIECE]
 
 
-def scores(vectors: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def inner_products(vectors: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The inner product of a query float32 [d] with these rows: float32, one for each."""
     return vectors[rows].astype(np.float32) @ query
 
 
-def exact(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of greatest inner product for each query float32 [n, d]: scores [n, k], row numbers [n, k].
 
     All rows are looked at, and `k` is at most their number. What searching is measured against.
@@ -103,17 +103,3 @@ def _top(values: np.ndarray, k: int) -> np.ndarray:
     some = np.argpartition(-values, k - 1, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
     return np.take_along_axis(some, order, axis=1)
-
-
-def gather(sources: Sequence[np.ndarray], which: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Vectors from several arrays of one dimension as parts in a new order: row `rows[i]` of source `which[i]`.
-
-    How the vectors of an older generation and those that several processes have made become those of a new one; a
-    piece of 16,384 rows is in memory at a time.
-    """
-    for first in range(0, len(rows), _PIECE):
-        here, wanted = which[first : first + _PIECE], rows[first : first + _PIECE]
-        part = np.empty((len(wanted), sources[0].shape[1]), np.float32)
-        for number in np.unique(here):
-            part[here == number] = sources[number][wanted[here == number]]
-        yield part

@@ -10,7 +10,7 @@ from typing import Any
 
 from openchatkit.jsonl import parse_object
 from openchatkit.retrieval.reading import encodings, prose, streams
-from openchatkit.retrieval.reading.document import Document, Options, Unreadable, one_line, paragraphs
+from openchatkit.retrieval.reading.document import Document, ReadOptions, Unreadable, one_line, paragraphs
 
 # The names that a field is looked for by where none is given, the likeliest first.
 _TEXT = ("text", "content", "body", "passage")
@@ -23,21 +23,21 @@ _YEAR = re.compile(r"(1[5-9]|20)\d\d")
 _VALUE = re.compile(r"[-+$€£(]*\d[\d.,:/ T-]*[%€$£)Z]*|\w+://\S+|\S+@\S+\.\w+|(\S+\s+){3,}\S+[.!。]|.{200,}", re.DOTALL)
 _FIELD_LIMIT = 1 << 24  # characters of a field of a table
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
 
 
-def jsonl(path: Path, options: Options) -> Iterator[Document]:
+def jsonl(path: Path, options: ReadOptions) -> Iterator[Document]:
     """One document a row; a row that is no object with a text is left out, noted and counted."""
     lines = streams.lines(path, options.notes, whole_rows=True)
     rows = ((number, parse_object(line)) for number, line in lines if line.strip())
     yield from _documents(path, rows, _text_field, options)
 
 
-def json_file(path: Path, options: Options) -> Iterator[Document]:
+def json_file(path: Path, options: ReadOptions) -> Iterator[Document]:
     """One document for each object of an array that has the field of a text; any other JSON as the text that it is."""
     data, notes = streams.whole(path, options.max_bytes), []
     try:
-        found = json.loads(encodings.decoded(data, encodings.marked(data) or "utf-8", notes))
+        found = json.loads(encodings.decode(data, encodings.encoding_of_mark(data) or "utf-8", notes))
     except (ValueError, RecursionError):
         found = None
     if isinstance(found, list) and any(isinstance(row, dict) and _text_field(row, options).strip() for row in found):
@@ -48,7 +48,7 @@ def json_file(path: Path, options: Options) -> Iterator[Document]:
         yield from prose.code(path, options)
 
 
-def table(path: Path, options: Options) -> Iterator[Document]:
+def table(path: Path, options: ReadOptions) -> Iterator[Document]:
     """One document a row of a table in text. Columns are parted by the mark that the first row has most of."""
     csv.field_size_limit(_FIELD_LIMIT)
     lines = (f"{line}\n" for _, line in streams.lines(path, options.notes, whole_rows=True))
@@ -62,7 +62,7 @@ def table(path: Path, options: Options) -> Iterator[Document]:
         raise Unreadable(f"line {reader.line_num} is no row of a table: {error}") from error
 
 
-def of_cells(path: Path, cells: Iterator[list[str]], options: Options) -> Iterator[Document]:
+def of_cells(path: Path, cells: Iterator[list[str]], options: ReadOptions) -> Iterator[Document]:
     """One document a row: the field that holds the text, or all fields, each with its column's name.
 
     Where the first row is no header but like the others, columns are named by their numbers, which texts do not repeat.
@@ -78,7 +78,7 @@ def of_cells(path: Path, cells: Iterator[list[str]], options: Options) -> Iterat
         names = []
         options.notes.append(f"has no header: its columns are 1 to {len(first[0])} (see --text-field)")
 
-    def whole_row(row: Row, options: Options) -> str:
+    def whole_row(row: Fields, options: ReadOptions) -> str:
         return _text_or_all(row, options, named=headed)
 
     named = (_named(names, row) for row in itertools.chain(first, cells))
@@ -90,7 +90,7 @@ def _named(names: list[str], row: list[str]) -> dict[str, str]:
     return dict(zip([*names, *map(str, range(len(names) + 1, len(row) + 1))], row, strict=False))
 
 
-def _is_header(row: list[str], others: list[list[str]], options: Options) -> bool:
+def _is_header(row: list[str], others: list[list[str]], options: ReadOptions) -> bool:
     """Whether the first row of a table names its columns.
 
     It does not where it holds a number, a date, an address or a sentence, but for years that count up; nor where a cell
@@ -114,7 +114,10 @@ def _is_header(row: list[str], others: list[list[str]], options: Options) -> boo
 
 
 def _documents(
-    path: Path, rows: Iterator[tuple[int, Row | None]], text_of: Callable[[Row, Options], str], options: Options
+    path: Path,
+    rows: Iterator[tuple[int, Fields | None]],
+    text_of: Callable[[Fields, ReadOptions], str],
+    options: ReadOptions,
 ) -> Iterator[Document]:
     found, bad, first, fields = 0, 0, 0, {}
     for number, row in rows:
@@ -137,11 +140,11 @@ def _no_field(name: str, fields: list[str]) -> str:
     return f"no row has a field {name!r} (its fields: {', '.join(map(str, fields[:8])) or 'none'}); see --text-field"
 
 
-def _text_field(row: Row, options: Options) -> str:
+def _text_field(row: Fields, options: ReadOptions) -> str:
     return _string(_first(row, options.text_field, _TEXT))
 
 
-def _text_or_all(row: Row, options: Options, *, named: bool) -> str:
+def _text_or_all(row: Fields, options: ReadOptions, *, named: bool) -> str:
     text = _text_field(row, options)
     if text or options.text_field or any(name in row for name in _TEXT):
         return text
@@ -149,7 +152,7 @@ def _text_or_all(row: Row, options: Options, *, named: bool) -> str:
     return "\n".join(f"{name}: {value}" if named else value for name, value in cells)
 
 
-def _first(row: Row, given: str | None, usual: tuple[str, ...]) -> Any:
+def _first(row: Fields, given: str | None, usual: tuple[str, ...]) -> Any:
     """The value of a field: of the one that was named, or of the first that has one of the usual names and a value."""
     names = (given,) if given else usual
     return next((row[name] for name in names if row.get(name)), "")

@@ -1,4 +1,4 @@
-"""The generation that an index has, opened for the next to be made of it."""
+"""The snapshot that an index has, opened for the next to be made of it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from loguru import logger
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.retrieval_index import IndexRecord
-from openchatkit.retrieval import vectors
+from openchatkit.retrieval import vector_store
 from openchatkit.retrieval.table import Table
 
 
 @dataclass
-class Present:
-    """The generation that an index has, open."""
+class CurrentSnapshot:
+    """The snapshot that an index has, open."""
 
     record: IndexRecord
     table: Table
@@ -25,8 +25,8 @@ class Present:
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[Present | None]:
-    """The present generation, None where there is none; DamagedError where its files are not what they should be."""
+def open_current(folder: Path) -> Iterator[CurrentSnapshot | None]:
+    """The present snapshot, None where there is none; DamagedError where its files are not what they should be."""
     if not layout.exists(folder):
         yield None
         return
@@ -34,13 +34,13 @@ def opened(folder: Path) -> Iterator[Present | None]:
     layout.check_files(folder, record, files)
 
     def path(role: str) -> Path:
-        return folder / layout.file_name(role, record.generation)
+        return folder / layout.file_name(role, record.snapshot)
 
     found = None
     if record.encoder is not None:
-        found = vectors.open_array(path("vectors"), rows=record.rows, dimension=record.encoder.dimension)
+        found = vector_store.open_array(path("vectors"), rows=record.rows, dimension=record.encoder.dimension)
     with Table(path("table"), record.rows) as rows:
-        yield Present(record, rows, found)
+        yield CurrentSnapshot(record, rows, found)
 
 
 def clear_if_damaged(folder: Path) -> None:

@@ -10,12 +10,12 @@ from openchatkit.retrieval.index import Index
 from openchatkit.retrieval.passage import Hit
 
 
-class LiveIndex:
-    """The newest generation of the index that `index` has opened; a `Searcher`, for several threads at once.
+class ReloadingIndex:
+    """The newest snapshot of the index that `index` has opened; a `Searcher`, for several threads at once.
 
-    The encoder stays the one that is loaded. A generation that cannot be opened, or has another encoder, is warned of,
-    once, and tried again at the next question; meanwhile the one before answers. A search ends in the generation that
-    it began with. A generation is let go of, its files with it, by the last search in it: it must not be closed.
+    The encoder stays the one that is loaded. A snapshot that cannot be opened, or has another encoder, is warned of,
+    once, and tried again at the next question; meanwhile the one before answers. A search ends in the snapshot that
+    it began with. A snapshot is let go of, its files with it, by the last search in it: it must not be closed.
     """
 
     def __init__(self, index: Index) -> None:
@@ -29,7 +29,7 @@ class LiveIndex:
         return self.newest().search(query, k)
 
     def newest(self) -> Index:
-        """The newest generation that can be had. One thread opens it; others go on with the one before meanwhile."""
+        """The newest snapshot that can be had. One thread opens it; others go on with the one before meanwhile."""
         changed = self._seen is None or layout.stamp(self._index.folder) != self._seen
         if changed and self._one_at_a_time.acquire(blocking=False):
             try:

@@ -1,6 +1,6 @@
-"""Writing an index: all files of a new generation, then its manifest, then away with the generation before.
+"""Writing an index: all files of a new snapshot, then its manifest, then away with the snapshot before.
 
-A kill at any moment leaves the generation before as it was; what was written by then is removed by the next writer.
+A kill at any moment leaves the snapshot before as it was; what was written by then is removed by the next writer.
 """
 
 import contextlib
@@ -21,90 +21,89 @@ from openchatkit.formats.manifest import FileRecord
 from openchatkit.formats.retrieval_index import (
     DenseRecord,
     EncoderRecord,
-    Floor,
     IndexRecord,
+    ScoreThreshold,
     Skipped,
     SourceRecord,
     SparseRecord,
 )
-from openchatkit.retrieval import dense, sparse, table
-from openchatkit.retrieval import vectors as kept
-from openchatkit.retrieval.floor import NO_COSINE
+from openchatkit.retrieval import dense, sparse, table, vector_store
+from openchatkit.retrieval.ranking import NO_COSINE
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def lock_for_writing(folder: Path) -> Iterator[None]:
     """Hold an index for writing: who comes second waits. The folder is made; what a kill left in it is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     with storage.hold_lock(
         layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"
     ):
-        remove_litter(folder)
+        remove_stale_files(folder)
         yield
 
 
-def remove_litter(folder: Path) -> None:
-    """Remove files of generations that the manifest does not name. Whoever has them open keeps them."""
-    for path in layout.litter(folder):
+def remove_stale_files(folder: Path) -> None:
+    """Remove files of snapshots that the manifest does not name. Whoever has them open keeps them."""
+    for path in layout.stale_files(folder):
         path.unlink(missing_ok=True)
 
 
-def write_generation(
+def write_snapshot(
     folder: Path,
     *,
-    rows: Iterable[table.Row],
+    rows: Iterable[table.PassageRow],
     vectors: Iterable[np.ndarray] | None,
     encoder: EncoderRecord | None,
     sources: Iterable[SourceRecord] = (),
     skipped: Iterable[Skipped] = (),
     chunking: Mapping[str, Any] | None = None,
-    floor: Floor | None = None,
+    score_threshold: ScoreThreshold | None = None,
     dense_options: Mapping[str, Any] | None = None,
 ) -> IndexRecord:
-    """Write an index of these rows, and put it in the place of the one before; the caller is in `writing(folder)`.
+    """Write an index of these rows, and put it in the place of the one before; the caller is in `lock_for_writing(folder)`.
 
     `vectors` are parts [any, dimension] in the order of the rows, as many in all, made by `encoder`; both are None for
     an index that is searched by words alone. `rows` and `vectors` are read once, one after the other, and may come from
-    the generation that is replaced. `floor` defaults to one that asks for no cosine; `dense_options` go to
+    the snapshot that is replaced. `score_threshold` defaults to one that asks for no cosine; `dense_options` go to
     `dense.build`. UserError where there are no rows, or where vectors are missing or not finite.
     """
     assert (vectors is None) == (encoder is None), encoder
-    if encoder is not None and encoder.metric not in (kept.COSINE, kept.DOT):
+    if encoder is not None and encoder.metric not in (vector_store.COSINE, vector_store.DOT):
         raise UserError(
             f"{encoder.name} compares by {encoder.metric!r}: expected an encoder for cosine or dot products"
         )
-    generation = layout.read(folder)[0].generation + 1 if layout.exists(folder) else 1
+    snapshot = layout.read(folder)[0].snapshot + 1 if layout.exists(folder) else 1
     try:
-        count = table.write(folder / layout.file_name("table", generation), rows)
+        count = table.write(folder / layout.file_name("table", snapshot), rows)
         if count == 0:
             raise UserError(f"there is no passage to put into {folder}: give files that hold text")
-        searched = _dense(folder, generation, count, vectors, encoder, dict(dense_options or {}))
-        counted = _sparse(folder, generation, count)
+        searched = _dense(folder, snapshot, count, vectors, encoder, dict(dense_options or {}))
+        counted = _sparse(folder, snapshot, count)
         record = IndexRecord(
-            generation,
+            snapshot,
             count,
-            layout.write_lines(folder / layout.file_name("sources", generation), sources),
-            layout.write_lines(folder / layout.file_name("skipped", generation), skipped),
+            layout.write_lines(folder / layout.file_name("sources", snapshot), sources),
+            layout.write_lines(folder / layout.file_name("skipped", snapshot), skipped),
             encoder,
             searched,
             counted,
-            floor or NO_COSINE,
+            score_threshold or NO_COSINE,
             dict(chunking or {}),
         )
         return _publish(folder, record)
     finally:
-        remove_litter(folder)  # the generation before, or, where this one failed, this one
+        remove_stale_files(folder)  # the snapshot before, or, where this one failed, this one
 
 
-def restate(
+def rewrite_sources(
     folder: Path, *, sources: Iterable[SourceRecord], skipped: Iterable[Skipped], chunking: Mapping[str, Any]
 ) -> IndexRecord:
-    """Put a generation in place that has the passages of the present one, and other things to say of their files.
+    """Put a snapshot in place that has the passages of the present one, and other things to say of their files.
 
-    The caller is in `writing(folder)`. What stays is not written again but linked, where the file system can.
+    The caller is in `lock_for_writing(folder)`. What stays is not written again but linked, where the file system can.
     """
     before, files = layout.read(folder)
-    record = dataclasses.replace(before, generation=before.generation + 1, chunking=dict(chunking))
+    record = dataclasses.replace(before, snapshot=before.snapshot + 1, chunking=dict(chunking))
     said = {"sources": sources, "skipped": skipped}
     known = {}
     try:
@@ -118,16 +117,16 @@ def restate(
             known[new.name] = dataclasses.replace(files[old.name], name=new.name)
         return _publish(folder, dataclasses.replace(record, **counts), known)
     finally:
-        remove_litter(folder)
+        remove_stale_files(folder)
 
 
 def _path(folder: Path, role: str, record: IndexRecord) -> Path:
-    return folder / layout.file_name(role, record.generation)
+    return folder / layout.file_name(role, record.snapshot)
 
 
 def _dense(
     folder: Path,
-    generation: int,
+    snapshot: int,
     count: int,
     vectors: Iterable[np.ndarray] | None,
     encoder: EncoderRecord | None,
@@ -135,28 +134,28 @@ def _dense(
 ) -> DenseRecord | None:
     if vectors is None or encoder is None:
         return None
-    path = folder / layout.file_name("vectors", generation)
-    kept.write(path, vectors, rows=count, dimension=encoder.dimension, metric=encoder.metric)
-    written = kept.open_array(path, rows=count, dimension=encoder.dimension)
-    return dense.build(written, folder / layout.file_name("dense", generation), **options)
+    path = folder / layout.file_name("vectors", snapshot)
+    vector_store.write(path, vectors, rows=count, dimension=encoder.dimension, metric=encoder.metric)
+    written = vector_store.open_array(path, rows=count, dimension=encoder.dimension)
+    return dense.build(written, folder / layout.file_name("dense", snapshot), **options)
 
 
-def _sparse(folder: Path, generation: int, count: int) -> SparseRecord:
-    spill = layout.spill_path(folder, generation)
-    with table.Table(folder / layout.file_name("table", generation), count) as written:
-        return sparse.build(written.texts(), sparse_paths(folder, generation), rows=count, spill=spill)
+def _sparse(folder: Path, snapshot: int, count: int) -> SparseRecord:
+    spill = layout.temporary_path(folder, snapshot)
+    with table.Table(folder / layout.file_name("table", snapshot), count) as written:
+        return sparse.build(written.texts(), sparse_paths(folder, snapshot), rows=count, temporary=spill)
 
 
-def sparse_paths(folder: Path, generation: int) -> sparse.SparsePaths:
-    """Where the BM25 index of a generation is."""
+def sparse_paths(folder: Path, snapshot: int) -> sparse.SparsePaths:
+    """Where the BM25 index of a snapshot is."""
     return sparse.SparsePaths(
-        *(folder / layout.file_name(role, generation) for role in ("scores", "postings", "starts", "words"))
+        *(folder / layout.file_name(role, snapshot) for role in ("scores", "postings", "starts", "words"))
     )
 
 
 def _publish(folder: Path, record: IndexRecord, known: Mapping[str, FileRecord] | None = None) -> IndexRecord:
     """Force the files to disk, hash them but those that are `known`, and name them in the manifest."""
-    names = [layout.file_name(role, record.generation) for role in layout.roles(record)]
+    names = [layout.file_name(role, record.snapshot) for role in layout.roles(record)]
     files = []
     with progress.bar(len(names), "files hashed", unit="file") as bar:
         for name in names:
@@ -166,5 +165,5 @@ def _publish(folder: Path, record: IndexRecord, known: Mapping[str, FileRecord] 
     storage.sync(folder)
     record = layout.write(folder, record, files)
     size = sum(file.size for file in files)
-    logger.info(f"{folder}: {record.rows:,} passages, {size / 1e6:,.1f} MB, generation {record.generation}")
+    logger.info(f"{folder}: {record.rows:,} passages, {size / 1e6:,.1f} MB, snapshot {record.snapshot}")
     return record

@@ -11,24 +11,24 @@ from openchatkit.retrieval.reading.ignored import Rules, rules_above, rules_in
 
 
 def find(
-    paths: Sequence[Path], *, leave_out: Sequence[Path] = (), include_ignored: bool = False
+    paths: Sequence[Path], *, exclude: Sequence[Path] = (), include_ignored: bool = False
 ) -> tuple[list[Path], list[Skipped]]:
     """All files under `paths`, absolute and sorted, and what was left out: hidden names, links, what is no file, and,
     unless `include_ignored`, what a project keeps out of its files (`ignored`).
 
-    A path that is named itself is taken whatever it is called, links included; `leave_out` are folders that belong to
+    A path that is named itself is taken whatever it is called, links included; `exclude` are folders that belong to
     the index. UserError: a path that is not there, or whose name no index can hold.
     """
     files: set[Path] = set()
     skipped: list[Skipped] = []
-    barred = {real_path(path) for path in leave_out}
+    barred = {real_path(path) for path in exclude}
     for path in paths:
         real = real_path(path)
         if os.fsencode(real) != str(real).encode("utf-8", "replace"):
             raise UserError(f"{path}: its name is not in UTF-8: rename it")
         if real.is_dir():
             rules = None if include_ignored else Rules(real, above=rules_above(real))
-            for found in _under(real, real, barred, rules):
+            for found in _list_folder(real, real, barred, rules):
                 files.add(found) if isinstance(found, Path) else skipped.append(found)
         elif real.is_file():
             files.add(real)
@@ -42,7 +42,7 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
-def _under(folder: Path, root: Path, barred: set[Path], rules: Rules | None) -> Iterator[Path | Skipped]:
+def _list_folder(folder: Path, root: Path, barred: set[Path], rules: Rules | None) -> Iterator[Path | Skipped]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -55,16 +55,16 @@ def _under(folder: Path, root: Path, barred: set[Path], rules: Rules | None) -> 
         path = folder / entry.name
         if path in barred:
             continue
-        reason = _unwanted(entry, path, root) or ("" if rules is None else rules.reason(entry))
+        reason = _reason_to_skip(entry, path, root) or ("" if rules is None else rules.reason(entry))
         if reason:
             yield Skipped(str(path), reason)
         elif entry.is_dir(follow_symlinks=False):
-            yield from _under(path, root, barred, rules)
+            yield from _list_folder(path, root, barred, rules)
         else:
             yield path
 
 
-def _unwanted(entry: os.DirEntry[str], path: Path, root: Path) -> str:
+def _reason_to_skip(entry: os.DirEntry[str], path: Path, root: Path) -> str:
     """Why an entry of a folder is left out; empty where it is not."""
     if entry.name.startswith("."):
         return "hidden"

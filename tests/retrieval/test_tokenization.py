@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openchatkit.retrieval.words import LONGEST, singular, stands_in, words
+from openchatkit.retrieval.tokenization import LONGEST, content_words, is_named_in, strip_plural, tokenize
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ from openchatkit.retrieval.words import LONGEST, singular, stands_in, words
     ],
 )
 def test_texts_are_cut_into_words(text, expected):
-    assert words(text) == expected
+    assert tokenize(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_texts_are_cut_into_words(text, expected):
     ],
 )
 def test_of_plurals_the_singular_counts(word, expected):
-    assert singular(word) == expected
-    assert words(word) == words(word.upper()) == [expected]
+    assert strip_plural(word) == expected
+    assert tokenize(word) == tokenize(word.upper()) == [expected]
 
 
 @given(st.text())
 def test_words_do_not_depend_on_case_of_plain_words_or_on_what_is_between(text):
-    for word in words(text):
+    for word in tokenize(text):
         assert word
         assert not any(character.isspace() for character in word)
         assert len(word) <= 3 * LONGEST  # case-folding may make one letter three
@@ -73,4 +73,27 @@ def test_words_do_not_depend_on_case_of_plain_words_or_on_what_is_between(text):
     ],
 )
 def test_a_title_stands_in_a_question_whole_or_not_at_all(title, question, expected):
-    assert stands_in(title, question) is expected
+    assert is_named_in(title, question) is expected
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What does E4021 mean?", ["e4021"]),
+        ("Where did you put the gizmos yesterday?", ["gizmo"]),
+        ("How is the seed server printing it?", ["seed", "server", "printing"]),
+        ("What does json.nothing do?", ["json", "nothing"]),
+        ("I'm so bored, tell me a joke. Are you doing well?", []),
+        ("What happened on the 3rd in 1998?", ["3rd"]),
+        ("Guten Morgen, wie geht es dir?", []),
+        ("Привет! Как у тебя?", []),  # noqa: RUF001
+        ("你好,你是谁?", []),
+        ("안녕하세요, 감사합니다", []),
+        ("도서관은 어디에 있나요?", ["도서", "서관"]),
+        ("สวัสดีครับ ขอบคุณ", ["ดีค"]),
+        ("ありがとうございます", []),
+        ("図書館はどこですか", ["図書", "書館", "館は"]),
+    ],
+)
+def test_everyday_words_tell_nothing(question, expected):
+    assert content_words(question) == expected

@@ -10,7 +10,7 @@ from index_maker import TEXTS, WordEncoder, make
 
 from openchatkit.formats import retrieval_index as layout
 from openchatkit.retrieval.index import Index
-from openchatkit.retrieval.live import LiveIndex
+from openchatkit.retrieval.reloading_index import ReloadingIndex
 
 pytest.importorskip("faiss")
 VIOLIN = "A violin has four strings."
@@ -21,7 +21,7 @@ def found(live, query="violin strings"):
 
 
 def test_what_is_written_meanwhile_is_found_and_the_files_before_are_let_go_of(folder, encoder, warnings):
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     assert found(live) == []
     make(folder, [*TEXTS, VIOLIN], encoder=encoder)
     assert found(live) == [VIOLIN]
@@ -35,13 +35,13 @@ def test_what_is_written_meanwhile_is_found_and_the_files_before_are_let_go_of(f
 
 
 def test_what_is_written_before_the_first_question_is_found(folder, encoder):
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     make(folder, [VIOLIN], encoder=encoder)
     assert found(live) == [VIOLIN]
 
 
 def test_an_index_that_stays_is_looked_at_once(folder, encoder, monkeypatch):
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     opened = live.newest()
     monkeypatch.setattr(layout, "read", lambda folder: pytest.fail("the manifest was read again"))
     assert live.newest() is opened
@@ -49,13 +49,13 @@ def test_an_index_that_stays_is_looked_at_once(folder, encoder, monkeypatch):
 
 def test_an_index_of_words_is_followed_too(tmp_path):
     make(tmp_path / "index")
-    live = LiveIndex(Index.open(tmp_path / "index"))
+    live = ReloadingIndex(Index.open(tmp_path / "index"))
     make(tmp_path / "index", [*TEXTS, VIOLIN])
     assert found(live) == [VIOLIN]
 
 
 def test_one_that_cannot_be_opened_is_told_of_once_and_taken_up_when_it_can(folder, encoder, warnings):
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     make(folder, [*TEXTS, VIOLIN], encoder=encoder)
     hidden = folder / layout.file_name("postings", 2)
     hidden.rename(folder / "elsewhere")
@@ -70,19 +70,19 @@ def test_one_that_cannot_be_opened_is_told_of_once_and_taken_up_when_it_can(fold
 
 
 def test_an_index_that_is_gone_answers_on_until_there_is_one_again(folder, encoder, warnings):
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     assert found(live, "sourdough bread") == [TEXTS[3]]
     shutil.rmtree(folder)
     for _ in range(2):
         assert found(live, "sourdough bread") == [TEXTS[3]]
     assert len(warnings) == 1
-    make(folder, [VIOLIN], encoder=encoder)  # of the first generation, as the one before was
+    make(folder, [VIOLIN], encoder=encoder)  # of the first snapshot, as the one before was
     assert found(live) == [VIOLIN]
 
 
 @pytest.mark.parametrize("other", [WordEncoder(), None])
 def test_one_with_another_encoder_is_told_of_and_left(folder, encoder, warnings, other):
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     if other:
         other.digest = "e" * 64
     make(folder, [*TEXTS, VIOLIN], encoder=other)
@@ -97,14 +97,14 @@ def test_it_goes_to_gpus_again(folder, encoder, monkeypatch):
     from fake_gpus import FakeGpus
 
     gpus = FakeGpus(monkeypatch)
-    live = LiveIndex(Index.open(folder, encoder))
+    live = ReloadingIndex(Index.open(folder, encoder))
     make(folder, [*TEXTS, VIOLIN], encoder=encoder, dense_options={"kind": "IndexIVFScalarQuantizer"})
     assert found(live) == [VIOLIN]
     assert gpus.searches
 
 
 def test_threads_search_while_generations_come_and_go(folder, encoder, warnings):
-    live, stop = LiveIndex(Index.open(folder, encoder)), threading.Event()
+    live, stop = ReloadingIndex(Index.open(folder, encoder)), threading.Event()
 
     def ask():
         numbers = []
@@ -122,6 +122,6 @@ def test_threads_search_while_generations_come_and_go(folder, encoder, warnings)
         finally:
             stop.set()
         for each in asked:
-            assert each.result() == sorted(each.result()), "a generation came back"
+            assert each.result() == sorted(each.result()), "a snapshot came back"
     assert found(live, "number") == ["number 8"]
     assert warnings == []

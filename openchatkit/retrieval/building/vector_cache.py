@@ -23,17 +23,17 @@ _VECTORS = np.dtype("<f2")
 _ABOUT = "about.json"
 
 
-def digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
     """What names the vector of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:SIZE]
 
 
-def keys(digests: Iterator[bytes], count: int) -> np.ndarray:
+def as_keys(digests: Iterator[bytes], count: int) -> np.ndarray:
     """So many digests as an array of `KEYS`."""
     return np.fromiter(digests, KEYS, count)
 
 
-class Vectors:
+class KnownVectors:
     """Vectors that are there, to be looked up by digest."""
 
     def __init__(self, dimension: int) -> None:
@@ -70,7 +70,7 @@ class Vectors:
         return taken
 
 
-def begin(folder: Path, encoder: EncoderRecord) -> None:
+def start(folder: Path, encoder: EncoderRecord) -> None:
     """Make the partial folder one of this encoder's; vectors of another, or of another length of texts, go."""
     about = json.dumps({"digest": encoder.digest, "dimension": encoder.dimension, "max_tokens": encoder.max_tokens})
     with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ def holds_any(folder: Path) -> bool:
     return any(folder.glob("keys-*.bin"))
 
 
-def parts(folder: Path, dimension: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_parts(folder: Path, dimension: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(digests, vectors) that processes have written, as far as both are whole."""
     for path in sorted(folder.glob("keys-*.bin")):
         vectors = path.with_name(path.name.replace("keys", "vectors"))
@@ -97,7 +97,7 @@ def parts(folder: Path, dimension: int) -> Iterator[tuple[np.ndarray, np.ndarray
             )
 
 
-class Writer:
+class VectorWriter:
     """A context manager that appends to the files of one process, behind what is whole of them."""
 
     def __init__(self, folder: Path, rank: int, dimension: int) -> None:
@@ -116,7 +116,7 @@ class Writer:
         self._keys.write(b"".join(digests))
         self._keys.flush()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "VectorWriter":
         return self
 
     def __exit__(
