@@ -1,14 +1,14 @@
-"""The paths of the server and what each does."""
+"""The server's paths and their handlers."""
 
 import asyncio
 import base64
 import hashlib
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from loguru import logger
@@ -16,34 +16,35 @@ from loguru import logger
 from openchatkit.inference.conversation import context
 from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.responder import Emit, Reply, Responder
-from openchatkit.inference.retrieval.retriever import Found, Retriever
-from openchatkit.inference.server import answers, delivery, schema
-from openchatkit.inference.server.errors import ApiError, defect
-from openchatkit.inference.server.fields import parse
-from openchatkit.inference.server.guard import Guard, send_error, send_json
-from openchatkit.inference.server.rate import Rate
-from openchatkit.inference.server.worker import Job, Worker
+from openchatkit.inference.retrieval.retriever import Retriever
+from openchatkit.inference.server import delivery, schema
+from openchatkit.inference.server.fields import parse_json
+from openchatkit.inference.server.guard import Guard, RateLimiter
+from openchatkit.inference.server.responses import ApiError, Completion, internal_error, json_response, model_object
+from openchatkit.inference.server.worker import ReplyJob, Worker
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp
 
 BODY_SECONDS = 30.0
-# A body too large is read on, and forgotten, up to so many times the limit: who is still sending would not hear why.
+# A body that is too large is read and discarded up to this many times the limit, so that its sender gets the answer.
 PATIENCE = 8
 
-# Names the fields of a request that were passed over.
+# The header of an answer that names the ignored fields of its request.
 IGNORED = "X-Ignored-Fields"
-
-# An ASGI application, or a response, which is one too.
-Asgi = Callable[[dict[str, Any], Any, Any], Any]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is served, from which index passages come, and limits.
+class ServerOptions:
+    """The model served, the index to search, and limits.
 
-    `max_rate` requests a minute from one address (0: any number), `max_body` bytes of a request, `timeout` seconds of
-    one, `heartbeat` seconds between signs of life while a client waits.
+    `max_rate` requests a minute from one address (0: any number), `max_body` bytes of a request, `timeout` seconds for
+    one, `heartbeat` seconds between signs of life while a client waits, `pace` seconds between pieces of a stream.
     """
 
-    served: schema.Served
+    served: schema.ServedModel
     host: str = "127.0.0.1"
     names: Collection[str] = ()
     origins: Collection[str] = ()
@@ -52,11 +53,12 @@ class Options:
     max_body: int = 1 << 20
     timeout: float = 600.0
     heartbeat: float = delivery.HEARTBEAT_SECONDS
+    pace: float = delivery.PACE_SECONDS
     retriever: Retriever | None = None
 
 
-def create_app(responder: Responder, worker: Worker, options: Options) -> Asgi:
-    """The ASGI application; `worker` must be running when requests come."""
+def create_app(responder: Responder, worker: Worker, options: ServerOptions) -> "ASGIApp":
+    """Return the ASGI application; `worker` must be running when requests come."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -71,98 +73,103 @@ def create_app(responder: Responder, worker: Worker, options: Options) -> Asgi:
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
     ]
-    handlers = {
-        ApiError: _answer_error,
+    handlers: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+        ApiError: _answer_api_error,
         HTTPException: _answer_no_route,
-        ClientDisconnect: _answer_nobody,
-        Exception: _answer_defect,
+        ClientDisconnect: _answer_disconnect,
+        Exception: _answer_internal_error,
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    rate = Rate(options.max_rate) if options.max_rate else None
+    rate = RateLimiter(options.max_rate) if options.max_rate else None
     return Guard(app, host=options.host, names=options.names, origins=options.origins, token=options.token, rate=rate)
 
 
 class Api:
-    """The handlers of the paths under /v1; each takes starlette's request and returns a response."""
+    """The handlers of the paths; each takes starlette's request and returns an ASGI response."""
 
-    def __init__(self, responder: Responder, worker: Worker, options: Options) -> None:
+    def __init__(self, responder: Responder, worker: Worker, options: ServerOptions) -> None:
         self._responder = responder
         self._worker = worker
         self._options = options
         self._served = replace(options.served, retrieval=options.retriever is not None)
         self._created = int(time.time())
 
-    async def health(self, request: Any) -> Asgi:
-        """Whether requests are answered, for whoever watches over the server."""
-        return _json({"status": "ok"})
+    async def health(self, request: "Request") -> "Response":
+        """Answer a monitor: the server takes requests."""
+        return json_response({"status": "ok"})
 
-    async def models(self, request: Any) -> Asgi:
-        """The one model, as a list."""
-        return _json({"object": "list", "data": [answers.model(self._served.model, self._created)]})
+    async def models(self, request: "Request") -> "Response":
+        """List the one model."""
+        return json_response({"object": "list", "data": [model_object(self._served.model, self._created)]})
 
-    async def model(self, request: Any) -> Asgi:
-        """The one model, if it is named."""
+    async def model(self, request: "Request") -> "Response":
+        """Describe the model of this name; ApiError 404 for any but the one served."""
         if request.path_params["name"] != self._served.model:
             raise schema.no_model(request.path_params["name"], self._served)
-        return _json(answers.model(self._served.model, self._created))
+        return json_response(model_object(self._served.model, self._created))
 
-    async def chat(self, request: Any) -> Asgi:
-        """A conversation's next reply."""
-        ask = schema.chat(parse(await _body(request, self._options.max_body)), self._served)
-        return self._start(ask, chat=True)
+    async def chat(self, request: "Request") -> delivery.Delivery:
+        """Answer a conversation."""
+        body = parse_json(await _read_body(request, self._options.max_body))
+        return self._start(schema.parse_chat(body, self._served), chat=True)
 
-    async def completions(self, request: Any) -> Asgi:
-        """A prompt's continuation, as it stands."""
-        ask = schema.completion(parse(await _body(request, self._options.max_body)), self._served)
-        return self._start(ask, chat=False)
+    async def completions(self, request: "Request") -> delivery.Delivery:
+        """Continue a prompt as it stands."""
+        body = parse_json(await _read_body(request, self._options.max_body))
+        return self._start(schema.parse_completion(body, self._served), chat=False)
 
-    def _start(self, ask: schema.Ask, *, chat: bool) -> Asgi:
-        retriever = self._options.retriever if ask.retrieval else None
-        job = Job(lambda emit, cancelled: generate(self._responder, ask, emit, cancelled, retriever))
-        answer = answers.Answer(self._served.model, chat=chat, include_usage=ask.include_usage)
+    def _start(self, request: schema.CompletionRequest, *, chat: bool) -> delivery.Delivery:
+        retriever = self._options.retriever if request.retrieval else None
+        job = ReplyJob(lambda emit, cancelled: generate(self._responder, request, emit, cancelled, retriever))
         self._worker.submit(job)
         return delivery.Delivery(
             job,
             self._worker,
-            answer,
-            stream=ask.stream,
+            Completion(self._served.model, chat=chat, include_usage=request.include_usage),
+            stream=request.stream,
             timeout=self._options.timeout,
             heartbeat=self._options.heartbeat,
-            headers={IGNORED: ", ".join(ask.ignored)} if ask.ignored else {},
+            pace=self._options.pace,
+            headers={IGNORED: ", ".join(request.ignored)} if request.ignored else {},
         )
 
 
 def generate(
     responder: Responder,
-    ask: schema.Ask,
+    request: schema.CompletionRequest,
     emit: Emit,
     cancelled: Callable[[], bool],
     retriever: Retriever | None = None,
 ) -> Reply:
     """Make the reply to a request, with passages from the `retriever` if there is one.
 
-    ApiError 400 when it is too long for the model; raises as the responder does.
+    ApiError 400 when the request is too long for the model; raises as the responder does.
     """
     generator = torch.Generator()
-    if ask.seed is None:
+    if request.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(ask.seed)
-    how = {"generator": generator, "stop": ask.stop, "emit": emit, "cancelled": cancelled}
+        generator.manual_seed(request.seed)
     try:
-        if not isinstance(ask.subject, Conversation):
-            return responder.complete(ask.subject, ask.sampling, **how)
-        found = retriever.add(ask.subject, responder, ask.sampling) if retriever else Found(ask.subject)
-        if found.note:
-            logger.warning(found.note)
-        return found.told(responder.answer(found.conversation, ask.sampling, **how))
+        reply = responder.answer(
+            request.subject,
+            request.sampling,
+            retriever=retriever,
+            generator=generator,
+            stop=request.stop,
+            emit=emit,
+            cancelled=cancelled,
+        )
     except context.TooLong as error:
-        raise _too_long(responder, ask) from error
+        raise _too_long(responder, request) from error
+    if reply.note:
+        logger.warning(reply.note)
+    return reply
 
 
-def _too_long(responder: Responder, ask: schema.Ask) -> ApiError:
-    chat = isinstance(ask.subject, Conversation)
+def _too_long(responder: Responder, request: schema.CompletionRequest) -> ApiError:
+    chat = isinstance(request.subject, Conversation)
     what = "the last question, with the system text," if chat else "prompt"
     message = (
         f"{what} leaves no room for a reply in the {responder.engine.context_length} tokens that the model reads at "
@@ -171,8 +178,8 @@ def _too_long(responder: Responder, ask: schema.Ask) -> ApiError:
     return ApiError(400, message, param="messages" if chat else "prompt", code="context_length_exceeded")
 
 
-async def _body(request: Any, limit: int) -> bytes:
-    """The bytes of a request that says it is JSON, counted as they come: 413 beyond `limit`, 408 if they do not."""
+async def _read_body(request: "Request", limit: int) -> bytes:
+    """Read the body of a JSON request. ApiError 415 for another type, 413 beyond `limit` bytes, 408 if it is slow."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, f"the Content-Type is {kind[:60]!r}: expected application/json", code="not_json")
@@ -192,11 +199,11 @@ async def _body(request: Any, limit: int) -> bytes:
     try:
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError as error:
-        raise ApiError(408, "the body did not come", code="timeout") from error
+        raise ApiError(408, "the body did not arrive in time", code="timeout") from error
 
 
-def _page() -> Callable[[Any], Any]:
-    """The handler of the chat page, which may run its own script and style, and talk to this server, and no more."""
+def _page() -> "Callable[[Request], Awaitable[Response]]":
+    """Return the handler of the chat page, whose policy allows its own script and style, and this server, alone."""
     page = resources.files(__package__).joinpath("page.html").read_bytes()
     script, style = (_digest(page, tag) for tag in (b"script", b"style"))
     policy = (
@@ -205,7 +212,7 @@ def _page() -> Callable[[Any], Any]:
     )
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
 
-    async def handler(request: Any) -> Asgi:
+    async def handler(request: "Request") -> "Response":
         from starlette.responses import Response
 
         return Response(page, media_type="text/html", headers=headers)
@@ -214,36 +221,28 @@ def _page() -> Callable[[Any], Any]:
 
 
 def _digest(page: bytes, tag: bytes) -> str:
-    content = re.search(b"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)[1]
-    return "sha256-" + base64.b64encode(hashlib.sha256(content).digest()).decode()
+    found = re.search(b"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
+    assert found is not None, tag
+    return "sha256-" + base64.b64encode(hashlib.sha256(found[1]).digest()).decode()
 
 
-def _json(body: object) -> Asgi:
-    async def response(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        await send_json(body, send)
-
-    return response
+async def _answer_api_error(request: "Request", error: Exception) -> "Response":
+    assert isinstance(error, ApiError), error
+    return error.response()
 
 
-def _error(error: ApiError) -> Asgi:
-    async def response(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        await send_error(error, send)
+async def _answer_no_route(request: "Request", error: Exception) -> "Response":
+    from starlette.exceptions import HTTPException
 
-    return response
-
-
-async def _answer_error(request: Any, error: ApiError) -> Asgi:
-    return _error(error)
-
-
-async def _answer_no_route(request: Any, error: Any) -> Asgi:
+    assert isinstance(error, HTTPException), error
     message = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
-    return _error(ApiError(error.status_code, message.get(error.status_code, error.detail), headers=error.headers))
+    text = message.get(error.status_code, error.detail)
+    return ApiError(error.status_code, text, headers=error.headers).response()
 
 
-async def _answer_nobody(request: Any, error: Exception) -> Asgi:
-    return _error(ApiError(400, "the client hung up before its request was whole"))
+async def _answer_disconnect(request: "Request", error: Exception) -> "Response":
+    return ApiError(400, "the client disconnected before its request was complete").response()
 
 
-async def _answer_defect(request: Any, error: Exception) -> Asgi:
-    return _error(defect(error))
+async def _answer_internal_error(request: "Request", error: Exception) -> "Response":
+    return internal_error(error).response()

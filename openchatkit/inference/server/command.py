@@ -1,7 +1,8 @@
-"""The command `inference/server.py`: its flags, and a server over the model that they name."""
+"""The command `inference/server.py`: its flags, and a server for the model that they name."""
 
 import argparse
 import importlib.util
+import ipaddress
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
@@ -19,18 +21,26 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference import flags
 from openchatkit.inference.retrieval import flags as retrieval
-from openchatkit.inference.server.guard import is_loopback
+from openchatkit.libraries import uvicorn_http
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
+
+    from openchatkit.inference.responder import Responder
+    from openchatkit.inference.retrieval.retriever import Retriever
+    from openchatkit.inference.server.worker import Worker
 
 TOKEN_VARIABLE = "OPENCHATKIT_TOKEN"
 DEFAULT_MAX_NEW_TOKENS = 2048
 _SHORTEST_TOKEN = 16
-# A scheme, of a browser's extension too, and a host, perhaps with a port. Never "*" or "null", which any page can be.
+# A scheme, also that of a browser's extension, a host, and perhaps a port. "*" and "null" would let any page in.
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#*@,]+")
 _MAKE_TOKEN = "python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
 
 
 def parser() -> cli.Parser:
-    """The flags of a model and of sampling, and those of a server."""
+    """Return the parser of the flags of a model, of sampling and of a server."""
     given = cli.Parser(
         prog="inference/server.py",
         description="Serve a model by OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models), and a page to "
@@ -48,17 +58,17 @@ def parser() -> cli.Parser:
     given.add_argument("--allow-origin", nargs="+", type=_origin, default=[], metavar="ORIGIN", help=origins)
     given.add_argument("--token-file", type=Path, help=f"a file with the token that {TOKEN_VARIABLE} gives otherwise")
     refused = f"refused: other users see command lines; set {TOKEN_VARIABLE}, or use --token-file"
-    given.add_argument("--token", "--api-key", nargs="?", action=_Secret, help=refused)
+    advice = f"set {TOKEN_VARIABLE} in the environment or pass --token-file FILE, and take another token if it was typed here"
+    given.add_argument("--token", "--api-key", nargs="?", action=cli.RefuseSecret, const=advice, help=refused)
     given.add_argument("--max-queue", type=cli.natural, default=16, help="requests that may wait for their turn")
     often = "requests a minute from one address; 0 is no limit"
     given.add_argument("--max-rate", type=cli.natural, default=300, help=often)
     given.add_argument("--max-body", type=cli.positive_int, default=1 << 20, help="bytes that a request may have")
     longest = f"the longest reply, whatever a request asks for; {DEFAULT_MAX_NEW_TOKENS} tokens if not given"
     given.add_argument("--max-new-tokens", type=cli.positive_int, help=longest)
-    given.add_argument(
-        "--timeout", type=_seconds, default=600.0, help="seconds that a request may take, waiting included"
-    )
-    kept = "conversations whose reading is kept, so that their next question need not read them again"
+    slow = "seconds that a request may take, waiting included"
+    given.add_argument("--timeout", type=cli.positive_float, default=600.0, help=slow)
+    kept = "conversations whose keys and values are kept, so that only their next question has to be read"
     given.add_argument("--cached-conversations", type=cli.positive_int, default=4, help=kept)
     given.add_argument("--access-log", action="store_true", help="log a line for each request")
     return given
@@ -71,22 +81,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         raise UserError("the server needs starlette and uvicorn, which are not installed: pip install -e '.[server]'")
     token = read_token(given.token_file, given.host)
-    listener = bind(given.host, given.port)  # before the minutes that a model takes to load
+    listener = bind(given.host, given.port)  # fails now, not after the minutes of loading a model
     with listener:
-        looking_up = retrieval.retriever(given, logger.info)
+        retriever = retrieval.retriever(given, logger.info)
         responder = flags.responder(given, logger.info, slots=given.cached_conversations)
-        _serve(given, responder, looking_up, listener, token)
+        _serve(given, responder, retriever, listener, token)
     return 0
 
 
 def read_token(file: Path | None, host: str) -> str | None:
-    """The token that clients must send, from a file or the environment; UserError where there must be one."""
+    """Read the token that clients must send from a file or the environment; UserError where one is required."""
     place = f"the token in {file}" if file else f"the token in {TOKEN_VARIABLE}"
     try:
         token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE, "").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--token-file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not token and (file or not is_loopback(host)):
+    if not token and (file or not _is_loopback(host)):
         what = (
             f"--token-file {file} is empty" if file else f"--host {host} lets other machines in, and there is no token"
         )
@@ -98,7 +108,7 @@ def read_token(file: Path | None, host: str) -> str | None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address, not yet open to anyone; UserError when it cannot be had."""
+    """Bind a socket to this address, without listening yet; UserError when that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -113,29 +123,37 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(listener: socket.socket) -> str:
-    """The URL of a listening socket."""
+    """Return the URL of a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether an address to listen on is this machine's own, which no other machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def _serve(
     given: argparse.Namespace,
-    responder: "Responder",  # noqa: F821
-    retriever: "Retriever | None",  # noqa: F821
+    responder: "Responder",
+    retriever: "Retriever | None",
     listener: socket.socket,
     token: str | None,
 ) -> None:
     import uvicorn
 
-    from openchatkit.inference.server.app import Options, create_app
-    from openchatkit.inference.server.schema import Served
+    from openchatkit.inference.server.app import ServerOptions, create_app
+    from openchatkit.inference.server.schema import ServedModel
     from openchatkit.inference.server.worker import Worker
 
-    usual, longest = lengths(given)
+    default, longest = reply_lengths(given)
     folder = Path(given.model).expanduser()
     name = folder.resolve().name if folder.is_dir() else given.model
-    options = Options(
-        Served(name, replace(flags.sampling(given), max_tokens=usual), longest, given.seed),
+    options = ServerOptions(
+        ServedModel(name, replace(flags.sampling(given), max_tokens=default), longest, given.seed),
         host=given.host,
         names=given.allow_host,
         origins=given.allow_origin,
@@ -153,14 +171,16 @@ def _serve(
     try:
         listener.listen()
     except OSError as error:
-        raise UserError(f"--port {given.port} was taken by another server meanwhile: {error.strerror}") from error
+        raise UserError(
+            f"--port {given.port} was taken by another server while the model was loaded: {error.strerror}"
+        ) from error
     logger.info(_welcome(address_of(listener), name, token))
-    _answer(server, worker, listener)
+    _run(server, worker, listener)
 
 
-def _answer(server: "uvicorn.Server", worker: "Worker", listener: socket.socket) -> None:  # noqa: F821
-    """Answer until SIGTERM or Ctrl-C: requests in a thread of their own, replies in this, which loaded the model."""
-    received = []
+def _run(server: "uvicorn.Server", worker: "Worker", listener: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C: HTTP in a thread of its own, replies in this one, which loaded the model."""
+    received: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -177,16 +197,19 @@ def _answer(server: "uvicorn.Server", worker: "Worker", listener: socket.socket)
         raise KeyboardInterrupt
 
 
-def settings(app: object, *, connections: int = 500, access_log: bool = False) -> "uvicorn.Config":  # noqa: F821
-    """How uvicorn runs the application: quiet, plain HTTP, and no more `connections` at a time than can be of use."""
-    import uvicorn
+def settings(
+    app: "ASGIApp", *, connections: int = 500, access_log: bool = False, patience: float = uvicorn_http.PATIENCE
+) -> "uvicorn.Config":
+    """Return uvicorn's configuration for the application: silent, plain HTTP, a limited number of `connections`.
 
-    from openchatkit.libraries import uvicorn_http
+    `patience` is for silent clients, in seconds; see `uvicorn_http`.
+    """
+    import uvicorn
 
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http=uvicorn_http.protocol(),
+        http=uvicorn_http.protocol(patience),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -200,8 +223,8 @@ def settings(app: object, *, connections: int = 500, access_log: bool = False) -
     )
 
 
-def lengths(given: argparse.Namespace) -> tuple[int, int]:
-    """Return the longest reply of a request that does not say how long it may be, and of any request, in tokens."""
+def reply_lengths(given: argparse.Namespace) -> tuple[int, int]:
+    """Return the longest reply in tokens to requests without a limit of their own, and to all requests."""
     longest = given.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     return min(given.max_tokens or longest, longest), longest
 
@@ -226,16 +249,6 @@ def _log_access() -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
-class _Secret(argparse.Action):
-    """A flag that would take a secret: the variable that takes it is said, the secret is not."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        raise UserError(
-            f"{'/'.join(self.option_strings)} is not taken, since other users see command lines: set {TOKEN_VARIABLE} "
-            "in the environment or pass --token-file FILE, and take another token if it was typed here"
-        )
-
-
 def _origin(text: str) -> str:
     origin = text.lower().removesuffix("/")
     if not _ORIGIN.fullmatch(origin):
@@ -250,10 +263,3 @@ def _port(text: str) -> int:
     if port > 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return port
-
-
-def _seconds(text: str) -> float:
-    seconds = cli.non_negative_float(text)
-    if seconds == 0:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return seconds

@@ -1,25 +1,27 @@
-"""Who may ask: checks of Host, Origin, rate and token that every request passes before anything else looks at it.
+"""The guard: checks of Host, Origin, rate and token that every request passes before anything else reads it.
 
-A page on the web can make a visitor's browser send requests to this machine, with a name of the page's own that was
-made to mean 127.0.0.1 (DNS rebinding), so being reachable by nobody else is not enough: a request must name a host of
-ours, and what asks for work must come from our own page, from no page at all, or from an origin that was allowed by
-name. Only such an origin is sent CORS headers, by which its pages may read the answers.
+A page on the web can make a visitor's browser send requests to this machine, under a name of the page's own that
+resolves to 127.0.0.1 (DNS rebinding). So listening on this machine alone is not enough: a request must name one of the
+server's hosts, and one that asks for work must come from the server's own page, from no page, or from an allowed
+origin. Only allowed origins are sent CORS headers, which let their pages read the answers.
 """
 
 import hmac
 import ipaddress
-import json
 import math
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
-from openchatkit.inference.server.errors import ApiError
-from openchatkit.inference.server.rate import Rate
+from openchatkit.inference.server.responses import ApiError
 
-# Messages of ASGI.
-Scope = dict[str, Any]
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# The least recently seen address is forgotten first; it then starts with a full bucket, as a new one does.
+MOST_ADDRESSES = 4096
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -30,31 +32,43 @@ _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::\d{1,5})?", re.IGNORECASE)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is this machine's own, which no other machine reaches."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
+class RateLimiter:
+    """A token bucket for each address: at most `per_minute` requests a minute, or as many at once after a pause."""
+
+    def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        assert per_minute > 0, per_minute
+        self._size = per_minute
+        self._clock = clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address: requests left, and when
+
+    def take(self, address: str) -> float:
+        """Take a request out of an address's bucket; return 0, or the seconds until there is one again."""
+        now = self._clock()
+        left, seen = self._buckets.pop(address, (float(self._size), now))
+        left = min(self._size, left + (now - seen) * self._size / 60)
+        wait = max(0.0, 1 - left) * 60 / self._size
+        self._buckets[address] = (left if wait else left - 1, now)
+        if len(self._buckets) > MOST_ADDRESSES:
+            self._buckets.popitem(last=False)
+        return wait
 
 
 class Guard:
-    """An ASGI application around another. `host` is what the server listens on, `names` other names it is called by.
+    """An ASGI application around another. `host` is the address that the server listens on, `names` its other names.
 
-    `origins` are those of the pages that may use it besides its own.
-    With a `token`, every path under /v1 needs it as `Authorization: Bearer`; the `rate` counts requests there, those
-    without the token too.
+    `origins` are those of other sites' pages that may use it. With a `token`, every path under /v1 needs it as
+    `Authorization: Bearer`; `rate` counts requests there, those without the token too.
     """
 
     def __init__(
         self,
-        app: Any,
+        app: "ASGIApp",
         *,
         host: str,
         names: Collection[str] = (),
         origins: Collection[str] = (),
         token: str | None = None,
-        rate: Rate | None = None,
+        rate: RateLimiter | None = None,
     ) -> None:
         self._app = app
         self._rate = rate
@@ -63,33 +77,34 @@ class Guard:
         self._any_address = host in ("0.0.0.0", "::")
         self._token = None if token is None else token.encode()
 
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Pass a request on, or answer it with what is wrong with it."""
-
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Pass a request on, or answer it with an error."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         added = [*_HEADERS, *self._cors(headers)]
 
-        async def send_guarded(message: Scope) -> None:
+        async def send_guarded(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
         try:
             self._check_names(scope, headers)
-            if self._asks_whether_to_ask(scope, headers):
-                await send_guarded({"type": "http.response.start", "status": 204, "headers": _preflight(headers)})
+            if self._is_preflight(scope, headers):
+                await send_guarded(
+                    {"type": "http.response.start", "status": 204, "headers": _preflight_headers(headers)}
+                )
                 await send_guarded({"type": "http.response.body"})
                 return
             if scope["path"].startswith("/v1"):
                 self._check_rate(scope["client"])
                 self._check_token(headers.get(b"authorization", ""))
         except ApiError as error:
-            await send_error(error, send_guarded)
+            await error.response()(scope, receive, send_guarded)
         else:
             await self._app(scope, receive, send_guarded)
 
     def _cors(self, headers: Mapping[bytes, str]) -> list[tuple[bytes, bytes]]:
-        """The headers that let a page of an allowed origin read the answer."""
+        """Return the headers that let a page of an allowed origin read the answer."""
         if not self._origins:
             return []
         vary = [(b"vary", b"Origin")]
@@ -99,14 +114,14 @@ class Guard:
         exposed = (b"access-control-expose-headers", b"Retry-After, X-Ignored-Fields")
         return [*vary, (b"access-control-allow-origin", origin.encode("latin-1")), exposed]
 
-    def _asks_whether_to_ask(self, scope: Scope, headers: Mapping[bytes, str]) -> bool:
-        """Whether this is the request that a browser sends before an allowed page's own, without its token."""
+    def _is_preflight(self, scope: "Scope", headers: Mapping[bytes, str]) -> bool:
+        """Whether a browser asks for permission (CORS), without the token, to send an allowed page's request."""
         allowed = headers.get(b"origin", "") in self._origins
         return allowed and scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
 
-    def _check_names(self, scope: Scope, headers: Mapping[bytes, str]) -> None:
+    def _check_names(self, scope: "Scope", headers: Mapping[bytes, str]) -> None:
         host = headers.get(b"host", "")
-        if not self._is_ours(host):
+        if not self._is_own_host(host):
             message = f"this server does not go by the Host {host[:100]!r}: --allow-host adds a name"
             raise ApiError(403, message, code="wrong_host")
         origin = headers.get(b"origin")
@@ -116,7 +131,7 @@ class Guard:
                 message = "pages of other origins may not use this server: --allow-origin adds one"
                 raise ApiError(403, message, code="wrong_origin")
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_own_host(self, host: str) -> bool:
         match = _HOST.fullmatch(host)
         if not match:
             return False
@@ -124,7 +139,7 @@ class Guard:
         return name in self._names or (self._any_address and _is_address(name))
 
     def _check_rate(self, client: tuple[str, int] | None) -> None:
-        wait = self._rate.take(_counted_as(client[0]) if client else "") if self._rate else 0
+        wait = self._rate.take(_rate_key(client[0]) if client else "") if self._rate else 0
         if wait:
             message = "too many requests in a minute from this address: slow down"
             headers = {"Retry-After": str(math.ceil(wait))}
@@ -140,8 +155,8 @@ class Guard:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-def _preflight(headers: Mapping[bytes, str]) -> list[tuple[bytes, bytes]]:
-    """The headers that let a page send what it asks for: any of the methods that there are, with any headers."""
+def _preflight_headers(headers: Mapping[bytes, str]) -> list[tuple[bytes, bytes]]:
+    """Return the headers that let a page send the request it asks about: GET or POST, with any headers."""
     asked = headers.get(b"access-control-request-headers", "")
     answer = [
         (b"access-control-allow-methods", b"GET, POST"),
@@ -153,22 +168,8 @@ def _preflight(headers: Mapping[bytes, str]) -> list[tuple[bytes, bytes]]:
     return answer
 
 
-async def send_error(error: ApiError, send: Any) -> None:
-    """Answer with an error; the connection ends with it where the body may not have been read."""
-    await send_json(error.body, send, status=error.status, headers={**error.headers, "Connection": "close"})
-
-
-async def send_json(body: object, send: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
-    """Answer with a JSON object that no cache keeps."""
-    data = json.dumps(body).encode()
-    fields = {"Content-Type": "application/json", "Content-Length": str(len(data)), "Cache-Control": "no-store"}
-    pairs = [(name.lower().encode(), value.encode()) for name, value in {**fields, **(headers or {})}.items()]
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": data})
-
-
-def _counted_as(address: str) -> str:
-    """What requests from an address are counted under: one machine has a whole /64 of IPv6's to ask from."""
+def _rate_key(address: str) -> str:
+    """Return the key under which requests from an address are counted: one machine can use a whole /64 of IPv6."""
     found = ipaddress.ip_address(address)
     if found.version == 4:
         return address

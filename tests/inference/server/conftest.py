@@ -16,10 +16,11 @@ from openchatkit.inference.conversation.rendering import KitRendering
 from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.server.app import Options, create_app
+from openchatkit.inference.server.app import ServerOptions, create_app
 from openchatkit.inference.server.command import address_of, bind, settings
-from openchatkit.inference.server.schema import Served
+from openchatkit.inference.server.schema import ServedModel
 from openchatkit.inference.server.worker import Worker
+from openchatkit.libraries import uvicorn_http
 
 GREEDY = Sampling(max_tokens=30, sample=False)
 
@@ -42,7 +43,7 @@ def responder_of() -> Callable[[Path], Responder]:
 
 @pytest.fixture(scope="session")
 def serve(responder_of) -> Serve:
-    """A context in which a model is served: serve(folder or responder, max_queue=, and Options by name)."""
+    """A context in which a model is served: serve(folder or responder, max_queue=, and ServerOptions by name)."""
 
     @contextlib.contextmanager
     def serving(
@@ -51,14 +52,15 @@ def serve(responder_of) -> Serve:
         max_queue: int = 4,
         sampling: Sampling = GREEDY,
         max_new_tokens: int = 100,
+        patience: float = uvicorn_http.PATIENCE,
         **options: object,
     ) -> Iterator[Running]:
         responder = model if isinstance(model, Responder) else responder_of(model)
         listener = bind("127.0.0.1", 0)
         listener.listen()
         worker = Worker(max_waiting=max_queue, stopping=lambda: server.should_exit)
-        served = Options(Served("tiny", sampling, max_new_tokens), **options)
-        server = uvicorn.Server(settings(create_app(responder, worker, served)))
+        served = ServerOptions(ServedModel("tiny", sampling, max_new_tokens), **options)
+        server = uvicorn.Server(settings(create_app(responder, worker, served), patience=patience))
         answering = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         generating = threading.Thread(target=worker.run)
         address, port = address_of(listener), listener.getsockname()[1]

@@ -7,13 +7,19 @@ import pytest
 from served import CHAT, HELLO, Running, post, wait_until
 
 from openchatkit.inference.engine.sampling import Sampling
-from openchatkit.inference.server import delivery
-from openchatkit.inference.server.worker import Job
+from openchatkit.inference.server.worker import ReplyJob
 
 
 @pytest.fixture(scope="session")
 def random_server(serve, random_models):
     with serve(random_models["neox"], sampling=Sampling(max_tokens=12)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def at_once(serve, trained):
+    """A server that sends each piece of a stream as it comes."""
+    with serve(trained.responder, pace=0.0) as running:
         yield running
 
 
@@ -67,17 +73,16 @@ def test_passages_belong_to_the_last_question(trained):
     assert (status, answer["choices"][0]["message"]["content"]) == (200, "日本 blue")
 
 
-def test_a_stream_is_the_reply_in_pieces(trained, monkeypatch):
-    emit = Job._emit
+def test_a_stream_is_the_reply_in_pieces(at_once, monkeypatch):
+    emit = ReplyJob.emit
 
-    def emit_and_wait(self: Job, text: str) -> None:
+    def emit_and_wait(self: ReplyJob, text: str) -> None:
         """A model this small may make all tokens before the event loop looks: here it waits for each to be taken."""
         emit(self, text)
         wait_until(lambda: not self._text)
 
-    monkeypatch.setattr(Job, "_emit", emit_and_wait)
-    monkeypatch.setattr(delivery, "PACE_SECONDS", 0.0)
-    stream = trained.client().chat.completions.create(
+    monkeypatch.setattr(ReplyJob, "emit", emit_and_wait)
+    stream = at_once.client().chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": "say it"}],
         stream=True,
@@ -95,12 +100,10 @@ def test_a_stream_is_the_reply_in_pieces(trained, monkeypatch):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_text_that_comes_faster_than_the_pace_is_sent_together(trained, monkeypatch):
-    monkeypatch.setattr(delivery, "PACE_SECONDS", 60.0)
-    stream = trained.client().chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "say it"}], stream=True, extra_body={"passages": ["red"]}
-    )
-    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+def test_text_that_comes_faster_than_the_pace_is_sent_together(serve, trained):
+    with serve(trained.responder, pace=60.0) as running:
+        stream = say(running, "say it", stream=True, extra_body={"passages": ["red"]})
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(pieces) == "日本 red"
     assert sum(map(bool, pieces)) <= 2  # the first at once, the rest when the reply is done
 
@@ -334,7 +337,7 @@ def test_a_prompt_is_one_text(trained, prompt):
         (b"\xff", "the body is not JSON: "),
         (b"[1]", "the body is [1]: expected a JSON object"),
         (b"[" * 100_000, "the body is not JSON: it is nested too deeply"),
-        (b'{"temperature": NaN}', "the body is not JSON: NaN is no JSON number"),
+        (b'{"temperature": NaN}', "the body is not JSON: NaN is not a JSON number"),
         (b'{"seed": ' + b"9" * 10_000 + b"}", "the body is not JSON: "),
     ],
     ids=range(7),

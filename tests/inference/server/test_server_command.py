@@ -91,7 +91,7 @@ def test_the_line_at_the_start_says_how_to_ask(trained_model, tmp_path):
     ("flags", "message"),
     [
         (["--port", "65536"], "argument --port: expected a port from 0 to 65535, got '65536'"),
-        (["--timeout", "0"], "argument --timeout: expected seconds above 0, got '0'"),
+        (["--timeout", "0"], "argument --timeout: expected a number above 0, got '0'"),
         (["--max-queue", "-1"], "argument --max-queue: expected a whole number of at least 0, got '-1'"),
         (["--cached-conversations", "0"], "argument --cached-conversations: expected a whole number of at least 1"),
         (["--allow-origin", "*"], "argument --allow-origin: expected an origin such as https://chat.example, got '*'"),
@@ -152,7 +152,7 @@ def test_the_token_comes_from_the_file_or_the_environment(monkeypatch, tmp_path)
     ],
 )
 def test_a_reply_runs_to_its_end_unless_a_flag_says_how_long_it_may_be(flags, expected):
-    assert command.lengths(command.parser().parse_args(flags)) == expected
+    assert command.reply_lengths(command.parser().parse_args(flags)) == expected
 
 
 def test_an_origin_is_taken_as_browsers_send_it():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -17,8 +18,8 @@ from openchatkit.inference.conversation.rendering import KitRendering
 from openchatkit.inference.engine.engine import OutOfMemory
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.server.command import settings
-from openchatkit.inference.server.guard import Guard, send_json
-from openchatkit.inference.server.rate import MOST_ADDRESSES, Rate
+from openchatkit.inference.server.guard import MOST_ADDRESSES, Guard, RateLimiter
+from openchatkit.inference.server.responses import json_response
 from openchatkit.inference.server.worker import Worker
 from openchatkit.libraries import uvicorn_http
 
@@ -146,7 +147,7 @@ def test_with_the_token_everything_is(guarded):
 
 def test_an_address_that_asks_too_often_must_wait_and_others_need_not():
     now = [0.0]
-    rate = Rate(120, clock=lambda: now[0])
+    rate = RateLimiter(120, clock=lambda: now[0])
     assert [rate.take("a") for _ in range(121)] == [0] * 120 + [0.5]
     assert rate.take("b") == 0
     now[0] = 0.4
@@ -173,20 +174,20 @@ def test_a_network_of_ipv6_is_one_address(one, other, same):
     statuses = []
 
     async def application(scope, receive, send):
-        await send_json({}, send)
+        await json_response({})(scope, receive, send)
 
     async def send(message):
         statuses.append(message.get("status"))
 
-    guard = Guard(application, host="::", rate=Rate(1, clock=lambda: 0.0))
+    guard = Guard(application, host="::", rate=RateLimiter(1, clock=lambda: 0.0))
     for address in (one, other):
-        scope = {"method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")], "client": (address, 1)}
-        asyncio.run(guard(scope, None, send))
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "client": (address, 1)}
+        asyncio.run(guard({**scope, "headers": [(b"host", b"localhost")]}, None, send))
     assert [status for status in statuses if status] == [200, 429 if same else 200]
 
 
 def test_addresses_are_not_kept_without_limit():
-    rate = Rate(1, clock=lambda: 0.0)
+    rate = RateLimiter(1, clock=lambda: 0.0)
     for number in range(MOST_ADDRESSES + 1):
         assert rate.take(str(number)) == 0
     assert rate.take(str(MOST_ADDRESSES)) == 60
@@ -255,11 +256,9 @@ def test_a_client_that_hangs_up_within_its_body_is_no_defect(trained, capsys):
 
 
 @pytest.fixture
-def hasty(serve, monkeypatch):
-    """A server that waits but a moment for a client."""
-    protocol = uvicorn_http.protocol
-    monkeypatch.setattr(uvicorn_http, "protocol", lambda: protocol(patience=0.05))
-    return serve
+def hasty(serve):
+    """A server that waits only a moment for a silent client."""
+    return functools.partial(serve, patience=0.05)
 
 
 @pytest.mark.parametrize("head", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"])
@@ -418,7 +417,7 @@ def test_a_defect_tells_the_client_nothing_of_the_inside_and_the_log_where_it_is
     errors.append(KeyError("a secret of the inside"))
     status, body = running.ask(CHAT, {"messages": HELLO})
     assert status == 500
-    assert body["error"]["message"] == "the server failed at this request; its own log says more"
+    assert body["error"]["message"] == "internal error; see the server log"
     logged = capsys.readouterr().err
     assert "KeyError: 'a secret of the inside'" in logged
     assert "test_server_guard.py:" in logged

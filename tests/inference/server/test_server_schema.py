@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.engine.sampling import Sampling, check
 from openchatkit.inference.server import schema
-from openchatkit.inference.server.errors import ApiError
-from openchatkit.inference.server.fields import parse
+from openchatkit.inference.server.fields import parse_json
+from openchatkit.inference.server.responses import ApiError
 
-SERVED = schema.Served("tiny", Sampling(max_tokens=50), 100)
+SERVED = schema.ServedModel("tiny", Sampling(max_tokens=50), 100)
 NAMES = [
     "model",
     "messages",
@@ -60,17 +60,17 @@ BODIES = st.fixed_dictionaries(
 
 @given(BODIES)
 def test_a_chat_is_answerable_or_refused(body):
-    _answerable_or_refused(schema.chat, body)
+    _answerable_or_refused(schema.parse_chat, body)
 
 
 @given(BODIES.map(lambda body: {name: value for name, value in body.items() if name != "messages"}))
 def test_a_completion_is_answerable_or_refused(body):
-    _answerable_or_refused(schema.completion, body)
+    _answerable_or_refused(schema.parse_completion, body)
 
 
 def _answerable_or_refused(read, body: dict[str, object]) -> None:
     try:
-        ask = read(parse(json.dumps(body).encode()), SERVED)
+        request = read(parse_json(json.dumps(body).encode()), SERVED)
     except ApiError as refused:
         error = refused
     else:
@@ -79,17 +79,17 @@ def _answerable_or_refused(read, body: dict[str, object]) -> None:
         assert error.status in (400, 404)
         assert len(json.dumps(error.body)) < 1000
         return
-    check(ask.sampling)
-    assert 1 <= ask.sampling.max_tokens <= SERVED.max_new_tokens
-    assert all(ask.stop)
-    if isinstance(ask.subject, Conversation):
-        assert ask.subject.open
-        ask.subject.turns[-1].text.encode()
+    check(request.sampling)
+    assert 1 <= request.sampling.max_tokens <= SERVED.max_new_tokens
+    assert all(request.stop)
+    if isinstance(request.subject, Conversation):
+        assert request.subject.open
+        request.subject.turns[-1].text.encode()
 
 
 @pytest.mark.parametrize("depth", range(500, 1100, 25))
 def test_no_depth_is_a_defect(depth):
     body = b'{"messages": ' + b"[" * depth + b"]" * depth + b"}"
     with pytest.raises(ApiError) as caught:
-        schema.chat(parse(body), SERVED)
+        schema.parse_chat(parse_json(body), SERVED)
     assert caught.value.status == 400
