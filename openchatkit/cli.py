@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn
 
 from openchatkit.errors import UserError
 from openchatkit.libraries import versions
+from openchatkit.texts import parse_bool
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells count it
 
@@ -148,10 +149,18 @@ def text(given: str) -> str:
 
 def truth(text: str) -> bool:
     """An argparse type for flags the original kit spells `--flag true` or `--flag false`."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
+    value = parse_bool(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return values[text.lower()]
+    return value
+
+
+class RefuseSecret(argparse.Action):
+    """A flag for a secret, refused with a message that says what to do instead (`const`), never the secret."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        flags = "/".join(self.option_strings)
+        raise UserError(f"{flags} is not taken, since other users see command lines: {self.const}")
 
 
 def _whole_number(text: str, *, minimum: int) -> int:

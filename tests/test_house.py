@@ -14,7 +14,7 @@ from openchatkit.paths import ROOT
 
 # A part may import itself and parts of a lower level; those of level 0 may import each other.
 LEVELS = {
-    **dict.fromkeys(("errors", "paths", "storage", "jsonl", "cli", "settings", "progress", "download", "libraries"), 0),
+    **dict.fromkeys(("errors", "paths", "storage", "jsonl", "texts", "cli", "settings", "progress", "download", "libraries"), 0),
     "models": 1,
     **dict.fromkeys(("distributed", "formats"), 2),
     "loading": 3,

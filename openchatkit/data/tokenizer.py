@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from openchatkit.errors import UserError
 from openchatkit.formats.tokenizer_files import has_tokenizer
+from openchatkit.texts import reason_of
 
 # Texts -> the ids of each, tokenised by itself.
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -146,5 +147,5 @@ def _load(folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error

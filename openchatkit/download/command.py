@@ -11,7 +11,6 @@ from loguru import logger
 
 from openchatkit import cli, paths, progress
 from openchatkit.download.sources import fetch_dataset, fetch_source
-from openchatkit.errors import UserError
 
 OIG, MODERATION = "laion/OIG", "ontocord/OIG-moderation"
 _AGAIN = (
@@ -75,23 +74,13 @@ def prepare_data(argv: Sequence[str] | None = None) -> None:
         ("-k", "--secret-access-key", "AWS_SECRET_ACCESS_KEY"),
     ):
         text = f"on_refusal: other users see command lines; set {variable} instead"
-        parser.add_argument(short, flag, nargs="?", action=_RefuseSecret, const=variable, help=text)
+        advice = f"set {variable} in the environment instead, and change the key if it was typed here"
+        parser.add_argument(short, flag, nargs="?", action=cli.RefuseSecret, const=advice, help=text)
     args = parser.parse_args(argv)
     if args.debug:
         logger.remove()
         logger.add(progress.write, format="{message}", level="DEBUG", filter="openchatkit")
     _print(fetch_source(args.data_source, args.dest, keep_packed=args.keep_packed))
-
-
-class _RefuseSecret(argparse.Action):
-    """A flag that once took a secret: its error names the environment variable to set, never the secret."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        flags = "/".join(self.option_strings)
-        raise UserError(
-            f"{flags} is not taken, since other users see command lines: set {self.const} in the environment instead, "
-            "and change the key if it was typed here"
-        )
 
 
 def _print(files: Sequence[Path]) -> None:

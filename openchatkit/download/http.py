@@ -17,6 +17,7 @@ from openchatkit.download.digests import SHA256, Digest
 from openchatkit.download.retry import TransientError
 from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
+from openchatkit.texts import reason_of
 
 if TYPE_CHECKING:
     import httpx2
@@ -97,13 +98,13 @@ def open_url(
                 on_refusal(response)
             yield _answer(response, address, start)
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-        raise TransientError(f"cannot be reached ({_reason(error)})", unreachable=True) from error
+        raise TransientError(f"cannot be reached ({reason_of(error)})", unreachable=True) from error
     except httpx2.TimeoutException as error:
         raise TransientError(f"nothing came for {_TIMEOUT_SECONDS:.0f} seconds") from error
     except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.TooManyRedirects, UnicodeError) as error:
-        raise UserError(f"{redact(address)}: {_reason(error)}: check the address") from error
+        raise UserError(f"{redact(address)}: {reason_of(error)}: check the address") from error
     except httpx2.TransportError as error:
-        raise TransientError(f"the connection broke ({_reason(error)})") from error
+        raise TransientError(f"the connection broke ({reason_of(error)})") from error
 
 
 def connection() -> "httpx2.Client":
@@ -115,15 +116,11 @@ def connection() -> "httpx2.Client":
     except ImportError as error:
         raise UserError("a SOCKS proxy needs socksio: pip install socksio") from error
     except OSError as error:
-        says = f"SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({_reason(error)}): correct or unset it"
+        says = f"SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({reason_of(error)}): correct or unset it"
         raise UserError(says) from error
     except (ValueError, httpx2.InvalidURL) as error:
         # The reason is not shown: it may quote a part of a password.
         raise UserError("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not an address: expected http://host:port") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _answer(response: "httpx2.Response", address: str, start: int) -> Answer:

@@ -19,6 +19,7 @@ from openchatkit.formats.pickled import PickledFile
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import HEAD, layer_number, shard_names
+from openchatkit.texts import reason_of
 
 END_OF_TEXT = 0
 EXAMPLE = "layer_00-model_00-model_states.pt"
@@ -260,7 +261,7 @@ def _read_yml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds no settings; fetch it again")
     known = _DEFAULTS.keys() | _PUBLISHED.keys()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Nothing is fetched, and no code that comes with a model is run.
-LOCAL = {"local_files_only": True, "trust_remote_code": False}
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @contextlib.contextmanager
@@ -37,12 +37,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTr
     """Load a model for inference; UserError when tensors are missing or transformers cannot load it."""
     from transformers import AutoModelForCausalLM
 
+    loaded: Any  # with loading info a pair, which transformers' types do not say
     with one_line_errors(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
+    model: PreTrainedModel
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these with random numbers and go on.
         raise UserError(f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: copy it again")
-    return model.to(device).eval()
+    model.to(device)
+    return model.eval()
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

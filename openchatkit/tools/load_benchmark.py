@@ -1,7 +1,7 @@
-"""How long a model takes to be found, loaded, moved to a device and asked once, and how much memory it fills.
+"""Measure how long a model takes to be found, loaded, moved to a device and run once, and the memory it fills.
 
 Every model has a process of its own, so that memory, imports and caches of one do not count for the next. The keys of
-the results are those of the original kit. Libraries are imported and the GPU is woken before the first clock starts.
+the results are those of the original kit. Libraries and the GPU are ready before the first clock starts.
 """
 
 import json
@@ -29,37 +29,35 @@ _T = TypeVar("_T")
 
 
 def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, float]:
-    """Seconds and MiB of one model, loaded as it is stored, in this process, which should have loaded none before.
+    """Measure seconds and MiB of one model, loaded as it is stored, in this process, which should have loaded no other.
 
     `inference_sec` is the first pass over a short prompt, `inference_warm_sec` the mean of `repeat` more. On the CPU
-    the transfer takes no time and no GPU memory. UserError when it is no model, or does not fit.
+    the transfer takes no time and no GPU memory. UserError when there is no such model, or it does not load.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from openchatkit.formats import hf_model
-    from openchatkit.inference.loading import loader
+    from openchatkit.inference.loading import model_folders
+    from openchatkit.loading import pretrained
 
     def timed(action: Callable[[], _T]) -> tuple[_T, float]:
-        _synchronise(device)
+        _synchronize(device)
         start = time.perf_counter()
         result = action()
-        _synchronise(device)
+        _synchronize(device)
         return result, time.perf_counter() - start
 
     def load(kind: Any, folder: Path, **more: object) -> Any:
-        try:
-            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **more)
-        except Exception as error:  # the libraries raise errors of every kind
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"{folder} cannot be loaded: {reason}") from error
+        with pretrained.one_line_errors(folder):
+            return kind.from_pretrained(folder, **pretrained.LOCAL, **more)
 
     begun = time.perf_counter()
     small, tokenizer_download = timed(lambda: hf_model.fetch(name, weights=False))
     tokenizer, tokenizer_load = timed(lambda: load(AutoTokenizer, small))
-    folder, model_download = timed(lambda: loader.find_model(name))
+    folder, model_download = timed(lambda: model_folders.find_model(name))
     before = _main_memory()
-    model, load_to_ram = timed(lambda: _touch(load(AutoModelForCausalLM, folder, dtype="auto").eval()))
+    model, load_to_ram = timed(lambda: _read_weights(load(AutoModelForCausalLM, folder, dtype="auto").eval()))
     main_memory = _main_memory() - before
     held, transfer = _gpu_memory(device), 0.0
     if device.type != "cpu":
@@ -84,14 +82,14 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
 
 
 def benchmark(models: dict[str, str], output: Path, *, device: str, repeat: int) -> dict[str, dict[str, float]]:
-    """`measure` of each model, {name: path or hub name}, one after the other, in processes of their own.
+    """Measure each model of {name: path or hub name}, one after the other, in processes of their own.
 
     `output` is written after each, so that a model that cannot be loaded does not cost the others their results.
     """
     results: dict[str, dict[str, float]] = {}
     with bar(len(models), "loading", unit="model") as progress:
         for name, path in models.items():
-            results[name] = _in_a_process(name, path, device, repeat)
+            results[name] = _measure_in_process(name, path, device, repeat)
             assert all(map(math.isfinite, results[name].values())), results
             try:
                 write_text(output, json.dumps(results, indent=2) + "\n")
@@ -102,19 +100,19 @@ def benchmark(models: dict[str, str], output: Path, *, device: str, repeat: int)
 
 
 def read_models(path: Path) -> dict[str, str]:
-    """The input file, {name: path or hub name}; UserError when it is none."""
+    """Read the input file, {name: path or hub name}; UserError when it holds anything else."""
     try:
         models = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--input {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"--input {path} is no JSON: {error}") from error
+        raise UserError(f"--input {path} is not JSON: {error}") from error
     if not isinstance(models, dict) or not models or not all(isinstance(value, str) for value in models.values()):
         raise UserError(f'--input {path}: expected an object of models such as {{"pythia": "EleutherAI/pythia-1.4b"}}')
     return models
 
 
-def _in_a_process(name: str, path: str, device: str, repeat: int) -> dict[str, float]:
+def _measure_in_process(name: str, path: str, device: str, repeat: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
         command = [
@@ -128,8 +126,9 @@ def _in_a_process(name: str, path: str, device: str, repeat: int) -> dict[str, f
         ]
         done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
         if done.returncode == 0:
-            return json.loads(result.read_text(encoding="utf-8"))
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+            numbers: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
+            return numbers
+    said = (done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
     if done.returncode == USER_ERROR:
         raise UserError(f"{name}: {said}")
     ended = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}, perhaps out of memory"
@@ -137,7 +136,7 @@ def _in_a_process(name: str, path: str, device: str, repeat: int) -> dict[str, f
 
 
 def child() -> None:
-    """The process of one model: path, device, repetitions and the file for the result are its arguments."""
+    """Run as the process of one model, whose arguments are path, device, repetitions and the file for the result."""
 
     @cli.command
     def run(argv: Sequence[str] | None = None) -> None:
@@ -145,9 +144,9 @@ def child() -> None:
         from openchatkit.inference.loading import loader
 
         path, device, repeat, result = argv or []
-        loader.quiet()
+        loader.silence_libraries()
         try:
-            numbers = measure(path, _wake(device), repeat=int(repeat))
+            numbers = measure(path, _initialise(device), repeat=int(repeat))
         except (RuntimeError, MemoryError) as error:
             if engine.is_out_of_memory(error):
                 raise UserError(f"{path} does not fit into the memory of {device}") from error
@@ -162,20 +161,20 @@ def _repeat(action: Callable[[], object], times: int) -> None:
         action()
 
 
-def _wake(name: str) -> "torch.device":
-    """The device, with its context made, so that no clock measures that; UserError when it is not there."""
+def _initialise(name: str) -> "torch.device":
+    """Return the device, with its context made, so that no clock measures that; UserError when there is none."""
     import torch
 
     try:
         device = torch.device(name)
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device))
-        _synchronise(device)
+        _synchronize(device)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
         raise UserError(f"--device {name} cannot be used here (pass -d cpu?): {str(error).splitlines()[0]}") from error
     return device
 
 
-def _touch(model: Any) -> Any:
+def _read_weights(model: Any) -> Any:
     """Read every page of the weights: of a memory-mapped file, nothing is in main memory before that."""
     for tensor in (*model.parameters(), *model.buffers()):
         flat = tensor.detach().reshape(-1)
@@ -183,7 +182,7 @@ def _touch(model: Any) -> Any:
     return model
 
 
-def _synchronise(device: "torch.device") -> None:
+def _synchronize(device: "torch.device") -> None:
     import torch
 
     if device.type != "cpu":
@@ -191,7 +190,7 @@ def _synchronise(device: "torch.device") -> None:
 
 
 def _gpu_memory(device: "torch.device") -> int:
-    """Bytes of tensors on a GPU."""
+    """Return the bytes of tensors on a GPU."""
     import torch
 
     if device.type == "cuda":
@@ -200,7 +199,7 @@ def _gpu_memory(device: "torch.device") -> int:
 
 
 def _main_memory() -> int:
-    """Bytes of main memory that this process fills at the moment; where the system does not say, that it ever did."""
+    """Return the bytes of main memory that this process fills now; where the system does not say, at its peak."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
     except OSError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from openchatkit.data.records.raw_row import ROW_LIMIT, TOO_LONG, Mark, RawRow
 from openchatkit.errors import UserError
+from openchatkit.texts import reason_of
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch, Table
@@ -44,7 +45,7 @@ class Parquet:
         try:
             self._file = parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         except pa.ArrowException as error:
-            raise UserError(f"{path} is no parquet file, or cut short ({_line(error)}): fetch it again") from error
+            raise UserError(f"{path} is no parquet file, or cut short ({reason_of(error)}): fetch it again") from error
         self._columns = _columns(path, self._file.schema_arrow.names, columns)
         self._groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
 
@@ -69,7 +70,7 @@ class Parquet:
                         yield RawRow(self._row, data, Mark(self._row), error)
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{self._path}: cut short or damaged after row {self._row} ({_line(error)}): fetch it again"
+                f"{self._path}: cut short or damaged after row {self._row} ({reason_of(error)}): fetch it again"
             ) from error
 
     def close(self) -> None:
@@ -88,7 +89,7 @@ class SavedDataset:
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:  # the library wraps no error of a missing or damaged file
-            raise UserError(f"{path} cannot be loaded by datasets: {_line(error)}") from error
+            raise UserError(f"{path} cannot be loaded by datasets: {reason_of(error)}") from error
         if isinstance(loaded, datasets.DatasetDict):
             if "train" not in loaded:
                 raise UserError(f"{path} has no split 'train': pass one of its folders, {', '.join(sorted(loaded))}")
@@ -111,7 +112,9 @@ class SavedDataset:
                     self._row += 1
                     yield RawRow(self._row, data, Mark(self._row), error)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self._path} is damaged after row {self._row} ({_line(error)}): save it again") from error
+            raise UserError(
+                f"{self._path} is damaged after row {self._row} ({reason_of(error)}): save it again"
+            ) from error
 
     def close(self) -> None:
         """Do nothing: the memory map is freed with the object."""
@@ -152,7 +155,3 @@ def _json(rows: "RecordBatch | Table") -> Iterator[tuple[bytes, str]]:
 def _to_json(value: object) -> str:
     """Return a string for a value that JSON has no form for; bytes are text that its writer did not mark as such."""
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -19,6 +19,7 @@ from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
 from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.conversation.rendering import begun_text
+from openchatkit.texts import reason_of
 
 _ROLES = {"human": "user", "bot": "assistant"}
 _ADVICE = "use --template kit"
@@ -102,7 +103,7 @@ class TemplateRendering:
         try:
             text = self._tokenizer.apply_chat_template(messages, generation_prompt=open)
         except Exception as error:  # a template is a program: besides jinja2's errors it can raise any of Python's
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             raise UserError(
                 f"the model's chat template does not take this conversation ({reason}): {_ADVICE}"
             ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from openchatkit.errors import UserError
+from openchatkit.texts import parse_bool
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ def changed(sampling: Sampling, name: str, text: str) -> Sampling:
         raise UserError(f"there is no setting {name!r}: expected one of {', '.join(_RULES)}")
     kind, _, expected = _RULES[name]
     try:
-        value = _YES_NO[text.strip().lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise _refused(name, text, expected) from None
+        value = parse_bool(text) if kind is bool else kind(text)
+    except ValueError:
+        value = None
+    if value is None:
+        raise _refused(name, text, expected)
     new = replace(sampling, **{name: value})
     check(new)
     return new
@@ -143,5 +146,3 @@ _RULES: dict[str, tuple[type, Callable[..., bool], str]] = {
     "min_p": (float, lambda value: 0 <= value <= 1, "a number from 0 to 1; 0 keeps all tokens"),
     "repetition_penalty": (float, lambda value: 0.01 <= value <= 100, "a number from 0.01 to 100; 1 changes nothing"),
 }
-
-_YES_NO = {"yes": True, "on": True, "true": True, "1": True, "no": False, "off": False, "false": False, "0": False}

@@ -9,6 +9,7 @@ from openchatkit import cli
 from openchatkit.errors import USER_ERROR, UserError
 from openchatkit.formats.moderation import LABELS
 from openchatkit.inference.moderation import flags, policy
+from openchatkit.texts import shorten
 
 if TYPE_CHECKING:
     from openchatkit.inference.moderation.moderator import Verdict
@@ -95,8 +96,7 @@ def _object(text: str, verdict: "Verdict") -> str:
 def _row(text: str, verdict: "Verdict") -> str:
     from openchatkit.inference.streaming import clean
 
-    shown = " ".join(clean(text).split())
-    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    shown = shorten(clean(text), _SHOWN)
     unlabelled = "(not judged)" if verdict.reason else "(nothing)"
     probability = f"{verdict.probability:11.2f}" if verdict.label else " " * 11
     return f"{verdict.action:6}  {verdict.label or unlabelled:{_WIDTH}}  {probability}  {shown}"

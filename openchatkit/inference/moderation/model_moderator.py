@@ -11,6 +11,7 @@ from openchatkit.errors import UserError
 from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.moderation.policy import ANSWER, QUESTION, Policy
 from openchatkit.inference.moderation.scorer import Scorer, UnjudgedError
+from openchatkit.texts import reason_of
 
 # What any moderation model has a label for, tried before the first chat.
 _TRIAL = "Hello, how are you?"
@@ -44,7 +45,7 @@ class ModelModerator:
                 return Verdict(True, action="allow")
             decision = self.policy.decide(part, windows)
         except Exception as error:  # whatever it is, the text has not been judged
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error)
             logger.warning(f"moderation failed, so this {part} is not allowed: {reason}")
             return Verdict(False, message=self.policy.messages["unjudged"], action="block", reason=reason)
         messages = {"allow": "", "warn": self.policy.messages["warning"], "block": self.policy.messages[part]}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from openchatkit.errors import UserError
 from openchatkit.formats.moderation import LABELS
+from openchatkit.texts import reason_of
 
 ACTIONS = ("allow", "warn", "block")  # from the mildest to the strictest
 QUESTION, ANSWER = "question", "answer"
@@ -117,7 +118,7 @@ def _read(path: Path) -> Mapping[str, object]:
     except OSError as error:
         raise UserError(f"--moderation-policy {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(f"--moderation-policy {path} is no {path.suffix or '.yaml'} file: {reason}") from error
     if given is None:
         given = {}

@@ -58,7 +58,10 @@ def parser() -> cli.Parser:
     given.add_argument("--allow-origin", nargs="+", type=_origin, default=[], metavar="ORIGIN", help=origins)
     given.add_argument("--token-file", type=Path, help=f"a file with the token that {TOKEN_VARIABLE} gives otherwise")
     refused = f"refused: other users see command lines; set {TOKEN_VARIABLE}, or use --token-file"
-    advice = f"set {TOKEN_VARIABLE} in the environment or pass --token-file FILE, and take another token if it was typed here"
+    advice = (
+        f"set {TOKEN_VARIABLE} in the environment or pass --token-file FILE, and take another token if it was typed "
+        "here"
+    )
     given.add_argument("--token", "--api-key", nargs="?", action=cli.RefuseSecret, const=advice, help=refused)
     given.add_argument("--max-queue", type=cli.natural, default=16, help="requests that may wait for their turn")
     often = "requests a minute from one address; 0 is no limit"

@@ -23,6 +23,7 @@ from openchatkit.inference.shell.output import INTERRUPTED, Output, Unwritable
 from openchatkit.inference.shell.style import Style
 from openchatkit.inference.streaming import clean
 from openchatkit.retrieval.passage import Passage
+from openchatkit.texts import shorten
 
 # What people type who know other shells.
 _ALIASES = {"?": "help", "bye": "quit", "exit": "quit", "clear": "reset"}
@@ -160,7 +161,7 @@ class Shell(cmd.Cmd):
 
     def do_undo(self, _: str) -> None:
         """/undo  take back the last question and its reply"""
-        self._output.tell(f"taken back: {words.short(self._session.undo())}")
+        self._output.tell(f"taken back: {shorten(self._session.undo())}")
 
     def do_reset(self, _: str) -> None:
         """/reset  forget the conversation; so does /clear"""
@@ -213,7 +214,7 @@ class Shell(cmd.Cmd):
         shown = {
             "model": self._about or "not said",
             "template": form,
-            "system": words.short(clean(session.system)) or "none",
+            "system": shorten(clean(session.system)) or "none",
             "conversation": report.count(len(session.conversation.turns), "turn"),
             "retrieval": words.plain(session.retrieval),
             **{name: words.plain(value) for name, value in self._settings().items()},
@@ -246,9 +247,7 @@ class Shell(cmd.Cmd):
         self._session.load(text)
         self._passages = []
         conversation = self._session.conversation
-        asked = (
-            f"; the last question: {words.short(conversation.last_question.text)}" if conversation.last_question else ""
-        )
+        asked = f"; the last question: {shorten(conversation.last_question.text)}" if conversation.last_question else ""
         self._output.tell(f"{text}: {report.count(len(conversation.turns), 'turn')}{asked}")
 
     def do_chats(self, _: str) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from openchatkit.errors import UserError
 from openchatkit.inference.streaming import clean
-
-_ON_OFF = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+from openchatkit.texts import parse_bool
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -17,9 +16,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def on_off(text: str, name: str) -> bool:
     """What was typed for the switch `name`. UserError for neither."""
-    if text.lower() not in _ON_OFF:
+    value = parse_bool(text)
+    if value is None:
         raise UserError(f"{name} {clean(text)[:40]!r}: expected on or off")
-    return _ON_OFF[text.lower()]
+    return value
 
 
 def plain(value: object) -> str:
@@ -29,9 +29,3 @@ def plain(value: object) -> str:
     if isinstance(value, list):
         return json.dumps(value, ensure_ascii=False) if value else "none"
     return "none" if value is None else str(value)
-
-
-def short(text: str) -> str:
-    """The beginning of a text, on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
