@@ -55,7 +55,7 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    loader.quiet()
+    loader.silence_libraries()
     # What the kit keeps for its user is to stay as it is.
     os.environ[HOME_VARIABLE] = str(options.folder / "home")
     folder = model_folder(
@@ -194,7 +194,7 @@ def with_bare_loop(model: PreTrainedModel, prompt: Sequence[int], new_tokens: in
     return times, tokens
 
 
-def with_engine(loaded: loader.Loaded, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], list[int]]:
+def with_engine(loaded: loader.LoadedModel, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], list[int]]:
     """With an engine of its own, since one keeps what it has read."""
     engine = Engine(loaded.model, eos_ids=(), device=loaded.device, cache_dtype=loaded.cache_dtype)
     times, tokens = [time.perf_counter()], []

@@ -1,31 +1,39 @@
 """The conversation so far.
 
-Owns how turns follow each other, and how they become messages and are made of them; how they are written for a model
-is `rendering`'s. A conversation is a value: asking and answering make a new one, so a turn that fails is undone by
-keeping the old.
+Owns how turns follow each other, and how they are converted to messages and back; how they are written for a model is
+`rendering`'s. A conversation is a value: asking and answering make a new one, so a turn that fails is undone by keeping
+the old.
+
+Calls of tools and their results become text, for models that read only questions and replies. A call is part of the
+assistant's reply, its result part of the human's next turn:
+
+    <bot>: Calling get_weather({"city": "Paris"})
+    <human>: Result of get_weather:
+    18 degrees
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
-from openchatkit.inference.conversation import tools
 
 _ROLES = {"user": "human", "assistant": "bot"}
 _SYSTEM = ("system", "developer")
+TOOL_ROLES = ("tool", "function")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the human's and the bot's, mostly in alternation, under a system text.
+    """Turns of the human and the bot, mostly in alternation, under a system text.
 
     `preamble` (date and time) stands before the system text where a model was trained with one. A question keeps its
-    passages, so that it can be asked again; `as_read` says which of them a model still reads. `begun` is how the reply
-    to the last question begins, where the model is to go on from there.
+    passages, so that it can be asked again; `as_read` says which of them a model still reads. `begun` is the beginning
+    of the reply to the last question, where the model is to continue one.
     """
 
     system: str = ""
@@ -35,7 +43,7 @@ class Conversation:
 
     @property
     def last_question(self) -> Turn | None:
-        """The last turn of the human's, answered or not."""
+        """The human's last turn, answered or not."""
         return next((turn for turn in reversed(self.turns) if turn.role == "human"), None)
 
     @property
@@ -86,14 +94,14 @@ class Conversation:
         return replace(self, turns=(*before, *self.turns[answered + 1 :]))
 
     def alternating(self) -> "Conversation":
-        """This conversation with turns of one side that follow each other made one, an empty line between them."""
+        """This conversation with consecutive turns of one side joined, an empty line between them."""
         turns: list[Turn] = []
         for turn in self.turns:
             _add(turns, turn)
         return replace(self, turns=tuple(turns))
 
     def messages(self) -> list[dict[str, object]]:
-        """The system text and the turns as messages of the roles system, user and assistant; `preamble` is none."""
+        """The system text and the turns as messages of the roles system, user and assistant; without the preamble."""
         messages: list[dict[str, object]] = []
         if self.system.strip():
             messages.append({"role": "system", "content": self.system})
@@ -114,8 +122,8 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
     """The conversation of messages {"role": ..., "content": ...}; a user's may have `passages`, a list of strings.
 
     Roles are system (or developer), user and assistant, in any order, and tool (or function), whose results are part of
-    what the user's side says. System messages are joined, wherever they stand; messages of one side that follow each
-    other are turns of their own, as in training. Calls of tools become text (see `tools`), other keys are ignored.
+    the user's side. System messages are joined, wherever they stand; consecutive messages of one side are separate
+    turns, as in training. Calls of tools become text, other keys are ignored.
     UserError names the message that cannot be used.
     """
     system: list[str] = []
@@ -124,16 +132,16 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
         if not isinstance(message, Mapping):
             raise UserError(f"message {number} is no object: expected one with a role and a content")
         role, content = message.get("role"), message.get("content")
-        if content is None and role == "assistant" and tools.calls_something(message):
+        if content is None and role == "assistant" and has_calls(message):
             content = ""
         if not isinstance(content, str):
             raise UserError(f"the content of message {number} is no text: expected a string")
         if role in _SYSTEM:
             system += [content] if content.strip() else []
-        elif role in tools.RESULTS:
-            _add(turns, Turn("human", tools.with_name(message, content, messages[: number - 1])))
+        elif role in TOOL_ROLES:
+            _add(turns, Turn("human", _with_name(message, content, messages[: number - 1])))
         elif isinstance(role, str) and role in _ROLES:
-            content = tools.with_calls(message, content, number) if role == "assistant" else content
+            content = _with_calls(message, content, number) if role == "assistant" else content
             turns.append(Turn(_ROLES[role], content, _passages(message.get("passages"), role, number)))
         else:
             raise UserError(
@@ -143,10 +151,10 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
 
 
 def to_answer(messages: Sequence[object]) -> Conversation:
-    """The conversation of messages that a reply is to be made to; see `from_messages`.
+    """The conversation of messages that ask for a reply; see `from_messages`.
 
-    The last is a question, or a tool's result; or the assistant's, and then the reply is the rest of what it begins.
-    UserError where it is neither, or empty.
+    The last is a question, or a tool's result; or the assistant's, and then the reply finishes it. UserError where it
+    is neither, or empty.
     """
     end = len(messages)
     while end and isinstance(last := messages[end - 1], Mapping) and last.get("role") == "assistant":
@@ -173,3 +181,49 @@ def _passages(passages: object, role: str, number: int) -> tuple[str, ...]:
     if not isinstance(passages, list | tuple) or not all(isinstance(passage, str) for passage in passages):
         raise UserError(f"the passages of message {number} are no list of strings")
     return tuple(passages)
+
+
+def _with_calls(message: Mapping[str, object], content: str, number: int) -> str:
+    """The text and the calls of an assistant's message. UserError, naming the message, for a malformed call."""
+    called = "\n".join(f"Calling {name}({arguments})" for _, name, arguments in _calls(message, number))
+    return f"{content}\n\n{called}" if called and content.strip() else called or content
+
+
+def _with_name(message: Mapping[str, object], content: str, before: Sequence[object]) -> str:
+    """A tool's result under the tool's name, from its message or from the call among the messages `before` it."""
+    name, id = message.get("name"), message.get("tool_call_id")
+    if not isinstance(name, str) and isinstance(id, str):
+        calls = (call for earlier in before if isinstance(earlier, Mapping) for call in _calls(earlier, 0))
+        name = next((called for call_id, called, _ in calls if call_id == id), None)
+    return f"Result of {name if isinstance(name, str) else 'a tool'}:\n{content}"
+
+
+def has_calls(message: Mapping[str, object]) -> bool:
+    """Whether a message has calls, well-formed or not."""
+    return bool(message.get("tool_calls") or message.get("function_call"))
+
+
+def _calls(message: Mapping[str, object], number: int) -> Iterator[tuple[object, str, str]]:
+    """Yield the calls of a message: (id, name, arguments)."""
+    calls = message.get("tool_calls") or []
+    if function := message.get("function_call"):
+        calls = [{"function": function}]
+    if not isinstance(calls, list):
+        raise UserError(f"the tool_calls of message {number} are no list")
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
+        name, arguments = function.get("name"), function.get("arguments")
+        if not isinstance(name, str) or not name or not isinstance(arguments, str | Mapping | None):
+            raise UserError(
+                f'a tool call of message {number} is not understood: expected {{"function": {{"name": ..., '
+                '"arguments": ...}}'
+            )
+        yield call.get("id"), name, arguments if isinstance(arguments, str) else _as_json(arguments or {}, number)
+
+
+def _as_json(arguments: object, number: int) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except RecursionError as error:
+        raise UserError(f"the arguments of a tool call of message {number} are nested too deeply") from error

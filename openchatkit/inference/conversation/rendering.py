@@ -65,14 +65,14 @@ def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Rendering:
     "kit" is this kit's form, "model" the model's own chat template. "auto" is the model's, unless it has none or one
     that this kit wrote, which says the same as the kit's form. UserError where the template is missing or broken.
     """
-    from openchatkit.inference.conversation.templates import TemplateRendering
-
     assert name in ("auto", "kit", "model"), name
     own = tokenizer.chat_template
     if name == "model" and not own:
         raise UserError(f"--template model: the model in {folder} has no chat template, use --template kit")
     if name == "kit" or not own or (name == "auto" and chat.is_own_template(own)):
         return KitRendering(tokenizer)
+    from openchatkit.inference.conversation.templates import TemplateRendering
+
     return TemplateRendering(tokenizer)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from openchatkit import storage
 from openchatkit.formats import hf_model, int8_cache
 from openchatkit.inference.engine.linear import Int8Linear
 from openchatkit.inference.loading import int8, loader
@@ -116,8 +117,7 @@ def test_where_nothing_can_be_kept_the_model_loads_all_the_same(folder, quantise
     if trouble == "no place":
         chat_home.write_text("a file", encoding="utf-8")
     elif trouble == "no room":
-        usage = type("Usage", (), {"free": 1000})
-        monkeypatch.setattr(int8_cache.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(storage, "free_bytes", lambda folder: 1000)
     else:
         monkeypatch.setattr(int8, "SMALLEST", 10**6)
     logits(folder)

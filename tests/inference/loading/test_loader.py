@@ -1,4 +1,4 @@
-"""Finding a model, saying what a folder is that is none, and placing a model on what there is."""
+"""`loader`, `model_folders` and `placement`: finding a model, explaining other folders, and loading."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, lega
 from openchatkit.inference.engine import linear
 from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
-from openchatkit.inference.loading import loader, placement
+from openchatkit.inference.loading import loader, model_folders, placement
 from openchatkit.libraries import pytorch
 from openchatkit.loading import hardware
 from openchatkit.paths import ROOT
@@ -53,7 +53,7 @@ def refused(name, message: str) -> None:
 def test_a_model_is_loaded_with_its_tokenizer_and_its_end(random_models, no_gpu, name):
     said = []
     loaded = loader.load(str(random_models[name]), announce=said.append)
-    count = loader._parameters(AutoConfig.from_pretrained(random_models[name]))
+    count = loader._count_parameters(AutoConfig.from_pretrained(random_models[name]))
     assert said == [f"loading {random_models[name]}, {count:,} parameters, on {loaded.device} in float32"]
     assert (loaded.dtype, loaded.model.dtype, loaded.eos_ids) == (torch.float32, torch.float32, {0})
     assert not loaded.model.training
@@ -90,14 +90,14 @@ def test_the_precision_follows_device_and_size(monkeypatch):
 
 def test_the_size_of_a_model_is_known_before_it_is_loaded(random_models):
     model = AutoModelForCausalLM.from_pretrained(random_models["gptj"])
-    assert loader._parameters(AutoConfig.from_pretrained(random_models["gptj"])) == model.num_parameters()
+    assert loader._count_parameters(AutoConfig.from_pretrained(random_models["gptj"])) == model.num_parameters()
 
 
 @pytest.mark.parametrize(
     ("number", "said"), [(999_999, "999,999"), (123_456_789, "123.5 million"), (20_554_567_680, "20.6 billion")]
 )
 def test_the_size_of_a_model_is_said_in_few_digits(number, said):
-    assert loader._rounded(number) == said
+    assert loader._round(number) == said
 
 
 def test_a_model_that_does_not_fit_into_memory_is_read_from_disk_as_it_is_needed(random_models):
@@ -132,7 +132,7 @@ def test_weights_are_packed_where_memory_allows_and_else_stay_in_the_mapped_file
 def test_int8_is_near_the_model_and_leaves_the_embedding(random_models, no_gpu, name):
     said = []
     loaded = loader.load(str(random_models[name]), dtype="int8", announce=said.append)
-    count = loader._parameters(AutoConfig.from_pretrained(random_models[name]))
+    count = loader._count_parameters(AutoConfig.from_pretrained(random_models[name]))
     assert said == [f"loading {random_models[name]}, {count:,} parameters, on cpu in int8"]
     assert loaded.dtype == loaded.model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert not [module for module in loaded.model.modules() if isinstance(module, nn.Linear)]
@@ -358,7 +358,8 @@ def test_a_folder_that_must_not_be_read(copy, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(loader, "check_folder", forbidden)
+    (copy / layer_shards.CONFIG).unlink()
+    monkeypatch.setattr(model_folders, "check_folder", forbidden)
     refused(copy, f"--model {copy} cannot be read: Permission denied")
     refused("x" * 5000, "cannot be read: File name too long")
 
@@ -449,7 +450,7 @@ def test_ends_of_a_reply_that_are_no_ids(copy, ids):
 
 
 def test_notes_of_bitsandbytes_stay_off_the_terminal(random_models, no_gpu, caplog):
-    loader.quiet()  # before the import, which has notes of its own
+    loader.silence_libraries()  # before the import, which has notes of its own
     pytest.importorskip("bitsandbytes")
     model = loader.load(str(random_models["neox"]), bits=8).model
     with torch.inference_mode():
