@@ -86,7 +86,7 @@ def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slo
     from openchatkit.inference.loading import loader
     from openchatkit.inference.responder import Responder
 
-    loader.quiet()
+    loader.silence_libraries()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     moderator = moderation.moderator(given, announce)

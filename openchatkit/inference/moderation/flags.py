@@ -55,7 +55,7 @@ def moderator(given: argparse.Namespace, announce: Callable[[str], None]) -> "Mo
     from openchatkit.inference.moderation.model_moderator import ModelModerator
     from openchatkit.inference.moderation.scorer import Scorer
 
-    loader.quiet()
+    loader.silence_libraries()
     gpu_id = given.moderation_gpu_id if given.moderation_gpu_id is not None else getattr(given, "gpu_id", 0)
     try:
         loaded = loader.load(given.moderation_model, gpu_id=gpu_id, dtype=given.moderation_dtype, announce=announce)
