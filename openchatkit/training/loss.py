@@ -1,14 +1,15 @@
-"""Cross-entropy of the vocabulary projection, walked in chunks: the [tokens, vocab] logits never exist at once.
+"""Cross-entropy of the vocabulary projection, taken chunk by chunk: the [tokens, vocab] logits never exist at once.
 
 For a token with hidden state h and label y, let p = softmax(W h + b). The loss is -log p[y], and its gradient by the
 logits is p - onehot(y). Both come out of one pass over a chunk, so the projection is computed once, and p stays in the
-dtype of the products. What that dtype would round away is kept by way of r, the sum of p over all but y, which has
-full relative precision: near certainty -log p[y] = -log(1 - r), and the gradient's entry at y is -r.
+dtype of the products. That dtype rounds 1 - p[y] away near certainty, but not r, the sum of p over all labels but y:
+there -log p[y] = -log(1 - r), and the gradient's entry at y is -r.
 
-float16 has no room for small entries of p, nor for the gradient of W, a sum over many tokens, before it is scaled.
-There p is float32, and so are the gradients until they are scaled.
+float16 cannot hold small entries of p, nor the gradient of W, a sum over many tokens, before it is scaled. There p is
+float32, and so are the gradients until they are scaled.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,23 +18,22 @@ from torch import Tensor, nn
 from openchatkit.data.batch import IGNORE
 from openchatkit.libraries import pytorch
 
-# Tokens whose logits are alive at once. Each chunk costs one addition of the projection's whole gradient, which is why
-# it is not smaller.
-_CHUNK_TOKENS = 1024
+# Tokens whose logits exist at once. Each chunk adds the whole gradient of the projection once, so fewer would be slow.
+CHUNK_TOKENS = 1024
 
-# Below this probability -log p[y] is taken from the logits: p[y] may have lost digits, or be 0, in float16.
+# Below this probability -log p[y] comes from the logits: p[y] may have lost digits, or be 0, in float16.
 _UNLIKELY = 1e-3
 
-# What p is multiplied by where a product takes it in float16: its largest entry, 1, stays within float16's range, and
-# entries down to 2e-12 do not become 0.
+# Multiplies p before a product in float16: its largest entry, 1, stays within float16's range, and entries down to
+# 2e-12 do not become 0.
 _FLOAT16_FACTOR = 2.0**15
 
 
 class VocabularyLoss:
-    """The loss of a projection to the vocabulary; keeps its two buffers of a chunk's logits from call to call."""
+    """Loss of a projection to the vocabulary; its two buffers for a chunk's logits are kept from call to call."""
 
-    def __init__(self, projection: nn.Linear) -> None:
-        self.projection = projection
+    def __init__(self, projection: nn.Linear, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self.projection, self.chunk_tokens = projection, chunk_tokens
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -45,38 +45,39 @@ class VocabularyLoss:
         sources: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """Sum of the cross-entropy over the tokens whose label is not IGNORE, times `scale`, in float32.
+        """Return the sum of the cross-entropy over the tokens whose label is not IGNORE, times `scale`, in float32.
 
-        hidden is [..., hidden_size], labels [...]. Where gradients are wanted, those of the projection's parameters
-        are added to their `.grad` here and now, in float32, and that of `hidden` is kept for backward. The result
+        hidden is [..., hidden_size], labels [...]. If gradients are enabled, those of the projection's parameters are
+        added to their `.grad` in this call already, in float32, and that of `hidden` is kept for backward. The result
         must therefore be backpropagated exactly once, with a gradient of one: every factor belongs into `scale`.
         The products run in the autocast dtype, if there is one. With `sources`, int64 and shaped as labels, each
-        token's loss is also added, as it is without `scale`, to its source's entry of `sums`, in float64.
+        token's loss is also added, without `scale`, to its source's entry of `sums`, in float64.
 
-        Labels and sources are best on the CPU, whatever the device of `hidden` and `sums`: how many tokens are trained
-        on decides about shapes, and to learn it from a GPU is to wait until it has done all it was given before.
+        Labels and sources should be on the CPU, whatever the device of `hidden` and `sums`: shapes depend on the number
+        of trained tokens, and reading it from a GPU would wait until that has finished all its work.
         """
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.projection.weight.dtype
         trained = (labels != IGNORE).nonzero().squeeze(-1)
-        everything = trained.numel() == labels.numel()
-        of_each = [labels] if sources is None else [labels, sources.flatten()]
-        trained, labels, *sources_of_each = _on(
-            hidden.device, [trained, *(values.index_select(0, trained) for values in of_each)]
+        all_trained = trained.numel() == labels.numel()
+        per_token = [labels] if sources is None else [labels, sources.flatten()]
+        trained, labels, *sources_of_trained = _move(
+            [trained, *(values.index_select(0, trained) for values in per_token)], hidden.device
         )
-        if not everything:
+        if not all_trained:
             hidden = hidden.index_select(0, trained)
-        total, losses = _Walk.apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
-        for own in sources_of_each:
-            assert sums is not None
-            sums.index_add_(0, own, losses.double())
+        apply: Callable[..., tuple[Tensor, Tensor]] = _LossWithGradientsInForward.apply
+        total, losses = apply(hidden, self, labels, scale, dtype, torch.is_grad_enabled())
+        for numbers in sources_of_trained:
+            assert sums is not None, "losses by source need a tensor to add them to"
+            sums.index_add_(0, numbers, losses.double())
         return total
 
     def buffers(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Two [tokens, vocab] tensors whose contents are anything: one of `dtype` for logits, one for probabilities."""
-        shape = (min(tokens, _CHUNK_TOKENS), self.projection.out_features)
+        """Return two uninitialised [tokens, vocab] tensors: one of `dtype` for logits, one for probabilities."""
+        shape = (min(tokens, self.chunk_tokens), self.projection.out_features)
         known = self._buffers
         if known is None or known[0].shape[0] < shape[0] or known[0].dtype != dtype:
             device = self.projection.weight.device
@@ -86,7 +87,12 @@ class VocabularyLoss:
         return known[0][:tokens], known[1][:tokens]
 
 
-class _Walk(torch.autograd.Function):
+class _LossWithGradientsInForward(torch.autograd.Function):
+    """The summed loss and each token's, by one pass over chunks whose forward computes all gradients too.
+
+    Backward only hands on the gradient of `hidden`.
+    """
+
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
@@ -106,21 +112,21 @@ class _Walk(torch.autograd.Function):
             gradient = torch.empty_like(hidden if dtype == torch.float16 else inputs) if with_gradients else None
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             each = torch.empty(inputs.shape[0], dtype=torch.float32, device=hidden.device)
-            for start in range(0, inputs.shape[0], _CHUNK_TOKENS):
-                piece = slice(start, start + _CHUNK_TOKENS)
+            for start in range(0, inputs.shape[0], loss.chunk_tokens):
+                piece = slice(start, start + loss.chunk_tokens)
                 x, y = inputs[piece], labels[piece]
                 logits, probabilities = loss.buffers(x.shape[0], dtype)
                 torch.mm(x, weight.T, out=logits)
                 if bias is not None:
                     logits += bias
                 torch.softmax(logits, dim=-1, dtype=probabilities.dtype, out=probabilities)
-                losses, rest = _losses(logits, probabilities, y)
+                losses, rest = _token_losses(logits, probabilities, y)
                 total += losses.sum()
                 each[piece] = losses
                 if gradient is not None:
                     probabilities[torch.arange(len(y), device=y.device), y] = -rest
                     if dtype == torch.float16:
-                        # The logits have served; their memory can hold what the products take.
+                        # The logits are not needed any more: their memory can hold the operands of the products.
                         by_hidden, by_weight, factor = _float16_products(probabilities, weight, x, scratch=logits)
                         gradient[piece] = by_hidden.mul_(scale / factor)
                         _add_to_grad(projection.weight, by_weight, scale / factor)
@@ -154,28 +160,27 @@ def _float16_products(
     return probabilities @ weight.float(), probabilities.T @ x.float(), 1.0
 
 
-def _on(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
-    """The same int64 tensors, all of one length, on a device; brought to a GPU by one copy that nobody waits for."""
+def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return int64 tensors of one length on a device; one asynchronous copy brings all of them to a GPU."""
     if device.type == "cuda" and tensors[0].device.type == "cpu":
         return list(torch.stack(tensors).pin_memory().to(device, non_blocking=True).unbind())
     return [tensor.to(device) for tensor in tensors]
 
 
-def _losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token's loss in float32, and its r; the label's entry of `probabilities` becomes 0.
+def _token_losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's loss in float32, and its r, both [tokens]; the label's entry of `probabilities` becomes 0.
 
-    logits and probabilities are [tokens, vocab], labels and what is returned [tokens].
+    logits and probabilities are [tokens, vocab], labels [tokens].
     """
-    own = (torch.arange(len(labels), device=labels.device), labels)
-    likely = probabilities[own].float()
-    # logsumexp = the largest logit - log of the probability that it got
-    total = logits.amax(-1).float() - probabilities.amax(-1).float().log()
-    unlikely_loss = total - logits[own].float()
-    probabilities[own] = 0.0
+    at_label = (torch.arange(len(labels), device=labels.device), labels)
+    p = probabilities[at_label].float()
+    # logsumexp = the largest logit - log of its probability
+    logsumexp = logits.amax(-1).float() - probabilities.amax(-1).float().log()
+    unlikely_loss = logsumexp - logits[at_label].float()
+    probabilities[at_label] = 0.0
     rest = probabilities.sum(-1)
     certain_loss = -torch.log1p(-rest.float().clamp(max=0.5))
-    losses = torch.where(likely > 0.5, certain_loss, torch.where(likely > _UNLIKELY, -likely.log(), unlikely_loss))
-    return losses, rest
+    return torch.where(p > 0.5, certain_loss, torch.where(p > _UNLIKELY, -p.log(), unlikely_loss)), rest
 
 
 def _add_to_grad(parameter: Tensor, gradient: Tensor, scale: float) -> None:

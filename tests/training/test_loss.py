@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from openchatkit.libraries import pytorch
-from openchatkit.training import loss as module
 from openchatkit.training.loss import VocabularyLoss
 
 
@@ -34,12 +33,11 @@ def reference(projection, hidden, labels, scale):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ignored", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("chunk", [1024, 16, 7])
-def test_value_and_gradients(monkeypatch, bias, ignored, chunk):
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk)
+def test_value_and_gradients(bias, ignored, chunk):
     projection, hidden, labels = case(50, bias=bias, ignored=ignored)
     expected, *gradients = reference(projection, hidden, labels, 0.25)
     hidden = hidden.view(5, 10, 24).requires_grad_()
-    found = VocabularyLoss(projection)(hidden, labels.view(5, 10), scale=0.25)
+    found = VocabularyLoss(projection, chunk_tokens=chunk)(hidden, labels.view(5, 10), scale=0.25)
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-12)
     if ignored == 1.0:
@@ -66,9 +64,8 @@ def test_gradients_add_up_over_calls():
 
 @pytest.mark.parametrize("chunk", [1024, 7])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_losses_by_source(monkeypatch, chunk, gradients):
+def test_losses_by_source(chunk, gradients):
     """Sums over each source's tokens, as a plain computation in float64 has them, and the same bits in all the rest."""
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", chunk)
     projection, hidden, labels = case(60, bias=True, ignored=0.4)
     hidden, labels = hidden.view(6, 10, 24), labels.view(6, 10)
     sources = torch.tensor([2, 0, 2, 2, 3, 0]).unsqueeze(1).expand_as(labels)
@@ -79,7 +76,7 @@ def test_losses_by_source(monkeypatch, chunk, gradients):
         x = hidden.clone().requires_grad_()
         more = {"sources": sources, "sums": sums} if with_sources else {}
         with torch.set_grad_enabled(gradients):
-            total = VocabularyLoss(projection)(x, labels, scale=0.25, **more)
+            total = VocabularyLoss(projection, chunk_tokens=chunk)(x, labels, scale=0.25, **more)
         if gradients:
             total.backward()
         found.append([total.detach(), x.grad, projection.weight.grad, projection.bias.grad])
