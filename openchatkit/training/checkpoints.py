@@ -1,4 +1,4 @@
-"""What of a run a checkpoint holds, how every rank writes its share of it, and how any layout reads it again."""
+"""Weights and optimizer state of a run: each rank writes its share of a checkpoint, any layout reads it again."""
 
 import contextlib
 import os
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openchatkit import storage
 from openchatkit.data.dataset import Dataset
+from openchatkit.data.options import DataSettings
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
@@ -23,33 +24,35 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
+from openchatkit.settings import fields, flag, to_json
 from openchatkit.storage import storage_errors
+from openchatkit.training.config import OptimizationSettings, Settings
 from openchatkit.training.optimizer import own_parameters
 
-Source = LayerShards | Path
+WeightSource = LayerShards | Path
 
 
-def shards_read(stage: Stage) -> list[str]:
-    """The shards a stage is filled from: its own, and for the projection of a tied model the embedding."""
+def list_source_shards(stage: Stage) -> list[str]:
+    """Return the shards to fill a stage from: its own, and for the projection of a tied model the embedding."""
     tied = stage.config.tie_embeddings and HEAD in stage.shards and EMBED not in stage.shards
     return [*stage.shards, *([EMBED] if tied else [])]
 
 
-def load_weights(stage: Stage, source: Source, device: torch.device) -> None:
+def load_weights(stage: Stage, source: WeightSource, device: torch.device) -> None:
     """Fill a stage with float32 parameters on `device`, from layer shards or from a verified checkpoint folder.
 
     Only the shards that this stage needs are opened; those of a prepared model are compared with its manifest first.
     """
     kind = family(stage.config)
     if isinstance(source, LayerShards):
-        source.verify(shards_read(stage))
+        source.verify(list_source_shards(stage))
     for shard in stage.shards:
         tensors = _read(source, shard)
         for name, tensor in tensors.items():
             _check_finite(tensor, f"{name} of {shard}", source)
         if stage.config.tie_embeddings and shard == HEAD:
             tensors[kind.tied_weight] = _read(source, EMBED)[kind.embedding_weight]
-        stage.load(shard, {name: _owned(tensor, device) for name, tensor in tensors.items()})
+        stage.load(shard, {name: _copy(tensor, device) for name, tensor in tensors.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stage: Stage, path: Path) -> None:
@@ -86,8 +89,9 @@ def save(
 ) -> None:
     """Write checkpoint_<step> from all ranks, read it back, and delete those older than the newest `keep`.
 
-    The replicas of a stage hold the same bits, so they share its shards among themselves. What this checkpoint holds no
-    step has been taken with yet: that of step `proven`, the last with which one was, is not deleted; without one, none.
+    The replicas of a stage hold the same bits, so they share its shards among themselves. No step has been taken with
+    this checkpoint yet, so `proven`, the step of the last one with which a step was taken, is not deleted; where that
+    is None, nothing is.
     """
     temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else root)[0]
     own = [shard for number, shard in enumerate(stage.shards) if number % layout.replicas == layout.replica]
@@ -108,7 +112,7 @@ def save(
         written = layout.together(lambda: [r for shard in own for r in _write(temporary, shard, stage, optimizer)])
         layout.together(finish)
     except UserError:
-        # A full disk, most likely: what was written of this checkpoint is only in the way. All ranks are done with it.
+        # A full disk, most likely, on which the half of a checkpoint is only in the way. All ranks are done with it.
         if layout.rank == 0:
             checkpoint.discard(temporary)
         raise
@@ -120,18 +124,18 @@ def save(
 
 def _write(temporary: Path, shard: str, stage: Stage, optimizer: torch.optim.Optimizer) -> Iterator[FileRecord]:
     parameters = {name: p for owner, name, p in own_parameters(stage) if owner == shard}
-    yield checkpoint.write_weights(temporary, shard, {name: _stored(p) for name, p in parameters.items()})
-    state = {name: {key: _stored(v) for key, v in optimizer.state[p].items()} for name, p in parameters.items()}
+    yield checkpoint.write_weights(temporary, shard, {name: _to_cpu(p) for name, p in parameters.items()})
+    state = {name: {key: _to_cpu(v) for key, v in optimizer.state[p].items()} for name, p in parameters.items()}
     yield checkpoint.write_optimizer(temporary, shard, state)
 
 
-def newest(root: Path, layout: Layout) -> Path | None:
-    """The checkpoint to resume from; rank 0 decides for all."""
+def find_newest(root: Path, layout: Layout) -> Path | None:
+    """Return the checkpoint to resume from; rank 0 decides for all."""
     return layout.together(lambda: checkpoint.latest(root) if layout.rank == 0 else None)[0]
 
 
 def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_a_step: int, data: str) -> None:
-    """UserError if going on from `state` would change the global batch; a warning if the data changed.
+    """Raise UserError if going on from `state` would change the global batch; warn if the data changed.
 
     `batches_a_step` is accumulation x replicas.
     """
@@ -141,31 +145,32 @@ def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_
         advice = f"give --batch-size {recorded // batches_a_step}" if fits else "no --batch-size makes that here"
         raise UserError(
             f"{path} was trained with {recorded} rows a step; --batch-size {batch_size} x --gradient-accumulate-step x "
-            f"--data-group-size makes {given}: {advice}, or start anew in another --checkpoint-path"
+            f"--data-group-size makes {given}: {advice}, or start a new run in another --checkpoint-path"
         )
     if state["data"] != data:
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)
 
 
-# What decides how weights change from here on, besides data and batch, which `check_resume` compares, and precision, of
-# which what the ranks have settled on is compared.
-_OPTIMIZATION = (
-    *("lr", "warmup_steps", "total_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "weight_decay"),
-    *("max_grad_norm", "loss_scale", "loss_on"),
-)
+def warn_of_changes(state: dict[str, Any], settings: Settings, *, path: Path, total_steps: int, dtype: str) -> None:
+    """Warn of each setting of data and optimization that differs from that of the run that wrote `state`.
+
+    Of the length and the precision, what came of the flags is compared: `total_steps` and `dtype`.
+    """
+    before = state.get("settings", {}) | {"total_steps": state.get("total_steps"), "precision": state.get("precision")}
+    now = to_json(settings) | {"total_steps": total_steps, "precision": dtype}
+    names = [field.name for field in (*fields(DataSettings), *fields(OptimizationSettings))]
+    for name in ("total_steps", *names):
+        # A checkpoint from before there was a setting has none of it.
+        if name not in _WITHOUT_EFFECT and before.get(name) not in (None, now[name]):
+            logger.warning("{} was {} up to {} and is {} from here on", flag(name), before[name], path.name, now[name])
 
 
-def tell_changes(state: dict[str, Any], settings: dict[str, Any], *, path: Path) -> None:
-    """Warn of each setting of the optimization that differs from that of the run that wrote `state`."""
-    before = state.get("settings", {}) | {"total_steps": state.get("total_steps")}
-    for name in _OPTIMIZATION:
-        old, new = before.get(name), settings.get(name)
-        if old is not None and old != new:
-            logger.warning("--{} was {} up to {} and is {} from here on", name.replace("_", "-"), old, path.name, new)
+# Of no effect on a resume, or on what is trained; --precision is compared in place of its other names.
+_WITHOUT_EFFECT = {"data_cache", "bf16", "fp16", "initial_loss_scale"}
 
 
 def check_same_data(datasets: Sequence[Dataset | None], layout: Layout) -> None:
-    """UserError unless every rank found the same data."""
+    """Raise UserError unless every rank found the same data."""
     found = layout.gather([None if dataset is None else dataset.fingerprint for dataset in datasets])
     for rank, fingerprints in enumerate(found):
         if fingerprints != found[0]:
@@ -175,15 +180,15 @@ def check_same_data(datasets: Sequence[Dataset | None], layout: Layout) -> None:
             )
 
 
-def versions() -> dict[str, str]:
-    """What a run's bits depend on besides its settings."""
+def collect_versions() -> dict[str, str]:
+    """Return what a run's bits depend on besides its settings."""
     return {"python": platform.python_version(), "torch": torch.__version__, "threads": str(torch.get_num_threads())}
 
 
 def check_shared_folder(root: Path, layout: Layout) -> None:
-    """UserError unless every rank sees the folder that rank 0 sees."""
+    """Raise UserError unless every rank sees the folder that rank 0 sees."""
 
-    def leave() -> str:
+    def leave_file() -> str:
         if layout.rank:
             return ""
         with storage_errors(root):
@@ -191,7 +196,7 @@ def check_shared_folder(root: Path, layout: Layout) -> None:
         os.close(handle)
         return name
 
-    name = layout.together(leave)[0]
+    name = layout.together(leave_file)[0]
     seen = layout.gather(Path(name).exists())
     if layout.rank == 0:
         Path(name).unlink()
@@ -203,11 +208,11 @@ def check_shared_folder(root: Path, layout: Layout) -> None:
 
 
 @contextlib.contextmanager
-def only_run_in(root: Path, layout: Layout) -> Iterator[None]:
-    """Hold the checkpoint folder for this run; UserError if another run has it. Freed however the holder ends."""
+def lock_folder(root: Path, layout: Layout) -> Iterator[None]:
+    """Lock the checkpoint folder for this run; UserError if another run has it. Free again however its holder ends."""
     with contextlib.ExitStack() as held:
 
-        def hold() -> None:
+        def lock_on_rank_0() -> None:
             if layout.rank:
                 return
             with storage_errors(root):
@@ -219,24 +224,24 @@ def only_run_in(root: Path, layout: Layout) -> Iterator[None]:
                 )
             held.enter_context(lock)
 
-        layout.together(hold)
+        layout.together(lock_on_rank_0)
         yield
 
 
 def check_same_model(path: Path, config: ModelConfig) -> None:
-    """UserError when a checkpoint is of another model than --model-name."""
+    """Raise UserError when a checkpoint is of another model than --model-name."""
     if read_config(path)[1] != config:
         raise UserError(
             f"{path} is a checkpoint of another model than --model-name: give that model or another --checkpoint-path"
         )
 
 
-def _read(source: Source, shard: str) -> dict[str, Tensor]:
+def _read(source: WeightSource, shard: str) -> dict[str, Tensor]:
     return source.read(shard) if isinstance(source, LayerShards) else checkpoint.read_weights(source, shard)
 
 
-def _check_finite(tensor: Tensor, what: str, source: Source) -> None:
-    """UserError for weights that no step could be taken with."""
+def _check_finite(tensor: Tensor, what: str, source: WeightSource) -> None:
+    """Raise UserError for weights that no step could be taken with."""
     if not torch.stack(tensor.aminmax()).isfinite().all():
         folder = source.path if isinstance(source, LayerShards) else source
         raise UserError(
@@ -245,10 +250,10 @@ def _check_finite(tensor: Tensor, what: str, source: Source) -> None:
         )
 
 
-def _owned(tensor: Tensor, device: torch.device) -> Tensor:
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     # What is read is a view of the file: training must never write there.
     return tensor.to(device=device, dtype=torch.float32, copy=True)
 
 
-def _stored(value: Any) -> Any:
+def _to_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -64,7 +64,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
             device=own_device,
             timeout=timeout,
         )
-        with checkpoints.only_run_in(settings.checkpoint_path, layout):
+        with checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
             trainer, progress = setup.build_trainer(settings, inputs, layout)
             yield Loop(settings, inputs, trainer, progress)

@@ -17,7 +17,7 @@ from openchatkit.training.config import Settings
 from openchatkit.training.device import profiler
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter
-from openchatkit.training.setup import RunInputs, RunProgress, state_of
+from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
 from openchatkit.training.step import StepResult, Trainer, by_name
 
@@ -107,7 +107,7 @@ class Loop:
             stage=self.trainer.stage,
             optimizer=self.trainer.optimizer,
             layout=self.trainer.layout,
-            state=state_of(self.settings, self.inputs, self.trainer, self.progress),
+            state=collect_state(self.settings, self.inputs, self.trainer, self.progress),
             raw_config=self.inputs.shards.raw_config,
             tokenizer_from=self.settings.tokenizer_name,
             keep=self.settings.keep_checkpoints,

@@ -1,4 +1,4 @@
-"""From flags to a trainer that is ready for its next step: what can fail fails here, most of it before ranks meet."""
+"""From settings to a trainer that is ready for its next step; most of what can fail fails before the ranks meet."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run works on, before any rank has met another. `layers` are this run's stages' first and last layers."""
+    """Model and data of a run, before any rank has met another. `layers` are each stage's first and last layers."""
 
     shards: LayerShards
     layers: list[tuple[int, int]]
@@ -41,7 +41,7 @@ class RunInputs:
 
 @dataclass
 class RunProgress:
-    """Where a run stands: steps taken, and tokens put through, both since its first start.
+    """Steps taken and tokens put through, both since the first start of a run.
 
     `ledger` is the chain of the ledger's rows up to the last checkpoint, which only rank 0 keeps up to date; None for
     a checkpoint from before there was one. `saved` is the step of the last checkpoint, and `proven` that of the last
@@ -56,7 +56,7 @@ class RunProgress:
 
 
 def prepare_run(settings: Settings) -> RunInputs:
-    """Open the model and the data and check them against the flags; UserError for whatever does not fit."""
+    """Open the model and the data and check them against the flags; UserError for what does not fit."""
     shards = LayerShards.open(settings.model_name)
     _check_model(
         shards.config,
@@ -74,10 +74,10 @@ def prepare_run(settings: Settings) -> RunInputs:
     if settings.evaluation_data:
         evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
     if settings.rank == 0:
-        _tell_what_is_ignored(settings, shards)
-    run = RunInputs(shards, layers, dataset, evaluation, _total_steps(settings, dataset))
+        _warn_of_model_settings(settings, shards)
+    run = RunInputs(shards, layers, dataset, evaluation, _count_steps(settings, dataset))
     if settings.rank == 0:
-        _tell_epochs(dataset, run.total_steps * _rows(settings))
+        _log_epochs(dataset, run.total_steps * _count_rows(settings))
     return run
 
 
@@ -94,9 +94,9 @@ def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[T
             head=layout.is_last_stage,
             recompute=settings.activation_checkpointing,
         )
-    resumed = layout.together(lambda: _resume_from(settings, run, layout))[layout.rank]
+    resumed = layout.together(lambda: _find_checkpoint(settings, run, layout))[layout.rank]
     layout.together(lambda: _fill(stage, settings, run, resumed, layout.device))
-    trainer = _trainer(settings, run, layout, stage)
+    trainer = _make_trainer(settings, run, layout, stage)
     if resumed is None:
         return trainer, RunProgress()
     checkpoints.load_optimizer(trainer.optimizer, stage, resumed)
@@ -104,9 +104,8 @@ def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[T
     trainer.scaler.load_state_dict(state["loss_scaler"])
     if layout.rank == 0:
         logger.info("resuming from {}", resumed)
-        before, now = state.get("precision"), str(trainer.dtype).removeprefix("torch.")
-        if before not in (None, now):
-            logger.warning("{} was trained in {}: going on in {}", resumed, before, now)
+        dtype = _dtype_name(trainer)
+        checkpoints.warn_of_changes(state, settings, path=resumed, total_steps=run.total_steps, dtype=dtype)
     return trainer, RunProgress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
 
 
@@ -114,7 +113,7 @@ def _fill(stage: Stage, settings: Settings, run: RunInputs, resumed: Path | None
     """Give a stage its weights: a checkpoint's, the model's, or random ones."""
     if resumed is not None:
         # One pass over the bytes covers the weights and the optimizer's state.
-        checkpoint.verify(resumed, checkpoints.shards_read(stage))
+        checkpoint.verify(resumed, checkpoints.list_source_shards(stage))
         checkpoints.load_weights(stage, resumed, device)
     elif settings.load_pretrained_model:
         checkpoints.load_weights(stage, run.shards, device)
@@ -123,8 +122,8 @@ def _fill(stage: Stage, settings: Settings, run: RunInputs, resumed: Path | None
         stage.init_weights(settings.seed)
 
 
-def state_of(settings: Settings, run: RunInputs, trainer: Trainer, progress: RunProgress) -> dict[str, Any]:
-    """What state.json says of a run at this point."""
+def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress: RunProgress) -> dict[str, Any]:
+    """Return what state.json says of a run at this point."""
     layers_per_stage = run.layers[0][1] - run.layers[0][0]
     return {
         "step": progress.step,
@@ -135,7 +134,7 @@ def state_of(settings: Settings, run: RunInputs, trainer: Trainer, progress: Run
         "data": run.dataset.fingerprint,
         "ledger": progress.ledger,
         "proven": progress.proven,
-        "precision": str(trainer.dtype).removeprefix("torch."),
+        "precision": _dtype_name(trainer),
         "loss_scaler": trainer.scaler.state_dict(),
         "layout": {
             "stages": trainer.layout.stages,
@@ -143,7 +142,7 @@ def state_of(settings: Settings, run: RunInputs, trainer: Trainer, progress: Run
             "replicas": trainer.layout.replicas,
         },
         "settings": to_json(settings),
-        "versions": checkpoints.versions(),
+        "versions": checkpoints.collect_versions(),
     }
 
 
@@ -166,20 +165,20 @@ def _check_model(
         )
 
 
-def _total_steps(settings: Settings, dataset: Dataset) -> int:
+def _count_steps(settings: Settings, dataset: Dataset) -> int:
     if settings.total_steps is not None:
         return settings.total_steps
     assert settings.nepochs is not None, "one of the two is given: see Settings"
-    return math.ceil(settings.nepochs * dataset.epoch_samples / _rows(settings))
+    return math.ceil(settings.nepochs * dataset.epoch_samples / _count_rows(settings))
 
 
-def _rows(settings: Settings) -> int:
-    """Rows of a step."""
+def _count_rows(settings: Settings) -> int:
+    """Return the rows of a step."""
     return settings.batch_size * settings.gradient_accumulate_step * settings.data_group_size
 
 
-def _tell_what_is_ignored(settings: Settings, shards: LayerShards) -> None:
-    """Warn of what of the model's configuration has no effect, and of a tokenizer that is not the model's."""
+def _warn_of_model_settings(settings: Settings, shards: LayerShards) -> None:
+    """Warn of dropout, which is not applied, and of a tokenizer that is not the model's."""
     dropout = {key: value for key, value in shards.raw_config.items() if key in _DROPOUT and value}
     if dropout:
         stated = ", ".join(f"{key} {value:g}" for key, value in dropout.items())
@@ -189,21 +188,25 @@ def _tell_what_is_ignored(settings: Settings, shards: LayerShards) -> None:
         if own.digest != given.digest:
             logger.warning(
                 "--tokenizer-name {} gives other ids than the tokenizer of {}, which its embedding was trained with: "
-                "leave the flag out unless the model is trained anew",
+                "leave the flag out unless the model is trained from scratch",
                 settings.tokenizer_name,
                 shards.path,
             )
 
 
-def _tell_epochs(dataset: Dataset, samples: int) -> None:
+def _log_epochs(dataset: Dataset, samples: int) -> None:
     """Say how often each source is gone through: with weights, some may be seen many times and others in part."""
     for source, epochs in zip(dataset.sources, dataset.epochs(samples), strict=True):
         logger.info("{}: {:.3g} epochs in {:,} samples of all sources", source.name, epochs, samples)
 
 
-def _resume_from(settings: Settings, run: RunInputs, layout: Layout) -> Path | None:
+def _dtype_name(trainer: Trainer) -> str:
+    return str(trainer.dtype).removeprefix("torch.")
+
+
+def _find_checkpoint(settings: Settings, run: RunInputs, layout: Layout) -> Path | None:
     root = settings.checkpoint_path
-    newest = checkpoints.newest(root, layout)
+    newest = checkpoints.find_newest(root, layout)
     if newest is None:
         return None
     if not settings.load_checkpoint:
@@ -213,8 +216,6 @@ def _resume_from(settings: Settings, run: RunInputs, layout: Layout) -> Path | N
         )
     checkpoints.check_same_model(newest, run.shards.config)
     state = checkpoint.read_state(newest)
-    if layout.rank == 0:
-        checkpoints.tell_changes(state, to_json(settings) | {"total_steps": run.total_steps}, path=newest)
     checkpoints.check_resume(
         state,
         path=newest,
@@ -225,7 +226,7 @@ def _resume_from(settings: Settings, run: RunInputs, layout: Layout) -> Path | N
     return newest
 
 
-def _trainer(settings: Settings, run: RunInputs, layout: Layout, stage: Stage) -> Trainer:
+def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stage: Stage) -> Trainer:
     optimizer = build_optimizer(
         settings.optimizer,
         stage,

@@ -1,5 +1,6 @@
 """Killed, stopped or moved to another layout, a run ends as if nothing had happened."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -9,9 +10,14 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from loguru import logger
 from test_layouts import assert_same_bits, run, tensors
 
+from openchatkit.data.options import DataSettings
 from openchatkit.formats import checkpoint, metrics
+from openchatkit.settings import fields, flag, to_json
+from openchatkit.training import checkpoints, config
+from openchatkit.training.config import OptimizationSettings
 from openchatkit.training.loop import StopRequest
 
 STAGES = {"pipeline_group_size": 2, "pp_mode": "1f1b"}
@@ -145,6 +151,38 @@ def test_other_state_resumes_to_the_same_bits(tmp_path, flags, change):
     assert_same_bits(whole, part)
     rows = [{row["step"]: row["loss_scale"] for row in metrics.read(path.parent)} for path in (whole, part)]
     assert all(rows[0][step] == rows[1][step] for step in (4, 5, 6))
+
+
+def test_every_setting_that_a_resume_changes_is_named():
+    """By the fields of the settings, so that none is forgotten; in the tests of soundness, by runs."""
+    was = config.parse(["--model-name", "m", "--task-name", "d", "--total-steps", "5"])
+    changes = {"loss_scale": 8.0, "precision": "bfloat16"}
+    for field in fields(DataSettings) + fields(OptimizationSettings):
+        old, choices = getattr(was, field.name), field.metadata["choices"]
+        if isinstance(old, (int, float)) and not isinstance(old, bool):
+            changes.setdefault(field.name, old / 2 if isinstance(old, float) else old + 1)
+        elif choices:
+            changes.setdefault(field.name, next(choice for choice in choices if choice != old))
+    without_effect = {"initial_loss_scale": changes.pop("initial_loss_scale"), "data_cache": Path("x"), "bf16": True}
+    state = {"settings": to_json(was), "total_steps": 5, "precision": "float32"}
+    said: list[str] = []
+    sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    now = dataclasses.replace(was, **changes, **without_effect)
+    checkpoints.warn_of_changes(state, now, path=Path("checkpoint_2"), total_steps=7, dtype="bfloat16")
+    logger.remove(sink)
+    expected = {"total_steps": (5, 7), **{name: (getattr(was, name), new) for name, new in changes.items()}}
+    assert {"lr", "warmup_steps", "optimizer", "adam_beta1", "weight_decay", "precision", "seed"} < set(expected)
+    assert sorted(said) == sorted(
+        f"{flag(name)} was {old} up to checkpoint_2 and is {new} from here on" for name, (old, new) in expected.items()
+    )
+
+
+def test_a_resume_in_another_precision_says_so(tmp_path, flags):
+    path = run(tmp_path, flags, total_steps=1)
+    ended = ranks.train(tmp_path, {**flags, "checkpoint_path": path.parent, "total_steps": 2, "bf16": True})
+    assert ended.statuses == [0], ended.errors
+    assert "--precision was float32 up to checkpoint_1 and is bfloat16 from here on" in ended.errors[0]
+    assert checkpoint.read_state(path.parent / "checkpoint_2")["precision"] == "bfloat16"
 
 
 def test_an_altered_checkpoint_is_not_resumed(tmp_path, flags):
