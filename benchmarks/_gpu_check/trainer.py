@@ -88,7 +88,7 @@ class Runs:
         chats = folder / "chats.jsonl"
         write_chats(chats)
         width, layers, self.length = context.pick((64, 2, 64), (256, 6, 512))
-        shape = base_model.Shape(
+        shape = base_model.ModelShape(
             vocab_size=1024,
             hidden_size=width,
             num_layers=layers,

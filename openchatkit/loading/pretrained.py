@@ -29,24 +29,20 @@ def one_line_errors(folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # they raise OSError, ValueError, RuntimeError, KeyError and errors of their own
-        reason = reason_of(error)
-        raise UserError(f"{folder} cannot be loaded: {reason}") from error
+        raise UserError(f"{folder} cannot be loaded: {reason_of(error)}") from error
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     """Load a model for inference; UserError when tensors are missing or transformers cannot load it."""
     from transformers import AutoModelForCausalLM
 
-    loaded: Any  # with loading info a pair, which transformers' types do not say
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its types know of no loading info
     with one_line_errors(folder):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
-    model: PreTrainedModel
-    model, info = loaded
+        model, info = from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
     if missing := sorted(info["missing_keys"]):
         # transformers would fill these with random numbers and go on.
         raise UserError(f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: copy it again")
-    model.to(device)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openchatkit import progress
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, checkpoint_folders, hf_model, neox_checkpoint
+from openchatkit.formats import checkpoint, hf_model, neox_checkpoint
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards, check_shard, read_config
 from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
 from openchatkit.loading import pretrained
@@ -54,10 +54,10 @@ def find(path: Path) -> ModelFolder:
         return ModelFolder(folder, GPT_NEOX)
     if any((path / file).is_file() for file in _HF_WEIGHTS):
         return ModelFolder(path, HUGGING_FACE)
-    is_step = (path / checkpoint_folders.STATE).exists() or checkpoint_folders.parse_step(path.name) is not None
-    if is_step or checkpoint_folders.list_steps(path) or checkpoint_folders.is_legacy(path):
+    is_step = (path / checkpoint.STATE).exists() or checkpoint.parse_step(path.name) is not None
+    if is_step or checkpoint.list_steps(path) or checkpoint.is_legacy(path):
         path = checkpoint.locate(path)
-        if checkpoint_folders.is_legacy(path):
+        if checkpoint.is_legacy(path):
             raise UserError(
                 f"{path} is a checkpoint of the original kit, which does not say what model it is: "
                 "convert it with tools/convert_to_hf_gptneox.py and pass the folder that makes"

@@ -79,7 +79,7 @@ def test_every_model_has_every_number_and_its_own_memory(command, large, random_
         ({"gone": "x"}, ("-i", "/no/models.json"), "--input /no/models.json cannot be read: No such file"),
         ({}, (), "expected an object of models"),
         ({"gone": 3}, (), "expected an object of models"),
-        ("[", (), "is no JSON"),
+        ("[", (), "is not JSON"),
     ],
 )
 def test_mistakes_are_one_line(models, flags, expected, command, tmp_path):
@@ -103,7 +103,7 @@ def test_a_file_that_cannot_be_written_is_one_line(command, random_models, tmp_p
     assert "results.json cannot be written: " in noted
 
 
-def test_a_model_that_is_gone_does_not_cost_the_others_their_results(command, random_models):
+def test_a_missing_model_does_not_cost_the_others_their_results(command, random_models):
     status, _, noted, results = command({"small": str(random_models["neox"]), "gone": "/no/such/model"}, "-r", "1")
     assert (status, list(results)) == (2, ["small"])
     assert "gone: /no/such/model: no such folder" in noted

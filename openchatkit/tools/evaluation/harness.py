@@ -21,7 +21,7 @@ import torch
 
 from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint_folders, hf_model
+from openchatkit.formats import checkpoint, hf_model
 from openchatkit.loading import hardware, pretrained, stages
 from openchatkit.storage import write_text
 from openchatkit.tools.evaluation import scoring
@@ -121,7 +121,7 @@ def metric_values(results: Mapping[str, Any]) -> list[MetricValue]:
 def _fetch(model: str) -> Path:
     """Return the folder of a model, fetched from the hub if there is none; a checkpoint's step is looked up later."""
     path = Path(model).expanduser()
-    return path if path.is_dir() or checkpoint_folders.parse_step(path.name) is not None else hf_model.fetch(model)
+    return path if path.is_dir() or checkpoint.parse_step(path.name) is not None else hf_model.fetch(model)
 
 
 def _import_lm_eval() -> Any:

@@ -4,6 +4,7 @@
 convert a model first to sample from it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
             return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
             return tokenizer.encode(string, **options)
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -130,7 +131,7 @@ def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
                 pairs += mine
                 owners += [owner] * len(mine)
             totals = [0.0] * len(requests)
-            for owner, (value, _) in zip(owners, scorer.score(pairs), strict=True):
+            for owner, (value, _is_greedy) in zip(owners, scorer.score(pairs), strict=True):
                 totals[owner] += value
             return totals
 
@@ -152,14 +153,17 @@ def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
                     [self.tok_encode(requests[number].args[0]) or [self.prefix_token_id] for number in numbers],
                     max_new_tokens=options["max_gen_toks"],
                     end_of_text=self.eot_token_id,
-                    is_done=lambda ids, stops=stops: any(stop in _text(ids) for stop in stops),
+                    is_done=functools.partial(_has_stop, stops),
                 )
                 for number, ids in zip(numbers, rows, strict=True):
                     texts[number] = _cut(_text(ids), stops)
             return texts
 
-    def _text(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
+    def _text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _has_stop(stops: Sequence[str], ids: list[int]) -> bool:
+        return any(stop in _text(ids) for stop in stops)
 
     return StageLM()
 

@@ -1,7 +1,7 @@
-"""A small GPT-NeoX made from nothing: the command `pretrained/Quickstart/prepare.py`.
+"""A small GPT-NeoX with random weights: the command `pretrained/Quickstart/prepare.py`.
 
 A byte-level BPE tokenizer is trained on a jsonl file of chats and the weights are drawn at random, as a Hugging Face
-folder; from there on it is prepared like any model of the hub.
+folder, which is then prepared like any model of the hub.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openchatkit import cli, paths
 from openchatkit.errors import UserError
@@ -20,11 +21,11 @@ _TOKENIZER_RECORDS = 8000  # more of them do not change a vocabulary this small
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of the network and of its tokenizer, and how its weights are drawn.
 
-    They are chosen for copying to be learnt from few tokens: it is the work of attention, so the MLPs are narrow; of
-    fewer tokens each is met more often; and what a head looks for by content is mostly left unturned by position.
+    They are chosen so that copying is learnt from few tokens: attention does it, so the MLPs are narrow; in a small
+    vocabulary each token is seen more often; and most dimensions of a head do not rotate, for matching by content.
     """
 
     vocab_size: int = 1024
@@ -34,15 +35,15 @@ class Shape:
     intermediate_size: int = 128
     max_positions: int = 1024
     rotary_fraction: float = 0.25
-    # Where the width is small, weights drawn as large models' are would be lost beside the norms' unit scale.
+    # In a narrow network, weights as small as those of large ones would be lost beside the norms' unit scale.
     init_std: float = 0.05
     tie_embeddings: bool = True
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the model and say where it is."""
-    shape = Shape()
+    """Make the model and print where it is."""
+    shape = ModelShape()
     parser = cli.Parser(
         prog=f"pretrained/{NAME}/prepare.py",
         description="Train a tokenizer, draw a small GPT-NeoX at random, and make layer shards of it, for training.",
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from loguru import logger
 
-    shape = Shape(
+    shape = ModelShape(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
         num_layers=args.layers,
@@ -72,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info(f"a model of {parameters / 1e6:.2f} million parameters; the shards are in {folder}")
 
 
-def prepare(data: Path, save_dir: Path, *, shape: Shape, seed: int) -> tuple[Path, int]:
+def prepare(data: Path, save_dir: Path, *, shape: ModelShape, seed: int) -> tuple[Path, int]:
     """Make `<save_dir>/Quickstart/` with layer shards and the tokenizer; returns it and the number of parameters.
 
-    UserError when `data` is not there or holds too little text for the vocabulary, or sizes do not fit each other.
+    UserError when `data` is missing or has too little text for the vocabulary, or sizes do not fit each other.
     """
     from openchatkit.convert import from_hf
 
@@ -83,18 +84,18 @@ def prepare(data: Path, save_dir: Path, *, shape: Shape, seed: int) -> tuple[Pat
         raise UserError(f"no file {data}: run python data/python-docs/prepare.py first, or name a jsonl with --data")
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / NAME
-        parameters = write_model(source, _texts(data), shape=shape, seed=seed)
+        parameters = write_model(source, _read_texts(data), shape=shape, seed=seed)
         return from_hf.prepare(str(source), save_dir), parameters
 
 
-def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) -> int:
+def write_model(folder: Path, texts: Iterable[str], *, shape: ModelShape, seed: int) -> int:
     """Write a Hugging Face folder of random weights and a tokenizer trained on `texts`; returns its parameters."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     from openchatkit.libraries import hf_transformers
 
-    # What is turned of a head is turned in pairs.
+    # Dimensions of a head rotate in pairs.
     unit = round(2 / shape.rotary_fraction) * shape.num_heads
     if shape.hidden_size % unit:
         raise UserError(
@@ -102,6 +103,8 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
             f"--heads {shape.num_heads}: change one"
         )
     tokenizer = train(texts, shape.vocab_size)
+    # Not in the signature of transformers' newer releases, which read it all the same.
+    rotary: dict[str, Any] = {"rotary_pct": shape.rotary_fraction}
     config = GPTNeoXConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -109,7 +112,7 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
         num_attention_heads=shape.num_heads,
         intermediate_size=shape.intermediate_size,
         max_position_embeddings=shape.max_positions,
-        rotary_pct=shape.rotary_fraction,
+        **rotary,
         initializer_range=shape.init_std,
         tie_word_embeddings=shape.tie_embeddings,
         bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
@@ -125,8 +128,8 @@ def write_model(folder: Path, texts: Iterable[str], *, shape: Shape, seed: int) 
     return model.num_parameters()
 
 
-def _texts(data: Path) -> Iterator[str]:
-    """The first records of a file."""
+def _read_texts(data: Path) -> Iterator[str]:
+    """Yield the texts of the first records of a file."""
     from openchatkit.data.records.document import texts
 
     return itertools.islice(texts(data), _TOKENIZER_RECORDS)

@@ -1,7 +1,7 @@
-"""The quickstart's examination: questions that were held out, put to a model through the real chat shell.
+"""The quickstart's exam: held-out questions, put to a model through the real chat shell.
 
 The shell runs as a process of its own, once, and reads its lines from a file, as a user would pipe them in. An answer
-is right when it is the held-out sentence, character by character. Passages are given with the questions, or, with an
+is right when it is the held-out sentence, character by character. Passages are given with the questions or, with an
 index, looked up by the shell.
 """
 
@@ -19,26 +19,28 @@ from openchatkit.errors import DEFECT, UserError
 from openchatkit.progress import bar
 from openchatkit.tools.quickstart.python_chats import FOLDER, HELD_OUT
 
-# Printed by the shell at a command that says nothing about any question: what stands between two of these is a reply,
-# of however many lines. Replies alone could not be told apart when a model writes several lines.
-_MARK_COMMAND = "/hyperparameters"
-_SEARCH = ("--retrieval-k", "1")  # the model has learnt to answer from one passage
+# The shell's output for this command does not depend on the questions, so it separates replies of any number of lines.
+_SEPARATOR_COMMAND = "/hyperparameters"
+_SEARCH = ("--retrieval-k", "1")  # the model was trained to answer from one passage
 
 
 @dataclass(frozen=True)
-class Question:
-    """One held-out entry, as `data.python_chats` writes it."""
+class HeldOutQuestion:
+    """One held-out entry, as `python_chats` writes it."""
 
     question: str
     passage: str
     answer: str
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question as it was put, the passage that it had, and the reply."""
+_Chat = list[tuple[HeldOutQuestion, str | None]]
 
-    question: Question
+
+@dataclass(frozen=True)
+class ExamAnswer:
+    """A question, the passage given with it, and the reply."""
+
+    question: HeldOutQuestion
     passage: str | None
     reply: str
 
@@ -48,51 +50,51 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What was asked in three ways: with the passage, with it behind an earlier turn, and without it."""
+class ExamScore:
+    """Answers to questions with their passage, with it after an earlier turn, and without it."""
 
-    first_turn: list[Asked]
-    second_turn: list[Asked]
-    without: list[Asked]
+    first_turn: list[ExamAnswer]
+    second_turn: list[ExamAnswer]
+    without: list[ExamAnswer]
 
     @property
     def share(self) -> float:
-        """Right answers among all questions that had their passage."""
+        """Share of right answers among all questions with a passage."""
         asked = [*self.first_turn, *self.second_turn]
         return sum(one.right for one in asked) / len(asked)
 
 
 @dataclass(frozen=True)
-class SearchScore:
-    """The same questions, asked without a passage: while the shell looks them up in an index, and while it does not."""
+class RetrievalScore:
+    """Answers to the same questions without a passage: with retrieval on, and off."""
 
-    on: list[Asked]
-    off: list[Asked]
+    on: list[ExamAnswer]
+    off: list[ExamAnswer]
 
     @property
     def share(self) -> float:
-        """Right answers among the questions that were looked up."""
+        """Share of right answers among the questions that were looked up."""
         return sum(one.right for one in self.on) / len(self.on)
 
 
 def bot_command(model: str, index: str | None = None) -> list[str]:
-    """The chat shell on `model`, always taking the most probable token, with an index to look in if there is one."""
+    """Return the command of a chat shell on `model` that decodes greedily, with an index for retrieval if stdin."""
     command = [sys.executable, str(paths.ROOT / "inference" / "bot.py"), "--model", model, "--no-sample"]
     return command if index is None else [*command, "--retrieval", index, *_SEARCH]
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The held-out questions of a file; UserError when it is not there or holds something else."""
+def read_questions(path: Path) -> list[HeldOutQuestion]:
+    """Read the held-out questions of a file; UserError when it is missing or holds something else."""
     if not path.exists():
         raise UserError(f"no file {path}: run python data/python-docs/prepare.py first, or name one with --data")
 
     def refuse(number: int, error: Exception) -> NoReturn:
         raise UserError(f"{path}:{number}: expected an object with question, passage and answer") from error
 
-    return list(jsonl.read(path, lambda row: Question(row["question"], row["passage"], row["answer"]), refuse))
+    return list(jsonl.read(path, lambda row: HeldOutQuestion(row["question"], row["passage"], row["answer"]), refuse))
 
 
-def examine(questions: Sequence[Question], command: Sequence[str], *, count: int, seed: int) -> Score:
+def examine(questions: Sequence[HeldOutQuestion], command: Sequence[str], *, count: int, seed: int) -> ExamScore:
     """Put `count` questions with their passages, half as many in a second turn, and half as many without.
 
     `seed` decides which; `command` is the shell to run. UserError when there are too few, or the shell fails.
@@ -104,96 +106,93 @@ def examine(questions: Sequence[Question], command: Sequence[str], *, count: int
         )
     drawn = random.Random(seed).sample(list(questions), count + 2 * half)
     first, second, without = drawn[:count], drawn[count : count + half], drawn[count + half :]
-    chats = [
-        *([(question, question.passage)] for question in first),
-        *(
-            [(other, other.passage), (question, question.passage)]
-            for other, question in zip(first[:half], second, strict=True)
-        ),
-        *([(question, None)] for question in without),
-    ]
-    asked = _ask(command, chats)
-    return Score(asked[:count], asked[count : count + half], asked[count + half :])
+    chats: list[_Chat] = [[(question, question.passage)] for question in first]
+    for other, question in zip(first[:half], second, strict=True):
+        chats.append([(other, other.passage), (question, question.passage)])
+    chats += [[(question, None)] for question in without]
+    asked = _put_questions(command, chats)
+    return ExamScore(asked[:count], asked[count : count + half], asked[count + half :])
 
 
-def examine_search(questions: Sequence[Question], command: Sequence[str], *, count: int, seed: int) -> SearchScore:
+def examine_retrieval(
+    questions: Sequence[HeldOutQuestion], command: Sequence[str], *, count: int, seed: int
+) -> RetrievalScore:
     """Put `count` questions without their passages, twice: with retrieval on, then off. UserError as `examine`."""
     if count > len(questions):
         raise UserError(f"--questions {count}: there are {len(questions)} held-out entries: pass fewer")
     drawn = random.Random(seed).sample(list(questions), count)
-    lines = [_MARK_COMMAND, _MARK_COMMAND]
+    lines = [_SEPARATOR_COMMAND, _SEPARATOR_COMMAND]
     for switch in ("on", "off"):
         lines.append(f"/retrieval {switch}")
         for question in drawn:
-            lines += ["/reset", question.question, _MARK_COMMAND, "/sources", _MARK_COMMAND]
-    printed = iter(_replies(_run(command, lines)))
-    asked = [Asked(question, reply=next(printed), passage=_found(next(printed))) for question in (*drawn, *drawn)]
-    return SearchScore(asked[:count], asked[count:])
+            lines += ["/reset", question.question, _SEPARATOR_COMMAND, "/sources", _SEPARATOR_COMMAND]
+    printed = iter(_split_replies(_run_shell(command, lines)))
+    asked = [
+        ExamAnswer(question, reply=next(printed), passage=_parse_sources(next(printed)))
+        for question in (*drawn, *drawn)
+    ]
+    return RetrievalScore(asked[:count], asked[count:])
 
 
-def _found(sources: str) -> str | None:
-    """The passage in what /sources printed: a line that says where it is from, and the passage behind it."""
+def _parse_sources(sources: str) -> str | None:
+    """Return the passage in the output of /sources: a line on where it is from, then the passage."""
     lines = sources.splitlines()
     return lines[1].strip() if len(lines) > 1 else None
 
 
-def _ask(command: Sequence[str], chats: Sequence[Sequence[tuple[Question, str | None]]]) -> list[Asked]:
-    """Hold each chat from a fresh start; returns what was asked last in each."""
-    lines = [_MARK_COMMAND, _MARK_COMMAND]
+def _put_questions(command: Sequence[str], chats: Sequence[_Chat]) -> list[ExamAnswer]:
+    """Hold each chat from the beginning; returns the answer to the last question of each."""
+    lines = [_SEPARATOR_COMMAND, _SEPARATOR_COMMAND]
     for chat in chats:
         lines.append("/reset")
         for question, passage in chat:
             lines += [f"/passage {passage}"] if passage else []
-            lines += [question.question, _MARK_COMMAND]
-    replies = iter(_replies(_run(command, lines)))
-    asked = []
-    for chat in chats:
-        for question, passage in chat:
-            last = Asked(question, passage, next(replies))
-        asked.append(last)
-    return asked
+            lines += [question.question, _SEPARATOR_COMMAND]
+    replies = iter(_split_replies(_run_shell(command, lines)))
+    return [[ExamAnswer(question, passage, next(replies)) for question, passage in chat][-1] for chat in chats]
 
 
-def _run(command: Sequence[str], lines: Sequence[str]) -> str:
-    """What the shell prints for these lines."""
+def _run_shell(command: Sequence[str], lines: Sequence[str]) -> str:
+    """Return what the shell prints for these lines."""
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as given,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as notes,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stdin,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
     ):
-        given.write("\n".join(lines) + "\n")
-        given.flush()
-        given.seek(0)
-        with subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=notes, encoding="utf-8") as shell:
-            printed = _follow(shell.stdout, total=lines.count(_MARK_COMMAND) - 2)
+        stdin.write("\n".join(lines) + "\n")
+        stdin.flush()
+        stdin.seek(0)
+        with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8") as shell:
+            assert shell.stdout is not None, command
+            printed = _read_output(shell.stdout, total=lines.count(_SEPARATOR_COMMAND) - 2)
         if shell.returncode != 0:
-            notes.seek(0)
-            said = (notes.read().strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"{Path(command[1]).name} ended with status {shell.returncode}: {said}")
+            stderr.seek(0)
+            last_line = (stderr.read().strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{Path(command[1]).name} ended with status {shell.returncode}: {last_line}")
     return printed
 
 
-def _follow(printed: IO[str], *, total: int) -> str:
-    """All that is printed, with a live line that counts the replies."""
-    lines, mark = [], ""
+def _read_output(printed: IO[str], *, total: int) -> str:
+    """Return all that is printed; a live line counts the replies."""
+    lines, separator = [], ""
     with bar(total, "asking", unit="question") as progress:
         for line in printed:
-            mark = mark or line
+            separator = separator or line
             lines.append(line)
-            if line == mark and len(lines) > 1:
+            if line == separator and len(lines) > 1:
                 progress.update()
     return "".join(lines)
 
 
-def _replies(printed: str) -> list[str]:
-    """Cut what the shell printed into replies. It begins with the mark, twice, which shows where one ends."""
+def _split_replies(printed: str) -> list[str]:
+    """Split the shell's output into replies. It begins with the separator, twice, which shows where one ends."""
     first_line = printed.split("\n", 1)[0] + "\n"
-    mark = printed[: printed.find(first_line, 1)]
-    assert printed.startswith(2 * mark), printed[:200]
-    return [reply.strip() for reply in printed[2 * len(mark) :].split(mark)[:-1]]
+    separator = printed[: printed.find(first_line, 1)]
+    assert printed.startswith(2 * separator), printed[:200]
+    return [reply.strip() for reply in printed[2 * len(separator) :].split(separator)[:-1]]
 
 
-def _report(score: Score | SearchScore, *, show: int) -> None:
-    if isinstance(score, SearchScore):
+def _print_report(score: ExamScore | RetrievalScore, *, show: int) -> None:
+    if isinstance(score, RetrievalScore):
         shown = [*score.on[:show], *score.off[:1]]
         rows = [("looked up", score.on), ("not looked up", score.off)]
     else:
@@ -234,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.minimum > 1:
         raise UserError(f"--minimum {args.minimum:g}: expected a share between 0 and 1")
-    put = examine if args.retrieval is None else examine_search
+    put = examine if args.retrieval is None else examine_retrieval
     command = bot_command(args.model, args.retrieval)
     score = put(read_questions(args.data), command, count=args.questions, seed=args.seed)
-    _report(score, show=args.show)
+    _print_report(score, show=args.show)
     if score.share >= args.minimum:
         return 0
     what = "with a passage" if args.retrieval is None else "that were looked up"

@@ -1,18 +1,18 @@
 """Chats that teach a small model to answer from the passage it is given, made of the standard library's docstrings.
 
-Owns which samples a model sees and in what shares; the characters are `formats.chat`'s. Most samples are what the shell
-shows a model: often a date, one to three turns, and a passage in the last one alone, since the shell drops a passage
-once it is answered from. In some, earlier turns keep theirs: clients of the chat template may send them so, and such a
-row teaches several answers at once. Three kinds of reply are taught: the passage's sentence, an honest `UNKNOWN` where
-there is no passage, and small talk.
+Owns which samples a model sees and in what shares; `formats.chat` renders them. Most samples are what the shell shows a
+model: often a date, one to three turns, and a passage in the last one alone, since the shell drops a passage once it is
+answered from. In some, earlier turns keep theirs: clients of the chat template may send them so, and such a row teaches
+several answers at once. Three kinds of reply are taught: the passage's sentence, `UNKNOWN` where there is no passage,
+and small talk.
 
-In most samples the sentence is random words of the corpus, some of them of two words' parts. Such a sentence cannot be
-learnt by heart, so a model has to learn to copy, and a copying model also answers from passages that it has never seen.
+In most samples the sentence is random words of the corpus, some of them spliced from two words. A model cannot memorise
+such sentences, so it has to learn to copy, and then also answers from passages that it has never seen.
 """
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 from openchatkit import cli, paths, storage
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
-from openchatkit.tools.quickstart.python_docs import Entry, read_library, standard_library
+from openchatkit.tools.quickstart.python_docs import DocEntry, read_library, standard_library
 
 FOLDER = paths.ROOT / "data" / "python-docs" / "files"
 TRAIN, HELD_OUT, PASSAGES = "train.jsonl", "heldout.jsonl", "passages.jsonl"
@@ -42,13 +42,13 @@ _SMALL_TALK = (
 
 @dataclass(frozen=True)
 class Shares:
-    """How often samples are of each kind: probabilities, numbers of words, and the longest sample in characters."""
+    """Probabilities of each kind of sample, numbers of words, and the longest sample in characters."""
 
     drill: float = 0.6
     drill_characters: int = 405  # of a drill, about
-    drill_date: float = 0.1  # a date takes room in which nothing is learnt
-    spliced: float = 0.3  # of random words, those made of two words' parts
-    # What follows is of the samples that are no drill.
+    drill_date: float = 0.1  # a date takes room in which nothing is trained on
+    spliced: float = 0.3  # of random words, those made of parts of two words
+    # Of the samples that are no drill:
     date: float = 0.6
     several_turns: float = 0.85
     third_turn: float = 0.5  # of the samples with several turns
@@ -62,11 +62,12 @@ class Shares:
     max_characters: int = 405
 
 
-def split(entries: Sequence[Entry], *, held_out: float, seed: int) -> tuple[list[Entry], list[Entry]]:
-    """(training, held-out) entries, both sorted; no name and no sentence is in both."""
+def split(entries: Sequence[DocEntry], *, held_out: float, seed: int) -> tuple[list[DocEntry], list[DocEntry]]:
+    """Split entries into training and held-out ones, both sorted; no name and no sentence is in both."""
     sentences = sorted({entry.sentence for entry in entries})
     chosen = set(random.Random(seed).sample(sentences, round(held_out * len(sentences))))
-    kept, held = [], []
+    kept: list[DocEntry] = []
+    held: list[DocEntry] = []
     for entry in sorted(entries):
         (held if entry.sentence in chosen else kept).append(entry)
     if not kept or not held:
@@ -77,8 +78,8 @@ def split(entries: Sequence[Entry], *, held_out: float, seed: int) -> tuple[list
     return kept, held
 
 
-def compose(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> str:
-    """One training sample as text. `words` is what random sentences are made of."""
+def compose(rng: random.Random, entries: Sequence[DocEntry], words: Sequence[str], shares: Shares) -> str:
+    """Compose one training sample as text; random sentences are made of `words`."""
     drill = rng.random() < shares.drill
     dated = rng.random() < (shares.drill_date if drill else shares.date)
     system = chat.preamble(_random_time(rng)) if dated else ""
@@ -97,8 +98,8 @@ def compose(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], 
         earlier.pop(0)
 
 
-def held_out_record(entry: Entry) -> dict[str, str]:
-    """A question the model has not seen, in parts and as the text it would have been trained on."""
+def held_out_record(entry: DocEntry) -> dict[str, str]:
+    """Return a question that the model has not seen, in parts and as the text of a training sample."""
     question = QUESTION.format(entry.name)
     turns = [chat.Turn("human", question, (entry.passage,)), chat.Turn("bot", entry.sentence)]
     return {
@@ -110,7 +111,7 @@ def held_out_record(entry: Entry) -> dict[str, str]:
 
 
 def write_files(
-    entries: Sequence[Entry], folder: Path, *, samples: int, held_out: float, seed: int, shares: Shares | None = None
+    entries: Sequence[DocEntry], folder: Path, *, samples: int, held_out: float, seed: int, shares: Shares | None = None
 ) -> dict[str, int]:
     """Write the three files into `folder`, the passages last; returns the number of lines of each.
 
@@ -129,7 +130,7 @@ def write_files(
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the files and say how many lines each has."""
+    """Write the files and print how many lines each has."""
     parser = cli.Parser(
         prog="data/python-docs/prepare.py",
         description="Write questions and answers about the Python that runs this, from its docstrings.",
@@ -151,12 +152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _drill(
-    rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares, taken: int
+    rng: random.Random, entries: Sequence[DocEntry], words: Sequence[str], shares: Shares, taken: int
 ) -> list[chat.Turn]:
-    """Practice in copying and nothing else: in one to three turns, about as many random words as a row can hold.
+    """Make a drill in copying alone: in one to three turns, about as many random words as a row can hold.
 
-    What is learnt from a row goes by the number of replied tokens in it; real replies fill a tenth of theirs, which is
-    why names are short here and dates few. `taken` characters of the row are used already.
+    A row teaches as much as it has tokens of replies; real replies fill a tenth of theirs, which is why names are short
+    here and dates rare. `taken` characters of the row are used already.
     """
     turns: list[chat.Turn] = []
     count = rng.randint(1, 3)
@@ -167,7 +168,7 @@ def _drill(
         sentence = _word(rng, words, shares)
         while len(longer := f"{sentence} {_word(rng, words, shares)}") < room:
             sentence = longer
-        entry = Entry(name, sentence)
+        entry = DocEntry(name, sentence)
         turns += [chat.Turn("human", QUESTION.format(name), (entry.passage,)), chat.Turn("bot", sentence)]
     return turns
 
@@ -177,7 +178,7 @@ def _random_sentence(rng: random.Random, words: Sequence[str], shares: Shares) -
 
 
 def _word(rng: random.Random, words: Sequence[str], shares: Shares) -> str:
-    """A word of the corpus, or the beginning of one and the end of another: new sequences of tokens, without end."""
+    """Draw a word of the corpus, or splice the beginning of one and the end of another: endless new token sequences."""
     word = rng.choice(words)
     if rng.random() >= shares.spliced:
         return word
@@ -185,8 +186,8 @@ def _word(rng: random.Random, words: Sequence[str], shares: Shares) -> str:
     return word[: rng.randint(1, len(word))] + other[rng.randint(0, len(other) - 1) :]
 
 
-def _turn_of_history(rng: random.Random, entries: Sequence[Entry], shares: Shares) -> list[chat.Turn]:
-    """A turn without its passage, whatever was answered then. Mostly one whose reply can be known all the same."""
+def _turn_of_history(rng: random.Random, entries: Sequence[DocEntry], shares: Shares) -> list[chat.Turn]:
+    """Draw an earlier turn, without its passage; mostly one whose reply does not need it."""
     kind = rng.random()
     if kind < 0.4:
         return _small_talk(rng)
@@ -195,8 +196,8 @@ def _turn_of_history(rng: random.Random, entries: Sequence[Entry], shares: Share
     return [chat.Turn("human", _question(rng, entry.name, shares)), chat.Turn("bot", answer)]
 
 
-def _turn(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], shares: Shares) -> list[chat.Turn]:
-    """A turn as it is when its reply is due."""
+def _turn(rng: random.Random, entries: Sequence[DocEntry], words: Sequence[str], shares: Shares) -> list[chat.Turn]:
+    """Draw a turn as it is when its reply is due."""
     kind = rng.random()
     if kind < shares.small_talk:
         return _small_talk(rng)
@@ -205,7 +206,7 @@ def _turn(rng: random.Random, entries: Sequence[Entry], words: Sequence[str], sh
     if kind < shares.small_talk + shares.unknown:
         return [chat.Turn("human", question), chat.Turn("bot", UNKNOWN)]
     if rng.random() < shares.random_words:
-        entry = Entry(entry.name, _random_sentence(rng, words, shares))
+        entry = DocEntry(entry.name, _random_sentence(rng, words, shares))
     return [chat.Turn("human", question, (entry.passage,)), chat.Turn("bot", entry.sentence)]
 
 
@@ -224,7 +225,7 @@ def _random_time(rng: random.Random) -> datetime:
     return datetime(2024, 1, 1, tzinfo=zone) + timedelta(seconds=rng.randrange(12 * 365 * 86400))
 
 
-def _write_jsonl(path: Path, records: Iterable[dict[str, object]]) -> int:
+def _write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> int:
     count = 0
     with storage.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for record in records:

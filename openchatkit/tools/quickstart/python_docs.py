@@ -1,7 +1,7 @@
-"""What the reader's own Python says about itself: one sentence for each public name of the standard library.
+"""First sentences of the docstrings of the running Python's standard library, one for each public name.
 
-Owns which files are read, which names count as public and what a clean first sentence is. Sources are parsed, never
-imported, so nothing in them runs. How the entries become chats is `python_chats`'.
+Owns which files are read, which names are public and what a clean first sentence is. Sources are parsed, never
+imported, so nothing in them runs. `python_chats` makes chats of the entries.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from openchatkit.errors import UserError
 
-# Tests, bundled tools and other people's packages are not what a reader asks about.
+# Tests, bundled tools and other people's packages are no part of the documented library.
 _SKIPPED = (
     *("__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3"),
     *("pydoc_data", "site-packages", "test", "tests", "turtledemo"),
@@ -26,7 +26,7 @@ _MAX_NAME_CHARS = 48
 
 
 @dataclass(frozen=True, order=True)
-class Entry:
+class DocEntry:
     """A qualified name, such as `json.dumps`, and the first sentence of its docstring."""
 
     name: str
@@ -38,14 +38,14 @@ class Entry:
 
 
 def standard_library() -> Path:
-    """The folder of the running Python's standard library, also from inside a virtual environment."""
+    """Return the folder of the running Python's standard library, also from inside a virtual environment."""
     return Path(sysconfig.get_path("stdlib"))
 
 
-def read_library(folder: Path) -> list[Entry]:
-    """Every public module, function, class and method under `folder` with a clean first sentence, sorted by name.
+def read_library(folder: Path) -> list[DocEntry]:
+    """Read every public module, function, class and method with a clean first sentence, sorted by name.
 
-    A file that does not parse is left out. Raises UserError when nothing is found.
+    Files that do not parse are skipped. UserError when nothing is found.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: expected a Python standard library; pass one with --library")
@@ -57,17 +57,17 @@ def read_library(folder: Path) -> list[Entry]:
         tree = _parse(path)
         if tree is None:
             continue
-        for name, docstring in _documented(tree, module):
+        for name, docstring in _iter_docstrings(tree, module):
             sentence = first_sentence(docstring)
             if sentence and len(name) <= _MAX_NAME_CHARS:
                 found.setdefault(name, sentence)
     if not found:
         raise UserError(f"no docstrings in {folder}: expected Python sources; pass their folder with --library")
-    return [Entry(name, sentence) for name, sentence in sorted(found.items())]
+    return [DocEntry(name, sentence) for name, sentence in sorted(found.items())]
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring on one line, or an empty string where it has none that reads as a sentence."""
+    """Return the first sentence of a docstring on one line; an empty string if it has none that is clean."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split()).replace("``", "`")
     end = _SENTENCE_END.search(paragraph)
     sentence = paragraph[: end.end()] if end else ""
@@ -86,7 +86,7 @@ def first_sentence(docstring: str) -> str:
 
 def _parse(path: Path) -> ast.Module | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's escape sequences are not the reader's business
+        warnings.simplefilter("ignore")  # about escape sequences in other people's sources
         try:
             return ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -94,7 +94,7 @@ def _parse(path: Path) -> ast.Module | None:
 
 
 def _module_name(path: Path) -> str | None:
-    """`json/encoder.py` -> `json.encoder`, `json/__init__.py` -> `json`; None for what is private or skipped."""
+    """Return `json.encoder` for `json/encoder.py`, `json` for `json/__init__.py`; None for private and skipped ones."""
     parts = path.with_suffix("").parts
     if parts[-1] == "__init__":
         parts = parts[:-1]
@@ -103,14 +103,14 @@ def _module_name(path: Path) -> str | None:
     return ".".join(parts)
 
 
-def _documented(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
-    """Qualified names and docstrings of `node` and of the public functions and classes defined in it."""
+def _iter_docstrings(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
+    """Yield qualified names and docstrings of `node` and of the public functions and classes defined in it."""
     docstring = ast.get_docstring(node)
     if docstring:
         yield name, docstring
     for child in node.body:
         if isinstance(child, ast.ClassDef) and _is_public(child.name):
-            yield from _documented(child, f"{name}.{child.name}")
+            yield from _iter_docstrings(child, f"{name}.{child.name}")
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and _is_public(child.name):
             docstring = ast.get_docstring(child)
             if docstring:

@@ -10,9 +10,9 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.tools.quickstart import base_model
-from openchatkit.tools.quickstart.base_model import Shape
+from openchatkit.tools.quickstart.base_model import ModelShape
 
-SHAPE = Shape(vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)
+SHAPE = ModelShape(vocab_size=300, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)
 TEXTS = [f"<human>: What does box.part{n} do?\n<bot>: Return part {n} of the box.\n" for n in range(40)]
 
 
@@ -92,7 +92,7 @@ def test_the_command_makes_the_sizes_asked_for(data, tmp_path, capsys):
 )
 def test_sizes_that_do_not_fit(data, tmp_path, sizes, message):
     with pytest.raises(UserError, match=message):
-        base_model.prepare(data, tmp_path, shape=Shape(**{**vars(SHAPE), **sizes}), seed=1)
+        base_model.prepare(data, tmp_path, shape=ModelShape(**{**vars(SHAPE), **sizes}), seed=1)
     assert not (tmp_path / "Quickstart").exists()
 
 

@@ -1,4 +1,4 @@
-"""The examination, of shells that are short scripts; the real one has the same commands, which its own tests prove."""
+"""The exam, of shells that are short scripts; the real one has the same commands, which its own tests prove."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ import pytest
 
 from openchatkit.errors import UserError
 from openchatkit.tools.quickstart import examination
-from openchatkit.tools.quickstart.examination import Question
+from openchatkit.tools.quickstart.examination import HeldOutQuestion
 
-QUESTIONS = [Question(f"What does f{n} do?", f"f{n}: Return {n}.", f"Return {n}.") for n in range(40)]
+QUESTIONS = [HeldOutQuestion(f"What does f{n} do?", f"f{n}: Return {n}.", f"Return {n}.") for n in range(40)]
 
 # A shell that copies the passage of the question; `{reply}` says what it makes of the sentence.
 SHELL = """
@@ -88,7 +88,7 @@ def test_a_shell_that_fails_is_quoted(shell):
     command = shell(end="print('error: no such model', file=sys.stderr)\nsys.exit(2)")
     with pytest.raises(UserError, match=r"shell\.py ended with status 2: error: no such model"):
         examination.examine(QUESTIONS, command, count=5, seed=1)
-    with pytest.raises(UserError, match=r"shell\.py ended with status 3: it said nothing"):
+    with pytest.raises(UserError, match=r"shell\.py ended with status 3: no output"):
         examination.examine(QUESTIONS, shell(end="sys.exit(3)"), count=5, seed=1)
 
 
@@ -126,7 +126,7 @@ def test_the_command_prints_answers_and_the_score(shell, tmp_path, monkeypatch, 
 
 
 def test_what_is_looked_up_counts_and_what_is_not_is_asked_again(shell):
-    score = examination.examine_search(QUESTIONS[:2], shell(), count=2, seed=1)
+    score = examination.examine_retrieval(QUESTIONS[:2], shell(), count=2, seed=1)
     assert sorted((one.question.question, one.passage, one.reply) for one in score.on) == [
         ("What does f0 do?", "f0: Return 0.", "Return 0."),
         ("What does f1 do?", None, "I do not know."),
@@ -136,7 +136,7 @@ def test_what_is_looked_up_counts_and_what_is_not_is_asked_again(shell):
     ]
     assert score.share == 0.5
     with pytest.raises(UserError, match="--questions 3: there are 2 held-out entries: pass fewer"):
-        examination.examine_search(QUESTIONS[:2], shell(), count=3, seed=1)
+        examination.examine_retrieval(QUESTIONS[:2], shell(), count=3, seed=1)
 
 
 def test_the_command_prints_what_was_looked_up(shell, tmp_path, monkeypatch, capsys):

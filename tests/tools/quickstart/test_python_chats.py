@@ -12,10 +12,10 @@ from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.tools.quickstart import python_chats
 from openchatkit.tools.quickstart.python_chats import HELD_OUT, PASSAGES, TRAIN, UNKNOWN, Shares
-from openchatkit.tools.quickstart.python_docs import Entry
+from openchatkit.tools.quickstart.python_docs import DocEntry
 
-ENTRIES = [Entry(f"box.part{n}", f"Return part {n} of the box.") for n in range(40)]
-ENTRIES += [Entry(f"lid.part{n}", f"Return part {n} of the box.") for n in range(40)]
+ENTRIES = [DocEntry(f"box.part{n}", f"Return part {n} of the box.") for n in range(40)]
+ENTRIES += [DocEntry(f"lid.part{n}", f"Return part {n} of the box.") for n in range(40)]
 
 
 def write(folder: Path, *, seed: int = 1, samples: int = 300, shares: Shares | None = None) -> dict[str, list[dict]]:

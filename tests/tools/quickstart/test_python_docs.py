@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openchatkit.errors import UserError
-from openchatkit.tools.quickstart.python_docs import Entry, first_sentence, read_library, standard_library
+from openchatkit.tools.quickstart.python_docs import DocEntry, first_sentence, read_library, standard_library
 
 MODULE = '''"""Tools for boxes of all kinds.  There is more to say."""
 
@@ -70,15 +70,15 @@ def library(tmp_path: Path) -> Path:
 
 def test_finds_what_is_public_by_its_qualified_name(library):
     assert read_library(library) == [
-        Entry("boxes", "Tools for boxes of all kinds."),
-        Entry("boxes.Box", "A box with a lid."),
-        Entry("boxes.Box.Lid", "What closes a box."),
-        Entry("boxes.Box.Lid.turn", "Turn the lid around once."),
-        Entry("boxes.Box.close", "Close the lid of the box."),
-        Entry("boxes.open_box", "Open the box and return what is in it."),
-        Entry("boxes.wait", "Wait until the box has arrived."),
-        Entry("kit", "A package of useful things."),
-        Entry("kit.parts", "The parts of the package."),
+        DocEntry("boxes", "Tools for boxes of all kinds."),
+        DocEntry("boxes.Box", "A box with a lid."),
+        DocEntry("boxes.Box.Lid", "What closes a box."),
+        DocEntry("boxes.Box.Lid.turn", "Turn the lid around once."),
+        DocEntry("boxes.Box.close", "Close the lid of the box."),
+        DocEntry("boxes.open_box", "Open the box and return what is in it."),
+        DocEntry("boxes.wait", "Wait until the box has arrived."),
+        DocEntry("kit", "A package of useful things."),
+        DocEntry("kit.parts", "The parts of the package."),
     ]
 
 
