@@ -68,6 +68,7 @@ def checkout(tmp_path):
         "pyproject.toml",
         "constraints.txt",
         "tools/environment.sh",
+        "training/_recipe.sh",
         "training/finetune_Quickstart.sh",
     )
     for name in needed:

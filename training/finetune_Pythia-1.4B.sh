@@ -3,47 +3,22 @@
 # First: python tools/convert_from_hf_gptneox.py --model-name EleutherAI/pythia-1.4b-deduped \
 #            --save-dir pretrained/Pythia-1.4B-deduped
 #        python data/OIG/prepare.py --files unified_chip2
-#
-#   FINETUNE_TOTAL_STEPS, FINETUNE_CHECKPOINT_STEPS, FINETUNE_CHECKPOINT_PATH   as set below
-#   FINETUNE_DATA     FILE:WEIGHT,... instead of the list below
-#   other arguments   go to training/dist_clm_train.py, after those below, and win over them
+# Flags of dist_clm_train.py, --config among them, and FINETUNE_* variables win over what is set here: see README.md.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/tools/environment.sh"
-python=$(kit_python)
+. "$(dirname "${BASH_SOURCE[0]}")/_recipe.sh"
 
-MODEL_NAME=Pythia-Chat-1.4B
+NAME=Pythia-Chat-1.4B
 BASE_MODEL=$root/pretrained/Pythia-1.4B-deduped/EleutherAI_pythia-1.4b-deduped
-OIG=$root/data/OIG/files
-DATASETS=(
-    "$OIG/unified_chip2.jsonl:1"
-)
-TASKS=$(IFS=, && echo "${DATASETS[*]}")
+SOURCES=$OIG/unified_chip2.jsonl:1
+TOTAL_STEPS=20000
+CHECKPOINT_STEPS=100
 
-ARGS=(
-    --model-name "$BASE_MODEL"
-    --tokenizer-name "$BASE_MODEL"
-    --model-type gptneox
-    --load-pretrained-model true
-    --task-name "${FINETUNE_DATA:-$TASKS}"
-    --packing concat
-    --loss-on all
-    --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$MODEL_NAME}"
-    --total-steps "${FINETUNE_TOTAL_STEPS:-20000}"
-    --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-100}"
-    --keep-checkpoints 2
-    --num-layers 24 --embedding-dim 2048
-    --pipeline-group-size 1 --data-group-size 1
-    --dist-url tcp://127.0.0.1:7033
-    --pp-mode 1f1b
-    --dp-mode allreduce --dp-backend nccl
-    --seq-length 2048
-    --batch-size 32 --micro-batch-size 4 --gradient-accumulate-step 1
-    --optimizer 8bit-adam --lr 1e-5 --warmup-steps 10
-    --precision auto
-    --activation-checkpointing true
-    --seed 42
-    --train-log-backend print
-)
-
-exec "$python" "$root/training/launch.py" --world-size 1 "$root/training/dist_clm_train.py" "${ARGS[@]}" "$@"
+train 1 \
+    --model-type gptneox --num-layers 24 --embedding-dim 2048 \
+    --pipeline-group-size 1 --data-group-size 1 \
+    --packing concat --loss-on all --seq-length 2048 \
+    --batch-size 32 --micro-batch-size 4 --gradient-accumulate-step 1 \
+    --optimizer 8bit-adam --lr 1e-5 --warmup-steps 10 \
+    --precision auto --activation-checkpointing true \
+    --seed 42 \
+    --overrides "$@"

@@ -23,6 +23,7 @@ def given(tmp_path):
     (root / "training").mkdir(parents=True)
     (root / "tools").mkdir()
     shutil.copy(ROOT / "tools" / "environment.sh", root / "tools")
+    shutil.copy(ROOT / "training" / "_recipe.sh", root / "training")
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o755)
@@ -112,6 +113,17 @@ def test_the_environment_and_further_arguments_win(given):
     settings = config.parse(arguments)
     assert (settings.total_steps, settings.checkpoint_steps, settings.lr) == (7, 3, 3e-5)
     assert (settings.checkpoint_path, settings.task_name) == (Path("else where"), "mine.jsonl:1")
+
+
+def test_a_file_wins_over_the_recipe_and_further_arguments_over_the_file(given, tmp_path):
+    path = tmp_path / "run.yml"
+    path.write_text("lr: 3e-5\nseed: 7\nbf16: true\nnepochs: 2\ntask_name: [a.jsonl:1, b.jsonl:2]\n", encoding="utf-8")
+    _, arguments = given("finetune_Pythia-Chat-Base-7B.sh", "--config", str(path), "--seed", "9")
+    settings = config.parse(arguments)
+    assert (settings.lr, settings.seed, settings.task_name) == (3e-5, 9, "a.jsonl:1,b.jsonl:2")
+    # Of --fp16 and --total-steps, which the recipe gives, the file says something else in other words.
+    assert (settings.precision, settings.fp16, settings.nepochs, settings.total_steps) == ("bfloat16", False, 2, None)
+    assert (settings.batch_size, settings.pipeline_group_size) == (32, 4)
 
 
 def test_the_readme_has_every_flag_and_recipe():
