@@ -76,7 +76,7 @@ def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slo
     """Load the models that the flags name; `announce` is told in one line what is being loaded.
 
     `slots` is how many conversations the engine keeps what it read of. Raises UserError for flags that make no sense,
-    before anything is loaded, and as `loader.load`, `rendering.choose` and `moderation.flags.moderator` do.
+    before anything is loaded, and as `loader.load`, `rendering.choose` and `moderation.flags.load_moderator` do.
     """
     sampling(given)
     import torch
@@ -89,7 +89,7 @@ def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slo
     loader.silence_libraries()
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    moderator = moderation.moderator(given, announce)
+    moderator = moderation.load_moderator(given, announce)
     loaded = loader.load(
         given.model,
         gpu_id=given.gpu_id,

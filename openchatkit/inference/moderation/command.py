@@ -1,5 +1,6 @@
-"""The command `inference/moderate.py`: texts in, and what moderation makes of them out, a line each."""
+"""The command `inference/moderate.py`: texts in, verdicts out, a line each."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,26 +15,26 @@ from openchatkit.texts import shorten
 if TYPE_CHECKING:
     from openchatkit.inference.moderation.moderator import Verdict
 
-MAX_LINE = 1 << 20  # characters, as the shell has it
+MAX_LINE = 1 << 20  # characters, as in the shell
 _WIDTH = max(map(len, LABELS))
 _SHOWN = 80  # characters of a text in the table
 
 
 def parser() -> cli.Parser:
-    """The flags of moderation, and what to judge."""
+    """Return the parser of the flags of moderation, and of the texts to judge."""
     given = cli.Parser(
         prog="inference/moderate.py",
         description="Judge texts with a moderation model and a policy: those of --text, else the lines of the input. "
         "The exit status is 2 when a text could not be judged.",
     )
     flags.add_flags(given)
-    given.add_argument("--text", nargs="+", metavar="TEXT", help="what to judge, instead of the lines of the input")
+    given.add_argument("--text", nargs="+", metavar="TEXT", help="texts to judge, instead of the lines of the input")
     given.add_argument(
         "--as",
         dest="part",
         choices=(policy.QUESTION, policy.ANSWER),
         default=policy.QUESTION,
-        help="what the texts are judged as, where the policy makes a difference",
+        help="judge the texts as questions or as answers, for which the policy may differ",
     )
     given.add_argument("--json", action="store_true", help="an object a line instead of a table")
     given.add_argument("--show-policy", action="store_true", help="print the policy in full, as a file to start from")
@@ -45,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Judge every text; each line of output is written as soon as it is known."""
     given = parser().parse_args(argv)
     if given.show_policy:
-        sys.stdout.write(flags.policy_of(given).written())
+        sys.stdout.write(flags.read_policy(given).to_yaml())
         return 0
     if given.moderation_model is None:
         raise UserError("--moderation-model is missing: expected a folder or hub name of a model that judges texts")
-    texts = _lines() if given.text is None else given.text
-    moderator = flags.moderator(given, _announce)
+    texts = _open_input() if given.text is None else given.text
+    moderator = flags.load_moderator(given, _announce)
     assert moderator is not None
     _announce(moderator.describe())
     if not given.json:
@@ -59,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in texts:
         verdict = moderator.judge(text, given.part)
         failed = failed or bool(verdict.reason)
-        print(_object(text, verdict) if given.json else _row(text, verdict), flush=True)
+        print(_format_json(text, verdict) if given.json else _format_row(text, verdict), flush=True)
     return USER_ERROR if failed else 0
 
 
-def _lines() -> Iterator[str]:
+def _open_input() -> Iterator[str]:
     if sys.stdin is None:
         raise UserError("standard input is closed: expected texts there, a line each, or --text")
+    assert isinstance(sys.stdin, io.TextIOWrapper)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     return _read_lines()
 
@@ -80,7 +82,7 @@ def _read_lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _object(text: str, verdict: "Verdict") -> str:
+def _format_json(text: str, verdict: "Verdict") -> str:
     return json.dumps(
         {
             "text": text,
@@ -93,7 +95,7 @@ def _object(text: str, verdict: "Verdict") -> str:
     )
 
 
-def _row(text: str, verdict: "Verdict") -> str:
+def _format_row(text: str, verdict: "Verdict") -> str:
     from openchatkit.inference.streaming import clean
 
     shown = shorten(clean(text), _SHOWN)

@@ -1,16 +1,20 @@
-"""The flags that put a moderation model beside a chat, for every command that talks to a model."""
+"""The flags of a moderation model beside a chat, for every command that talks to a model."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.inference.moderation import policy
+
+if TYPE_CHECKING:
+    from openchatkit.inference.moderation.model_moderator import ModelModerator
+    from openchatkit.inference.moderation.policy import Policy
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """--moderation-model and what goes with it."""
+    """Add --moderation-model and the flags that go with it."""
     flags.add_argument(
         "--moderation-model",
         metavar="NAME",
@@ -21,7 +25,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "--moderation-policy",
         type=Path,
         metavar="FILE",
-        help="JSON or YAML: what the labels lead to, and from where on",
+        help="JSON or YAML: the action that each label leads to, and from which probability on",
     )
     flags.add_argument(
         "--moderation-gpu-id", type=cli.natural, metavar="ID", help="the GPU that judges; not given: that of --gpu-id"
@@ -34,32 +38,34 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def policy_of(given: argparse.Namespace) -> policy.Policy:
-    """The policy that the flags name, or the default."""
+def read_policy(given: argparse.Namespace) -> "Policy":
+    """Read the policy that the flags name, or return the default."""
+    from openchatkit.inference.moderation import policy
+
     return policy.Policy() if given.moderation_policy is None else policy.load(given.moderation_policy)
 
 
-def moderator(given: argparse.Namespace, announce: Callable[[str], None]) -> "ModelModerator | None":  # noqa: F821
-    """Load the moderation model that the flags name, and try it out; None when they name none.
+def load_moderator(given: argparse.Namespace, announce: Callable[[str], None]) -> "ModelModerator | None":
+    """Load the moderation model that the flags name, and try it; None when they name none.
 
-    UserError when the policy, the folder or the model will not do: a chat that was to be moderated does not start.
+    UserError when the policy, the folder or the model is unusable: a chat never runs unmoderated by mistake.
     """
     if given.moderation_model is None:
         for flag in ("moderation_policy", "moderation_gpu_id"):
             if getattr(given, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')} needs --moderation-model, which is not given")
         return None
-    rules = policy_of(given)
+    rules = read_policy(given)
     from openchatkit.inference.engine.engine import Engine
     from openchatkit.inference.loading import loader
     from openchatkit.inference.moderation.model_moderator import ModelModerator
-    from openchatkit.inference.moderation.scorer import Scorer
+    from openchatkit.inference.moderation.scorer import LabelScorer
 
     loader.silence_libraries()
     gpu_id = given.moderation_gpu_id if given.moderation_gpu_id is not None else getattr(given, "gpu_id", 0)
     try:
         loaded = loader.load(given.moderation_model, gpu_id=gpu_id, dtype=given.moderation_dtype, announce=announce)
-        # Uncompiled: judging is reading, and what is compiled is the step that writes.
+        # Uncompiled: judging reads, and only the step that generates is compiled.
         engine = Engine(
             loaded.model,
             eos_ids=loaded.eos_ids,
@@ -67,9 +73,9 @@ def moderator(given: argparse.Namespace, announce: Callable[[str], None]) -> "Mo
             cache_dtype=loaded.cache_dtype,
             compile=False,
         )
-        scorer = Scorer(engine, loaded.tokenizer)
+        scorer = LabelScorer(engine, loaded.tokenizer)
     except UserError as error:
         raise UserError(f"the moderation model: {error}") from error
-    made = ModelModerator(scorer, rules, name=given.moderation_model)
-    made.try_out()
-    return made
+    moderator = ModelModerator(scorer, rules, name=given.moderation_model)
+    moderator.try_out()
+    return moderator

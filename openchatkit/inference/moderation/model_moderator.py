@@ -1,4 +1,4 @@
-"""A moderator made of a moderation model and a policy. It fails closed."""
+"""A moderator that joins a moderation model and a policy. It fails closed."""
 
 import math
 import threading
@@ -10,22 +10,22 @@ from loguru import logger
 from openchatkit.errors import UserError
 from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.moderation.policy import ANSWER, QUESTION, Policy
-from openchatkit.inference.moderation.scorer import Scorer, UnjudgedError
+from openchatkit.inference.moderation.scorer import LabelScorer, UnjudgedError
 from openchatkit.texts import reason_of
 
-# What any moderation model has a label for, tried before the first chat.
+# A text that any moderation model has a label for, tried before the first chat.
 _TRIAL = "Hello, how are you?"
 
 
 class ModelModerator:
     """Judges each text by itself, as the models are trained: a question alone, and an answer alone.
 
-    Whatever goes wrong while a text is judged, but for Ctrl-C, gives a verdict that is not allowed and a line in the
-    log. May be asked by several threads; one text is judged at a time.
+    Any failure while a text is judged, except Ctrl-C, gives a verdict that does not allow the text, and a line in the
+    log. Several threads may use it; one text is judged at a time.
     """
 
     def __init__(
-        self, scorer: Scorer, policy: Policy, *, name: str, clock: Callable[[], float] = time.monotonic
+        self, scorer: LabelScorer, policy: Policy, *, name: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.policy = policy
         self._scorer = scorer
@@ -34,13 +34,13 @@ class ModelModerator:
         self._lock = threading.Lock()
 
     def check(self, question: str, answer: str | None = None) -> Verdict:
-        """Judge a question (`answer` None), or what has been said so far in answer to it."""
+        """Judge a question (`answer` None), or the answer to it so far."""
         return self.judge(question, QUESTION) if answer is None else self.judge(answer, ANSWER)
 
     def judge(self, text: str, part: str) -> Verdict:
-        """The verdict on a text as a "question" or an "answer". A text with nothing to read is allowed."""
+        """Judge a text as a "question" or an "answer". A text without anything to read is allowed."""
         try:
-            windows = self._judged(text)
+            windows = self._label_probabilities(text)
             if not windows:
                 return Verdict(True, action="allow")
             decision = self.policy.decide(part, windows)
@@ -53,9 +53,9 @@ class ModelModerator:
         return Verdict(decision.action != "block", decision.label, message, decision.action, decision.probability)
 
     def try_out(self) -> None:
-        """UserError unless the model answers the moderation prompt with labels: a chat model, say, does not."""
+        """Raise UserError unless the model answers the moderation prompt with labels; a chat model, say, does not."""
         try:
-            self._judged(_TRIAL)
+            self._label_probabilities(_TRIAL)
         except UnjudgedError as error:
             raise UserError(
                 f"--moderation-model {self._name} does not judge: {error}; expected a model that was trained on the "
@@ -63,18 +63,18 @@ class ModelModerator:
             ) from error
 
     def describe(self) -> str:
-        """The model and the policy in one line."""
+        """Return the model and the policy in one line."""
         return f"{self._name}; {self.policy.describe()}"
 
-    def _judged(self, text: str) -> list[tuple[float, ...]]:
-        """The probabilities of the labels in each window. UnjudgedError where there are none."""
+    def _label_probabilities(self, text: str) -> list[tuple[float, ...]]:
+        """Return the probabilities of the labels in each window. UnjudgedError when the model gives no judgement."""
         end = self._clock() + self.policy.seconds
 
         def expired() -> bool:
             return self._clock() > end
 
         with self._lock:
-            windows = self._scorer.scores(text, expired=expired)
+            windows = self._scorer.score(text, expired=expired)
         if expired():
             raise UnjudgedError(f"it took longer than {self.policy.seconds:g} seconds")
         share = min((window.share for window in windows), default=1.0)

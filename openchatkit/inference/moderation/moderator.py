@@ -1,4 +1,4 @@
-"""What a moderator is to the rest of the chat: something that judges a question, and a reply to it."""
+"""The interface of a moderator: it judges a question, and a reply to it."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,11 +6,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judgement: `allowed` or not, the `label` that decided, and what is shown.
+    """A judgement: `allowed` or not, the `label` that decided, and the message to show.
 
-    The `message` stands in the place of what is not allowed; with the `action` "warn" it is shown beside what is.
-    `action` is "allow", "warn" or "block". `probability` is the label's; both are nothing ("" and 0) when no judgement
-    could be made, and `reason` then says why, which is for the log and not for who asked.
+    `action` is "allow", "warn" or "block". The `message` replaces a text that is not allowed; with "warn" it is shown
+    beside the text. `probability` is the label's; both are empty ("" and 0) when no judgement could be made, and
+    `reason` then says why, for the log and not for the client.
     """
 
     allowed: bool
@@ -22,7 +22,7 @@ class Verdict:
 
 
 class Moderator(Protocol):
-    """Judges texts. Fails closed: when no judgement can be made, `check` returns a verdict that is not allowed."""
+    """A judge of texts that fails closed: where it cannot judge, `check` returns a verdict that is not allowed."""
 
     def check(self, question: str, answer: str | None = None) -> Verdict:
-        """Judge a question (`answer` None), or what has been said so far in answer to it."""
+        """Judge a question (`answer` None), or the answer to it so far."""

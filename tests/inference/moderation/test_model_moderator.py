@@ -14,7 +14,7 @@ from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.moderation.model_moderator import ModelModerator
 from openchatkit.inference.moderation.moderator import Verdict
 from openchatkit.inference.moderation.policy import Policy
-from openchatkit.inference.moderation.scorer import Scorer
+from openchatkit.inference.moderation.scorer import LabelScorer
 
 CASUAL, GRAVE = (0.9, 0.02, 0.02, 0.03, 0.03), (0.05, 0.05, 0.8, 0.05, 0.05)
 
@@ -30,7 +30,7 @@ def made_up(tokenizer):
 
     def make(judge, rules: Policy | None = None, **options) -> ModelModerator:
         engine = FakeEngine(lambda prompt: judge(tokenizer.decode(prompt)))
-        return ModelModerator(Scorer(engine, tokenizer), rules or Policy(), name="made-up", **options)
+        return ModelModerator(LabelScorer(engine, tokenizer), rules or Policy(), name="made-up", **options)
 
     return make
 
@@ -39,7 +39,7 @@ def test_questions_and_answers_each_by_itself(moderation_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(moderation_model).eval()
     engine = Engine(model, eos_ids=[0], device=torch.device("cpu"))
     rules = Policy(answers={**Policy().answers, "needs caution": "warn", "possibly needs caution": "block"})
-    moderator = ModelModerator(Scorer(engine, tokenizer), rules, name="trained")
+    moderator = ModelModerator(LabelScorer(engine, tokenizer), rules, name="trained")
     draw = random.Random(5)
     good, bomb, steal, sad = (sentence(draw, word) for word in (None, "bomb", "steal", "sad"))
     assert moderator.check(good).allowed

@@ -73,8 +73,8 @@ def test_a_text_that_cannot_be_judged_is_blocked_and_ends_in_status_2(moderate, 
             raise RuntimeError("broken")
         return judged(self, text, expired=expired)
 
-    judged = model_moderator.Scorer.scores
-    monkeypatch.setattr(model_moderator.Scorer, "scores", fails)
+    judged = model_moderator.LabelScorer.score
+    monkeypatch.setattr(model_moderator.LabelScorer, "score", fails)
     out, err, status = moderate("--moderation-model", moderation_model, sent="hello\nothers\nhello\n")
     assert [line.split()[0] for line in out[1:]] == ["allow", "block", "allow"]
     assert out[2].split()[1:3] == ["(not", "judged)"]

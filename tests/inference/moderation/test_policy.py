@@ -78,10 +78,10 @@ def test_a_stricter_policy_never_does_less(window, actions, threshold):
 
 def test_a_policy_is_read_back_as_it_is_written(written):
     rules = written("questions: {casual: warn}\nmessages: {warning: 'sei höflich: {label}'}\nseconds: 5")
-    assert written(rules.written()) == rules
+    assert written(rules.to_yaml()) == rules
     assert written(json.dumps({"threshold": 1}), "policy.json") == Policy(threshold=1.0)
     assert written("") == Policy()
-    assert written(Policy().written()) == Policy()
+    assert written(Policy().to_yaml()) == Policy()
 
 
 def test_the_documentation_shows_the_default(written):
@@ -117,12 +117,12 @@ def test_a_policy_in_one_line(written):
         ("threshold: half", "threshold is half"),
         ("label_share: 2", "label_share is 2: expected a number of at least 0 and at most 1"),
         ("seconds: .inf", "seconds is inf"),
-        ("messages: {question: ''}", "messages: question is no text"),
+        ("messages: {question: ''}", "messages: question is not a text"),
         ("messages: {sorry: a}", "messages: unknown message 'sorry': expected question, answer, warning, unjudged"),
         ("messages: sorry", "messages: expected texts by name"),
         ("- block", "expected settings by name"),
-        ("a: [", "is no .yaml file: while parsing"),
-        ("!!python/object/apply:os.system [ls]", "is no .yaml file: could not determine a constructor"),
+        ("a: [", "is not a .yaml file: while parsing"),
+        ("!!python/object/apply:os.system [ls]", "is not a .yaml file: could not determine a constructor"),
     ],
 )
 def test_a_policy_that_will_not_do(written, text, message):
@@ -135,10 +135,10 @@ def test_a_policy_file_that_cannot_be_read(tmp_path, written):
         policy.load(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         policy.load(tmp_path)
-    with pytest.raises(UserError, match=r"is no \.json file: Expecting"):
+    with pytest.raises(UserError, match=r"is not a \.json file: Expecting"):
         written("a: 1", "policy.json")
     (tmp_path / "bytes").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"is no \.yaml file: 'utf-8' codec"):
+    with pytest.raises(UserError, match=r"is not a \.yaml file: 'utf-8' codec"):
         policy.load(tmp_path / "bytes")
     with pytest.raises(UserError, match="too long to be a policy"):
         written("#" * (2 << 20))

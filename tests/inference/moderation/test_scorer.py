@@ -15,7 +15,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import moderation
 from openchatkit.formats.token_store import CONTEXT, TRAINED
 from openchatkit.inference.engine.engine import Engine
-from openchatkit.inference.moderation.scorer import Scorer, UnjudgedError
+from openchatkit.inference.moderation.scorer import LabelScorer, UnjudgedError
 
 LABELS = moderation.LABELS
 EVEN = (0.2,) * 5
@@ -40,11 +40,11 @@ def label(probabilities) -> str:
 
 
 def test_a_trained_model_gives_each_text_its_label(model, tokenizer):
-    scorer = Scorer(engine(model), tokenizer)
+    scorer = LabelScorer(engine(model), tokenizer)
     draw = random.Random(1)
     for word, expected in (*RULE, (None, "casual")):
         for _ in range(5):
-            (scores,) = scorer.scores(sentence(draw, word))
+            (scores,) = scorer.score(sentence(draw, word))
             assert label(scores.probabilities) == expected
             assert sum(scores.probabilities) == pytest.approx(1)
             assert scores.share > 0.9
@@ -52,7 +52,7 @@ def test_a_trained_model_gives_each_text_its_label(model, tokenizer):
 
 def test_probabilities_are_those_of_the_whole_labels(model, tokenizer):
     """Token by token from the model's logits, in the pieces that training has."""
-    (scores,) = Scorer(engine(model), tokenizer).scores("we steal a mat")
+    (scores,) = LabelScorer(engine(model), tokenizer).score("we steal a mat")
     logs = []
     for name in LABELS:
         segments = moderation.record([("we steal a mat", name)])
@@ -69,7 +69,7 @@ def test_probabilities_are_those_of_the_whole_labels(model, tokenizer):
 
 def test_the_prompt_is_tokenised_as_training_tokenises_it(tokenizer):
     fake = FakeEngine(lambda prompt: EVEN)
-    Scorer(fake, tokenizer).scores("sit: on\nthe mat.")
+    LabelScorer(fake, tokenizer).score("sit: on\nthe mat.")
     row = b'{"context": "sit: on\\nthe mat.", "safety_label": "__casual__"}'
     trained = tokenise([row], tokenizer.encode, separator_ids(tokenizer, "end-of-text"))
     prompt = trained.tokens[trained.mask == CONTEXT].tolist()
@@ -82,7 +82,7 @@ def test_the_prompt_is_tokenised_as_training_tokenises_it(tokenizer):
 def test_windows_overlap_and_leave_nothing_out(tokenizer, length):
     text = " ".join(["cat"] * length)
     ids = tokenizer.encode([moderation.body(text)])[0]
-    windows = Scorer(FakeEngine(lambda prompt: EVEN), tokenizer, window=16, overlap=4).windows(text)
+    windows = LabelScorer(FakeEngine(lambda prompt: EVEN), tokenizer, window=16, overlap=4).windows(text)
     if not length:
         assert windows == []
         return
@@ -95,41 +95,41 @@ def test_windows_overlap_and_leave_nothing_out(tokenizer, length):
 
 
 def test_a_bad_word_anywhere_in_a_long_text_is_found(model, tokenizer):
-    scorer = Scorer(engine(model), tokenizer, window=16, overlap=4)
+    scorer = LabelScorer(engine(model), tokenizer, window=16, overlap=4)
     words = sentence(random.Random(2), words=60).split()
     for place in (0, 13, 30, 59):
         text = " ".join([*words[:place], "bomb", *words[place + 1 :]])
-        assert max(scores.probabilities[2] for scores in scorer.scores(text)) > 0.5, place
+        assert max(scores.probabilities[2] for scores in scorer.score(text)) > 0.5, place
 
 
 def test_a_word_that_is_disguised_is_read_as_it_looks(model, tokenizer):
-    scorer = Scorer(engine(model), tokenizer)
+    scorer = LabelScorer(engine(model), tokenizer)
     for disguised in ("b\u200bo\u2060mb", "\uff42\uff4f\uff4d\uff42"):
-        written, seen = scorer.scores(f"we read {disguised} books")
+        written, seen = scorer.score(f"we read {disguised} books")
         assert label(seen.probabilities) == "needs intervention"
         assert written != seen
 
 
 def test_a_growing_text_is_judged_where_it_is_new(tokenizer):
     fake = FakeEngine(lambda prompt: EVEN)
-    scorer = Scorer(fake, tokenizer, window=16, overlap=4)
+    scorer = LabelScorer(fake, tokenizer, window=16, overlap=4)
     words = ["cat"] * 60
     for count in range(1, 61):
-        assert len(scorer.scores(" ".join(words[:count]))) == max(1, math.ceil((count - 4) / 12))
+        assert len(scorer.score(" ".join(words[:count]))) == max(1, math.ceil((count - 4) / 12))
     assert len(fake.prompts) == len({tuple(prompt) for prompt in fake.prompts})
     asked = len(fake.prompts)
-    scorer.scores(" ".join(words))
+    scorer.score(" ".join(words))
     assert len(fake.prompts) == asked
 
 
 def test_windows_fit_into_the_models_context(tokenizer):
     around = len(tokenizer.encode([moderation.prompt("")])[0])
     fake = FakeEngine(lambda prompt: EVEN, context_length=around + 64 + 40)
-    Scorer(fake, tokenizer).scores("cat " * 500)
+    LabelScorer(fake, tokenizer).score("cat " * 500)
     longest = max(map(len, tokenizer.encode([f" {name}" for name in LABELS])))
     assert max(map(len, fake.prompts)) + longest <= fake.context_length
     with pytest.raises(UserError, match=r"reads 70 tokens at once, of which the moderation prompt takes \d+: expected"):
-        Scorer(FakeEngine(lambda prompt: EVEN, context_length=70), tokenizer)
+        LabelScorer(FakeEngine(lambda prompt: EVEN, context_length=70), tokenizer)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -137,12 +137,12 @@ def test_what_is_not_a_number_is_no_judgement(tokenizer, bad, monkeypatch):
     fake = FakeEngine(lambda prompt: EVEN)
     monkeypatch.setattr(fake, "log_likelihoods", lambda prompt, labels: [-1.0, -2.0, bad, -3.0, -4.0])
     with pytest.raises(UnjudgedError, match="not a number"):
-        Scorer(fake, tokenizer).scores("cat")
+        LabelScorer(fake, tokenizer).score("cat")
 
 
 def test_probabilities_far_below_what_exp_can_hold(tokenizer, monkeypatch):
     fake = FakeEngine(lambda prompt: EVEN)
     monkeypatch.setattr(fake, "log_likelihoods", lambda prompt, labels: [-5000.0, -5001.0, -9000.0, -9000.0, -9000.0])
-    (scores,) = Scorer(fake, tokenizer).scores("cat")
+    (scores,) = LabelScorer(fake, tokenizer).score("cat")
     assert scores.probabilities[0] == pytest.approx(1 / (1 + math.exp(-1)))
     assert scores.share == 0
