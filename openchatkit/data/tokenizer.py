@@ -11,12 +11,16 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer as Backend
 
 from openchatkit.errors import UserError
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.texts import reason_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Texts -> the ids of each, tokenised by itself.
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -102,17 +106,21 @@ class Tokenizer:
 
     def split_special(self, text: str) -> list[str | int]:
         """Cut `text` at the special tokens that it spells; return their ids, and the texts between them."""
-        parts: list[str | int] = list(self._borders.split(text)) if self._special else [text]
-        for place in range(1, len(parts), 2):
-            parts[place], token = self._special[parts[place]]
+        texts = self._borders.split(text) if self._special else [text]
+        parts: list[str | int] = [*texts]
+        for place in range(1, len(texts), 2):
+            parts[place], token = self._special[texts[place]]
             # Some tokens swallow the space beside them.
-            parts[place - 1] = parts[place - 1].rstrip() if token.lstrip else parts[place - 1]
-            parts[place + 1] = parts[place + 1].lstrip() if token.rstrip else parts[place + 1]
+            texts[place - 1] = texts[place - 1].rstrip() if token.lstrip else texts[place - 1]
+            texts[place + 1] = texts[place + 1].lstrip() if token.rstrip else texts[place + 1]
+        parts[::2] = texts[::2]
         return [part for part in parts if part != ""]
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generation_prompt: bool) -> str:
         """Render messages by the model's own template; raise jinja2's errors where it fails or refuses them."""
-        return self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        text = self._loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        assert isinstance(text, str), type(text)
+        return text
 
     def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """Return the text of these ids, with or without `special` tokens."""
@@ -136,7 +144,7 @@ def _encode(backend: Backend, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _load(folder: Path) -> object:
+def _load(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     if not folder.is_dir():

@@ -1,7 +1,7 @@
-"""A tokenizer of one's own, byte-level BPE trained on records: the command `tools/train_tokenizer.py`.
+"""The command `tools/train_tokenizer.py`: train a byte-level BPE tokenizer on records.
 
-Owns what such a tokenizer consists of. By default every text comes back from its tokens as it was: nothing is
-normalised, and nothing put in front, since a chat is tokenised segment by segment. GPT-NeoX's own tokenizers do both.
+Owns the parts of such a tokenizer. By default decoding gives every text back unchanged: nothing is normalised, and no
+space is put in front, since a chat is tokenised segment by segment. GPT-NeoX's own tokenizers do both.
 """
 
 import glob
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli, progress, storage
 from openchatkit.data.options import BAD_ROWS
+from openchatkit.data.records import document
 from openchatkit.data.records.raw_row import RawRow
-from openchatkit.data.records.reader import ENDINGS, Records, document, is_readable
+from openchatkit.data.records.reader import ENDINGS, Records, is_readable
 from openchatkit.data.stores.builder import bad_row_error
 from openchatkit.errors import UserError
 from openchatkit.formats import tokenizer_files
@@ -24,40 +25,41 @@ if TYPE_CHECKING:
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 NORMALIZERS = ("none", "nfkc")
 _BYTES = 256
-_HELD_OUT = 100  # one record in so many is kept back
-_HELD_OUT_CHARACTERS = 1 << 24  # enough of them to measure by; memory stays flat
+_HELD_OUT = 100  # one record in so many is held out
+_HELD_OUT_CHARACTERS = 1 << 24  # a limit, so that memory stays flat
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train a tokenizer, write it, and say how well it does."""
+    """Train a tokenizer, write it, and log how well it compresses."""
     args = _parser().parse_args(argv)
     from loguru import logger
 
     if args.gpt_neox:
         args.normalizer, args.add_prefix_space = "nfkc", True
     target = args.save_dir or args.tokenizer_output_path
-    _check_place(args.save_dir, args.tokenizer_output_path)
-    if _taken(args.save_dir, args.tokenizer_output_path) and not args.overwrite:
+    _check_writable(target, is_folder=bool(args.save_dir))
+    taken = tokenizer_files.has_tokenizer(target) if args.save_dir else target.exists()
+    if taken and not args.overwrite:
         raise UserError(f"{target} holds a tokenizer already: name another place, or pass --overwrite")
     files = input_files(args.input or (), args.json_input_dir)
     texts = RecordTexts(files, records_per_file=args.records_per_file, bad_rows=args.bad_rows)
     tokenizer = train(texts, args.vocab_size, normalizer=args.normalizer, add_prefix_space=args.add_prefix_space)
-    whole = tokenizer.to_str(pretty=True)
+    serialised = tokenizer.to_str(pretty=True)
     try:
         if args.save_dir:
-            tokenizer_files.write_tokenizer(target, whole, end_of_text=END_OF_TEXT, padding=PADDING)
+            tokenizer_files.write_tokenizer(target, serialised, end_of_text=END_OF_TEXT, padding=PADDING)
         else:
-            storage.write_text(target, whole)
+            storage.write_text(target, serialised)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}: name another place") from error
-    if texts.left_out:
-        logger.info(f"left out {texts.left_out} rows that cannot be used, beginning with {texts.first_left_out}")
+    if texts.excluded:
+        logger.info(f"left out {texts.excluded} rows that cannot be used, beginning with {texts.first_excluded}")
     logger.info(f"{tokenizer.get_vocab_size()} tokens, trained on {texts.records} records")
     if texts.held_out:
         logger.info(f"{bytes_per_token(tokenizer, texts.held_out):.2f} bytes a token in records that were held out")
     else:
-        logger.info(f"no records were held out to measure it by: that begins with {_HELD_OUT}")
+        logger.info(f"no records were held out to measure it: there are fewer than {_HELD_OUT}")
     logger.info(f"the tokenizer is in {target}")
 
 
@@ -87,7 +89,7 @@ def _parser() -> cli.Parser:
 def train(
     texts: Iterable[str], vocab_size: int, *, normalizer: str = "none", add_prefix_space: bool = False
 ) -> "Tokenizer":
-    """Byte-level BPE with end-of-text as 0 and padding as 1, as GPT-NeoX-20B has them; all `vocab_size` ids are used.
+    """Train byte-level BPE with end-of-text as 0 and padding as 1, as in GPT-NeoX-20B; all `vocab_size` ids are used.
 
     UserError: a size too small for all bytes, or too little text for it.
     """
@@ -116,13 +118,13 @@ def train(
 
 
 def bytes_per_token(tokenizer: "Tokenizer", texts: Sequence[str]) -> float:
-    """The mean number of UTF-8 bytes that a token stands for, each text tokenised by itself."""
+    """Return the mean number of UTF-8 bytes a token, each text tokenised by itself."""
     tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
     return sum(len(text.encode()) for text in texts) / tokens
 
 
 def input_files(patterns: Iterable[str], folder: Path | None = None) -> list[Path]:
-    """The files that patterns and a folder name, sorted; UserError for one that names none."""
+    """Return the files of patterns and a folder, sorted; UserError for one without files."""
     files: set[Path] = set()
     for pattern in patterns:
         found = [Path(name) for name in glob.glob(pattern, recursive=True)]
@@ -138,16 +140,17 @@ def input_files(patterns: Iterable[str], folder: Path | None = None) -> list[Pat
 
 
 class RecordTexts:
-    """Iterates what the records of some files say, segment by segment, as training tokenises it.
+    """Iterates over the records of some files, segment by segment, as training tokenises them.
 
-    Each hundredth record is left out and its segments kept in `held_out`, up to some millions of characters.
+    Each hundredth record is held out and its segments kept in `held_out`, up to some millions of characters.
+    `excluded` counts the rows that cannot be used.
     """
 
     def __init__(self, files: Sequence[Path], *, records_per_file: int | None = None, bad_rows: str = "error") -> None:
         self.records = 0
         self.held_out: list[str] = []
-        self.left_out = 0
-        self.first_left_out = ""
+        self.excluded = 0
+        self.first_excluded = ""
         self._files = files
         self._records_per_file = records_per_file
         self._bad_rows = bad_rows
@@ -167,7 +170,7 @@ class RecordTexts:
                     bar.update(records.position - bar.n)
 
     def _segments(self, path: Path, row: RawRow) -> list[str]:
-        """What one row adds to the training."""
+        """Return the segments to train on, of one row."""
         try:
             if row.error:
                 raise document.BadRowError(row.error)
@@ -175,8 +178,8 @@ class RecordTexts:
         except document.BadRowError as error:
             if self._bad_rows == "error":
                 raise bad_row_error(path, row.number, str(error)) from error
-            self.first_left_out = self.first_left_out or f"{path}:{row.number}: {error}"
-            self.left_out += 1
+            self.first_excluded = self.first_excluded or f"{path}:{row.number}: {error}"
+            self.excluded += 1
             return []
         self._read += 1
         if self._read % _HELD_OUT:
@@ -188,15 +191,11 @@ class RecordTexts:
         return []
 
 
-def _check_place(folder: Path | None, file: Path | None) -> None:
-    """UserError for a place that nothing can be written to, before hours of training rather than behind them."""
-    if file and file.is_dir():
-        raise UserError(f"--tokenizer-output-path {file} is a folder: name a file in it, or pass --save-dir")
-    place = folder or file.parent
-    there = next(path for path in (place, *place.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{folder or file} cannot be written: {there} is no folder that can be written to")
-
-
-def _taken(folder: Path | None, file: Path | None) -> bool:
-    return tokenizer_files.has_tokenizer(folder) if folder else file.exists()
+def _check_writable(target: Path, *, is_folder: bool) -> None:
+    """Raise UserError for a place that cannot be written to, before hours of training rather than after them."""
+    if not is_folder and target.is_dir():
+        raise UserError(f"--tokenizer-output-path {target} is a folder: name a file in it, or pass --save-dir")
+    folder = target if is_folder else target.parent
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{target} cannot be written: {existing} is not a folder that can be written to")

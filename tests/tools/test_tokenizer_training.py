@@ -147,9 +147,9 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[obj
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--save-dir", "{tmp}/file"], "file cannot be written: {tmp}/file is no folder that can be written to"),
-        (["--save-dir", "{tmp}/file/a/b"], "b cannot be written: {tmp}/file is no folder that can be written to"),
-        (["--tokenizer-output-path", "{tmp}/file/a.json"], "cannot be written: {tmp}/file is no folder"),
+        (["--save-dir", "{tmp}/file"], "file cannot be written: {tmp}/file is not a folder that can be written to"),
+        (["--save-dir", "{tmp}/file/a/b"], "b cannot be written: {tmp}/file is not a folder that can be written to"),
+        (["--tokenizer-output-path", "{tmp}/file/a.json"], "cannot be written: {tmp}/file is not a folder"),
         (["--tokenizer-output-path", "{tmp}"], "--tokenizer-output-path {tmp} is a folder: name a file in it"),
         (["--save-dir", "/proc/tokenizer"], "/proc/tokenizer cannot be written: "),
     ],

@@ -9,7 +9,6 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import zstandard
 
@@ -25,6 +24,7 @@ BROKEN_STREAM = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lz
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _JSON = json.JSONDecoder()
+Stream = io.BufferedReader | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
 _CHUNK = 1 << 16  # bytes of an array that are read at a time
 _PIECE = 1 << 11  # bytes of a line too long that are read at a time
 
@@ -45,7 +45,7 @@ class JsonFile:
     Reading may raise any of `BROKEN_STREAM`, or BrokenJSONError.
     """
 
-    def __init__(self, file: BinaryIO, name: str, size: int) -> None:
+    def __init__(self, file: io.BufferedReader, name: str, size: int) -> None:
         form = form_of(name)
         assert form is not None, name
         self._kind, self._packing = form
@@ -70,7 +70,7 @@ class JsonFile:
             yield from _lines(stream, start, plain=plain)
 
 
-def _lines(stream: BinaryIO, start: Mark, *, plain: bool) -> Iterator[RawRow]:
+def _lines(stream: Stream, start: Mark, *, plain: bool) -> Iterator[RawRow]:
     number, end = start if plain else START
     while line := stream.readline(ROW_LIMIT + 1):
         number, end, error = number + 1, end + len(line), ""
@@ -83,12 +83,12 @@ def _lines(stream: BinaryIO, start: Mark, *, plain: bool) -> Iterator[RawRow]:
             yield RawRow(number, line, Mark(number, end if plain else 0), error)
 
 
-def _holds_array(stream: BinaryIO) -> bool:
+def _holds_array(stream: Stream) -> bool:
     """Return whether an array's bracket follows the white space at hand; nothing is consumed."""
     return stream.peek(1 << 10).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
-def _elements(stream: BinaryIO, start: Mark) -> Iterator[RawRow]:
+def _elements(stream: Stream, start: Mark) -> Iterator[RawRow]:
     """Yield the elements of an array as they are written, as if each were a line."""
     text, number = _ArrayText(stream), 0
     if text.take() != "[":
@@ -107,7 +107,7 @@ def _elements(stream: BinaryIO, start: Mark) -> Iterator[RawRow]:
 class _ArrayText:
     """The text of an array, of which only an element and a piece after it are in memory."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at = "", 0
@@ -115,7 +115,9 @@ class _ArrayText:
     def peek(self) -> str:
         """Return the next character that is not white space; "" at the end."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()
+            space = _SPACE.match(self._text, self._at)
+            assert space, "the pattern matches an empty string, too"
+            self._at = space.end()
             if self._at < len(self._text) or not self._grow():
                 return self._text[self._at : self._at + 1]
 
@@ -150,7 +152,7 @@ class _ArrayText:
         return bool(data)
 
 
-def _skip(stream: BinaryIO, line: bytes) -> int:
+def _skip(stream: Stream, line: bytes) -> int:
     """Read to the end of the line that begins with `line`, keeping nothing; return the number of bytes read."""
     size = 0
     while line and not line.endswith(b"\n"):
@@ -159,8 +161,11 @@ def _skip(stream: BinaryIO, line: bytes) -> int:
     return size
 
 
-def _decompress(file: BinaryIO, packing: str) -> BinaryIO:
+def _decompress(file: io.BufferedReader, packing: str) -> Stream:
     if packing == ".zst":
         return io.BufferedReader(ZstandardStream(file), 1 << 17)
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers[packing](file) if packing else file
+    if packing == ".gz":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if packing == ".bz2":
+        return bz2.BZ2File(file)
+    return lzma.LZMAFile(file) if packing == ".xz" else file

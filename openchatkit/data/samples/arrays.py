@@ -59,9 +59,8 @@ class Arrays:
             return array
         file = _File(self._folder / (f"{name}.npy" if epoch is None else f"{name}-epoch-{epoch}.npy"), length, dtype)
         with storage.storage_errors(f"the order of the data to {self._folder} (--data-cache)", every=True):
-            if (array := file.open()) is None:
-                array = self._build(file, epoch, pieces, alter)
-        return array
+            found = file.open()
+            return self._build(file, epoch, pieces, alter) if found is None else found
 
     def _build(
         self, file: "_File", epoch: int | None, pieces: Iterable[np.ndarray], alter: Callable[[np.ndarray], None] | None
@@ -118,7 +117,7 @@ class _File:
         with open(self.path, "wb") as file:
             start = file.write(self._header())
             for piece in pieces:
-                file.write(np.ascontiguousarray(piece, self.dtype))
+                file.write(np.ascontiguousarray(piece, self.dtype).data)
             end = file.tell()
             assert end == start + self.length * self.dtype.itemsize, (self, start, end)
             file.write(bytes(4))
@@ -140,7 +139,7 @@ class _File:
 
 
 def _checksum(array: np.ndarray) -> bytes:
-    return zlib.crc32(array.view(np.uint8)).to_bytes(4, "little")
+    return zlib.crc32(array.view(np.uint8).data).to_bytes(4, "little")
 
 
 def _tidy(folder: Path, oldest: int) -> None:

@@ -42,7 +42,7 @@ class PackingPlan:
         return np.repeat(self.sizes[entries], counts), items
 
 
-def best_fit_decreasing(histogram: Sequence[int]) -> PackingPlan:
+def best_fit_decreasing(histogram: Sequence[int] | np.ndarray) -> PackingPlan:
     """Pack histogram[size] items of every size from 1 up into rows with room for len(histogram) - 1."""
     capacity = len(histogram) - 1
     rows = _Rows()

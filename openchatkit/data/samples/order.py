@@ -58,7 +58,7 @@ class RunningSums:
     ) -> None:
         self._length = length
         self._sizes = sizes
-        self._before = arrays.make(name, epoch, -(-length // _GROUP), np.int64, self._sums())
+        self._before = arrays.make(name, epoch, -(-length // _GROUP), np.dtype(np.int64), self._sums())
 
     def span(self, position: int, count: int) -> tuple[int, np.ndarray, int]:
         """Find the things that hold `count` places from `position` on, or as many as there are.

@@ -82,7 +82,7 @@ class MixtureSource:
         for content in contents:
             if content.vocab_size is not None:
                 _check_index(content.store)
-                _check_kind(content)
+                _check_kind(content.store, content.vocab_size)
         if self.masked:
             self._check_mask()
             self._check_replies(max_without_reply)
@@ -123,7 +123,7 @@ class MixtureSource:
             steps = np.arange(stops[-1])
             source = np.repeat(starts - (stops - lengths), lengths) + steps
             if content.vocab_size is not None:
-                _check_tokens(content, numbers, lengths, source)
+                _check_tokens(store, content.vocab_size, numbers, lengths, source)
             target = places
             if not isinstance(places, slice):  # pieces of several stores alternate
                 target = np.repeat((ends - sizes)[places] - (stops - lengths), lengths) + steps
@@ -142,7 +142,7 @@ class MixtureSource:
         places = np.argsort(documents)
         ordered = documents[places]
         bounds = np.searchsorted(ordered, self._firsts)
-        for number in np.flatnonzero(np.diff(bounds)):
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
             those = slice(bounds[number], bounds[number + 1])
             yield self._contents[number], places[those], ordered[those] - self._firsts[number]
 
@@ -230,10 +230,12 @@ def _find_kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
             some |= content.trained_tokens > 0
             others |= content.trained_tokens < len(content.store.tokens)
             continue
-        for low, high in order.chunks(len(content.store.mask)):
+        mask = content.store.mask
+        assert mask is not None, content.store.prefix
+        for low, high in order.chunks(len(mask)):
             if some and others:
                 break
-            piece = content.store.mask[low:high]
+            piece = mask[low:high]
             some |= bool((piece == TRAINED).any())
             others |= bool((piece != TRAINED).any())
     return some, others
@@ -254,29 +256,30 @@ def _check_index(store: TokenStore) -> None:
         )
 
 
-def _check_kind(content: Content) -> None:
+def _check_kind(store: TokenStore, vocab_size: int) -> None:
     """Raise UserError for a store of bytes, as GPT-NeoX's CharLevelTokenizer makes it: its ids fit any vocabulary."""
-    first = content.store.tokens[:_LOOKED_AT]
-    if content.vocab_size > _CHARACTERS and len(first) == _LOOKED_AT and first.max() < _CHARACTERS:
+    first = store.tokens[:_LOOKED_AT]
+    if vocab_size > _CHARACTERS and len(first) == _LOOKED_AT and first.max() < _CHARACTERS:
         raise UserError(
-            f"{content.store.prefix}: its first {_LOOKED_AT:,} tokens are all below {_CHARACTERS}, as "
-            f"CharLevelTokenizer makes them, and the tokenizer has a vocabulary of {content.vocab_size}: make the "
+            f"{store.prefix}: its first {_LOOKED_AT:,} tokens are all below {_CHARACTERS}, as "
+            f"CharLevelTokenizer makes them, and the tokenizer has a vocabulary of {vocab_size}: make the "
             "store again with the model's tokenizer"
         )
 
 
-def _check_tokens(content: Content, documents: np.ndarray, sizes: np.ndarray, places: np.ndarray) -> None:
+def _check_tokens(
+    store: TokenStore, vocab_size: int, documents: np.ndarray, sizes: np.ndarray, places: np.ndarray
+) -> None:
     """Raise UserError when a document lies outside the file, or holds an id that the tokenizer does not have."""
-    store = content.store
     if not len(places):
         return
     if places.min() < 0 or places.max() >= len(store.tokens):
         raise UserError(f"{idx_path(store.prefix)} points outside its tokens: it is damaged, make the store again")
     tokens = store.tokens[places]
-    if tokens.min() < 0 or tokens.max() >= content.vocab_size:
-        wrong = int(np.flatnonzero((tokens < 0) | (tokens >= content.vocab_size))[0])
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
         document = int(documents[np.searchsorted(np.cumsum(sizes), wrong, side="right")])
         raise UserError(
             f"{store.prefix}: document {document} (counted from 0) holds the token {tokens[wrong]}, and the tokenizer "
-            f"has a vocabulary of {content.vocab_size}: pass the tokenizer that the store was made with"
+            f"has a vocabulary of {vocab_size}: pass the tokenizer that the store was made with"
         )

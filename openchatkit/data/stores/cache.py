@@ -120,8 +120,9 @@ def _sample_hash(path: Path) -> bytes:
 def content_hash(source: Path, cache_dir: Path) -> str:
     """Return the SHA-256 of a source's bytes, kept for as long as its path, sizes and times of change are the same."""
     stamps = _stamps(source)
-    known = {"path": str(source.resolve()), "files": [[name, *stamp] for name, stamp in stamps]}
-    memory = cache_dir / "hashes" / f"{hashlib.sha256(known['path'].encode()).hexdigest()[:32]}.json"
+    path = str(source.resolve())
+    known: dict[str, object] = {"path": path, "files": [[name, *stamp] for name, stamp in stamps]}
+    memory = cache_dir / "hashes" / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.json"
     if digest := _read_hash(memory, known):
         return digest
     with storage.hold_lock(storage.lock_path(memory), f"{source} is read by another process: waiting for it"):

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from loguru import logger
 
@@ -96,16 +96,16 @@ def can_start() -> bool:
 
 
 # In a worker, the function applied to each batch: a pool has no other way to keep anything from batch to batch.
-_function: Callable[[object], object] | None = None
+_function: Callable[[Any], Any] | None = None
 
 
-def _prepare(make: Callable[..., Callable[[object], object]], arguments: tuple[object, ...]) -> None:
+def _prepare(make: Callable[..., Callable[[Any], Any]], arguments: tuple[object, ...]) -> None:
     global _function
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = make(*arguments)
 
 
-def _apply(sent: object) -> object:
+def _apply(sent: Any) -> Any:
     assert _function is not None
     return _function(sent)
 

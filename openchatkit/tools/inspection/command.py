@@ -1,6 +1,6 @@
-"""`tools/inspect_data.py`: look at what training would be given, or prove what it was given.
+"""`tools/inspect_data.py`: show the data that training would use, or prove which data it used.
 
-What a sample holds is read in `sampled`, what the sources amount to in `figures`; `terminal` and `page` draw both, and
+`sampled` reads samples, `figures` computes the numbers of the sources, `terminal` and `page` show both, and
 `verification` is the proof.
 """
 
@@ -14,7 +14,7 @@ from openchatkit.data import options
 from openchatkit.errors import UserError
 from openchatkit.settings import add_flags, fields
 
-_DRAW = 256  # samples of each source behind its share of the loss, where that is estimated
+_DRAW = 256  # samples of each source from which its share of the loss is estimated
 _ENDS = 150  # tokens at either end of a sample that is shortened
 _ROWS = 5  # rows shown of those set aside
 _WITH_VERIFY = ("verify", "checkpoint_path", "tokenizer_name", "data_cache")
@@ -43,10 +43,9 @@ def _inspect(args: argparse.Namespace) -> None:
     steps = args.total_steps or math.ceil(dataset.epoch_samples / args.batch_size)
     mixture = figures.mixture(dataset, data_options, steps=steps, batch_size=args.batch_size, draw=_DRAW)
     quarantines = list(figures.quarantines(dataset, first=_ROWS))
+    numbers: Sequence[int] = range(args.first or 0, (args.first or 0) + args.samples)
     if args.first is None:
         numbers = sampled.choose(dataset, mixture.samples, args.samples, seed=args.seed)
-    else:
-        numbers = range(args.first, args.first + args.samples)
     out = terminal.console()
     terminal.show_mixture(out, mixture)
     terminal.show_quarantines(out, quarantines)
@@ -68,7 +67,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; `given` names those that were given."""
+    """Parse the flags; `given` holds the names of those that were given."""
     parser = _parser()
     unset = object()
     empty = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
@@ -103,7 +102,9 @@ def _parser() -> cli.Parser:
     parser.add_argument("--tokenizer-name", type=Path, help="folder with the tokenizer")
     add_flags(parser.add_argument_group("data, as in training"), fields(options.DataSettings))
     show = parser.add_argument_group("what to show")
-    show.add_argument("--total-steps", type=cli.positive_int, help="steps to reckon with; one epoch unless given")
+    show.add_argument(
+        "--total-steps", type=cli.positive_int, help="steps that the figures are for; one epoch unless given"
+    )
     show.add_argument("--batch-size", type=cli.positive_int, default=32, help="sequences a step, over all replicas")
     show.add_argument("--samples", type=cli.natural, default=3, help="how many samples to show")
     show.add_argument("--first", type=cli.natural, help="number of the first of them; drawn by --seed unless given")

@@ -1,4 +1,4 @@
-"""The figures of a mixture: what each source holds, and what a run of so many steps takes from it."""
+"""The figures of a mixture: the size of each source, and how much of it a run of some steps uses."""
 
 import math
 import random
@@ -19,7 +19,7 @@ from openchatkit.jsonl import parse_object
 class SourceFigures:
     """One source. Shares are of 1: `sequences` of all samples, `loss` of all tokens trained on, `waste` of its slots.
 
-    `tokens_per_sample` and `trained_per_sample` are means. `epochs` is how often `samples` go through the source.
+    `tokens_per_sample` and `trained_per_sample` are means. `epochs` is how often `samples` pass through the source.
     """
 
     name: str
@@ -40,8 +40,8 @@ class SourceFigures:
 
 @dataclass(frozen=True)
 class MixtureFigures:
-    """All sources over `steps` of `batch_size` samples. `drawn` samples of each source stand behind its share of the
-    loss; 0 where it is exact."""
+    """All sources over `steps` of `batch_size` samples. The share of the loss is estimated from `drawn` samples of each
+    source; 0 where it is exact."""
 
     sources: tuple[SourceFigures, ...]
     seq_length: int
@@ -67,7 +67,7 @@ class MixtureFigures:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """Rows of a source that were set aside: the file that lists them, and how its first rows read."""
+    """Rows of a source that were set aside: the file that lists them, and its first rows as text."""
 
     source: str
     path: Path
@@ -76,8 +76,8 @@ class Quarantine:
 
 
 def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: int, draw: int) -> MixtureFigures:
-    """Exact, but for the share of the loss where rows are padded: that is estimated from `draw` samples a source."""
-    counts = _samples(dataset, steps * batch_size)
+    """Compute the figures. Where rows are padded, the share of the loss is estimated from `draw` samples a source."""
+    counts = _count_samples(dataset, steps * batch_size)
     exact = options.packing == "concat"
     if exact:
         # Over an epoch every token of the source is predicted once.
@@ -112,7 +112,7 @@ def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: i
 
 
 def quarantines(dataset: Dataset, *, first: int) -> Iterator[Quarantine]:
-    """The lists of rows set aside, with at most `first` rows of each."""
+    """Yield the lists of rows set aside, with at most `first` rows of each."""
     for source in dataset.sources:
         for store in source.stores:
             path = token_store.quarantine_path(store.prefix.parent)
@@ -122,7 +122,7 @@ def quarantines(dataset: Dataset, *, first: int) -> Iterator[Quarantine]:
 
 
 def read_quarantine(path: Path, first: int = 0) -> tuple[int, tuple[str, ...]]:
-    """How many rows a list of rows set aside has, and the first ones as `file:line: reason`."""
+    """Return how many rows a list of rows set aside has, and the first ones as `file:line: reason`."""
     rows, shown = 0, []
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -132,8 +132,8 @@ def read_quarantine(path: Path, first: int = 0) -> tuple[int, tuple[str, ...]]:
     return rows, tuple(shown)
 
 
-def _samples(dataset: Dataset, total: int) -> list[int]:
-    """How many of the samples below `total` each source gives: one more than the number of its last one there."""
+def _count_samples(dataset: Dataset, total: int) -> list[int]:
+    """Return how many of the samples below `total` each source gives: one more than the number of its last one."""
     counts: dict[int, int] = {}
     for number in range(total - 1, -1, -1):
         source, local = dataset.interleaving.locate(number)
@@ -144,13 +144,13 @@ def _samples(dataset: Dataset, total: int) -> list[int]:
 
 
 def _mean_trained(dataset: Dataset, options: DataOptions, source: int, draw: int) -> float:
-    """Mean number of trained labels over `draw` samples of one source's first epoch."""
+    """Return the mean number of trained labels over `draw` samples of one source's first epoch."""
     packed = dataset.packed[source]
-    tokens, labels, starts = (np.empty(dataset.seq_length, np.int64) for _ in range(3))
+    tokens, labels, document_starts = (np.empty(dataset.seq_length, np.int64) for _ in range(3))
     generator = random.Random(f"{options.seed} {source}")
     numbers = range(packed.samples) if packed.samples <= draw else generator.sample(range(packed.samples), draw)
     trained = 0
     for number in numbers:
-        packed.fill(number, tokens, labels, starts if options.packing == "documents" else None)
+        packed.fill(number, tokens, labels, document_starts if options.packing == "documents" else None)
         trained += int((labels != IGNORE).sum())
     return trained / len(numbers)

@@ -13,7 +13,7 @@ from openchatkit.tools.inspection.terminal import (
     number,
     percent,
     sample_title,
-    spelled_lines,
+    spell_out_lines,
 )
 
 
@@ -22,7 +22,7 @@ def render(mixture: MixtureFigures, quarantines: Sequence[Quarantine], samples: 
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(visible=visible, lines=spelled_lines)
+    environment.filters.update(visible=visible, lines=spell_out_lines)
     environment.globals.update(colour=_colour, number=number, percent=percent, sample_title=sample_title)
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(

@@ -1,6 +1,6 @@
-"""A sample as a person reads it: its tokens as text, cut where they change from read to trained on.
+"""A sample as readable text, cut where its tokens change from only read to trained on.
 
-Nothing is drawn here: `terminal` and `page` do that.
+`terminal` and `page` show it.
 """
 
 import itertools
@@ -14,17 +14,17 @@ from openchatkit.data.batch import IGNORE
 from openchatkit.data.dataset import Dataset
 from openchatkit.data.tokenizer import Tokenizer
 
-# What may hide, reorder or command; the categories say which of these characters does.
+# Characters that may hide text, reorder it or control a terminal; their Unicode category decides.
 _SUSPECT = re.compile("[^\n -~\u00a1-\u00ac\u00ae-\u02ff]")
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A run of tokens of one kind, with their text as it was, control characters and all; None where it is left out.
+    """Adjacent tokens of one kind, with their text, control characters included; None where it is not shown.
 
     trained: each of these tokens is a label that counts in the loss. special: a token such as end-of-text, spelled
-    out. border: a document begins here, and sees nothing of what is before it.
+    out. border: a document begins here, and does not attend to anything before it.
     """
 
     text: str | None
@@ -36,8 +36,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a batch: `trained` of its `length` labels count in the loss, and behind what `spans` show are
-    `padding` more tokens. `local` is its number among its source's samples."""
+    """One row of a batch: `trained` of its `length` labels count in the loss, and after the tokens in `spans` come
+    `padding` more. `local` is its number among its source's samples."""
 
     number: int
     source: str
@@ -60,7 +60,7 @@ class _Token:
 
 
 def choose(dataset: Dataset, total: int, count: int, *, seed: int) -> list[int]:
-    """`count` of the sample numbers below `total`, fewer if there are fewer, drawn by `seed`; sources take turns."""
+    """Draw `count` of the sample numbers below `total`, or all if there are fewer, by `seed`; sources take turns."""
     generator = random.Random(seed)
     tries = 64 * count
     drawn = range(total) if total <= tries else (generator.randrange(total) for _ in range(tries))
@@ -74,13 +74,13 @@ def choose(dataset: Dataset, total: int, count: int, *, seed: int) -> list[int]:
 
 
 def read_sample(dataset: Dataset, number: int, tokenizer: Tokenizer, *, ends: int | None = None) -> Sample:
-    """Sample `number` as text; with `ends`, a long one keeps so many tokens of its beginning and of its end."""
+    """Read sample `number` as text; with `ends`, only so many tokens of a long one's beginning and of its end."""
     batch = dataset.batch(number, 1)
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
-    starts = None if batch.document_starts is None else batch.document_starts[0].tolist()
+    document_starts = None if batch.document_starts is None else batch.document_starts[0].tolist()
     source, local = dataset.interleaving.locate(number)
-    padding = _padding(tokens, labels, starts, tokenizer)
-    shown = list(_shown(tokens[: len(tokens) - padding], labels, starts, _Special(tokenizer)))
+    padding = _count_padding(tokens, labels, document_starts, tokenizer)
+    shown = list(_order_tokens(tokens[: len(tokens) - padding], labels, document_starts, _Special(tokenizer)))
     return Sample(
         number=number,
         source=dataset.sources[source].name,
@@ -88,17 +88,17 @@ def read_sample(dataset: Dataset, number: int, tokenizer: Tokenizer, *, ends: in
         length=len(labels),
         trained=len(labels) - labels.count(IGNORE),
         padding=padding,
-        spans=tuple(_spans(shown, tokenizer, ends)),
+        spans=tuple(_cut_spans(shown, tokenizer, ends)),
     )
 
 
 def visible(text: str) -> str:
-    """`text` with every character spelled out that hides, reorders or commands, newlines aside: data cannot drive a
-    terminal, nor show in a page as something else."""
-    return _SUSPECT.sub(lambda match: _spelled(match[0]), text)
+    """Spell out every character of `text` but newlines that hides or reorders text or controls a terminal, so that data
+    can neither drive a terminal nor look like something else in a page."""
+    return _SUSPECT.sub(lambda match: _spell_out(match[0]), text)
 
 
-def _spelled(character: str) -> str:
+def _spell_out(character: str) -> str:
     code = ord(character)
     if unicodedata.category(character) not in _UNSEEN:
         return character
@@ -108,7 +108,7 @@ def _spelled(character: str) -> str:
 
 
 class _Special(dict[int, bool]):
-    """Whether an id stands for no text but for something that is spelled out."""
+    """Id -> whether it is a special token, which has no text of its own."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -120,36 +120,40 @@ class _Special(dict[int, bool]):
         return self[token]
 
 
-def _padding(tokens: Sequence[int], labels: Sequence[int], starts: Sequence[int] | None, tokenizer: Tokenizer) -> int:
-    """How many tokens at the end of a row are padding. Where documents are set apart, so is each token of it."""
+def _count_padding(
+    tokens: Sequence[int], labels: Sequence[int], document_starts: Sequence[int] | None, tokenizer: Tokenizer
+) -> int:
+    """Count the tokens of padding at the end of a row. Where documents are kept apart, so is each of these."""
     size = 0
     for place in reversed(range(len(tokens))):
-        apart = starts is None or starts[place] == place
+        apart = document_starts is None or document_starts[place] == place
         if tokens[place] != tokenizer.padding or labels[place] != IGNORE or not apart:
             break
         size += 1
-    # Where end-of-text is also what pads, the first of them is the document's own, unless that is never fed.
-    return size - 1 if size and starts is None and tokenizer.padding == tokenizer.end_of_text else size
+    # Where end-of-text also pads, the first of them is the document's own, unless that is never fed.
+    return size - 1 if size and document_starts is None and tokenizer.padding == tokenizer.end_of_text else size
 
 
-def _shown(
-    tokens: Sequence[int], labels: Sequence[int], starts: Sequence[int] | None, special: _Special
+def _order_tokens(
+    tokens: Sequence[int], labels: Sequence[int], document_starts: Sequence[int] | None, special: _Special
 ) -> Iterator[_Token]:
-    """What is read or predicted, in order.
+    """Yield the tokens that are read or predicted, in order.
 
-    The label at place t belongs to the token behind it. That is tokens[t + 1], unless the row or the document ends
-    there: then the label is only predicted, and comes in between.
+    The label at place t is the next token. That is tokens[t + 1], unless the row or the document ends there: then the
+    label is only predicted, and comes in between.
     """
     trained = False
     for place, (token, label) in enumerate(zip(tokens, labels, strict=False)):
-        yield _Token(token, trained, special[token], starts is not None and starts[place] == place > 0)
-        begins = starts is not None and place + 1 < len(tokens) and starts[place + 1] == place + 1
+        yield _Token(
+            token, trained, special[token], document_starts is not None and document_starts[place] == place > 0
+        )
+        begins = document_starts is not None and place + 1 < len(tokens) and document_starts[place + 1] == place + 1
         trained = label != IGNORE and not begins and tokens[place + 1 : place + 2] == [label]
         if label != IGNORE and not trained:
             yield _Token(label, True, special[label], False)
 
 
-def _spans(shown: Sequence[_Token], tokenizer: Tokenizer, ends: int | None) -> Iterator[Span]:
+def _cut_spans(shown: Sequence[_Token], tokenizer: Tokenizer, ends: int | None) -> Iterator[Span]:
     """Cut tokens into spans. A character whose bytes lie in two of them goes to the later one."""
     borders = {0, *(i for i in range(1, len(shown)) if not shown[i].joins(shown[i - 1])), len(shown)}
     gap = range(ends, len(shown) - ends) if ends and len(shown) > 3 * ends else range(0)
@@ -159,7 +163,7 @@ def _spans(shown: Sequence[_Token], tokenizer: Tokenizer, ends: int | None) -> I
     text = tokenizer.decode(ids)
     taken = 0
     for first, stop in itertools.pairwise(sorted(borders)):
-        end = _agreement(text, tokenizer.decode(ids[:stop]), taken) if stop < len(shown) else len(text)
+        end = _count_equal(text, tokenizer.decode(ids[:stop]), taken) if stop < len(shown) else len(text)
         if gap and first == gap.start:
             yield Span(None, stop - first)
         else:
@@ -168,10 +172,10 @@ def _spans(shown: Sequence[_Token], tokenizer: Tokenizer, ends: int | None) -> I
         taken = end
 
 
-def _agreement(text: str, prefix: str, least: int) -> int:
-    """How many of the first characters of both are the same, at least `least`.
+def _count_equal(text: str, prefix: str, least: int) -> int:
+    """Return how many of the first characters of both are the same, at least `least`.
 
-    They differ at most in what half a character at the end of `prefix` became.
+    They differ at most in the replacement for half a character at the end of `prefix`.
     """
     end = min(len(prefix), len(text))
     while end > least and text[:end] != prefix[:end]:

@@ -1,8 +1,9 @@
-"""What `tools/inspect_data.py` finds, drawn on a terminal, or as plain text into a pipe.
+"""Shows what `tools/inspect_data.py` finds on a terminal, or as plain text in a pipe.
 
-Colour is for terminals alone, and never the only sign: every line of a sample begins with a mark.
+Colour is for terminals only, and never the only sign: every line of a sample begins with a mark.
 """
 
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,21 +25,22 @@ _READ, _TRAINED, _SPECIAL, _NOTE = "dim", "bold green", "magenta", "cyan"
 
 
 class _Console(Console):
-    """rich's console, which leaves it to the command what to do when the reader of a pipe has gone."""
+    """rich's console; when the reader of a pipe has gone, the command handles it."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def console() -> Console:
-    """Where to draw: nothing in what is drawn is taken for markup, and what stdout cannot write is spelled out."""
-    sys.stdout.reconfigure(errors="backslashreplace")
+    """Return the console: it takes nothing for markup, and spells out what stdout cannot write."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return _Console(width=wide, markup=False, highlight=False, emoji=False)
 
 
 def show_mixture(out: Console, mixture: MixtureFigures) -> None:
-    """Two tables: what the sources hold, and what training takes from them."""
+    """Print two tables: the sources, and their shares in training."""
     _show_sources(out, mixture)
     table = _table(f"\nMixture: {mixture_title(mixture)}")
     bars = out.width >= 110
@@ -63,7 +65,7 @@ def show_mixture(out: Console, mixture: MixtureFigures) -> None:
 
 
 def show_quarantines(out: Console, quarantines: Sequence[Quarantine]) -> None:
-    """Where the rows that were set aside are listed, and the first of them."""
+    """Print where the rows that were set aside are listed, and the first of them."""
     for quarantine in quarantines:
         rows = "1 row" if quarantine.rows == 1 else f"{quarantine.rows:,} rows"
         out.print()
@@ -75,7 +77,7 @@ def show_quarantines(out: Console, quarantines: Sequence[Quarantine]) -> None:
 
 
 def show_samples(out: Console, samples: Sequence[Sample]) -> None:
-    """The legend, and each sample line by line."""
+    """Print the legend, and each sample line by line."""
     out.print()
     out.print(
         Text.assemble(
@@ -98,7 +100,7 @@ def show_samples(out: Console, samples: Sequence[Sample]) -> None:
 
 
 def show_proof(out: Console, proof: Proof) -> None:
-    """The runs that a ledger tells of, and what it proves."""
+    """Print the runs in a ledger, and what it proves."""
     table = _table(None, "started")
     for name in ("layout", "steps", "samples"):
         table.add_column(name, justify="left" if name == "layout" else "right")
@@ -118,41 +120,41 @@ def show_proof(out: Console, proof: Proof) -> None:
 
 
 def note(out: Console, text: str) -> None:
-    """A line about what was done."""
+    """Print a remark."""
     out.print(Text(visible(text), _NOTE), soft_wrap=True)
 
 
 def mixture_title(mixture: MixtureFigures) -> str:
-    """Over how much the mixture's figures are."""
+    """Return how many steps and sequences the mixture's figures are for."""
     steps = "1 step" if mixture.steps == 1 else f"{mixture.steps:,} steps"
     return f"{steps} of {mixture.batch_size:,} sequences of {mixture.seq_length:,} tokens"
 
 
 def mixture_note(mixture: MixtureFigures) -> str:
-    """How much of what a step computes counts, and where the shares come from."""
+    """Return how many places in a sequence are trained on, and whether the shares are exact."""
     drawn = "exact" if not mixture.drawn else f"estimated from {mixture.drawn} samples of each source"
     return f"{percent(mixture.trained)} of all places in a sequence are trained on; shares of the loss are {drawn}"
 
 
 def sample_title(sample: Sample) -> str:
-    """Which sample it is."""
+    """Return the number and the source of a sample, and how much of it is trained on."""
     own = "" if sample.local == sample.number else f", number {sample.local:,}"
     trained = f"{sample.trained:,} of {sample.length:,} tokens trained on"
     return f"sample {sample.number:,}{own} of {sample.source}: {trained}"
 
 
-def spelled_lines(text: str) -> str:
-    """What is seen of a text, its newlines too."""
+def spell_out_lines(text: str) -> str:
+    """Return a text with everything invisible spelled out, newlines too."""
     return visible(text).replace("\n", "↵\n")
 
 
 def percent(share: float) -> str:
-    """A share of 1 as a percentage; nothing that is there shows as 0."""
+    """Return a share of 1 as a percentage; only 0 shows as 0."""
     return f"{share:.1%}" if share == 0 or share >= 0.0005 else "<0.1%"
 
 
 def number(value: float) -> str:
-    """A number of epochs: two decimals, or two digits of a small one."""
+    """Return a number of epochs: two decimals, or two digits of a small one."""
     return f"{value:,.2f}" if value == 0 or value >= 0.1 else f"{value:.2g}"
 
 
@@ -191,7 +193,7 @@ def _table(title: str | None, first: str = "source") -> Table:
 
 
 def _name(out: Console, name: str) -> str:
-    """A source's name; where there is no room for it, its end."""
+    """Return a source's name; where there is no room for it, its end."""
     name, room = visible(name), max(12, out.width - 60)
     return name if len(name) <= room else f"…{name[1 - room :]}"
 
@@ -203,7 +205,7 @@ def _bar(share: float) -> Text:
 
 def _show_span(out: Console, span: Span) -> None:
     if span.border:
-        out.print(Text("   --- a document that sees nothing of those above ---", _NOTE))
+        out.print(Text("   --- a document that does not see those above ---", _NOTE))
     if span.text is None:
         out.print(Text(f"   ... {span.tokens:,} tokens left out (--full shows them)", _NOTE))
         return
@@ -214,7 +216,7 @@ def _show_span(out: Console, span: Span) -> None:
 
 
 def _lines(out: Console, text: str) -> Iterator[str]:
-    """The text's own lines, each with its newline shown, folded to the width of a terminal."""
-    for line in spelled_lines(text).splitlines():
+    """Yield the text's own lines, each with its newline shown, folded to the width of a terminal."""
+    for line in spell_out_lines(text).splitlines():
         folded = Text(line).wrap(out, max(out.width - 3, 20), overflow="fold") if out.is_terminal else [Text(line)]
         yield from (part.plain for part in folded)

@@ -1,7 +1,7 @@
-"""The proof that a training run used each sample exactly once, from what it left in its checkpoint folder.
+"""The proof that a training run used each sample exactly once, from the files in its checkpoint folder.
 
-The ledger says on which samples each step was taken, and a digest of what they held. Here the digests are computed
-again from the data, and the newest checkpoint vouches that the ledger is its own. Nothing of the weights is read.
+The ledger records the samples of each step and a digest of their content. Here the digests are computed again from the
+data, and the newest checkpoint confirms that the ledger is its own. The weights are not read.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from openchatkit.formats.ledger import LedgerRow
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.tools.inspection.figures import read_quarantine
 
-_PIECE = 1 << 18  # tokens of a batch digested at a time
+_PIECE = 1 << 18  # tokens of a batch hashed at a time
 
 
 @dataclass(frozen=True)
 class LedgerRun:
-    """Steps that follow one another, all taken by one start of training."""
+    """Consecutive steps of one start of training."""
 
     started: str
     layout: str
@@ -36,11 +36,11 @@ class LedgerRun:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved: steps 1 to `steps` were taken on samples 0 to `samples` - 1, each on its own, by these runs.
+    """What was proved: steps 1 to `steps` trained on samples 0 to `samples` - 1, each once, in these runs.
 
-    `trained_tokens` of their labels counted in the loss. `unused` of the samples changed no weight, the gradient of
-    their steps not being finite. `later` rows of the ledger are behind the checkpoint; `changed`: the data are no
-    longer those of the last run, though these samples are.
+    `trained_tokens` of their labels counted in the loss. `unused` of the samples changed no weight, because the
+    gradient of their steps was not finite. `later` rows of the ledger come after the checkpoint. `changed`: the data
+    are no longer those of the last run, though these samples are.
     """
 
     checkpoint: Path
@@ -56,8 +56,8 @@ class Proof:
 def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None = None) -> Proof:
     """Prove that every sample up to the newest checkpoint in `path` was trained on exactly once.
 
-    `tokenizer` and `cache_dir` take the place of those that the run had.
-    UserError names the first step that is not as it should be, what was expected and what was found.
+    `tokenizer` and `cache_dir` replace those that the run had.
+    UserError names the first step that differs, what was expected and what was found.
     """
     newest = checkpoint.locate(path)
     root, state = newest.parent, checkpoint.read_state(newest)
@@ -67,17 +67,19 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
     entries = ledger.read(root)
     up_to = [entry for entry in entries if entry.step <= steps]
     check_steps(up_to, steps, rows_a_step)
-    dataset = build_dataset(state["settings"]["task_name"], _options(newest, state, tokenizer, cache_dir))
+    dataset = build_dataset(state["settings"]["task_name"], _restore_options(newest, state, tokenizer, cache_dir))
     check_rows(dataset)
     altered = ledger.chain(up_to) != state["ledger"]
-    trained = check_digests(up_to, dataset, trained=_recorded(root), blame=_blame(dataset, state, altered=altered))
+    trained = check_digests(
+        up_to, dataset, trained=_read_trained(root), blame=_explain_difference(dataset, state, altered=altered)
+    )
     if altered:
         raise UserError(
             f"not verified: {root / ledger.LEDGER}: up to step {steps} expected rows that hash to "
             f"{state['ledger'][:16]}..., as {newest.name} recorded, found {ledger.chain(up_to)[:16]}...: "
             "a row was altered, or is another run's"
         )
-    _check_totals(newest, state)  # last: rows of another length are told by the step that had them
+    _check_totals(newest, state)  # last: for rows of another length, the error above names the step
     return Proof(
         checkpoint=newest,
         steps=steps,
@@ -91,56 +93,56 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
 
 
 def check_steps(entries: Sequence[LedgerRow], steps: int, rows_a_step: int) -> None:
-    """UserError unless these are steps 1 to `steps`, each on the `rows_a_step` samples behind those of the last."""
+    """Raise UserError unless these are steps 1 to `steps`, each on the `rows_a_step` samples after those before."""
     for step in range(1, max(steps, len(entries)) + 1):
         entry = entries[step - 1] if step <= len(entries) else None
         if entry is None:
-            raise _differs(step, "its row in the ledger", f"the last one to be of step {step - 1}")
+            raise _step_error(step, "its row in the ledger", f"the last one to be of step {step - 1}")
         if entry.step != step:
-            raise _differs(step, "its row in the ledger" if step <= steps else "no row", f"one of step {entry.step}")
+            raise _step_error(step, "its row in the ledger" if step <= steps else "no row", f"one of step {entry.step}")
         first = (step - 1) * rows_a_step
         if (entry.first, entry.count) != (first, rows_a_step):
             expected = f"samples {first} to {first + rows_a_step - 1}"
-            raise _differs(step, expected, f"{entry.first} to {entry.first + entry.count - 1}")
+            raise _step_error(step, expected, f"{entry.first} to {entry.first + entry.count - 1}")
 
 
 def check_rows(dataset: Dataset) -> None:
-    """UserError unless every row of every store is a document or is listed as set aside."""
+    """Raise UserError unless every row of every store is a document or is listed as set aside."""
     for source in dataset.sources:
         for store in source.stores:
             folder = store.prefix.parent
             record = token_store.read_record(folder)
             if record is None or store.prefix != token_store.folder_prefix(folder):
-                continue  # a store made elsewhere, which says nothing of rows
+                continue  # a store made elsewhere has no record of rows
             path = token_store.quarantine_path(folder)
             listed = read_quarantine(path)[0] if path.exists() else 0
             if (store.documents, listed) != (record.rows - record.quarantined, record.quarantined):
                 raise UserError(
                     f"not verified: {folder}: expected {record.rows} rows, {record.quarantined} set aside, found "
-                    f"{store.documents} documents and {listed} rows set aside: delete the folder, it is made anew"
+                    f"{store.documents} documents and {listed} rows set aside: delete the folder, it is built again"
                 )
 
 
 def check_digests(entries: Sequence[LedgerRow], dataset: Dataset, *, trained: dict[int, int], blame: str) -> int:
-    """Compute every step's digest from the data, and count the labels that train; returns their sum.
+    """Compute every step's digest from the data, and return the number of labels that train.
 
-    `trained` is what each step counted itself, where that is known; `blame` what to say of a step that differs.
+    `trained` is each step's own count, where it is known; `blame` is the explanation if a step differs.
     """
     total = 0
     with progress.bar(sum(entry.count for entry in entries), "verifying", unit="sample") as bar:
         for entry in entries:
             digest, counted = _digest(dataset, entry.first, entry.count)
             if digest != entry.digest:
-                raise _differs(entry.step, f"samples with digest {entry.digest}", f"{digest}: {blame}")
+                raise _step_error(entry.step, f"samples with digest {entry.digest}", f"{digest}: {blame}")
             if (known := trained.get(entry.step, counted)) != counted:
-                raise _differs(entry.step, f"{known} trained tokens, as {metrics.METRICS} says", str(counted))
+                raise _step_error(entry.step, f"{known} trained tokens, as {metrics.METRICS} says", str(counted))
             total += counted
             bar.update(entry.count)
     return total
 
 
 def runs(entries: Sequence[LedgerRow]) -> list[LedgerRun]:
-    """The runs behind these rows, in order."""
+    """Return the runs of these rows, in order."""
     found: list[LedgerRun] = []
     for entry in entries:
         last = found[-1] if found else None
@@ -151,11 +153,13 @@ def runs(entries: Sequence[LedgerRow]) -> list[LedgerRun]:
     return found
 
 
-def _differs(step: int, expected: str, found: str) -> UserError:
+def _step_error(step: int, expected: str, found: str) -> UserError:
     return UserError(f"not verified: step {step}: expected {expected}, found {found}")
 
 
-def _options(newest: Path, state: dict[str, Any], tokenizer: Path | None, cache_dir: Path | None) -> DataOptions:
+def _restore_options(
+    newest: Path, state: dict[str, Any], tokenizer: Path | None, cache_dir: Path | None
+) -> DataOptions:
     settings = dict(state["settings"])
     if tokenizer is not None:
         settings["tokenizer_name"] = tokenizer
@@ -167,7 +171,7 @@ def _options(newest: Path, state: dict[str, Any], tokenizer: Path | None, cache_
 
 
 def _check_totals(newest: Path, state: dict[str, Any]) -> None:
-    """Samples and tokens that state.json counts are steps x rows, and rows x their length."""
+    """Raise UserError unless state.json counts steps x rows samples, and samples x length tokens."""
     samples = state["step"] * state["global_batch"]
     expected = {"samples": samples, "tokens": samples * state["settings"]["seq_length"]}
     for name, value in expected.items():
@@ -178,16 +182,16 @@ def _check_totals(newest: Path, state: dict[str, Any]) -> None:
             )
 
 
-def _recorded(root: Path) -> dict[int, int]:
-    """How many tokens each step says it trained on; nothing where a crash has broken the file."""
+def _read_trained(root: Path) -> dict[int, int]:
+    """Return how many tokens each step recorded as trained on; nothing where a crash has damaged the file."""
     try:
         return {row["step"]: row["trained_tokens"] for row in metrics.read(root) if "trained_tokens" in row}
     except ValueError:
         return {}
 
 
-def _blame(dataset: Dataset, state: dict[str, Any], *, altered: bool) -> str:
-    """What must have happened where the data do not give what the ledger says."""
+def _explain_difference(dataset: Dataset, state: dict[str, Any], *, altered: bool) -> str:
+    """Return the explanation for data that do not fit the ledger."""
     if altered:
         return "the ledger was altered, or is another run's"
     if dataset.fingerprint != state["data"]:
@@ -196,7 +200,7 @@ def _blame(dataset: Dataset, state: dict[str, Any], *, altered: bool) -> str:
 
 
 def _digest(dataset: Dataset, first: int, count: int) -> tuple[str, int]:
-    """The digest of some samples, as the ledger has it, and how many of their labels train."""
+    """Return the digest of some samples, as in the ledger, and how many of their labels train."""
     rows = max(1, _PIECE // dataset.seq_length)
     total = counted = 0
     for start in range(first, first + count, rows):

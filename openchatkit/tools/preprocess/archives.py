@@ -1,16 +1,17 @@
 """Tar archives of jsonl files, plain or compressed, read as streams: nothing of them is unpacked to disk.
 
-Members may be compressed themselves, as in the Pile's `.jsonl.zst.tar`; a member that is no jsonl file is passed over
-with a word on it, and an archive with none is an error.
+Members may be compressed themselves, as in the Pile's `.jsonl.zst.tar`. Other members are skipped with a warning, and
+an archive without files of records is an error.
 """
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO, cast
 
 from loguru import logger
 
@@ -26,7 +27,7 @@ _BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class Archive:
-    """A context manager: it holds the file open. `size` and `position` count bytes of the file, for a progress bar."""
+    """A context manager that holds the file open. `size` and `position` are in bytes, for a progress bar."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,20 +42,22 @@ class Archive:
         return self._file.tell()
 
     def rows(self) -> Iterator[tuple[str, RawRow]]:
-        """Each row of each member with `archive:member`. UserError: damaged or cut data, or none."""
+        """Yield each row of each member, with `archive:member`. UserError: damaged or truncated data, or no rows."""
         name = ""
         compressed = not self.path.name.endswith(".tar")
         stream = _Tail(gzip.GzipFile(fileobj=self._file) if compressed else self._file)
         try:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
+            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
                 for member in archive:
                     if member.isdir():
                         continue
                     if not member.isfile() or not json_files.form_of(member.name):
-                        logger.warning("{}:{} is no file of records: passed over", self.path, member.name)
+                        logger.warning("{}:{} is not a file of records: skipped", self.path, member.name)
                         continue
                     name = f"{self.path}:{member.name}"
-                    source = json_files.JsonFile(archive.extractfile(member), name, member.size)
+                    source = json_files.JsonFile(
+                        cast(io.BufferedReader, archive.extractfile(member)), name, member.size
+                    )
                     yield from ((name, row) for row in Records(Path(name), source).rows())
             while stream.read(_PIECE):
                 pass
@@ -75,9 +78,9 @@ class Archive:
 
 
 class _Tail:
-    """A stream that knows its last block: `tarfile` takes an archive cut between members for a shorter one."""
+    """A stream that keeps its last block: `tarfile` takes an archive truncated between members for a shorter one."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
         self.tail = b""
 

@@ -1,14 +1,15 @@
 """Files of records -> token stores that GPT-NeoX reads: the command `tools/preprocess_data.py`, with GPT-NeoX's flags.
 
 `<prefix>_<key>_document.bin` and `.idx` for each field, byte for byte as GPT-NeoX writes them, and a loss mask beside
-them where it is asked for. The work goes on in a hidden folder beside them, which the same command finds again after it
-was stopped; files get their names when all of them are whole. What becomes of a row is `fields`'.
+them with `--loss-mask`. They are built in a hidden folder beside them (`work_folder`), in which the same command
+continues after it was stopped. `fields` makes documents of rows.
 """
 
 import contextlib
 import importlib.util
 import time
 from collections.abc import Generator, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 
 from loguru import logger
@@ -32,7 +33,7 @@ NamedRow = tuple[str, RawRow]  # a row with the name of its file
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tokenise, and say what was written."""
+    """Tokenise, and log what was written."""
     args = _parser().parse_args(argv)
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: only mmap is written, which GPT-NeoX reads as it is")
@@ -92,7 +93,7 @@ def _parser() -> cli.Parser:
 
 
 def input_files(names: str) -> list[Path]:
-    """The files that --input lists, in order; UserError for one that is not there or of another kind."""
+    """Return the files that --input lists, in order; UserError for one that is missing or of another kind."""
     files = [Path(name.strip()) for name in names.split(",") if name.strip()]
     if not files:
         raise UserError("--input names no file")
@@ -120,10 +121,10 @@ def preprocess(
     expected: int | None = None,
     interval: int = 100,
 ) -> None:
-    """Write `<prefix>_<key>_document` for each key of the job, and say what they hold.
+    """Write `<prefix>_<key>_document` for each key of the job, and log what they hold.
 
-    UserError: outputs that are there already, rows that are no records, damaged data, a full disk. Interrupted: a
-    worker was killed.
+    UserError: outputs that exist already, rows that cannot be used, damaged data, a full disk. Interrupted: a worker
+    was killed.
     """
     source = InputRows(files, job.keys)
     title = f"tokenising {files[0].name if len(files) == 1 else f'{len(files)} files'}"
@@ -175,7 +176,7 @@ def _tokenise(
 
 
 class InputRows:
-    """The rows of some files, one file after another, each with the name of its file, and how fast they are read."""
+    """The rows of some files, one file after another, each with the name of its file; and how fast they are read."""
 
     def __init__(self, files: Sequence[Path], keys: Sequence[str]) -> None:
         self._files, self._keys = files, keys
@@ -185,12 +186,14 @@ class InputRows:
         self._text = 0
 
     def rows(self, start: int) -> Iterator[NamedRow]:
-        """The rows behind the first `start` ones."""
+        """Yield the rows after the first `start` ones."""
         number, before = 0, 0
         for path, size in zip(self._files, self._sizes, strict=True):
-            archive = path.name.endswith(ARCHIVE_SUFFIXES)
-            with Archive(path) if archive else Records(path, columns=self._keys) as records:
-                for name, row in records.rows() if archive else ((str(path), row) for row in records.rows()):
+            is_archive = path.name.endswith(ARCHIVE_SUFFIXES)
+            records: Archive | Records = Archive(path) if is_archive else Records(path, columns=self._keys)
+            with records:
+                rows = records.rows() if isinstance(records, Archive) else zip(repeat(str(path)), records.rows())
+                for name, row in rows:
                     number += 1
                     if number > start:
                         self._read = before + records.position
@@ -199,7 +202,7 @@ class InputRows:
             before += size
 
     def rate(self, seconds: float) -> str:
-        """How much of the input has been read, and how many bytes of records a second."""
+        """Return how much of the input has been read, and how many bytes of records a second."""
         return f"{self._read / max(self.size, 1):.0%} of the input, {self._text / 1e6 / max(seconds, 1e-9):.1f} MB/s"
 
 

@@ -1,7 +1,7 @@
 """The tokenizers that GPT-NeoX's preprocessing offers, by the names of its `--tokenizer-type`.
 
-Each is an `Encoder`: texts in, ids out, as GPT-NeoX would have them. An encoder can be sent to another process. A
-tokenizer.json may ask for truncation, which is off here: a document is never cut silently.
+Each is a `NeoxTokenizer`: texts in, ids out, as in GPT-NeoX. It can be sent to another process. A tokenizer.json may
+ask for truncation, which is off here: a document is never truncated silently.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ class NeoxTokenizer(Protocol):
     end_of_text: int | None
 
     def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
-        """Ids of each text by itself. `literal`: as training does it, so that nothing a text spells is a special token
-        and nothing is put around it; else as GPT-NeoX does it."""
+        """Return the ids of each text by itself. `literal`: as in training, where special tokens in a text are only
+        characters and nothing is put around it; else as in GPT-NeoX."""
         ...
 
 
 def load(kind: str, vocab_file: Path | None, merge_file: Path | None) -> NeoxTokenizer:
-    """The encoder of a kind in `KINDS`. UserError: a file that is missing or of another kind, a package to install."""
+    """Load a tokenizer of a kind in `KINDS`. UserError: a missing file or one of another kind, a package to install."""
     loader, wanted = KINDS[kind]
     if wanted and vocab_file is None:
         raise UserError(f"--tokenizer-type {kind} needs --vocab-file: {wanted}")
@@ -70,10 +70,10 @@ class _Library:
 
 
 class _Characters:
-    """UTF-8 bytes as ids: a text may thus hold ids 0 and 1, as in GPT-NeoX."""
+    """UTF-8 bytes as ids: as in GPT-NeoX, a text may hold the ids 0 and 1."""
 
     vocab_size = _CHARACTERS
-    end_of_text = 0
+    end_of_text: int | None = 0
 
     def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
@@ -94,7 +94,7 @@ class _SentencePiece:
 
 @dataclass
 class _Tiktoken:
-    """What a text spells is text: GPT-NeoX ends with an error there."""
+    """Special tokens in a text are characters: GPT-NeoX fails there."""
 
     encoding: Any
 
@@ -143,7 +143,7 @@ def _tiktoken(name: Path) -> NeoxTokenizer:
     return _Tiktoken(tiktoken.get_encoding(str(name)))
 
 
-# What makes an encoder of its files, and what the first of them is.
+# By --tokenizer-type: the function that loads the files, and a description of the first of them.
 KINDS: dict[str, tuple[Callable[..., NeoxTokenizer], str]] = {
     "HFTokenizer": (_hf, "a tokenizer.json"),
     "HFGPT2Tokenizer": (_hf_gpt2, "a folder with a tokenizer"),

@@ -115,9 +115,9 @@ def test_a_record_of_moderation_may_be_written_out() -> None:
         (labelled("__casual__", text="<human>: a\n<bot>: b\n"), "'text' is a chat with replies, and has a 'safety_l"),
         (
             b'{"text": "Input: a\\nOutput: casual\\n\\nInput: b\\nOutput: bad"}',
-            "'text': it begins as a moderation record, and exchange 2 is none: expected 'Input:', a text, and on",
+            "'text': it begins as a moderation record, and exchange 2 is invalid: expected 'Input:', a text, and on",
         ),
-        (json.dumps({"text": moderation.prompt("a")}).encode(), "and exchange 1 is none"),
+        (json.dumps({"text": moderation.prompt("a")}).encode(), "and exchange 1 is invalid"),
         (b'{"text": "Input: \\nOutput: casual"}', "'text': input 1 is empty"),
         (b"{", r"not JSON \(Expecting property name .* at character 2\)"),
         (b"", "not JSON"),

@@ -235,7 +235,7 @@ def test_kinds_of_files_in_one_list(tmp_path: Path, capsys: pytest.CaptureFixtur
     names = ("a.jsonl.gz", "b.jsonl.zst", "c.parquet", "d.tar", "e.tar.gz")
     files = ",".join(str(tmp_path / name) for name in names)
     assert run("--input", files, *BYTES, "--output-prefix", tmp_path / "o") == 0
-    assert f"{tmp_path / 'd.tar'}:README is no file of records: passed over" in capsys.readouterr().err
+    assert f"{tmp_path / 'd.tar'}:README is not a file of records: skipped" in capsys.readouterr().err
     texts = ["one", "two", "three", "four", "five", "six", "seven"]
     assert written(tmp_path / "o") == by_hand([list(text.encode()) for text in texts], vocab_size=512)
 
