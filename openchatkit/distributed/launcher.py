@@ -1,12 +1,12 @@
-"""Start one process a rank on this machine, pass on what they say, and end them together.
+"""Start one process a rank on this machine, pass on their output, and end them together.
 
 Owns the processes and nothing they do: any script that takes `--rank`, `--cuda-id` and `--world-size` will do. The
-first rank started here leads: its stderr is the launcher's own, so its progress line is drawn as usual. What the
-others write to stderr follows line by line behind `[rank i] `, except `error: ` lines. These wait until the end,
-because a mistake in a command is found by every rank, and the lead has then said it already.
+first rank started here leads: its stderr is the launcher's own, so its progress line is drawn as usual. The others'
+stderr is printed line by line, with `[rank i] ` in front, except `error: ` lines. These wait until the end, because
+every rank finds a mistake in a command, and the lead has then printed it already.
 
-When a rank fails, the others notice within moments and fail as well; `_Launch.cause` picks the failure that came
-first in the order of causes. No rank outlives the launcher, even when the launcher is killed (see `processes.guard`).
+When a rank fails, the others notice within moments and fail as well; `_Launch.find_cause` picks the failure to name.
+No rank outlives the launcher, even when the launcher is killed (see `processes.start_guard`).
 """
 
 import os
@@ -24,12 +24,12 @@ from openchatkit.distributed import processes
 from openchatkit.distributed.processes import Rank
 from openchatkit.errors import DEFECT, RESUMABLE, USER_ERROR, UserError
 
-OWN_FLAGS = ("--rank", "--cuda-id", "--world-size")
-POLL_SECONDS = 0.05
-SETTLE_SECONDS = 2.0
-KILL_SECONDS = 10.0
-KILL_SECONDS_USER_ERROR = 5.0
-INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 130)
+_OWN_FLAGS = ("--rank", "--cuda-id", "--world-size")
+_POLL_SECONDS = 0.05
+_SETTLE_SECONDS = 2.0
+_KILL_SECONDS = 10.0
+_KILL_SECONDS_USER_ERROR = 5.0
+_INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 130)
 
 
 def launch(
@@ -37,9 +37,9 @@ def launch(
 ) -> int:
     """Run `script` once for each of ranks `first_rank`, `first_rank` + 1, ... and wait for all.
 
-    Returns 0 when all ended with 0; otherwise the status of the rank that failed first if it is 1, 2 or 75, else 1.
+    Returns 0 if all ended with 0; otherwise the status of the rank that failed first if it is 1, 2 or 75, else 1.
     SIGINT, SIGTERM and SIGHUP are passed on to all ranks, which may then save and end with 75; a second one kills.
-    Raises UserError for a script that is not there, flags that the launcher sets itself, or ranks beyond the world.
+    UserError for a missing script, flags that the launcher sets itself, or ranks beyond the world.
     """
     here = world_size - first_rank if ranks_here is None else ranks_here
     if here < 1 or first_rank + here > world_size:
@@ -50,7 +50,7 @@ def launch(
     if not script.is_file():
         raise UserError(f"no script {script}: the launcher is given the training script, then that script's arguments")
     for argument in arguments:
-        if argument.split("=")[0] in OWN_FLAGS:
+        if argument.split("=")[0] in _OWN_FLAGS:
             raise UserError(
                 f"{argument} comes after {script.name}, but the launcher sets it for each rank: leave it out"
             )
@@ -58,7 +58,7 @@ def launch(
     for local in range(here):
         identity = f"--rank {first_rank + local} --cuda-id {local} --world-size {world_size}"
         commands.append([sys.executable, str(script), *arguments, *identity.split()])
-    with processes.guard() as guard, processes.requests() as requests:
+    with processes.start_guard() as guard, processes.collect_requests() as requests:
         return _Launch(guard, requests).run(commands, first_rank)
 
 
@@ -81,7 +81,7 @@ class _Launch:
                 self.start(number, command, environment, lead=number == first_rank)
             self.wait()
         finally:
-            failed = bool(self.failures())
+            failed = bool(self.failures)
             for rank in self.ranks:
                 if failed or rank.status is None:
                     rank.kill_group()
@@ -99,30 +99,30 @@ class _Launch:
         )
         rank = Rank(number, process)
         self.ranks.append(rank)
-        processes.tell(self.guard, str(process.pid))
+        processes.write_to_guard(self.guard, str(process.pid))
         if not lead:
             rank.reader = threading.Thread(target=self.pass_on, args=(rank,), daemon=True)
             rank.reader.start()
 
     def pass_on(self, rank: Rank) -> None:
-        """Copy a rank's stderr, in a thread of its own, holding back what the lead may say as well."""
+        """Copy a rank's stderr, in a thread of its own; hold back lines that the lead may print as well."""
         assert rank.process.stderr is not None
         for line in rank.process.stderr:
             text = line.decode("utf-8", "replace").rstrip()
             if text.startswith("error: "):
-                rank.held.append(text)
+                rank.held_lines.append(text)
             else:
-                self.say(f"[rank {rank.number}] {text}")
+                self.print_line(f"[rank {rank.number}] {text}")
 
-    def say(self, line: str) -> None:
-        # On a terminal the lead's progress line may stand where this line goes.
+    def print_line(self, line: str) -> None:
+        # On a terminal the lead's progress line may be where this line goes.
         clear = "\r\033[K" if sys.stderr.isatty() else ""
         with self.output:
             sys.stderr.write(f"{clear}{line}\n")
             sys.stderr.flush()
 
     def wait(self) -> None:
-        """Until all have ended: pass requests on, and stop the ranks that a failed one has left behind."""
+        """Wait until all have ended: pass requests on, and stop the other ranks when one has failed."""
         handled = 0
         while True:
             for rank in self.ranks:
@@ -133,9 +133,9 @@ class _Launch:
             while handled < len(self.requests):
                 self.interrupt(running, self.requests[handled], again=handled > 0)
                 handled += 1
-            if self.failures():
+            if self.failures:
                 self.stop(running)
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def interrupt(self, running: list[Rank], signum: int, *, again: bool) -> None:
         for rank in running:
@@ -143,11 +143,12 @@ class _Launch:
                 rank.stopped_by_us = True
                 rank.kill_group()
             else:
-                # A closed terminal asks for the same as SIGTERM, which ranks know.
+                # A closed terminal means the same as SIGTERM, which ranks handle.
                 rank.send(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
+    @property
     def failures(self) -> list[Rank]:
-        """Ranks that failed by themselves; 75 is none when all were asked to save and end."""
+        """Ranks that failed by themselves; 75 is no failure when all were asked to save and end."""
         fine = (0, RESUMABLE) if self.requests else (0,)
         return [
             rank
@@ -155,41 +156,41 @@ class _Launch:
             if rank.status is not None and rank.status not in fine and not rank.stopped_by_us
         ]
 
-    def cause(self) -> Rank:
-        """The failure to name: the gravest kind, and the earliest of that kind."""
-        return min(self.failures(), key=lambda rank: (rank.severity(), rank.ended))
+    def find_cause(self) -> Rank:
+        """Return the failure to name: the gravest kind, and the earliest of that kind."""
+        return min(self.failures, key=lambda rank: (rank.severity, rank.ended))
 
     def stop(self, running: list[Rank]) -> None:
-        """SIGTERM to those left once the cause is certain, SIGKILL to those that do not heed it."""
-        cause = self.cause()
+        """Send SIGTERM to the running ranks once the cause is certain, SIGKILL to those that do not end."""
+        cause = self.find_cause()
         assert cause.status is not None
-        elapsed = time.monotonic() - min(rank.ended for rank in self.failures())
-        patience = KILL_SECONDS_USER_ERROR if cause.status == USER_ERROR else KILL_SECONDS
+        elapsed = time.monotonic() - min(rank.ended for rank in self.failures)
+        limit = _KILL_SECONDS_USER_ERROR if cause.status == USER_ERROR else _KILL_SECONDS
         for rank in running:
-            if elapsed > patience:
+            if elapsed > limit:
                 rank.kill_group()
-            elif not rank.stopped_by_us and (cause.status < 0 or elapsed > SETTLE_SECONDS):
+            elif not rank.stopped_by_us and (cause.status < 0 or elapsed > _SETTLE_SECONDS):
                 rank.poll()
                 if rank.status is not None:
-                    continue  # It ended by itself since the last look, and what it said of that is to be heard.
+                    continue  # It ended by itself since the last poll, and its error lines are to be printed.
                 rank.stopped_by_us = True
                 rank.send(signal.SIGTERM)
                 rank.send(signal.SIGCONT)  # A suspended rank could not end.
 
     def report(self) -> int:
-        """Say what is left to say, and return the launcher's exit status."""
+        """Print the lines held back and how it ended; returns the launcher's exit status."""
         for rank in self.ranks:
             if rank.reader is not None:
                 rank.reader.join(timeout=1.0)
-        cause = self.cause() if self.failures() else None
-        self.release(cause)
+        cause = self.find_cause() if self.failures else None
+        self.print_held_lines(cause)
         if cause is None:
             if any(rank.stopped_by_us for rank in self.ranks):
-                self.say("error: killed by a second signal before all ranks had ended")
+                self.print_line("error: killed by a second signal before all ranks had ended")
                 return DEFECT
             return RESUMABLE if any(rank.status for rank in self.ranks) else 0
-        if self.requests and cause.status in INTERRUPTED:
-            self.say(
+        if self.requests and cause.status in _INTERRUPTED:
+            self.print_line(
                 "error: stopped before a checkpoint could be written; the same command resumes from the newest one"
             )
             return RESUMABLE
@@ -197,21 +198,21 @@ class _Launch:
             stopped = "; the other ranks were stopped" if any(rank.stopped_by_us for rank in self.ranks) else ""
             resumable = cause.status in (RESUMABLE, -signal.SIGKILL)
             advice = "; the same command resumes from the newest checkpoint" if resumable else ""
-            self.say(f"error: {cause.what_happened()}{stopped}{advice}")
+            self.print_line(f"error: {cause.describe_end()}{stopped}{advice}")
         return cause.status if cause.status in (DEFECT, USER_ERROR, RESUMABLE) else DEFECT
 
-    def release(self, cause: Rank | None) -> None:
-        """Print the lines held back, once each, but not what the lead has said as it ended in the same way."""
+    def print_held_lines(self, cause: Rank | None) -> None:
+        """Print the lines held back, once each, except those of ranks that ended in the same way as the lead."""
         lead = self.ranks[0]
-        said: set[str] = set()
+        printed: set[str] = set()
         for rank in self.ranks:
             same = rank.status == lead.status and (rank is not cause or lead.status == USER_ERROR)
             if rank.stopped_by_us or (same and lead.status in (USER_ERROR, RESUMABLE)):
                 continue
-            for line in rank.held:
-                if line not in said:
-                    self.say(f"[rank {rank.number}] {line}")
-                said.add(line)
+            for line in rank.held_lines:
+                if line not in printed:
+                    self.print_line(f"[rank {rank.number}] {line}")
+                printed.add(line)
 
 
 @cli.command

@@ -1,4 +1,4 @@
-"""How the ranks of a job are laid out: stages of a pipeline times replicas of it, and the groups they talk in."""
+"""The layout of a job's ranks: stages of a pipeline times replicas of it, the layers of each stage, process groups."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place: rank = replica x stages + stage. A group of one rank is None, and needs no communication.
+    """This rank's position: rank = replica x stages + stage. A group of one rank is None, and needs no communication.
 
     `pipeline` joins the stages of this replica, `data` the replicas of this stage, `control` (gloo) every rank.
     """
@@ -51,7 +51,7 @@ class Layout:
         return self.stage == self.stages - 1
 
     def describe(self) -> str:
-        """This rank in words, for messages."""
+        """Return this rank in words, for messages."""
         return f"rank {self.rank} (stage {self.stage} of {self.stages}, replica {self.replica} of {self.replicas})"
 
     def sum_over_replicas(self, *tensors: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ class Layout:
                 dist.all_reduce(tensor, group=self.pipeline)
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gave, in rank order, on every rank. Values are pickled between our own processes only."""
+        """Return every rank's value, in rank order, on all ranks. Values are pickled between our own processes only."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -75,17 +75,17 @@ class Layout:
         return values
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """What `action` gives on each rank. UserError on all ranks where it raises one on any: that of the first."""
-        given, problem = None, None
+        """Return the results of `action` on all ranks. If it raises a UserError on any, all raise that of the first."""
+        result, problem = None, None
         try:
-            given = action()
+            result = action()
         except UserError as error:
             problem = error
-        found = self.gather((given, None if problem is None else str(problem)))
-        for _, reason in found:
-            if reason is not None:
-                raise UserError(reason) from problem
-        return [each for each, _ in found]
+        outcomes = self.gather((result, None if problem is None else str(problem)))
+        for _, message in outcomes:
+            if message is not None:
+                raise UserError(message) from problem
+        return [each for each, _ in outcomes]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -111,9 +111,9 @@ def make_layout(*, rank: int, stages: int, replicas: int, device: torch.device, 
 
 
 def stage_layers(num_layers: int, *, stages: int, layers_per_stage: int) -> list[tuple[int, int]]:
-    """The first and the last (exclusive) layer of each stage; every stage but the last has `layers_per_stage`.
+    """Return the first and the last (exclusive) layer of each stage; every stage but the last has `layers_per_stage`.
 
-    0 spreads the layers evenly. UserError when the stages cannot hold all layers or one would be left without any.
+    0 spreads the layers evenly. UserError when the stages cannot hold all layers or one would have none.
     """
     if not layers_per_stage:
         if num_layers < stages:
@@ -135,13 +135,13 @@ def stage_layers(num_layers: int, *, stages: int, layers_per_stage: int) -> list
 
 
 def _own_group(members: Sequence[range], rank: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Make a group of each of `members`, as every rank must in the same order, and return the one that has `rank`.
+    """Make a group of each of `members`, in the same order on every rank, and return the one that has `rank`.
 
     Not by `init_device_mesh`: it makes its groups with torch's own timeout, half an hour with gloo, ten minutes with
     NCCL, whatever that of the whole job is (https://github.com/pytorch/pytorch/issues/119613).
     """
     if len(members) == 1:
-        assert dist.group.WORLD is not None
+        assert dist.group.WORLD is not None, "the process group is initialised"
         return dist.group.WORLD  # A second communicator of the same ranks would only take memory on the GPU.
-    groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in members]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks), timeout=timeout) for ranks in members]
     return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)

@@ -11,7 +11,7 @@ from openchatkit.errors import UserError
 
 
 def choose_interface(name: str | None, host: str) -> None:
-    """Tell gloo and NCCL which network interface to use; raise UserError when there is none of that name.
+    """Choose the network interface of gloo and NCCL; UserError when there is none of that name.
 
     Without a name, ranks that meet on this machine's loopback address use the loopback interface, which works where
     the host name does not resolve; otherwise gloo and NCCL choose, or their own environment variables do.
@@ -29,19 +29,19 @@ def choose_interface(name: str | None, host: str) -> None:
 
 
 def parse_url(url: str) -> tuple[str, int]:
-    """Host and port of tcp://HOST:PORT."""
+    """Return host and port of tcp://HOST:PORT."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
         if parts.scheme == "tcp" and host and port:
             return host, port
-    except ValueError:  # brackets that do not close, a port that is no number
+    except ValueError:  # unclosed brackets, a port that is not a number
         pass
     raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT, for example tcp://127.0.0.1:7033")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on this address alone; UserError when the port is taken or the address is not ours."""
+    """Return a socket that listens on this address alone; UserError when the port or the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What the launcher is made of: a rank's process, the guard that outlives the launcher, and signals as requests."""
+"""Parts of the launcher: a rank's process, the guard that outlives the launcher, and signals as requests."""
 
 import contextlib
 import os
@@ -29,35 +29,38 @@ done
 
 @dataclass
 class Rank:
-    """One process, and when and how it ended."""
+    """A rank's process, and when and how it ended."""
 
     number: int
     process: subprocess.Popen[bytes]
     reader: threading.Thread | None = None
-    held: list[str] = field(default_factory=list)
+    held_lines: list[str] = field(default_factory=list)
     status: int | None = None
     ended: float = 0.0
     stopped_by_us: bool = False
 
     def poll(self) -> None:
+        """Note the exit status once there is one."""
         if self.status is None and (status := self.process.poll()) is not None:
             self.status, self.ended = status, time.monotonic()
 
     def send(self, signum: int) -> None:
+        """Send a signal, unless the process has ended."""
         if self.status is None:
             self.process.send_signal(signum)
 
     def kill_group(self) -> None:
-        """SIGKILL the rank and whatever it has started."""
+        """SIGKILL the rank and all processes that it has started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    @property
     def severity(self) -> int:
-        """Order of causes: a rank that lost a peer ends with 75 or 1, never by a signal or as a user's mistake."""
+        """Order of causes, gravest first: a rank that lost a peer ends with 75 or 1, never by a signal or with 2."""
         assert self.status, self
         return {RESUMABLE: 3, USER_ERROR: 1}.get(self.status, 0 if self.status < 0 else 2)
 
-    def what_happened(self) -> str:
+    def describe_end(self) -> str:
         assert self.status, self
         if self.status == -signal.SIGKILL:
             return f"rank {self.number} was killed (likely out of memory)"
@@ -67,30 +70,30 @@ class Rank:
 
 
 @contextlib.contextmanager
-def guard() -> Iterator[IO[bytes]]:
-    """A helper process that kills the process groups written to it, one number a line, should the launcher die."""
+def start_guard() -> Iterator[IO[bytes]]:
+    """Start a helper that kills the process groups written to it (see `write_to_guard`) should the launcher die."""
     helper = subprocess.Popen(["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True)
     assert helper.stdin is not None
     try:
         yield helper.stdin
     finally:
-        tell(helper.stdin, "done")
+        write_to_guard(helper.stdin, "done")
         with contextlib.suppress(BrokenPipeError):
             helper.stdin.close()
         helper.wait()
 
 
-def tell(guard: IO[bytes], word: str) -> None:
+def write_to_guard(guard: IO[bytes], word: str) -> None:
     """Write a word to the guard: a process group, or `done`."""
-    # Should the guard itself have been killed, the ranks run on without one.
+    # If the guard itself has been killed, the ranks go on without one.
     with contextlib.suppress(BrokenPipeError):
         guard.write(f"{word}\n".encode())
         guard.flush()
 
 
 @contextlib.contextmanager
-def requests() -> Iterator[list[int]]:
-    """Collect the signals that ask for an end instead of dying of them; one that is ignored (nohup) stays so."""
+def collect_requests() -> Iterator[list[int]]:
+    """Collect the signals that ask for an end instead of dying of them; one that is ignored (nohup) stays ignored."""
     received: list[int] = []
     last = -ECHO_SECONDS
 

@@ -1,4 +1,4 @@
-"""How ranks find each other and form the process group that everything else communicates over."""
+"""Rendezvous of the ranks, in the process group that everything else communicates over."""
 
 import os
 from datetime import timedelta
@@ -12,10 +12,10 @@ from openchatkit.errors import UserError
 
 
 def connect(url: str | None, *, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
-    """Start torch.distributed: at `url`, or at torchrun's own meeting point when it is None.
+    """Start torch.distributed: at `url`, or at torchrun's own rendezvous when it is None.
 
     Rank 0 listens on the address of the URL alone, not on every interface. UserError when its port is taken or the
-    other ranks do not come within `timeout`.
+    other ranks do not connect within `timeout`.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if url is None and not os.environ.get(name)]
     if missing:
@@ -30,7 +30,7 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
         if url is None:
             dist.init_process_group(init_method="env://", **options)
         else:
-            dist.init_process_group(store=_store(url, rank, world_size, timeout), **options)
+            dist.init_process_group(store=_make_store(url, rank, world_size, timeout), **options)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         where = url or f"tcp://{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0][:200]
@@ -41,15 +41,15 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
 
 
 def disconnect() -> None:
-    """Leave the job in good order; without it a rank that ends early can abort its peers."""
+    """Leave the process group. Without this, a rank that ends early can abort its peers."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _store(url: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def _make_store(url: str, rank: int, world_size: int, timeout: timedelta) -> Any:
     host, port = parse_url(url)
     options: dict[str, Any] = {"world_size": world_size, "timeout": timeout, "wait_for_workers": False}
     if rank != 0:
-        return dist.TCPStore(host, port, is_master=False, **options)
-    # The store owns the socket's descriptor from here on.
-    return dist.TCPStore(host, port, is_master=True, master_listen_fd=listen(host, port).detach(), **options)
+        return dist.TCPStore(host, port, is_master=False, **options)  # type: ignore[attr-defined]
+    options |= {"is_master": True, "master_listen_fd": listen(host, port).detach()}  # the store closes this socket
+    return dist.TCPStore(host, port, **options)  # type: ignore[attr-defined]
