@@ -1,15 +1,18 @@
 """A user's mistakes: one line that says what was given, what was expected and what to do, and exit status 2."""
 
+import json
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
 import ranks
-from test_layouts import run
+from test_layouts import assert_same_bits, run
 from tokenizers import Tokenizer
 
 from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint
+from openchatkit.settings import fields
 from openchatkit.training import config
 
 
@@ -56,6 +59,7 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         (["--total-steps", "1", "--use-offload"], "--use-offload: optimizer state stays on the device"),
         (["--pp-mode", "zigzag"], "--pp-mode: invalid choice: 'zigzag'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--config", "/nowhere.yml"], "--config /nowhere.yml: No such file or directory: expected a YAML file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -74,6 +78,44 @@ def test_torchrun_decides_what_was_not_given(monkeypatch):
     assert (settings.rank, settings.world_size, settings.cuda_id, settings.dist_url) == (3, 4, 1, None)
     with pytest.raises(UserError, match="--world-size 8, but torchrun started 4 ranks"):
         config.parse([*flags, "--world-size", "8"])
+
+
+def test_torchrun_and_the_launcher_win_over_a_file_that_numbers_a_process(tmp_path, monkeypatch):
+    """A file is read by every process: `rank: 0` in it, as a checkpoint's settings have, would make all the first."""
+    path = tmp_path / "run.yml"
+    path.write_text("rank: 0\ncuda_id: 0\nworld_size: 2\npipeline_group_size: 2\ntotal_steps: 1\n", encoding="utf-8")
+    settings = config.parse([*BASE, "--config", str(path), "--rank", "1", "--cuda-id", "1", "--world-size", "2"])
+    assert (settings.rank, settings.cuda_id) == (1, 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    settings = config.parse([*BASE, "--config", str(path)])
+    assert (settings.rank, settings.world_size, settings.cuda_id, settings.dist_url) == (1, 2, 1, None)
+
+
+def test_a_file_may_have_what_the_command_line_may(tmp_path):
+    path = tmp_path / "run.yml"
+    path.write_text("total_steps: 3\nnum_heads: 4\nbf16: true\n", encoding="utf-8")
+    settings = config.parse([*BASE, "--config", str(path)])
+    assert (settings.total_steps, settings.precision, settings.ignored) == (3, "bfloat16", ("num_heads",))
+    assert config.parse([*BASE, "--config", str(path), "--precision", "float32"]).bf16 is False
+    path.write_text("aws_region: here\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--aws-region: checkpoints are not uploaded"):
+        config.parse([*BASE, "--config", str(path)])
+
+
+def test_a_checkpoint_records_settings_that_make_the_same_run(tmp_path, flags):
+    """Settings from a file are recorded as those from flags are, and what is recorded can be read as a file."""
+    path = run(tmp_path / "flags", flags, warmup_steps=3)
+    recorded = checkpoint.read_state(path)["settings"]
+    assert set(recorded) == {field.name for field in fields(config.Settings)}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(recorded), encoding="utf-8")
+    launch = {"config": file, "checkpoint_path": tmp_path / "ckpt"}
+    assert ranks.train(tmp_path, launch).statuses == [0]
+    again = tmp_path / "ckpt" / path.name
+    assert_same_bits(path, again)
+    differing = {name for name, value in checkpoint.read_state(again)["settings"].items() if value != recorded[name]}
+    assert differing <= {"checkpoint_path", "dist_url"}
 
 
 def test_flags_of_the_original_that_do_nothing_are_said_to(tmp_path, flags):
