@@ -1,4 +1,4 @@
-"""What came late to faiss: a limit on what it allocates while it opens a file, and threads that read lists ahead."""
+"""Recent features of faiss: a limit on what it allocates while it opens a file, and threads that read lists ahead."""
 
 import contextlib
 import threading
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-_OPENING = threading.Lock()  # the limit is the whole process's
+_OPENING = threading.Lock()  # the limit holds for the whole process
 
 
 @contextlib.contextmanager
 def byte_limit(faiss: ModuleType, size: int) -> Iterator[None]:
-    """Let faiss allocate no vector of more than `size` bytes while it opens a file; one file at a time.
+    """Keep faiss from allocating a vector of more than `size` bytes while it opens a file; one file at a time.
 
-    A damaged file may claim any length. Without the limit faiss takes what the system gives, and fails there.
+    A damaged file may claim any length. Without the limit faiss allocates until the system refuses.
     """
     get = getattr(faiss, "get_deserialization_vector_byte_limit", None)
     put = getattr(faiss, "set_deserialization_vector_byte_limit", None)
@@ -29,7 +29,7 @@ def byte_limit(faiss: ModuleType, size: int) -> Iterator[None]:
             put(before)
 
 
-def read_no_list_ahead(lists: Any) -> None:
-    """Keep a search from starting threads that read lists ahead, which cost more than they bring."""
+def disable_prefetch(lists: Any) -> None:
+    """Keep a search from starting threads that read lists ahead, which cost more than they gain."""
     if hasattr(lists, "prefetch_nthread"):
         lists.prefetch_nthread = 0

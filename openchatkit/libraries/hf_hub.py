@@ -1,6 +1,6 @@
-"""What moves between releases of huggingface_hub: the HTTP library beneath it, and what its refusals are raised from.
+"""Changes between releases of huggingface_hub: its HTTP library, and the responses that it raises errors from.
 
-Until 2.0 the client stands on httpx, from then on on httpx2, whose exceptions and answers are classes of their own.
+Before 2.0 the client uses httpx, since then httpx2, which has exception and response classes of its own.
 """
 
 import importlib
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def http_library() -> ModuleType:
-    """Return the HTTP library that the hub's client raises exceptions of."""
+    """Return the HTTP library whose exceptions the hub's client raises."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The client's own error is a subclass of its library's.
@@ -24,7 +24,7 @@ def http_library() -> ModuleType:
 
 
 def raise_for_status(response: "httpx2.Response") -> None:
-    """Raise the hub's own error (gated, unknown, private ...) for an answer that the kit's own client was given."""
+    """Raise the hub's own error (gated, unknown, private ...) for a response to the kit's own client."""
     from huggingface_hub.utils import hf_raise_for_status
 
     library = http_library()

@@ -1,4 +1,4 @@
-"""What moves between releases of transformers: argument names, cache layers, attention hooks, internal tables."""
+"""Changes between releases of transformers: argument names, cache layers, attention hooks, internal tables."""
 
 import inspect
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-# `past_key_values` until 5.24, which renamed it.
+# `past_key_values` before 5.24, which renamed it.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 def cache_argument(model: nn.Module) -> str | None:
     """Return the name under which the model's forward takes keys and values of earlier tokens; None without them.
 
-    Recurrent models take a `cache` too, of states that no text can be cut from; they count as models without.
+    Recurrent models take a `cache` too, of states that no text can be cut from; they count as models without one.
     """
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in _CACHE_ARGUMENTS if name in parameters), None)
-    return name if name is not None and _keeps_keys(model) else None
+    return name if name is not None and _has_key_values(model) else None
 
 
-def _keeps_keys(model: nn.Module) -> bool:
-    """Whether any layer of the model's own cache keeps keys and values, or the model says of itself that it might."""
+def _has_key_values(model: nn.Module) -> bool:
+    """Whether any layer of the model's own cache keeps keys and values, or the model may keep them elsewhere."""
     from transformers.cache_utils import DynamicLayer
 
     layers = DynamicCache(config=cast(PreTrainedConfig, model.config)).layers
@@ -45,15 +45,15 @@ def plain_cache_layers(config: PreTrainedConfig) -> int | None:
 
 
 def has_recurrent_states(config: PreTrainedConfig) -> bool:
-    """Return whether any layer keeps a state besides keys and values, as those of Mamba do.
+    """Whether any layer keeps a state besides keys and values, as those of Mamba do.
 
-    Such layers go on from their state one token at a time; several tokens at once they read as a text's beginning.
+    Such layers continue from their state one token at a time; they read several tokens at once as the start of a text.
     """
     return any(hasattr(layer, "update_recurrent_state") for layer in DynamicCache(config=config).layers)
 
 
 def compiles_as_a_whole(model: PreTrainedModel) -> bool:
-    """Whether the model says that torch.compile takes its forward without a graph break."""
+    """Whether the model declares that torch.compile compiles its forward without a graph break."""
     quantizer = getattr(model, "hf_quantizer", None)
     return bool(getattr(model, "_can_compile_fullgraph", False)) and (
         quantizer is None or bool(getattr(quantizer, "is_compileable", False))
@@ -61,16 +61,16 @@ def compiles_as_a_whole(model: PreTrainedModel) -> bool:
 
 
 def devices(model: PreTrainedModel) -> frozenset[object]:
-    """Return the devices that accelerate has spread the model over; empty where it has not."""
+    """Return the devices over which accelerate distributes the model; empty without accelerate."""
     return frozenset(getattr(model, "hf_device_map", {}).values())
 
 
 def attend_by(model: PreTrainedModel, name: str) -> bool:
-    """Let the model attend by the function registered under `name`; whether it does so from now on."""
+    """Set the model's attention to the function registered under `name`; return whether the model accepts it."""
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(name)
-    except ValueError:  # the family takes no such function
+    except ValueError:  # the family does not support it
         model.config._attn_implementation = before
     return model.config._attn_implementation == name
 
@@ -78,7 +78,7 @@ def attend_by(model: PreTrainedModel, name: str) -> bool:
 def gptj_attentions(model: PreTrainedModel) -> Sequence[nn.Module]:
     """Return GPT-J's attention modules where each computes in a method `_attn` and divides by its `scale_attn`.
 
-    That is until 5.24, whose GPT-J takes the attention interface; then there are none.
+    That is before 5.24, whose GPT-J uses the attention interface; since then there are none.
     """
     body: Any = model.transformer
     modules = [block.attn for block in body.h]
@@ -86,7 +86,7 @@ def gptj_attentions(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def causal_lm_class(model_type: str) -> str:
-    """Return the name of the class that transformers has for a causal model of this type."""
+    """Return the name of transformers' class of causal models of this type."""
     try:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
     except ImportError:

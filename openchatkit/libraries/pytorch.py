@@ -1,7 +1,7 @@
-"""What is private in torch, moves between its releases, or only some devices can do: products of several kinds.
+"""Matrix products that are private in torch, change between its releases, or exist on some devices alone.
 
-Each function asks for the operator it wants. Where it is missing, or refuses this processor, a plain way gives the same
-result more slowly.
+Each function looks for its operator. Where that is missing, or refuses this processor, plain code gives the same result
+more slowly.
 """
 
 import functools
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# The 8-bit operator reads whole vectors: beyond the end of a row, where rows are no multiple of them.
+# Elements. The 8-bit operator reads whole vectors, beyond the end of a row that is not a multiple of them.
 _VECTOR = 32
 
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether weights of `dtype` can be packed as oneDNN reads them fastest.
 
-    They are faster then on x86, if the processor computes in `dtype`.
+    Packed weights are faster on x86, if the processor computes in `dtype`.
     """
     return (
         dtype in (torch.float32, torch.bfloat16)
@@ -33,7 +33,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Return x -> x @ weight.T + bias over a packed copy of `weight`; over `weight` itself where it cannot be packed.
 
-    The same numbers up to the order of additions.
+    The results are the same up to the order of additions.
     """
     if can_pack(weight.dtype):
         try:
@@ -48,7 +48,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
 def multiply_int8(x: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
     """Return (x @ steps.T) * scale: x bfloat16 [rows, in], steps int8 [out, in], scale bfloat16 [out].
 
-    Made for few rows, up to about 16 on a CPU; more are better multiplied by widened weights.
+    Made for few rows, up to about 16 on a CPU; for more rows, widened weights are faster.
     """
     operator = getattr(torch, "_weight_int8pack_mm", None)
     if operator is not None and x.device.type == "cpu" and x.shape[1] % _VECTOR == 0:
@@ -68,5 +68,5 @@ def widens_products(device: torch.device) -> bool:
 
 
 def mm_in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """Return the float32 product of two matrices of half precision, where `widens_products` says that it exists."""
+    """Return the float32 product of two matrices of half precision, where `widens_products` is true."""
     return torch.mm(left, right, out_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Whether the libraries that are installed are within the ranges that the kit is for, as its metadata states them."""
+"""Check of the installed libraries' versions against the ranges that the kit's metadata states."""
 
 import functools
 import importlib.metadata
@@ -11,9 +11,9 @@ _CHECKED = ("torch", "transformers", "huggingface_hub")
 
 @functools.cache
 def check_supported(distribution: str = "openchatkit") -> None:
-    """UserError where a library is missing or outside of its range: what was found, what is supported, what to run.
+    """Raise UserError where a library is missing or out of range: what was found, what is supported, what to run.
 
-    Says nothing where the kit itself is not installed, and runs from its folder.
+    Checks nothing where the kit runs from its folder and is not installed.
     """
     from packaging.requirements import Requirement
 

@@ -1,4 +1,4 @@
-"""faiss with what came late to it, and without."""
+"""faiss with its recent features, and without them."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 from openchatkit.libraries import faiss_files
 
 
-def test_the_limit_holds_while_a_file_is_opened_and_is_put_back():
+def test_the_limit_holds_while_a_file_is_opened_and_is_restored():
     limits = [100]
     faiss = SimpleNamespace(
         get_deserialization_vector_byte_limit=lambda: limits[-1],
@@ -24,17 +24,17 @@ def test_the_limit_holds_while_a_file_is_opened_and_is_put_back():
     assert limits == [100, 7, 100]
 
 
-def test_a_faiss_without_limits_opens_files_all_the_same():
+def test_a_faiss_without_limits_opens_files_too():
     entered = False
     with faiss_files.byte_limit(SimpleNamespace(), 7):
         entered = True
     assert entered
 
 
-def test_lists_are_not_read_ahead_where_faiss_would():
+def test_prefetching_of_lists_is_turned_off():
     lists = SimpleNamespace(prefetch_nthread=32)
-    faiss_files.read_no_list_ahead(lists)
+    faiss_files.disable_prefetch(lists)
     assert lists.prefetch_nthread == 0
     plain = SimpleNamespace()
-    faiss_files.read_no_list_ahead(plain)
+    faiss_files.disable_prefetch(plain)
     assert vars(plain) == {}

@@ -1,4 +1,4 @@
-"""The hub's client over the HTTP library that it stands on now, and over the one that it stood on before."""
+"""The hub's client with the HTTP library that it uses now, and with its former one."""
 
 import importlib
 
@@ -18,7 +18,7 @@ def test_the_library_is_the_one_whose_errors_the_client_raises():
 
 
 @pytest.mark.parametrize("name", ["httpx", "httpx2"])
-def test_an_answer_reaches_the_client_as_one_of_its_own_library(monkeypatch, name):
+def test_a_response_becomes_one_of_the_clients_own_library(monkeypatch, name):
     library, given = importlib.import_module(name), []
     monkeypatch.setattr(hf_hub, "http_library", lambda: library)
     monkeypatch.setattr(huggingface_hub.utils, "hf_raise_for_status", given.append)
@@ -40,7 +40,7 @@ def test_the_name_of_a_folder_in_the_cache_with_the_clients_function_and_without
     assert hf_hub.cache_folder_name("org/name", "model") == "models--org--name"
 
 
-def test_a_client_that_stands_on_neither_is_taken_for_the_newer():
+def test_a_client_of_an_unknown_library_is_taken_for_the_newer():
     class Foreign(Exception):
         pass
 

@@ -1,4 +1,4 @@
-"""What moves in transformers: each name that an argument has had, and what is done where a hook is missing."""
+"""Changes in transformers: each former name of an argument, and models without a hook."""
 
 import inspect
 from types import SimpleNamespace
@@ -60,21 +60,21 @@ def test_layers_that_keep_everything_are_counted():
     assert hf_transformers.plain_cache_layers(MambaConfig(num_hidden_layers=1)) is None
 
 
-def test_gptjs_attention_with_the_method_that_it_had_and_without():
+def test_gptjs_attention_with_its_former_method_and_without():
     old = SimpleNamespace(scale_attn=torch.tensor(4.0), _attn=lambda *arguments: None)
     for module, count in ((old, 1), (SimpleNamespace(scaling=0.25), 0)):
         model = SimpleNamespace(transformer=SimpleNamespace(h=[SimpleNamespace(attn=module)]))
         assert len(hf_transformers.gptj_attentions(model)) == count
 
 
-def test_an_attention_function_that_the_family_does_not_take_leaves_it_as_it_was():
+def test_an_unsupported_attention_function_leaves_the_model_unchanged():
     model = build(GPTNeoXConfig(**TINY))
     before = model.config._attn_implementation
     assert not hf_transformers.attend_by(model, "of_nobody")
     assert model.config._attn_implementation == before
 
 
-def test_what_a_model_does_not_say_is_taken_for_no():
+def test_undeclared_features_count_as_missing():
     model = SimpleNamespace()
     assert not hf_transformers.compiles_as_a_whole(model)
     assert hf_transformers.devices(model) == frozenset()

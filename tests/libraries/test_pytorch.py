@@ -1,4 +1,4 @@
-"""What moves in torch: each way that a product can take, and where it is taken."""
+"""Changes in torch: each implementation of a product, and where it is chosen."""
 
 import pytest
 import torch

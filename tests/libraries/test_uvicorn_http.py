@@ -1,4 +1,4 @@
-"""uvicorn's protocol, and what is served with where it is not the one that the kit extends."""
+"""uvicorn's extended protocol, and its own where the kit cannot extend it."""
 
 import sys
 
@@ -19,7 +19,7 @@ def test_the_protocol_is_uvicorns_own_extended():
 
 
 @pytest.mark.parametrize("gone", ["the module", "a method"])
-def test_a_uvicorn_of_another_make_serves_as_it_does(monkeypatch, gone):
+def test_a_uvicorn_without_the_extended_methods_uses_its_own_protocol(monkeypatch, gone):
     if gone == "the module":
         monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.h11_impl", None)
     else:

@@ -1,4 +1,4 @@
-"""A library that is missing or outside of its range is told in one line, before anything else fails over it."""
+"""A library that is missing or out of range is reported in one line, before anything else fails because of it."""
 
 import importlib.metadata
 
