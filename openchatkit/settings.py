@@ -22,7 +22,7 @@ from openchatkit.errors import UserError
 from openchatkit.paths import ROOT
 from openchatkit.texts import reason_of
 
-OVERRIDES = "--overrides"
+_OVERRIDES = "--overrides"
 
 _UNSET = object()
 
@@ -35,7 +35,7 @@ def setting(
     choices: Collection[str] = (),
     required: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag.
+    """Declare a dataclass field that is a flag.
 
     `help` says in Markdown what it means. `check` makes the value of its text and raises ArgumentTypeError; by default
     it is that of the field's type. Without a default, the user (`required`) or the command itself has to give a value.
@@ -45,12 +45,12 @@ def setting(
 
 
 def fields(cls: type) -> list[dataclasses.Field[Any]]:
-    """The fields of `cls` that are settings."""
+    """Return the fields of `cls` that are settings."""
     return [field for field in dataclasses.fields(cls) if "help" in field.metadata]
 
 
-def groups(cls: type) -> dict[str, list[dataclasses.Field[Any]]]:
-    """{title: fields} of the groups that `cls` inherits from, in the order that it names them."""
+def _group_fields(cls: type) -> dict[str, list[dataclasses.Field[Any]]]:
+    """Return {title: fields} of the groups that `cls` inherits from, in the order of its bases."""
     found: dict[str, list[dataclasses.Field[Any]]] = {}
     for base in cls.__bases__:
         found.setdefault(base.title, []).extend(fields(base))  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def groups(cls: type) -> dict[str, list[dataclasses.Field[Any]]]:
 
 
 def flag(name: str) -> str:
-    """`--batch-size` of the field `batch_size`."""
+    """Return `--batch-size` for the field `batch_size`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -66,11 +66,13 @@ def add_flags(parser: argparse._ActionsContainer, settings: Collection[dataclass
     """Add the flags of some settings; one without a default is not in the parser's result unless it is given."""
     for field in settings:
         default = argparse.SUPPRESS if field.default is dataclasses.MISSING else field.default
-        text = field.metadata["help"] + (f" (default: {_shown(field.default)})" if _shown(field.default) else "")
+        text = field.metadata["help"] + (
+            f" (default: {_format_default(field.default)})" if _format_default(field.default) else ""
+        )
         options: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"} if field.type is bool else {}
         parser.add_argument(
             flag(field.name),
-            type=_check(field),
+            type=_find_check(field),
             choices=field.metadata["choices"] or None,
             default=default,
             help=text.replace("`", "").replace("%", "%%"),
@@ -79,14 +81,14 @@ def add_flags(parser: argparse._ActionsContainer, settings: Collection[dataclass
 
 
 def to_json(settings: Any) -> dict[str, object]:
-    """{name: value} of an object's settings, sorted; a path is its text."""
+    """Return {name: value} of an object's settings, sorted by name; a path becomes its text."""
     values = {field.name: getattr(settings, field.name) for field in fields(type(settings))}
     return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(values.items())}
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """The settings that a user gave, by name; `last` are those of the command line itself, not of a file or recipe."""
+    """The settings that a user gave, by name. `last`: those of the command line itself, not of a file or a recipe."""
 
     values: Mapping[str, Any]
     last: Collection[str]
@@ -95,9 +97,9 @@ class Given:
 class SettingsParser(Parser):
     """Parser of the flags of a class of settings, of `--config FILE` and of `--overrides`.
 
-    The command line wins over the file. What stands before `--overrides`, as the flags that a recipe passes before
-    those of its user, loses to both. Flags that are `unlisted` are accepted and not shown. Of `alternatives`, sets of
-    settings that say the same thing, only those of the last place that gives any of a set count.
+    The command line wins over the file. Flags before `--overrides`, such as a recipe's, lose to both. `unlisted` flags
+    are accepted and not shown. `alternatives` are sets of settings that say the same thing in several ways: the last
+    place that gives any of a set replaces all that earlier places gave of it.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class SettingsParser(Parser):
         unlisted: Collection[str] = (),
         **options: Any,
     ) -> None:
-        self._settings = {field.name: field for group in groups(cls).values() for field in group}
+        self._settings = {field.name: field for group in _group_fields(cls).values() for field in group}
         self._required = [name for name, field in self._settings.items() if field.metadata["required"]]
         self._known = {*self._settings, *unlisted}
         self._alternatives = alternatives
@@ -127,20 +129,20 @@ class SettingsParser(Parser):
             help="YAML file of settings, with lines such as lr: 2e-5; the command line wins over it",
         )
         self.add_argument(
-            OVERRIDES,
+            _OVERRIDES,
             action="store_true",
             default=argparse.SUPPRESS,
             help="flags before this one are a recipe's: --config and the flags after it win over them",
         )
-        for title, settings in groups(cls).items():
+        for title, settings in _group_fields(cls).items():
             add_flags(self.add_argument_group(title), settings)
         for name in sorted(unlisted):
             self.add_argument(flag(name), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def read(self, argv: Sequence[str] | None = None) -> Given:
-        """Return the settings that were given; UserError for one that is wrong, unknown, or required and missing."""
+        """Read the settings that are given; UserError for one that is wrong, unknown, or required and missing."""
         arguments = list(sys.argv[1:] if argv is None else argv)
-        here = arguments.index(OVERRIDES) if OVERRIDES in arguments else 0
+        here = arguments.index(_OVERRIDES) if _OVERRIDES in arguments else 0
         layers = [*self._read_layers(arguments[:here]), *self._read_layers(arguments[here:])]
         values: dict[str, Any] = {}
         for layer in layers:
@@ -154,9 +156,9 @@ class SettingsParser(Parser):
         return Given(values, layers[-1].keys())
 
     def _read_layers(self, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The settings of each file that these arguments name, then those of the arguments themselves."""
+        """Yield the settings of each file that these arguments name, then those of the arguments themselves."""
         layer = self._read_flags(arguments)
-        layer.pop(OVERRIDES.strip("-"), None)
+        layer.pop(_OVERRIDES.strip("-"), None)
         for path in layer.pop("config", ()):
             yield self._read_file(path)
         yield layer
@@ -168,7 +170,7 @@ class SettingsParser(Parser):
 
     def _read_file(self, path: Path) -> dict[str, Any]:
         layer: dict[str, Any] = {}
-        for line, key, text in _entries(path):
+        for line, key, text in _read_entries(path):
             name = key.replace("-", "_")
             if name not in self._known:
                 nearest = difflib.get_close_matches(name, self._settings, n=1, cutoff=0)[0]
@@ -184,16 +186,16 @@ class SettingsParser(Parser):
         return layer
 
 
-def table(cls: type) -> str:
-    """The settings of `cls` as Markdown: a table a group, with each flag's default and meaning."""
+def _make_table(cls: type) -> str:
+    """Return the settings of `cls` as Markdown: a table a group, with each flag's default and meaning."""
     lines = []
-    for title, settings in groups(cls).items():
+    for title, settings in _group_fields(cls).items():
         lines += ["", f"### {title.capitalize()}", "", "| flag | default | meaning |", "|-|-|-|"]
         for field in settings:
             *first, last = [f"`{choice}`" for choice in field.metadata["choices"]] or [""]
             choices = f"{', '.join(first)} or {last}: " if first else ""
             meaning = (choices + field.metadata["help"]).strip()
-            lines.append(" ".join(f"| `{flag(field.name)}` | {_shown(field.default)} | {meaning} |".split()))
+            lines.append(" ".join(f"| `{flag(field.name)}` | {_format_default(field.default)} | {meaning} |".split()))
     return "\n".join(lines).strip() + "\n"
 
 
@@ -201,11 +203,11 @@ def update_table(text: str, cls: type) -> str:
     """Return a README's text with the table of `cls` between `<!-- flags ... -->` and `<!-- end of flags -->`."""
     start = text.index("-->\n", text.index("<!-- flags")) + len("-->\n")
     end = text.index("<!-- end of flags -->")
-    return f"{text[:start]}\n{table(cls)}\n{text[end:]}"
+    return f"{text[:start]}\n{_make_table(cls)}\n{text[end:]}"
 
 
-def _shown(default: object) -> str:
-    """A default as a table has it; nothing for a setting that is not there, or a flag that is off."""
+def _format_default(default: object) -> str:
+    """Return a default as the table shows it; nothing for no default, and for a flag that is off."""
     if default is dataclasses.MISSING or default is None or default is False:
         return ""
     if isinstance(default, Path):
@@ -213,16 +215,16 @@ def _shown(default: object) -> str:
     return f"`{'true' if default is True else default}`"
 
 
-def _check(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
+def _find_check(field: dataclasses.Field[Any]) -> Callable[[str], Any]:
     by_type: dict[Any, Callable[[str], Any]] = {bool: truth, Path: Path}
     check: Callable[[str], Any] = field.metadata["check"] or by_type.get(field.type, str)
     return check
 
 
-def _entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
-    """The line, key and text of each entry of a YAML file; the text of a list is joined by commas, that of null None.
+def _read_entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Yield line, key and text of each entry of a YAML file; a list is joined by commas, null is None.
 
-    The text is what was written, so that a flag's own check reads `1e-5` or `007`, and not YAML's idea of them.
+    The text is as it was written, so that a flag's own check reads `1e-5` or `007`, and not YAML's idea of them.
     """
     import yaml
 

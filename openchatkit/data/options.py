@@ -11,8 +11,8 @@ from openchatkit.settings import fields, setting
 
 PACKINGS = ("concat", "documents", "none")
 LOSS_ON = ("all", "responses")
-MIXTURE_UNITS = ("sequences", "tokens")
-SEPARATORS = ("end-of-text", "newline")
+_MIXTURE_UNITS = ("sequences", "tokens")
+_SEPARATORS = ("end-of-text", "newline")
 BAD_ROWS = ("error", "quarantine")
 
 
@@ -29,9 +29,9 @@ class DataSettings:
         "row, padded",
     )
     loss_on: str = setting("all", choices=LOSS_ON, help="which tokens are trained on; a response follows `<bot>:`")
-    mixture_unit: str = setting("sequences", choices=MIXTURE_UNITS, help="what weights are shares of")
+    mixture_unit: str = setting("sequences", choices=_MIXTURE_UNITS, help="what weights are shares of")
     document_separator: str = setting(
-        "end-of-text", choices=SEPARATORS, help="what closes each document; the original kit had a `newline`"
+        "end-of-text", choices=_SEPARATORS, help="what closes each document; the original kit had a `newline`"
     )
     bad_rows: str = setting(
         "error", choices=BAD_ROWS, help="stop at a row that cannot be used, or set it aside and list it"
@@ -60,7 +60,7 @@ class DataOptions(DataSettings):
 
 
 def from_settings(settings: Mapping[str, Any]) -> DataOptions:
-    """The options that parsed flags, or the settings that a checkpoint records, stand for."""
+    """Return the options for parsed flags, or for the settings that a checkpoint records."""
     # A checkpoint from before there was a setting has none of it.
     given = {field.name: settings[field.name] for field in fields(DataSettings) if field.name in settings}
     return DataOptions(

@@ -300,23 +300,23 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
 
 def _complete_ranks(values: dict[str, Any], given: Given) -> None:
-    """Fill in what the user left out of rank, world size, GPU and meeting point: by torchrun if it started us."""
+    """Fill in rank, world size, GPU and meeting point where not given; torchrun decides them if it started us."""
     if "RANK" in os.environ and "rank" not in given.last:
-        values["rank"] = _number_in("RANK")
-        world_size = _number_in("WORLD_SIZE")
+        values["rank"] = _read_number("RANK")
+        world_size = _read_number("WORLD_SIZE")
         if values.setdefault("world_size", world_size) != world_size:
             raise UserError(f"--world-size {values['world_size']}, but torchrun started {world_size} ranks")
         # Kubernetes' operators start one rank a pod, and say nothing of local ranks.
         if "cuda_id" not in given.last and "LOCAL_RANK" in os.environ:
-            values["cuda_id"] = _number_in("LOCAL_RANK")
+            values["cuda_id"] = _read_number("LOCAL_RANK")
         values["dist_url"] = None
     values.setdefault("rank", 0)
     values.setdefault("cuda_id", 0)
     values.setdefault("world_size", values["pipeline_group_size"] * values["data_group_size"])
 
 
-def _number_in(name: str) -> int:
-    """The whole number in a variable that torchrun, or what stands in for it, sets beside RANK."""
+def _read_number(name: str) -> int:
+    """Read the whole number that torchrun, or another launcher, sets beside RANK."""
     text = os.environ.get(name, "")
     if not text.isdecimal():
         found = f"is {text!r}" if text else "is not set"
