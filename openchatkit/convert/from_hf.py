@@ -1,7 +1,7 @@
 """Hugging Face -> layer shards: the commands that prepare a public model for training.
 
-A model is copied in pieces of a few megabytes, so memory does not grow with it. A preparation that was killed goes on
-where it was: every shard gets its name only when it is whole, and a journal lists the shards that have one.
+A model is copied in pieces of a few megabytes, so memory does not grow with it. A preparation that was
+killed resumes: every shard gets its name only when it is whole, and a journal lists the shards that have one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from openchatkit.formats.hf_model import HFModel
     from openchatkit.formats.shard_writer import ShardWriter
 
-Plan = dict[str, dict[str, str]]
+ShardPlan = dict[str, dict[str, str]]
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def prepare_command(script: str, model_name: str) -> Callable[..., None]:
-    """The command of a `prepare.py`: `script` is its `__file__`, whose folder is where shards go by default."""
-    return _command(Path(script).name, model_name, save_dir=Path(script).resolve().parent, family=None)
+    """Return the command of a `prepare.py`, whose `__file__` is `script`; shards go to its folder by default."""
+    return _build_command(Path(script).name, model_name, save_dir=Path(script).resolve().parent, family=None)
 
 
 def convert_command(script: str, model_name: str, *, family: str) -> Callable[..., None]:
-    """The command of a `tools/convert_from_hf_*.py`, which takes models of one family."""
-    return _command(Path(script).name, model_name, save_dir=Path("pretrained_models"), family=family)
+    """Return the command of a `tools/convert_from_hf_*.py`, which takes models of one family."""
+    return _build_command(Path(script).name, model_name, save_dir=Path("pretrained_models"), family=family)
 
 
-def _command(prog: str, model_name: str, *, save_dir: Path, family: str | None) -> Callable[..., None]:
+def _build_command(prog: str, model_name: str, *, save_dir: Path, family: str | None) -> Callable[..., None]:
     @cli.command
     def main(argv: Sequence[str] | None = None) -> None:
         parser = cli.Parser(prog=prog, description="Make layer shards of a Hugging Face model, for training.")
@@ -56,9 +56,9 @@ def prepare(
 ) -> Path:
     """Write `<save_dir>/<org>_<model>/` from a hub name or a folder; returns that folder.
 
-    What an earlier run wrote of the same model and dtype is kept if its bytes are as they were written. UserError when
-    the model is none that the kit knows (or not of `family`), is incomplete, holds with `finite` numbers that are not,
-    or asks for remote code.
+    Shards that an earlier run wrote of the same model and dtype are reused if their bytes are unchanged. UserError when
+    the kit does not know the model's family, or another than `family` is found, and when the model is incomplete, asks
+    for remote code, or with `finite` holds numbers that are not finite.
     """
     from openchatkit.formats import hf_model
     from openchatkit.formats.layer_shards import folder_name
@@ -71,12 +71,12 @@ def prepare(
         tool = f"tools/convert_from_hf_{model.config.family.replace('_', '')}.py"
         raise UserError(f"{model_name} is a {model.config.family} model, {family} was expected; use {tool}")
     check_tokenizer(model.path, model.config.vocab_size)
-    plan = _plan(model)
+    plan = plan_shards(model)
     folder = Path(save_dir) / folder_name(model_name)
     with own_folder(folder):
         about = {"source": _fingerprint(model), "dtype": dtype or "as stored"}
         writer = ShardWriter(folder, model.config, source=model.path, about=about)
-        _copy(
+        _copy_tensors(
             model,
             {shard: keys for shard, keys in plan.items() if shard not in writer.done},
             writer,
@@ -88,15 +88,15 @@ def prepare(
     return folder
 
 
-def _plan(model: "HFModel") -> Plan:
-    """What each shard takes from where: {shard: {name in the shard: Hugging Face key}}, in the order of the files."""
+def plan_shards(model: "HFModel") -> ShardPlan:
+    """Plan the shards: {shard: {name in the shard: Hugging Face key}}, in the order of the files."""
     from openchatkit.convert.streams import digest
     from openchatkit.formats.layer_shards import check_shard
     from openchatkit.models.registry import family
     from openchatkit.models.shards import EMBED, HEAD, shard_names
 
     kind = family(model.config)
-    plan: Plan = {shard: {} for shard in shard_names(model.config.num_layers)}
+    plan: ShardPlan = {shard: {} for shard in shard_names(model.config.num_layers)}
     for key, spec in model.specs.items():
         try:
             place = kind.from_hf_key(key)
@@ -125,11 +125,11 @@ def _plan(model: "HFModel") -> Plan:
     return plan
 
 
-def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None, *, finite: bool) -> None:
+def _copy_tensors(model: "HFModel", plan: ShardPlan, writer: "ShardWriter", dtype: str | None, *, finite: bool) -> None:
     """Write the shards of `plan`, one after another."""
     import torch
 
-    from openchatkit.convert.streams import each, stream
+    from openchatkit.convert.streams import run_parallel, stream
     from openchatkit.formats.tensor_file import TensorSpec
     from openchatkit.progress import bar
     from openchatkit.storage import check_room
@@ -150,11 +150,11 @@ def _copy(model: "HFModel", plan: Plan, writer: "ShardWriter", dtype: str | None
         def write(shard: str) -> None:
             writer.write(shard, specs[shard], lambda name: chunks(plan[shard][name]))
 
-        each(write, plan, workers=1 if model.one_by_one else None)
+        run_parallel(write, plan, workers=1 if model.one_by_one else None)
 
 
 def _fingerprint(model: "HFModel") -> dict[str, Any]:
-    """What tells one model's weights from another's without reading them: config, and the stamps of the files."""
+    """Return what identifies a model's weights without reading them: its config, and the stamps of its files."""
     from openchatkit.formats.layer_shards import CONFIG
     from openchatkit.storage import sha256, stamp
 

@@ -9,8 +9,8 @@ from typing import Any
 from openchatkit.convert.streams import digest
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, hf_model
+from openchatkit.formats.checkpoint import StageCheckpoint
 from openchatkit.formats.layer_shards import check_shard, read_config
-from openchatkit.formats.legacy import StageCheckpoint
 from openchatkit.formats.tensor_file import TensorSpec
 from openchatkit.formats.tokenizer_files import check_tokenizer, has_tokenizer
 from openchatkit.models.config import ModelConfig
@@ -19,14 +19,14 @@ from openchatkit.models.shards import EMBED, HEAD, shard_names
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the stage flags say, or nothing where they are left out."""
+class StageFlags:
+    """Values of the flags on pipeline stages; None where they are left out."""
 
     stages: int | None = None
     layers_per_stage: int | None = None
 
 
-class Source:
+class TensorSource:
     """A model to convert: `raw_config`, `config`, `tokenizer` (a folder), and `specs`, its tensors by their keys."""
 
     def __init__(self, raw_config: dict[str, Any], config: ModelConfig, tokenizer: Path) -> None:
@@ -35,7 +35,7 @@ class Source:
         self._places: dict[str, tuple[str, str]] = {}
 
     def chunks(self, key: str) -> Iterator[memoryview]:
-        """One tensor's bytes in pieces; each is valid until the next is asked for."""
+        """Yield one tensor's bytes in pieces; each is valid until the next is taken."""
         raise NotImplementedError
 
     def _add(self, where: Path, shard: str, specs: dict[str, TensorSpec]) -> None:
@@ -45,14 +45,14 @@ class Source:
             self.specs[key], self._places[key] = spec, (shard, name)
 
 
-class CheckpointSource(Source):
-    """One of our checkpoints. Each file is compared with the manifest before the first of its tensors is handed out."""
+class CheckpointSource(TensorSource):
+    """One of our checkpoints. Each file is compared with the manifest before the first of its tensors is read."""
 
-    def __init__(self, path: Path, *, config_name: str | None, layout: Layout) -> None:
+    def __init__(self, path: Path, *, config_name: str | None, flags: StageFlags) -> None:
         checkpoint.verify(path, [])
-        _check_layout(path, checkpoint.read_state(path).get("layout", {}), layout)
+        _check_flags(path, checkpoint.read_state(path).get("layout", {}), flags)
         raw_config, config = read_config(path)
-        super().__init__(raw_config, config, _tokenizer(path, config, config_name))
+        super().__init__(raw_config, config, _find_tokenizer(path, config, config_name))
         self._path = path
         self._files = {shard: checkpoint.open_weights(path, shard) for shard in shard_names(config.num_layers)}
         self._pool = ThreadPoolExecutor(2)
@@ -74,7 +74,7 @@ class CheckpointSource(Source):
                 self._checks[near] = self._pool.submit(checkpoint.verify_weights, self._path, near)
 
 
-class StageSource(Source):
+class LegacySource(TensorSource):
     """A checkpoint of the original kit, whose config and tokenizer are those of the base model."""
 
     def __init__(self, path: Path, *, config_name: str, stages: int, layers_per_stage: int) -> None:
@@ -101,8 +101,8 @@ class StageSource(Source):
                 )
 
 
-def _check_layout(path: Path, recorded: dict[str, Any], given: Layout) -> None:
-    """UserError when stage flags are given and differ from what the checkpoint records."""
+def _check_flags(path: Path, recorded: dict[str, Any], given: StageFlags) -> None:
+    """Raise UserError when stage flags are given and differ from what the checkpoint records."""
     for flag, name, value in (
         ("--n-stages", "stages", given.stages),
         ("--n-layer-per-stage", "layers_per_stage", given.layers_per_stage),
@@ -111,14 +111,14 @@ def _check_layout(path: Path, recorded: dict[str, Any], given: Layout) -> None:
             raise UserError(f"{path} was written by {recorded[name]} {name}, {flag} says {value}; leave the flag out")
 
 
-def _tokenizer(path: Path, config: ModelConfig, config_name: str | None) -> Path:
-    """The folder with the tokenizer of one of our checkpoints: itself, or that of the model `config_name`."""
+def _find_tokenizer(path: Path, config: ModelConfig, config_name: str | None) -> Path:
+    """Return the folder with the tokenizer of one of our checkpoints: itself, or that of the model `config_name`."""
     if config_name and (not has_tokenizer(path) or Path(config_name).is_dir()):
         base = hf_model.fetch(config_name, weights=False)
         if (stated := read_config(base)[1]) != config:
-            differing = [name for name, value in vars(stated).items() if value != getattr(config, name)]
+            different = [name for name, value in vars(stated).items() if value != getattr(config, name)]
             raise UserError(
-                f"--config-name {config_name}: its {differing[0]} is not that of {path}; leave the flag out"
+                f"--config-name {config_name}: its {different[0]} is not that of {path}; leave the flag out"
             )
         path = path if has_tokenizer(path) else base
     _require_tokenizer(path, config)

@@ -1,13 +1,14 @@
-"""Tensors on their way from one file to another: recast, counted on the progress bar, several files at a time."""
+"""Streams of a tensor's bytes from one file to another: cast, checked, counted, several files at a time."""
 
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 from openchatkit.errors import UserError
 from openchatkit.formats.tensor_file import cast
@@ -16,26 +17,20 @@ Item = TypeVar("Item")
 _counting = threading.Lock()
 
 
-class Progress(Protocol):
-    """What a progress bar offers here."""
-
-    def update(self, n: int) -> object: ...
-
-
 def stream(
     chunks: Iterable[memoryview],
     source: torch.dtype,
     target: torch.dtype,
     *,
     what: str,
-    progress: Progress,
+    progress: tqdm,
     finite: bool = True,
 ) -> Iterator[memoryview]:
-    """The bytes of one tensor in the dtype `target`.
+    """Yield the bytes of one tensor in the dtype `target`.
 
-    UserError names the tensor (`what`) that would become infinite, or that with `finite` is not finite as it stands.
+    UserError names the tensor (`what`) whose numbers would become infinite or, with `finite`, already are not finite.
     """
-    chunks = _finite(chunks, source, what) if finite else chunks
+    chunks = _check_finite(chunks, source, what) if finite else chunks
     try:
         for chunk in chunks if source == target else cast(chunks, source, target):
             yield chunk
@@ -46,7 +41,7 @@ def stream(
         raise UserError(f"{what} holds {error}, more than {name} can; convert to bfloat16 or keep the dtype") from error
 
 
-def _finite(chunks: Iterable[memoryview], dtype: torch.dtype, what: str) -> Iterator[memoryview]:
+def _check_finite(chunks: Iterable[memoryview], dtype: torch.dtype, what: str) -> Iterator[memoryview]:
     for chunk in chunks:
         if not torch.stack(torch.frombuffer(chunk, dtype=dtype).aminmax()).isfinite().all():
             raise UserError(
@@ -57,14 +52,14 @@ def _finite(chunks: Iterable[memoryview], dtype: torch.dtype, what: str) -> Iter
 
 
 def digest(chunks: Iterable[memoryview]) -> bytes:
-    """The SHA-256 of a tensor's bytes."""
+    """Return the SHA-256 of a tensor's bytes."""
     made = hashlib.sha256()
     for chunk in chunks:
         made.update(chunk)
     return made.digest()
 
 
-def each(function: Callable[[Item], object], items: Iterable[Item], *, workers: int | None = None) -> None:
+def run_parallel(function: Callable[[Item], object], items: Iterable[Item], *, workers: int | None = None) -> None:
     """Call `function` on every item, several at a time: hashing and disks then overlap. The first error ends it."""
     pool = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
     try:

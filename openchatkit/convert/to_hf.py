@@ -14,13 +14,13 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
-    from openchatkit.convert.sources import Source
+    from openchatkit.convert.sources import TensorSource
     from openchatkit.formats.tensor_file import TensorSpec
 
 
 @dataclass(frozen=True)
-class Original:
-    """What a checkpoint of the original kit is taken to be where no flag says otherwise."""
+class LegacyDefaults:
+    """Defaults of the flags that describe a checkpoint of the original kit."""
 
     config_name: str
     stages: int
@@ -30,8 +30,8 @@ class Original:
 def convert_command(
     script: str, *, family: str | None, config_name: str, stages: int, layers_per_stage: int
 ) -> Callable[..., None]:
-    """The command of a `tools/convert_to_hf_*.py`; the last three are for checkpoints of the original kit."""
-    original = Original(config_name, stages, layers_per_stage)
+    """Return the command of a `tools/convert_to_hf_*.py`; the last three are for checkpoints of the original kit."""
+    original = LegacyDefaults(config_name, stages, layers_per_stage)
     ours = "not needed for this kit's checkpoints; for the original's"
 
     @cli.command
@@ -71,7 +71,7 @@ def convert(
     ckpt_path: Path,
     save_path: Path,
     *,
-    original: Original | None = None,
+    original: LegacyDefaults | None = None,
     config_name: str | None = None,
     stages: int | None = None,
     layers_per_stage: int | None = None,
@@ -81,9 +81,8 @@ def convert(
 ) -> Path:
     """Make a Hugging Face model of a checkpoint, in `dtype` or as stored; returns its folder.
 
-    UserError when the checkpoint is damaged or incomplete, does not fit what the other arguments say, holds with
-    `finite` numbers that are not, or when `save_path` holds something else than a converted model; nothing is left
-    there then.
+    UserError when the checkpoint is damaged or incomplete, contradicts the other arguments, or with `finite` holds
+    numbers that are not finite, and when `save_path` holds anything but a converted model. Nothing is written then.
     """
     import torch
 
@@ -94,7 +93,7 @@ def convert(
     save_path = Path(save_path).expanduser().resolve()
     if save_path.exists() and not hf_writer.may_replace(save_path):
         raise UserError(f"--save-path {save_path} holds something else than a converted model; choose another folder")
-    source = _open(Path(ckpt_path), original, config_name, stages, layers_per_stage)
+    source = _open_source(Path(ckpt_path), original, config_name, stages, layers_per_stage)
     if family not in (None, source.config.family):
         tool = f"tools/convert_to_hf_{source.config.family.replace('_', '')}.py"
         raise UserError(f"{ckpt_path} is a {source.config.family} model, {family} was expected; use {tool}")
@@ -112,17 +111,21 @@ def convert(
     return save_path
 
 
-def _open(
-    path: Path, original: Original | None, config_name: str | None, stages: int | None, layers_per_stage: int | None
-) -> "Source":
-    from openchatkit.convert.sources import CheckpointSource, Layout, StageSource
+def _open_source(
+    path: Path,
+    original: LegacyDefaults | None,
+    config_name: str | None,
+    stages: int | None,
+    layers_per_stage: int | None,
+) -> "TensorSource":
+    from openchatkit.convert.sources import CheckpointSource, LegacySource, StageFlags
     from openchatkit.formats import checkpoint
 
     path = checkpoint.locate(path)
     if not checkpoint.is_legacy(path):
-        return CheckpointSource(path, config_name=config_name, layout=Layout(stages, layers_per_stage))
-    defaults = original or Original(config_name or "", stages or 0, layers_per_stage or 0)
-    return StageSource(
+        return CheckpointSource(path, config_name=config_name, flags=StageFlags(stages, layers_per_stage))
+    defaults = original or LegacyDefaults(config_name or "", stages or 0, layers_per_stage or 0)
+    return LegacySource(
         path,
         config_name=config_name or defaults.config_name,
         stages=stages or defaults.stages,
@@ -130,7 +133,7 @@ def _open(
     )
 
 
-def _write_weights(folder: Path, source: "Source", specs: "Mapping[str, TensorSpec]", *, finite: bool) -> None:
+def _write_weights(folder: Path, source: "TensorSource", specs: "Mapping[str, TensorSpec]", *, finite: bool) -> None:
     from openchatkit.convert.streams import stream
     from openchatkit.formats import hf_writer
     from openchatkit.progress import bar

@@ -78,7 +78,7 @@ def test_a_number_too_large_for_the_dtype(tmp_path):
     prepare(str(tmp_path / "model"), tmp_path / "out", dtype="bfloat16")
 
 
-def test_the_tokenizer_comes_along(tmp_path, tiny_tokenizer):
+def test_the_tokenizer_is_copied(tmp_path, tiny_tokenizer):
     tiny_models.save(tmp_path / "model", "neox", tokenizer=tiny_tokenizer)
     shards = LayerShards.open(prepare(str(tmp_path / "model"), tmp_path / "out"))
     assert shards.has_tokenizer
@@ -113,7 +113,7 @@ def test_a_second_run_does_only_what_is_missing(tmp_path, monkeypatch):
     LayerShards.open(folder).verify()
 
 
-def test_another_tokenizer_comes_along_and_no_shard_is_written_again(tmp_path, tiny_tokenizer, monkeypatch):
+def test_another_tokenizer_is_copied_and_no_shard_is_written_again(tmp_path, tiny_tokenizer, monkeypatch):
     tiny_models.save(tmp_path / "model", "neox", tokenizer=tiny_tokenizer)
     (tmp_path / "model" / "added_tokens.json").write_text("{}")
     folder = prepare(str(tmp_path / "model"), tmp_path / "out")
@@ -129,7 +129,7 @@ def test_another_tokenizer_comes_along_and_no_shard_is_written_again(tmp_path, t
 
 
 @pytest.mark.parametrize("change", ["dtype", "weights"])
-def test_another_dtype_or_other_weights_are_prepared_anew(tmp_path, monkeypatch, change):
+def test_another_dtype_or_other_weights_are_prepared_again(tmp_path, monkeypatch, change):
     model = tiny_models.save(tmp_path / "model", "neox")
     prepare(str(tmp_path / "model"), tmp_path / "out")
     written = counting(monkeypatch)
@@ -182,7 +182,7 @@ def test_a_kill_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path, m
 
 def test_an_error_midway_leaves_whole_shards_only(tmp_path, monkeypatch):
     tiny_models.save(tmp_path / "model", "neox")
-    real = from_hf._plan
+    real = from_hf.plan_shards
 
     def cut_then_plan(model):
         plan = real(model)
@@ -190,7 +190,7 @@ def test_an_error_midway_leaves_whole_shards_only(tmp_path, monkeypatch):
         os.truncate(path, path.stat().st_size - 4)
         return plan
 
-    monkeypatch.setattr(from_hf, "_plan", cut_then_plan)
+    monkeypatch.setattr(from_hf, "plan_shards", cut_then_plan)
     with pytest.raises(UserError, match="was cut while it was read"):
         prepare(str(tmp_path / "model"), tmp_path / "out")
     assert not list((tmp_path / "out" / "model").glob(".*"))
@@ -298,14 +298,14 @@ def test_remote_code_is_refused(tmp_path, tiny_tokenizer, capsys, file):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_family_s_tool_names_the_other_s(tmp_path, capsys):
+def test_each_family_tool_names_the_other(tmp_path, capsys):
     tiny_models.save(tmp_path / "model", "neox")
     main = from_hf.convert_command("convert_from_hf_gptj.py", "org/default", family="gptj")
     line = failing(tmp_path, capsys, "--model-name", tmp_path / "model", "--save-dir", tmp_path / "o", main=main)
     assert line.endswith("is a gpt_neox model, gptj was expected; use tools/convert_from_hf_gptneox.py")
 
 
-def test_two_at_once(tmp_path):
+def test_two_runs_at_once(tmp_path):
     tiny_models.save(tmp_path / "model", "neox")
     from openchatkit.storage import own_folder
 
