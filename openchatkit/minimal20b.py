@@ -59,7 +59,7 @@ class Model(nn.Module):
     def forward(
         self, x: Tensor, attention_mask: Tensor | None = None, layer_past: Sequence[Tensor] | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """`attention_mask`, bool [..., all tokens, all tokens], is true where a row's token sees a column's.
+        """Compute logits; `attention_mask`, bool [..., all tokens, all tokens], is true where a row sees a column.
 
         Without it a token sees itself and all before it.
         """

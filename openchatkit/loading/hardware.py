@@ -1,7 +1,7 @@
-"""Which device computes, and in which precision: one answer for training, chat, server, evaluation and encoder.
+"""The choice of device and precision, for training, chat, server, evaluation and encoder.
 
-Asks what the hardware does, not what it is called: a processor computes in a precision if its products are faster in it
-than in float32. Elsewhere they are emulated, which is right as well and several times slower.
+It depends on what the hardware does, not on its name: a processor computes in a precision if its products are faster in
+it than in float32. Elsewhere they are emulated, which gives the same results several times slower.
 """
 
 import functools
@@ -16,8 +16,8 @@ from openchatkit.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
 
-# Up to TINY parameters a CPU infers in float32, which is exact and fast enough; above, reading the weights is what
-# takes time, and 16 bits halve it where the processor computes in them. Above SMALL they are kept in 16 bits on any.
+# Up to TINY parameters a CPU infers in float32, which is exact and fast enough. Above, reading the weights takes most of
+# the time, and 16 bits halve it where the processor computes in them. Above SMALL, any CPU keeps them in 16 bits.
 TINY, SMALL = 10**8, 10**9
 
 # A product of this size takes some milliseconds on one core and fits into its caches.
@@ -30,8 +30,8 @@ def choose_device(
 ) -> torch.device:
     """Return the device of that name; for "auto" a GPU of CUDA's, else (with `mps`) Apple's, else the CPU.
 
-    `gpu` is the number of CUDA's GPU (default: that of this process's local rank). UserError for what is not there,
-    which names `flag` and ends in `advice`.
+    `gpu` is the number of CUDA's GPU (default: that of this process's local rank). UserError for a missing device names
+    `flag` and ends with `advice`.
     """
     if name != "auto":
         try:
@@ -83,7 +83,7 @@ def choose_dtype(
 
 
 def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device has units for products in this precision, and need not emulate them."""
+    """Return whether the device has units for products in this precision, so that it need not emulate them."""
     if dtype == torch.float32:
         return True
     if device.type == "cuda":
@@ -94,7 +94,7 @@ def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def emulation_note(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return a line on what computing in this precision costs where the device emulates it; None where it does not."""
+    """Return a line on the cost of this precision where the device emulates it; None where it does not."""
     if computes_in(device, dtype):
         return None
     name = str(dtype).removeprefix("torch.")
@@ -108,10 +108,10 @@ def emulation_note(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def slowdown(dtype: torch.dtype) -> float:
-    """Return the time of a product in this precision on the CPU, in that of the same product in float32.
+    """Return the time of a product in this precision on the CPU, divided by that of the same product in float32.
 
-    Measured on one thread in its own time, so that other work on the machine does not count; it takes some hundredths
-    of a second. Units for bfloat16 give 0.3 to 0.5, emulation gave 2 to 9 where it was tried.
+    It is the CPU time of one thread, so other work on the machine does not count; measuring takes some hundredths of a
+    second. Units for bfloat16 gave 0.3 to 0.5, emulation 2 to 9, on the processors tried.
     """
     rows, inputs, outputs = _PROBE
     operands = {
@@ -129,7 +129,7 @@ def slowdown(dtype: torch.dtype) -> float:
                 best[kind] = min(best[kind], time.thread_time() - started)
     finally:
         torch.set_num_threads(threads)
-    # A clock may be coarser than a product; one tick of it is then what either took.
+    # A clock may be coarser than a product, which then counts as one tick.
     tick = time.get_clock_info("thread_time").resolution
     return max(best[dtype], tick) / max(best[torch.float32], tick)
 

@@ -1,4 +1,4 @@
-"""One answer to where and how precisely is computed: by what the hardware does, measured where it does not say."""
+"""The choice of device and precision (loading/hardware.py): by what the hardware computes in, measured on CPUs."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def native(monkeypatch):
         (False, "inference", hardware.SMALL + 1, torch.bfloat16),
     ],
 )
-def test_a_cpu_computes_in_what_it_has_units_for(native, units, purpose, parameters, expected):
+def test_a_cpu_infers_and_trains_in_the_precision_it_has_units_for(native, units, purpose, parameters, expected):
     native(units)
     assert hardware.choose_dtype("auto", CPU, purpose=purpose, parameters=parameters) == expected
 
@@ -46,20 +46,20 @@ def test_a_cpu_computes_in_what_it_has_units_for(native, units, purpose, paramet
         (False, "inference", torch.float16),
     ],
 )
-def test_a_gpu_says_itself_what_it_has_units_for(monkeypatch, units, purpose, expected):
+def test_a_gpu_is_asked_for_the_precision_it_has_units_for(monkeypatch, units, purpose, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: units)
     assert hardware.choose_dtype("auto", GPU, purpose=purpose) == expected
     assert hardware.computes_in(GPU, torch.float16)
     assert (hardware.emulation_note(GPU, torch.bfloat16) is None) == units
 
 
-def test_apples_gpus_are_tried(monkeypatch):
+def test_a_product_is_tried_on_apples_gpus(monkeypatch):
     for refusal, expected in ((None, torch.bfloat16), ("BFloat16 is not supported on MPS", torch.float16)):
         monkeypatch.setattr(hardware, "_refusal", lambda device, dtype, refusal=refusal: refusal)
         assert hardware.choose_dtype("auto", MPS) == expected
 
 
-def test_a_precision_that_is_named_is_taken_and_its_cost_is_said(native):
+def test_a_named_precision_is_taken_and_its_cost_is_noted(native):
     native(False)
     for name, dtype in hardware.DTYPES.items():
         assert hardware.choose_dtype(name, CPU, purpose="training") == dtype
@@ -72,7 +72,7 @@ def test_a_precision_that_is_named_is_taken_and_its_cost_is_said(native):
     assert hardware.emulation_note(CPU, torch.float32) is None
 
 
-def test_a_precision_that_a_device_cannot_do_at_all(monkeypatch):
+def test_a_named_precision_without_a_product_on_the_device_is_refused(monkeypatch):
     def fails(*arguments):
         raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'\nmore")
 
@@ -85,8 +85,8 @@ def test_a_precision_that_a_device_cannot_do_at_all(monkeypatch):
     )
 
 
-def test_the_measurement_compares_what_products_take(monkeypatch):
-    """A stand-in for the clock advances by what each product is made to take."""
+def test_the_measurement_compares_times_of_products(monkeypatch):
+    """A replaced clock advances by the time set for each product."""
     now = 0.0
     takes = {torch.float32: 0.002, torch.bfloat16: 0.009}
 
@@ -114,7 +114,7 @@ def test_the_measurement_runs_on_this_processor():
     assert float(result.stdout) > 0
 
 
-def test_devices(monkeypatch):
+def test_the_choice_of_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert hardware.choose_device() == MPS
@@ -130,6 +130,6 @@ def test_devices(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["toaster", "cuda:99"])
-def test_a_device_that_is_not_there(name):
+def test_a_missing_device_is_refused(name):
     with pytest.raises(UserError, match=f"^--device {name}: there is no such device here .*: expected auto, cpu, or a"):
         hardware.choose_device(name)
