@@ -1,4 +1,4 @@
-"""The ledger of a run, which rank 0 keeps: a row a step, all of them on disk before a checkpoint vouches for them."""
+"""The ledger of a run, kept by rank 0: a row a step, all of them on disk before a checkpoint vouches for them."""
 
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,16 +13,16 @@ from openchatkit.training.step import Schedule, StepResult
 
 
 class LedgerWriter:
-    """Goes on with the ledger in `folder` behind `progress`, and says so if its rows are not those of the checkpoint.
+    """Appends to the ledger in `folder` after the steps of `progress`; warns if its rows are not the checkpoint's.
 
-    They still tell what they tell; but that each sample before was trained exactly once is proved no more.
+    Such rows stay readable, but can no longer prove that earlier samples were trained exactly once.
     """
 
     def __init__(self, folder: Path, progress: RunProgress, layout: Layout, schedule: Schedule) -> None:
         self.folder = folder
         with storage_errors(folder):
-            self._writer = ledger.LedgerFile(folder, progress.step)
-        if progress.ledger not in (None, self._writer.chain):
+            self._file = ledger.LedgerFile(folder, progress.step)
+        if progress.ledger not in (None, self._file.chain):
             logger.warning(
                 "{} is not the ledger of the checkpoint at step {}: tools/inspect_data.py --verify will not be able to "
                 "prove what the steps up to there were trained on",
@@ -33,25 +33,26 @@ class LedgerWriter:
         self._started = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def add(self, step: int, rows: int, result: StepResult) -> None:
-        """Enter that `step`, counted from 1, was taken on `rows` samples."""
+        """Add the row of `step`, counted from 1, which was taken on `rows` samples."""
         first = (step - 1) * rows
         digest = f"{result.digest:016x}"
-        entry = ledger.LedgerRow(step, first, rows, digest, result.applied, self._layout, self._started)
+        row = ledger.LedgerRow(step, first, rows, digest, result.applied, self._layout, self._started)
         with storage_errors(self.folder):
-            self._writer.append(entry)
+            self._file.append(row)
 
     def sync(self) -> str:
         """Force all rows to disk; returns their chain."""
         with storage_errors(self.folder):
-            self._writer.sync()
-        return self._writer.chain
+            self._file.sync()
+        return self._file.chain
 
     def close(self) -> None:
-        self._writer.close()
+        """Close the file."""
+        self._file.close()
 
 
 def _describe(layout: Layout, schedule: Schedule) -> str:
-    """`2 stages x 1 replica, batch 4 x 2`."""
+    """Return a line like `2 stages x 1 replica, batch 4 x 2`."""
     stages = "1 stage" if layout.stages == 1 else f"{layout.stages} stages"
     replicas = "1 replica" if layout.replicas == 1 else f"{layout.replicas} replicas"
     return f"{stages} x {replicas}, batch {schedule.batch_size} x {schedule.accumulate}"

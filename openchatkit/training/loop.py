@@ -73,7 +73,7 @@ class Loop:
                 "loss_scale": self.trainer.scaler.scale,
                 "sources": by_name(self.inputs.dataset, result.sources),
             }
-            self._reporter.step(row, applied=result.applied)
+            self._reporter.report_step(row, applied=result.applied)
         self._soundness.check()
 
     def _evaluate_if_due(self) -> None:
@@ -88,7 +88,7 @@ class Loop:
                 "evaluation_tokens": result.trained_tokens,
                 "evaluation_sources": by_name(evaluation, result.sources),
             }
-            self._reporter.evaluation(row)
+            self._reporter.report_evaluation(row)
 
     def _save_if_due(self, stop: bool) -> None:
         """Save every so many steps and at the end. While the weights may not be saved, it stays due."""

@@ -1,23 +1,21 @@
 """The optimizer, its learning rate as a pure function of the step, and the one gradient norm of the whole model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
-from openchatkit.models.names import EMBED, HEAD, shard_names
 from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, shard_names
 from openchatkit.models.stage import Stage
-
-OPTIMIZERS = ("adam", "adamw", "8bit-adam")
 
 
 def build_optimizer(
     name: str, stage: Stage, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Adam (weight decay in the gradient), AdamW (decoupled) or AdamW with 8-bit state; only matrices decay."""
+    """Return Adam (weight decay in the gradient), AdamW (decoupled) or AdamW with 8-bit state; only matrices decay."""
     parameters = list(stage.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -29,20 +27,21 @@ def build_optimizer(
             import bitsandbytes
         except ImportError as error:
             raise UserError("--optimizer 8bit-adam needs bitsandbytes: pip install 'openchatkit[gpu]'") from error
-        return bitsandbytes.optim.AdamW8bit(groups, **options)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return kind(groups, fused=True, **options)
+        make: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]
+        return make(groups, **options)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[name](groups, fused=True, **options)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """The rate of step `step`, counted from 0: a linear rise that ends at `peak`, then a linear fall to nearly 0."""
+    """Return the rate of step `step`, counted from 0: a linear rise up to `peak`, then a linear fall to nearly 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     return peak * max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
 
 
 def own_parameters(stage: Stage) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Shard, name and parameter of all that this stage stores; of tied embeddings, the projection is left out."""
+    """Yield shard, name and parameter of all that this stage stores; with tied embeddings, not the projection."""
     for shard, module in stage.named_shards():
         for name, parameter in module.named_parameters():
             if not _is_tied_copy(stage, shard, name):
@@ -50,7 +49,7 @@ def own_parameters(stage: Stage) -> Iterator[tuple[str, str, nn.Parameter]]:
 
 
 def squared_norms(stage: Stage) -> Tensor:
-    """The squared gradient norm of each shard of the model in float64 [num_layers + 2]; 0 for other stages' shards.
+    """Return the squared gradient norm of each shard in float64 [num_layers + 2], 0 for those of other stages.
 
     Adding the entries in order gives the same bits however the shards are spread over stages.
     """
@@ -69,7 +68,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
 
 def add_tied_gradients(stage: Stage, layout: Layout) -> None:
-    """Give the embedding and the head's projection of a model with tied embeddings the sum of their gradients."""
+    """With tied embeddings, give the embedding and the head's projection the sum of their gradients."""
     if not stage.config.tie_embeddings:
         return
     ends = [_tied_ends(stage, shard) for shard in (EMBED, HEAD) if shard in stage.shards]
@@ -93,7 +92,9 @@ def sum_gradients_over_replicas(parameters: Iterable[nn.Parameter], layout: Layo
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         reduced = flat.cpu() if through_cpu else flat
         layout.sum_over_replicas(reduced)
-        for gradient, part in zip(bucket, reduced.to(flat.device).split([g.numel() for g in bucket]), strict=True):
+        for gradient, part in zip(
+            bucket, torch.split(reduced.to(flat.device), [g.numel() for g in bucket]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
 
 

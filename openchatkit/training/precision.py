@@ -1,4 +1,4 @@
-"""Which dtype the layers compute in, and the loss scale that keeps float16 gradients from vanishing.
+"""The dtype that layers compute in, and the loss scale that keeps float16 gradients from vanishing.
 
 Parameters, gradients and optimizer state are float32 throughout; autocast casts what enters a matrix product.
 """
@@ -18,8 +18,8 @@ from openchatkit.loading import hardware
 def compute_dtype(precision: str, layout: Layout) -> torch.dtype:
     """Return the dtype of matrix products and of the hidden states between layers; all ranks take the same.
 
-    "auto" is bfloat16 where the hardware of every rank computes in it, else float32. Rank 0 says in the log what was
-    taken, and what it costs where some rank emulates it. UserError where a rank cannot compute in it at all.
+    "auto" is bfloat16 where the hardware of every rank computes in it, else float32. Rank 0 logs the choice, and its
+    cost where some rank emulates it. UserError where a rank cannot compute in it at all.
     """
     own = hardware.choose_dtype(precision, layout.device, purpose="training")
     note = None if precision == "auto" else hardware.emulation_note(layout.device, own)
@@ -34,7 +34,7 @@ def compute_dtype(precision: str, layout: Layout) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Autocast for a whole step, so that a weight is cast once and not once a micro-batch; nothing for float32."""
+    """Return autocast for a whole step, so that a weight is cast once and not once a micro-batch; none for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -60,7 +60,7 @@ class LossScaler:
     def create(
         cls, *, fp16: bool, fixed: float, initial: float, minimum: float, window: int, hysteresis: int
     ) -> "LossScaler":
-        """The scaler the flags ask for: 1 without float16, `fixed` if it is not 0, else dynamic from `initial`."""
+        """Return the scaler of the flags: 1 without float16, `fixed` if it is not 0, else dynamic from `initial`."""
         if not fp16:
             return cls(1.0, dynamic=False)
         dynamic = fixed == 0
@@ -72,7 +72,7 @@ class LossScaler:
         return self.dynamic and self.scale > self.minimum
 
     def update(self, *, overflow: bool) -> None:
-        """Account for one step. Every rank calls this with the same `overflow`, so all scales stay equal."""
+        """Count one step. Every rank calls this with the same `overflow`, so all scales stay equal."""
         if not self.dynamic:
             return
         if overflow:
@@ -87,11 +87,11 @@ class LossScaler:
             self.overflows_left = self.hysteresis
 
     def state_dict(self) -> dict[str, float | int | bool]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; a scale that is fixed, or not needed, now stays as the flags say."""
+        """Resume from a checkpoint's state; a scale that is now fixed, or not needed, stays as the flags say."""
         if self.dynamic and state["dynamic"]:
             self.scale = state["scale"]
             self.good_steps, self.overflows_left = state["good_steps"], state["overflows_left"]

@@ -1,15 +1,14 @@
-"""What a run says of its own length after its first steps, by a clock that the test moves."""
+"""`training/forecast.py`: how long a run will take, by a clock that the test moves."""
 
 import pytest
 from loguru import logger
 
-from openchatkit.training import forecast
-from openchatkit.training.forecast import MEASURED_STEPS, Forecast
+from openchatkit.training.forecast import MEASURED_STEPS, SHORTEST_SECONDS, Forecast
 from openchatkit.training.metrics import Reporter
 
 
 class Clock:
-    """Seconds that pass only when a test says so."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -18,45 +17,44 @@ class Clock:
         return self.now
 
 
-def said(total_steps: int, *, pace: float, first_step: int = 0, slow_start: float = 0.0) -> list[str]:
-    """All lines of a run from `first_step` to its end, `pace` seconds a step, its first one `slow_start` longer."""
+def forecasts(total_steps: int, *, pace: float, first_step: int = 0, slow_start: float = 0.0) -> list[str]:
+    """Return the forecasts of a run from `first_step` to its end: `pace` seconds a step, the first `slow_start` longer."""
     clock = Clock()
-    told = Forecast(total_steps, clock=clock)
+    forecast = Forecast(total_steps, clock=clock)
     lines = []
     for step in range(first_step + 1, total_steps + 1):
         clock.now += pace + (slow_start if step == first_step + 1 else 0.0)
-        line = told.after(step)
+        line = forecast.after(step)
         assert line is None or step == first_step + MEASURED_STEPS
         lines += [line] if line else []
     return lines
 
 
-def test_a_long_run_says_once_how_long_it_will_take():
-    assert said(1200, pace=2.1, slow_start=30.0) == [
+def test_a_long_run_has_one_forecast():
+    assert forecasts(1200, pace=2.1, slow_start=30.0) == [
         "about 41 minutes to go for 1,180 steps at 2.1 s a step; Ctrl-C stops after saving, the same command goes on"
     ]
 
 
-def test_hours_are_told_as_hours():
-    (line,) = said(3600, pace=2.2625)
+def test_long_times_are_in_hours():
+    (line,) = forecasts(3600, pace=2.2625)
     assert line.startswith("about 2 h 15 min to go for 3,580 steps at 2.3 s a step")
 
 
 @pytest.mark.parametrize(("total_steps", "pace"), [(1200, 0.1), (20, 60.0), (10, 60.0)])
-def test_a_run_that_is_over_soon_says_nothing(total_steps, pace):
-    assert said(total_steps, pace=pace) == []
+def test_a_short_run_has_no_forecast(total_steps, pace):
+    assert forecasts(total_steps, pace=pace) == []
 
 
-def test_a_resumed_run_counts_what_is_left():
-    (line,) = said(1200, pace=2.0, first_step=1000)
+def test_a_resumed_run_counts_the_steps_left():
+    (line,) = forecasts(1200, pace=2.0, first_step=1000)
     assert line.startswith("about 6 minutes to go for 180 steps at 2 s a step")
 
 
-def test_the_reporter_says_it_on_the_console(tmp_path, monkeypatch):
+def test_the_reporter_logs_the_forecast(tmp_path):
     clock = Clock()
-    monkeypatch.setattr("openchatkit.training.metrics.Forecast", lambda total: Forecast(total, clock=clock))
     place = {"first_step": 0, "total_steps": 500, "backend": "print", "project": "", "job_id": "", "config": {}}
-    reporter = Reporter(tmp_path, **place)
+    reporter = Reporter(tmp_path, **place, clock=clock)
     printed: list[str] = []
     sink = logger.add(lambda message: printed.append(message.record["message"]))
     try:
@@ -64,11 +62,11 @@ def test_the_reporter_says_it_on_the_console(tmp_path, monkeypatch):
             clock.now += 6.0
             row = {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0}
             row["trained_tokens"] = 8
-            reporter.step(row, applied=True)
+            reporter.report_step(row, applied=True)
     finally:
         logger.remove(sink)
         reporter.close()
     assert [line for line in printed if "to go for" in line] == [
         "about 48 minutes to go for 480 steps at 6 s a step; Ctrl-C stops after saving, the same command goes on"
     ]
-    assert forecast.WORTH_SAYING_SECONDS < 48 * 60
+    assert SHORTEST_SECONDS < 48 * 60

@@ -59,7 +59,7 @@ def test_metrics_that_a_crash_has_broken_are_cut_where_a_run_resumes(tmp_path):
         metrics.append(tmp_path, {"step": step})
     path = tmp_path / metrics.METRICS
     path.write_bytes(path.read_bytes().replace(b'"step": 4', b"\0\0\0\xff\0\0\0\0\0"))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:4 is no JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:4 is not JSON"):
         metrics.read(tmp_path)
     metrics.cut(tmp_path, 3)
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
@@ -88,9 +88,9 @@ def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
         "tokens_per_second": 1.0,
         "trained_tokens": 3,
     }
-    reporter.step({**row, "sources": sources}, applied=False)
+    reporter.report_step({**row, "sources": sources}, applied=False)
     row = {"step": 1, "evaluation_loss": float("nan"), "evaluation_tokens": 3, "evaluation_sources": sources}
-    reporter.evaluation(row)
+    reporter.report_evaluation(row)
     reporter.close()
     step, evaluation = (json.loads(line, parse_constant=pytest.fail) for line in lines(tmp_path))
     assert (step["loss"], step["grad_norm"], step["lr"]) == (None, None, 0.1)
