@@ -16,8 +16,8 @@ from openchatkit.errors import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
 
-# Up to TINY parameters a CPU infers in float32, which is exact and fast enough. Above, reading the weights takes most of
-# the time, and 16 bits halve it where the processor computes in them. Above SMALL, any CPU keeps them in 16 bits.
+# Up to TINY parameters a CPU infers in float32, which is exact and fast enough. Above, most of the time goes to reading
+# the weights, and 16 bits halve it where the processor computes in them. Above SMALL, any CPU keeps them in 16 bits.
 TINY, SMALL = 10**8, 10**9
 
 # A product of this size takes some milliseconds on one core and fits into its caches.
