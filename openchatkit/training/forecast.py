@@ -28,8 +28,8 @@ class Forecast:
         if steps_left * seconds_per_step < SHORTEST_SECONDS:
             return None
         return (
-            f"{_format_duration(steps_left * seconds_per_step)} to go for {steps_left:,} steps at {seconds_per_step:.2g} s "
-            "a step; Ctrl-C stops after saving, the same command goes on"
+            f"{_format_duration(steps_left * seconds_per_step)} to go for {steps_left:,} steps "
+            f"at {seconds_per_step:.2g} s a step; Ctrl-C stops after saving, the same command goes on"
         )
 
 

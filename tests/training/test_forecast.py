@@ -18,7 +18,7 @@ class Clock:
 
 
 def forecasts(total_steps: int, *, pace: float, first_step: int = 0, slow_start: float = 0.0) -> list[str]:
-    """Return the forecasts of a run from `first_step` to its end: `pace` seconds a step, the first `slow_start` longer."""
+    """Return a run's forecasts from `first_step` to its end: `pace` seconds a step, the first `slow_start` longer."""
     clock = Clock()
     forecast = Forecast(total_steps, clock=clock)
     lines = []
