@@ -1,18 +1,18 @@
 """The folder of a retrieval index: its files' names, and the manifest that alone says which of them belong to it.
 
 An index is rewritten whole, as a snapshot: files are named `<role>-<snapshot>.<ending>` and never change once the
-manifest names them. A manifest is put in place last, so that until then the snapshot before it is what the folder
-holds, and whoever has that one open keeps it. Files that the manifest does not name are left-overs of a kill.
+manifest names them. The manifest is replaced last; until then the folder holds the previous snapshot, and processes
+that have that one open keep it. Files that the manifest does not name were left by a kill.
 
-    table.arrow       the passages, a row each: see `retrieval.table`
+    table.arrow       the passages, one a row: see `retrieval.table`
     vectors.npy       float16 [rows, dimension], in the order of the table
     dense.faiss       the same vectors, for searching
     scores.npy        float32 [entries]: BM25 scores, of one word after another
-    postings.npy      int32 [entries]: the rows they are of, ascending for each word
+    postings.npy      int32 [entries]: the rows of these scores, ascending for each word
     starts.npy        int64 [words + 1]: where each word's entries begin
-    words.arrow       the words, sorted, with the highest score and the weight of each
+    words.arrow       the words, sorted, each with its highest score and its weight
     sources.jsonl     what the passages were read from: a `SourceRecord` a line
-    skipped.jsonl     what could not be read: {"source", "reason"} a line
+    skipped.jsonl     sources that could not be read: {"source", "reason"} a line
 
 The vectors' files and dense.faiss are missing where there is no encoder. scores, postings and starts are the arrays
 that bm25s keeps. The manifest is that of `formats.manifest`; its facts are an `IndexRecord`.
@@ -34,7 +34,7 @@ from openchatkit.formats.manifest import DamagedError, FileRecord
 _T = TypeVar("_T")
 
 FORMAT = "openchatkit retrieval index"
-VERSION = 3  # rises too when `retrieval.words` would no longer make the same of a text
+VERSION = 3  # rises too when `retrieval.tokenization` changes its result
 MANIFEST = manifest.MANIFEST
 ROLES = {
     "table": ".arrow",
@@ -48,16 +48,16 @@ ROLES = {
     "skipped": ".jsonl",
 }
 _KEYS = {"snapshot": "generation", "score_threshold": "floor"}  # of the manifest, where a field has another name
-_SPILL = "spill"  # while a snapshot is written
+_TEMPORARY = "spill"  # name of a file while a snapshot is written
 _PARTIAL = ".openchatkit-partial"  # a name that no other program has
 _OURS = re.compile(
-    rf"({'|'.join([*ROLES, _SPILL])})-\d{{6,}}\.(arrow|npy|faiss|jsonl|bin)|\.{re.escape(MANIFEST)}\..*\.tmp"
+    rf"({'|'.join([*ROLES, _TEMPORARY])})-\d{{6,}}\.(arrow|npy|faiss|jsonl|bin)|\.{re.escape(MANIFEST)}\..*\.tmp"
 )
 
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """Whose vectors an index holds; `digest` is of its weights and tokenizer, `metric` is "cosine" or "dot"."""
+    """The encoder of the vectors; `digest` is of its weights and tokenizer, `metric` is "cosine" or "dot"."""
 
     name: str
     digest: str
@@ -69,8 +69,11 @@ class EncoderRecord:
 
 @dataclass(frozen=True)
 class DenseRecord:
-    """How vectors are searched: `type` is faiss's; `probes` of `lists` are looked at (0: all rows are), `candidates`
-    for each wanted row are scored again by the kept vectors; `recall` is the recall@10 that was measured with that."""
+    """How vectors are searched.
+
+    `type` is faiss's. `probes` of `lists` are searched (0: all rows are); `candidates` for each wanted row are scored
+    again by the stored vectors; `recall` is the recall@10 measured with these.
+    """
 
     type: str
     lists: int = 0
@@ -81,7 +84,7 @@ class DenseRecord:
 
 @dataclass(frozen=True)
 class SparseRecord:
-    """BM25's settings and counts."""
+    """Settings and counts of BM25."""
 
     k1: float
     b: float
@@ -92,7 +95,7 @@ class SparseRecord:
 
 @dataclass(frozen=True)
 class ScoreThreshold:
-    """What a passage must show to be found: see `retrieval.fusion`."""
+    """The least scores of a passage that is found: see `retrieval.ranking`."""
 
     cosine: float
     weak_cosine: float
@@ -102,9 +105,9 @@ class ScoreThreshold:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """A file or address, the SHA-256 of its bytes, its rows (so many from `first` on), and its `storage.stamp`.
+    """A file or address, the SHA-256 of its bytes, its `rows` rows from `first` on, and its `storage.stamp`.
 
-    `changed_ns` is 0 where it could not be relied on, and in indices from before it was kept.
+    `changed_ns` is 0 where it is not reliable, and in indices made before it was stored.
     """
 
     source: str
@@ -131,7 +134,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class IndexRecord:
-    """What the manifest says of an index; `time_stamps` are of its files by name, in nanoseconds."""
+    """The facts of the manifest; `time_stamps` are of its files by name, in nanoseconds."""
 
     snapshot: int
     rows: int
@@ -150,27 +153,27 @@ class IndexRecord:
 
 
 def file_name(role: str, snapshot: int) -> str:
-    """The name of a file of a snapshot."""
+    """Return the name of a file of a snapshot."""
     return f"{role}-{snapshot:06d}{ROLES[role]}"
 
 
 def temporary_path(folder: Path, snapshot: int) -> Path:
-    """Where words are kept while a snapshot is written."""
-    return folder / f"{_SPILL}-{snapshot:06d}.bin"
+    """Return the path of the temporary file of words, used while a snapshot is written."""
+    return folder / f"{_TEMPORARY}-{snapshot:06d}.bin"
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where whoever builds an index keeps what it has embedded until a snapshot holds it; never taken for litter."""
+    """Return the folder for embedded vectors until a snapshot contains them; never a stale file."""
     return folder / _PARTIAL
 
 
 def exists(folder: Path) -> bool:
-    """Whether there is an index, whole or not."""
+    """Whether there is an index, intact or not."""
     return (folder / MANIFEST).is_file()
 
 
 def stamp(folder: Path) -> object:
-    """What differs once another manifest is in place, and costs next to nothing to ask; None where there is none."""
+    """Return a value that changes with the manifest and is cheap to read; None if there is no manifest."""
     try:
         return storage.stamp(folder / MANIFEST)
     except OSError:
@@ -178,13 +181,13 @@ def stamp(folder: Path) -> object:
 
 
 def lock_path(folder: Path) -> Path:
-    """What a writer locks: one file, whatever links and dots the folder is named by."""
+    """Return the file that a writer locks: the same for every path, link or relative, to the folder."""
     return storage.lock_path(Path(folder).resolve())
 
 
 def check_own(folder: Path) -> None:
-    """UserError where a new index would take the place of something else in a folder: another kind of folder, an index
-    of another version, or files of other programs beside no index at all."""
+    """Raise UserError if a new index would replace something else: another kind of folder, an index of another version,
+    or other files in a folder without an index."""
     try:
         about = json.loads((folder / MANIFEST).read_bytes())["about"]
         kind, version = about.get("format"), about.get("version")
@@ -205,7 +208,7 @@ def check_own(folder: Path) -> None:
 
 
 def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> IndexRecord:
-    """Put the manifest in place, with the files' present time stamps: from here on this is what the folder holds."""
+    """Write the manifest, with the files' current time stamps: from here on the folder holds this snapshot."""
     files = list(files)
     stamps = {file.name: (folder / file.name).stat().st_mtime_ns for file in files}
     record = dataclasses.replace(record, time_stamps=stamps)
@@ -214,7 +217,7 @@ def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> Ind
 
 
 def read(folder: Path) -> tuple[IndexRecord, dict[str, FileRecord]]:
-    """The record of an index, and its files by name; DamagedError where there is none, or none that can be read."""
+    """Return the record of an index, and its files by name; DamagedError: missing or not readable."""
     about, files = _facts(folder)
     if about.pop("format", None) != FORMAT:
         raise DamagedError(f"{folder / MANIFEST} is of another kind of folder: expected a retrieval index")
@@ -227,7 +230,7 @@ def read(folder: Path) -> tuple[IndexRecord, dict[str, FileRecord]]:
         record = _record(about)
     except (TypeError, KeyError, ValueError) as error:
         raise DamagedError(f"{folder / MANIFEST} is damaged: {error}") from error
-    # The names follow from the snapshot, so that no manifest leads out of its folder.
+    # The names follow from the snapshot, so that no manifest points out of its folder.
     expected = {file_name(role, record.snapshot) for role in roles(record)}
     if set(files) != expected or set(record.time_stamps) != expected:
         names = ", ".join(sorted(expected ^ set(files) | expected ^ set(record.time_stamps)))
@@ -236,12 +239,12 @@ def read(folder: Path) -> tuple[IndexRecord, dict[str, FileRecord]]:
 
 
 def roles(record: IndexRecord) -> list[str]:
-    """The roles that an index has files for."""
+    """Return the roles that an index has files for."""
     return [role for role in ROLES if record.encoder is not None or role not in ("vectors", "dense")]
 
 
 def check_files(folder: Path, record: IndexRecord, files: dict[str, FileRecord]) -> None:
-    """DamagedError for the first file that is missing or has another size or time stamp than the manifest says."""
+    """Raise DamagedError for the first file that is missing or differs in size or time stamp from the manifest."""
     try:
         manifest.check_sizes(folder, manifest.Manifest(files, {}))
     except DamagedError as error:
@@ -256,29 +259,29 @@ def check_files(folder: Path, record: IndexRecord, files: dict[str, FileRecord])
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> int:
-    """Write dataclasses as JSON, one a line; how many."""
+    """Write dataclasses as JSON, one a line; return their number."""
     lines = [json.dumps(asdict(record)) + "\n" for record in records]
     storage.write_text(path, "".join(lines))
     return len(lines)
 
 
 def read_sources(folder: Path, record: IndexRecord) -> list[SourceRecord]:
-    """What the passages were read from."""
+    """Return the sources of the passages."""
     return _lines(folder / file_name("sources", record.snapshot), SourceRecord)
 
 
 def read_skipped(folder: Path, record: IndexRecord) -> list[Skipped]:
-    """What could not be read."""
+    """Return the sources that could not be read."""
     return _lines(folder / file_name("skipped", record.snapshot), Skipped)
 
 
 def stale_files(folder: Path) -> list[Path]:
-    """Files of this format that the manifest does not name: what a kill, or the snapshot before, left."""
+    """Return files of this format that the manifest does not name: of a killed writer, or of the previous snapshot."""
     try:
         names = set(read(folder)[1])
     except DamagedError:
         if exists(folder):
-            return []  # what a damaged manifest meant to name may still be wanted
+            return []  # files of a damaged manifest may still be wanted
         names = set()
     return [path for path in sorted(folder.glob("*")) if _OURS.fullmatch(path.name) and path.name not in names]
 

@@ -1,8 +1,8 @@
-"""A sentence encoder's folder, as sentence-transformers writes it: its files' names, and a digest of what they compute.
+"""The folder of a sentence encoder, as sentence-transformers writes it: names of files, and a digest of their content.
 
 Its modules (a transformer, a pooling, often a normalisation) each have a folder of settings; the transformer's files
 lie beside `modules.json`. A folder without that is a plain model of transformers. torch is imported with the names of
-weights, and only where those are asked for: whoever just opens an index goes without it.
+weights, and only when those are needed: opening an index does not import it.
 """
 
 import hashlib
@@ -20,16 +20,17 @@ SETTINGS = "config_sentence_transformers.json"
 _VOCABULARIES = ("vocab.txt", "sentencepiece.bpe.model", "spiece.model")
 _SMALL = ("config.json", *TOKENIZER_FILES, MODULES, SETTINGS, "sentence_bert_config.json", *_VOCABULARIES)
 _MODULE_FILES = ("[0-9]_*/*.json", "[0-9]_*/*.safetensors")
-# Of these the modules of a folder may be; others would be code that came with it.
+# The modules of a folder may come from here; others would be code that came with it.
 _PACKAGE = "sentence_transformers."
 
 
 def fetch(name: str | Path) -> Path:
-    """The folder of an encoder, or of a cross-encoder: `name` itself if it is one, else from the hub.
+    """Return the folder of an encoder or cross-encoder: `name` itself if it is a folder, else fetched from the hub.
 
-    UserError: there is none, or it asks for code that is not sentence-transformers' own.
+    UserError: not found, or it needs code that is not from sentence-transformers.
     """
-    from openchatkit.formats.hf_model import CONFIG, PICKLED_FILES, SAFE_FILES
+    from openchatkit.formats.hf_model import PICKLED_FILES, SAFE_FILES
+    from openchatkit.formats.layer_shards import CONFIG
 
     folder = fetch_model(str(name), (*_SMALL, *_MODULE_FILES), SAFE_FILES, PICKLED_FILES)
     if not (folder / CONFIG).is_file():
@@ -41,7 +42,7 @@ def fetch(name: str | Path) -> Path:
 
 
 def modules(folder: Path) -> list[dict[str, str]] | None:
-    """The modules that an encoder is made of, None for a plain model; UserError where the list cannot be read."""
+    """Return the modules of an encoder, None for a plain model; UserError: the list cannot be read."""
     path = folder / MODULES
     if not path.is_file():
         return None
@@ -55,27 +56,27 @@ def modules(folder: Path) -> list[dict[str, str]] | None:
 
 
 def similarity(folder: Path) -> str:
-    """How vectors are compared: what the settings say, cosine where they say nothing, dot for a plain model."""
+    """Return how vectors are compared: as the settings say, by default cosine, dot for a plain model."""
     if not (folder / MODULES).is_file():
         return "dot"
     return read_json(folder / SETTINGS, default={}).get("similarity_fn_name") or "cosine"
 
 
 def vocabulary(folder: Path) -> Path | None:
-    """The file that the tokenizers library reads, where there is one."""
+    """Return the file that the tokenizers library reads, if it exists."""
     path = tokenizer_json(folder)
     return path if path.is_file() else None
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and the bytes of all files that vectors depend on: weights, tokenizer, modules."""
+    """Return the SHA-256 of the names and bytes of all files that vectors depend on: weights, tokenizer, modules."""
     from openchatkit.formats.hf_model import PICKLED_FILES, SAFE_FILES
 
     files = _present(folder, _SMALL) + (_present(folder, SAFE_FILES) or _present(folder, PICKLED_FILES))
     for module in modules(folder) or ():
-        if part := module.get("path"):
-            files += _present(folder / part, ("*.json",))
-            files += _present(folder / part, SAFE_FILES) or _present(folder / part, PICKLED_FILES)
+        if inner := module.get("path"):
+            files += _present(folder / inner, ("*.json",))
+            files += _present(folder / inner, SAFE_FILES) or _present(folder / inner, PICKLED_FILES)
     whole = hashlib.sha256()
     for path in sorted(set(files)):
         whole.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())

@@ -1,8 +1,8 @@
-"""The folder of the Wikipedia index: its files' names, what they must hash to, and the manifest that vouches for them.
+"""The folder of the Wikipedia index: names of files, their SHA-256, and the manifest that vouches for them.
 
     knn.index                         faiss's, as published: row n is the vector of snippet n
     wikipedia-en-sentences.parquet    the snippets, as published; not needed once they are converted
-    wikipedia-en-sentences.arrow      the snippets, as `retrieval.wikipedia_table` writes them
+    wikipedia-en-sentences.arrow      the snippets, as `retrieval.wikipedia.table` writes them
     manifest.json                     sizes and SHA-256 of knn.index and of the Arrow file, their time stamps, the rows
 
 The manifest is that of `formats.manifest` and is written last.
@@ -19,7 +19,7 @@ REPOSITORY = "ChristophSchuhmann/wikipedia-3sentence-level-retrieval-index"
 SCRIPT = "data/wikipedia-3sentence-level-retrieval-index/prepare.py"
 FOLDER = (ROOT / SCRIPT).parent / "files"
 INDEX, PUBLISHED, TABLE = "knn.index", "wikipedia-en-sentences.parquet", "wikipedia-en-sentences.arrow"
-# What the hub says of the files of 2023, on which no other commit has followed.
+# From the hub, for the files of 2023; there was no later commit.
 DIGESTS = {
     INDEX: "71b4bd2db7b48b80af3dd34c0cd511779da48a4f6af7deedd924594bd1acf218",
     PUBLISHED: "506a18aa48e928f3d47d76a948943ef72ca804d7f8d5817fd0b224b81d849ba5",
@@ -30,21 +30,21 @@ _ADVICE = f"python {SCRIPT} checks every file and makes what is not whole anew"
 
 @dataclass(frozen=True)
 class WikipediaRecord:
-    """The rows of both files, and the columns of the published table by which articles were told apart."""
+    """The number of rows of both files, and the columns of the published table that separate articles."""
 
     rows: int
     articles_by: tuple[str, ...]
 
 
 def write(folder: Path, record: WikipediaRecord, files: list[FileRecord]) -> None:
-    """Put the manifest in place, with the files' present time stamps."""
+    """Write the manifest, with the files' current time stamps."""
     about = {"format": _FORMAT, "rows": record.rows, "articles_by": list(record.articles_by)}
     about["time_stamps"] = _stamps(folder)
     manifest.write(folder, files, about=about)
 
 
 def check(folder: Path) -> WikipediaRecord:
-    """What the manifest says; DamagedError where it, or a file, is missing, or a size or time stamp is another."""
+    """Return the record of the manifest; DamagedError: it or a file is missing, or a size or time stamp differs."""
     record, read = _read(folder)
     with manifest.advise(_ADVICE):
         manifest.check_sizes(folder, read)
@@ -57,7 +57,7 @@ def check(folder: Path) -> WikipediaRecord:
 
 
 def is_one(folder: Path) -> bool:
-    """Whether a folder's manifest says that it holds a Wikipedia index."""
+    """Whether the manifest of a folder is that of a Wikipedia index."""
     try:
         return manifest.read(folder).about.get("format") == _FORMAT
     except DamagedError:
@@ -67,7 +67,7 @@ def is_one(folder: Path) -> bool:
 def verify(folder: Path) -> None:
     """Hash both files; DamagedError names the one that has changed.
 
-    Where both are whole and only time stamps differ, as after copying, the manifest takes the present ones.
+    If both are intact and only time stamps differ, as after copying, the manifest is given the current ones.
     """
     record, read = _read(folder)
     with manifest.advise(_ADVICE):
@@ -77,7 +77,7 @@ def verify(folder: Path) -> None:
 
 
 def table_record(folder: Path) -> tuple[WikipediaRecord, FileRecord] | None:
-    """What the manifest says of the converted table, whatever has become of the files; None where there is none."""
+    """Return the manifest's record of the converted table, even if files changed since; None without a manifest."""
     try:
         record, read = _read(folder)
     except DamagedError:
@@ -85,8 +85,8 @@ def table_record(folder: Path) -> tuple[WikipediaRecord, FileRecord] | None:
     return record, read.files[TABLE]
 
 
-def litter(folder: Path) -> list[Path]:
-    """What a kill left of files that were being written, up to a whole table."""
+def stale_files(folder: Path) -> list[Path]:
+    """Return the unfinished files of a killed run, up to a whole table."""
     return [path for name in (TABLE, manifest.MANIFEST) for path in folder.glob(f".{name}.*.tmp")]
 
 

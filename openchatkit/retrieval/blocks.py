@@ -1,24 +1,25 @@
 """Rows in an Arrow IPC file of blocks of one size, read by memory map a block at a time.
 
-Owns finding a row and keeping few blocks open; what the columns mean is `table`'s and `wikipedia.table`'s.
+Finds rows and limits the number of open blocks; `table` and `wikipedia.table` define the columns.
 """
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from openchatkit.errors import UserError
 
-BLOCK = 4096  # rows; opening a file costs a few bytes a block, reading a row some tens of microseconds the first time
+BLOCK = 4096  # rows; opening a file costs a few bytes a block, reading a row tens of microseconds the first time
 _OPEN_BLOCKS = 256
 
 
 class Blocks:
-    """A file of blocks of BLOCK rows, the last of which may be shorter. Opening reads the footer alone.
+    """A file of blocks of BLOCK rows, the last of which may be shorter. Opening reads only the footer.
 
-    UserError where the file does not hold `rows` rows of `schema`, or is damaged: it is no `what`, and `advice` says
-    what to do next.
+    UserError: the file does not hold `rows` rows of `schema`, or is damaged. The message says that it is not a `what`,
+    and ends in `advice` on what to do next.
     """
 
     def __init__(self, path: Path, rows: int, schema: pa.Schema, *, what: str, advice: str = "") -> None:
@@ -37,19 +38,19 @@ class Blocks:
                 raise ValueError(f"it holds {found:,} rows, the manifest says {rows:,}")
         except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
             self._file.close()
-            raise UserError(f"{path} is no {what}: {error}{self._advice}") from error
+            raise UserError(f"{path} is not a {what}: {error}{self._advice}") from error
 
     def __len__(self) -> int:
         """The number of blocks."""
         return (self.rows + BLOCK - 1) // BLOCK
 
-    def value(self, column: str, row: int) -> object:
-        """What a column holds in a row."""
+    def value(self, column: str, row: int) -> Any:
+        """Return the value of a column in a row."""
         assert 0 <= row < self.rows, (row, self.rows)
         return self.block(row // BLOCK).column(column)[row % BLOCK].as_py()
 
-    def alike(self, column: str, row: int, width: int) -> range:
-        """The rows within `width` of one that hold the same in a column without a break, itself among them."""
+    def equal_neighbours(self, column: str, row: int, width: int) -> range:
+        """Return the unbroken run of rows around `row` with its value of a column, at most `width` on each side."""
         value = self.value(column, row)
         first = end = row
         while first > max(0, row - width) and self.value(column, first - 1) == value:
@@ -59,20 +60,20 @@ class Blocks:
         return range(first, end + 1)
 
     def block(self, number: int) -> pa.RecordBatch:
-        """The block of a number; UserError when it is damaged."""
+        """Return the block of a number; UserError: it is damaged."""
         if (block := self._open.get(number)) is not None:
             return block
         try:
             block = self._reader.get_batch(number)
         except (ValueError, OSError) as error:
             raise UserError(f"{self._path} is damaged in block {number}: {error}{self._advice}") from error
-        # Several threads may be here: each leaves the cache whole, at worst without what it has just read.
+        # Several threads may be here: each leaves the cache intact, at worst without the block just read.
         self._open[number] = block
         while len(self._open) > _OPEN_BLOCKS:
             self._open.popitem(last=False)
         return block
 
     def close(self) -> None:
-        """Give the map back."""
+        """Close the map."""
         self._open.clear()
         self._file.close()

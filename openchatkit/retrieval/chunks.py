@@ -1,13 +1,12 @@
-"""Documents -> chunks: pieces that fit an encoder, cut where a text allows it best, each with its place.
+"""Documents -> chunks: pieces that fit an encoder, cut at the best place in the text, each with its place.
 
-A chunk never reaches over a heading. Within a section, paragraphs and code are put together until they would be too
-long; one that is too long by itself is cut into sentences (code into lines), a sentence into words, a word only where
-it is too long alone; text without spaces is cut at its commas and full stops. The next chunk of a section repeats the
-last sentences of the one before, as far as they fit into the overlap. The same document and settings give the same
-chunks.
+A chunk never spans a heading. Within a section, paragraphs and code are joined up to the limit; one that is too long by
+itself is cut into sentences (code into lines), a sentence into words, a word only if it is too long alone; text without
+spaces is cut at its commas and full stops. The next chunk of a section repeats the last sentences of the previous one,
+as far as they fit into the overlap. The same document and settings give the same chunks.
 
-A table is cut at its rows, and each chunk of it begins with its header. Where pages, slides or chapters are counted, a
-chunk goes on from one to the next only in the middle of a sentence.
+A table is cut between rows, and each chunk of it begins with its header. Where pages, slides or chapters are counted, a
+chunk continues from one to the next only in the middle of a sentence.
 """
 
 import dataclasses
@@ -24,13 +23,13 @@ Count = Callable[[Sequence[str]], Sequence[int]]
 
 DEFAULT_TOKENS = 200
 DEFAULT_OVERLAP = 30
-# Encoders make one unknown token of a word that is too long for them: so many characters count as one at least. Where
-# no spaces part words, each character does.
+# Encoders make one unknown token of a word that is too long for them: every 16 characters count as at least one token,
+# and so does each character in scripts without spaces.
 _CHARACTERS = 16
 _AT_ONCE = 256  # blocks whose tokens are counted in one call
-_APART = ("page", "slide", "chapter")  # what a passage is to lie on one of
-_TITLE_SHARE = 4  # a title takes at most this part of the room of a chunk
-# Behind a sentence's end and the quotes that close it; Chinese and Japanese put no space there.
+_SEPARATE = ("page", "slide", "chapter")  # units that a passage does not span
+_TITLE_SHARE = 4  # a title takes at most a quarter of a chunk
+# After the end of a sentence and its closing quotes; Chinese and Japanese have no space there.
 _SENTENCE = re.compile(
     r"(?<=[.!?…।॥؟۔።။។])[\"'”’)\]]*(\s+)(?=[\w\"'“‘(\[`*])|(?<=[。！？｡])[」』”）]*()"  # noqa: RUF001
 )
@@ -51,13 +50,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Chunking:
-    """The longest chunk, and what is repeated of the one before, in tokens of the encoder, special ones aside."""
+    """The longest chunk, and the overlap with the previous one, in tokens of the encoder without special ones."""
 
     tokens: int = DEFAULT_TOKENS
     overlap: int = DEFAULT_OVERLAP
 
     def check(self, limit: int) -> None:
-        """UserError where an encoder that takes `limit` tokens would not see whole chunks, or chunks would not end."""
+        """Raise UserError if an encoder of `limit` tokens would not see whole chunks, or if chunks overlap too much."""
         if not 0 <= self.overlap <= self.tokens // 2:
             raise UserError(f"--overlap {self.overlap}: expected at most half of --chunk-tokens, {self.tokens // 2}")
         if self.tokens > limit:
@@ -66,7 +65,7 @@ class Chunking:
 
 @dataclass(frozen=True)
 class _Atom:
-    """What is not cut any more: characters of a block, what stands before them if something does, their tokens."""
+    """A piece that is not cut further: characters of a block, their separator from what precedes, their tokens."""
 
     block: Block
     start: int
@@ -80,47 +79,47 @@ class _Atom:
 
     @property
     def head(self) -> str:
-        """What a chunk that begins with it repeats: the header of its table, unless it holds that."""
+        """The table header that a chunk beginning with this atom repeats, unless the atom contains it."""
         held = self.start == 0 and self.block.text.startswith(self.block.head)
         return "" if held else self.block.head
 
 
 def text_to_embed(title: str, text: str) -> str:
-    """What the encoder is shown of a passage."""
+    """Return the text of a passage that the encoder is given."""
     return f"{title}\n{text}" if title else text
 
 
 def chunk_document(document: Document, chunking: Chunking, count: Count) -> Iterator[Chunk]:
-    """The chunks of a document; `count` says of texts how many tokens the encoder makes of each."""
+    """Yield the chunks of a document; `count` returns the number of tokens of each text."""
     headings: list[Block] = []
     before: Block | None = None
     packer = _Packer(document, chunking, count)
     while blocks := list(itertools.islice(document.blocks, _AT_ONCE)):
         for block, weight in zip(blocks, packer.weigh([block.text for block in blocks]), strict=True):
             if not block.level:
-                if document.unit in _APART and before is not None and not _runs_on(before, block):
+                if document.unit in _SEPARATE and before is not None and not _continues(before, block):
                     yield from packer.end()
                 yield from packer.add(block, weight)
                 before = block
                 continue
             yield from packer.end()
             headings = [*(each for each in headings if each.level < block.level), block]
-            packer.section([heading.text for heading in headings])
+            packer.begin_section([heading.text for heading in headings])
     yield from packer.end()
 
 
 class _Packer:
-    """Puts atoms together into chunks."""
+    """Joins atoms into chunks."""
 
     def __init__(self, document: Document, chunking: Chunking, count: Count) -> None:
         self._document, self._chunking, self._count = document, chunking, count
         self._atoms: list[_Atom] = []
         self._weight = 0  # of the atoms
-        self._fresh = False  # whether one of them was not in the chunk before
-        self.section([])
+        self._has_new = False  # whether one of them was not in the previous chunk
+        self.begin_section([])
 
-    def section(self, headings: list[str]) -> None:
-        """Begin a section under these headings. A heading that says what the document's title does is not repeated."""
+    def begin_section(self, headings: list[str]) -> None:
+        """Begin a section under these headings. A heading equal to the title of the document is not repeated."""
         title = " > ".join(dict.fromkeys(name for name in (self._document.title, *headings) if name))
         most = self._chunking.tokens // _TITLE_SHARE
         while title and (weight := self.weigh([title])[0]) > most:
@@ -129,34 +128,33 @@ class _Packer:
         self._room = max(self._chunking.tokens - (self.weigh([title])[0] if title else 0), 1)
 
     def weigh(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, at least one for every so many characters."""
+        """Return the tokens of each text, at least one for every 16 characters."""
         counts = self._count(texts) if texts else ()
-        return [max(tokens, _least(text)) for text, tokens in zip(texts, counts, strict=True)]
+        return [max(tokens, _min_tokens(text)) for text, tokens in zip(texts, counts, strict=True)]
 
     def add(self, block: Block, weight: int) -> Iterator[Chunk]:
-        """Take a block in; chunks that are full come out."""
-        head, cuts = self._weigh_head(block), _TEXT_CUTS
-        if block.code or block.head:
-            cuts = (_LINE, _WORD)
+        """Add a block; yield the chunks that are full."""
+        head = self._weigh_head(block)
+        cuts = (_LINE, _WORD) if block.code or block.head else _TEXT_CUTS
         if 2 * head > self._room:
             block, head = dataclasses.replace(block, head=""), 0
         whole = _Atom(block, 0, len(block.text.rstrip()), "\n\n", weight)
-        for atom in self._table(whole, head) if block.head else self._fitting(whole, self._room, cuts):
+        for atom in self._split_table(whole, head) if block.head else self._fit(whole, self._room, cuts):
             if self._atoms and self._weight + atom.weight > self._room:
                 yield from self._cut(atom.weight + head)
             if not self._atoms:
                 self._weight = self._weigh_head(block) if atom.head else 0
             self._atoms.append(atom)
             self._weight += atom.weight
-            self._fresh = True
+            self._has_new = True
 
     def end(self) -> Iterator[Chunk]:
-        """What is left, at a section's end."""
-        if self._fresh:
-            yield self._chunk()
-        self._atoms, self._weight, self._fresh = [], 0, False
+        """Yield the rest, at the end of a section."""
+        if self._has_new:
+            yield self._join()
+        self._atoms, self._weight, self._has_new = [], 0, False
 
-    def _chunk(self) -> Chunk:
+    def _join(self) -> Chunk:
         first, last = self._atoms[0], self._atoms[-1]
         text = first.text + "".join(atom.before + atom.text for atom in self._atoms[1:])
         text = f"{first.head}\n{text}" if first.head else text
@@ -164,20 +162,20 @@ class _Packer:
         return Chunk(text, self._title, place(self._document.unit, begin, end))
 
     def _cut(self, needed: int) -> Iterator[Chunk]:
-        """End a chunk, and begin the next with what it repeats, where that leaves room for what is `needed`."""
-        repeated = self._end_of(self._atoms, min(self._chunking.overlap, self._room - needed))
+        """End a chunk, and begin the next with the overlap, if that leaves room for `needed` tokens."""
+        repeated = self._take_overlap(self._atoms, min(self._chunking.overlap, self._room - needed))
         yield from self.end()
         weight = sum(atom.weight for atom in repeated)
         if repeated and repeated[0].head:
             weight += self._weigh_head(repeated[0].block)
-        # What is repeated may be of another table, whose header there is no room for.
+        # The overlap may be from another table, whose header does not fit.
         self._atoms, self._weight = (repeated, weight) if weight + needed <= self._room else ([], 0)
 
     def _weigh_head(self, block: Block) -> int:
         return self.weigh([block.head])[0] if block.head else 0
 
-    def _table(self, whole: _Atom, head: int) -> Iterator[_Atom]:
-        """A table that fits, or its header, if it has it, and its rows, each with room for the header before it."""
+    def _split_table(self, whole: _Atom, head: int) -> Iterator[_Atom]:
+        """Yield a table that fits; or its header, if included, and its rows, each with room for the header."""
         if whole.weight + (head if whole.head else 0) <= self._room:
             yield whole
             return
@@ -185,14 +183,14 @@ class _Packer:
         if not whole.head:
             yield _Atom(block, 0, len(block.head), whole.before, head)
             start = len(block.head) + 1
-        for row in self._parts(_Atom(block, start, whole.end, "\n" if start else whole.before, whole.weight), _LINE):
-            yield from self._fitting(row, self._room - head, [_WORD])
+        for row in self._split(_Atom(block, start, whole.end, "\n" if start else whole.before, whole.weight), _LINE):
+            yield from self._fit(row, self._room - head, [_WORD])
 
-    def _end_of(self, atoms: list[_Atom], most: int) -> list[_Atom]:
-        """The last atoms, or else the last sentences of the last one, that weigh at most so much; never all."""
+    def _take_overlap(self, atoms: list[_Atom], most: int) -> list[_Atom]:
+        """Return the last atoms, or sentences of the last atom, of at most `most` tokens; never all of them."""
         if len(atoms) == 1 or atoms[-1].weight > most:
             last = atoms[-1]
-            atoms = [] if last.block.code else list(self._parts(last, _SENTENCE))
+            atoms = [] if last.block.code else list(self._split(last, _SENTENCE))
         found: list[_Atom] = []
         for atom in reversed(atoms[1:]):
             most -= atom.weight
@@ -201,18 +199,18 @@ class _Packer:
             found.insert(0, atom)
         return found
 
-    def _fitting(self, atom: _Atom, room: int, cuts: Sequence[re.Pattern[str]]) -> Iterator[_Atom]:
-        """An atom, or what it has to be cut into; by the first of the cuts, what is too long still by the next."""
+    def _fit(self, atom: _Atom, room: int, cuts: Sequence[re.Pattern[str]]) -> Iterator[_Atom]:
+        """Yield an atom, or its pieces by the first of the cuts; pieces that are still too long are cut by the next."""
         if atom.weight <= room:
             yield atom
         elif cuts:
-            for part in self._parts(atom, cuts[0]):
-                yield from self._fitting(part, room, cuts[1:])
+            for part in self._split(atom, cuts[0]):
+                yield from self._fit(part, room, cuts[1:])
         else:
-            yield from self._characters(atom, room)
+            yield from self._split_word(atom, room)
 
-    def _parts(self, atom: _Atom, cut: re.Pattern[str]) -> Iterator[_Atom]:
-        """The pieces between the matches of a cut, whose group is what they are joined by."""
+    def _split(self, atom: _Atom, cut: re.Pattern[str]) -> Iterator[_Atom]:
+        """Yield the pieces between the matches of a cut, whose group is their separator."""
         spans, start, before = [], atom.start, atom.before
         for match in cut.finditer(atom.block.text, atom.start, atom.end):
             group = match.lastindex or 1
@@ -224,8 +222,8 @@ class _Packer:
             if not atom.block.text[start:end].isspace() and start < end:
                 yield _Atom(atom.block, start, end, before, weight)
 
-    def _characters(self, atom: _Atom, room: int) -> Iterator[_Atom]:
-        """A word too long for a chunk, in pieces that fit, cut before no mark of a letter."""
+    def _split_word(self, atom: _Atom, room: int) -> Iterator[_Atom]:
+        """Yield the pieces of a word that is too long for a chunk; a letter keeps its marks."""
         text, start, before = atom.block.text, atom.start, atom.before
         size = max((atom.end - atom.start) * room // atom.weight, 1)
         while start < atom.end:
@@ -239,15 +237,15 @@ class _Packer:
             start, before = end, ""
 
 
-def _runs_on(before: Block, after: Block) -> bool:
-    """Whether two blocks are on one page, or a sentence goes on from one page to the next."""
+def _continues(before: Block, after: Block) -> bool:
+    """Whether two blocks are on one page, or a sentence continues from one page to the next."""
     if before.last == after.first:
         return True
     text, following = before.text.rstrip(), after.text.lstrip()
     return bool(text and following) and not before.code and following[0].islower() and text[-1] not in ".!?…。:"
 
 
-def _least(text: str) -> int:
-    """How many tokens a text counts as at least."""
+def _min_tokens(text: str) -> int:
+    """Return the least number of tokens that a text counts as."""
     alone = count_unspaced(text)
     return alone - (-(len(text) - alone) // _CHARACTERS)

@@ -1,4 +1,4 @@
-"""The command `retrieval/build_index.py`: its subcommands and flags, and what they print."""
+"""The command `retrieval/build_index.py`: its subcommands, their flags and their output."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
@@ -19,70 +20,75 @@ from openchatkit.retrieval.index import Index, verify
 from openchatkit.retrieval.reading import reader
 from openchatkit.retrieval.rerank import DEPTH, Reranker
 
-_SHOWN = 10  # of the files that were left out
+if TYPE_CHECKING:
+    from openchatkit.retrieval.evaluation import EvaluationQuestion
+
+_SHOWN = 10  # excluded files that are listed
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the subcommand says."""
-    given = parser().parse_args(argv)
+    """Run the subcommand."""
+    given = build_parser().parse_args(argv)
     given.run(given)
 
 
-def parser() -> cli.Parser:
-    """The subcommands and their flags."""
+def build_parser() -> cli.Parser:
+    """Return the parser of the subcommands and their flags."""
     whole = cli.Parser(
         prog="retrieval/build_index.py",
-        description="Make an index of your own files, keep it in step with them, search it, and measure how well it "
-        f"finds. Files are read by their endings: {', '.join(reader.READABLE)}, source code, and names without an "
-        "ending; all that is plain text packed as .gz too.",
+        description="Make an index of your own files, keep it up to date with them, search it, and measure how well "
+        f"it finds passages. Files are read by their endings: {', '.join(reader.READABLE)}, source code, and names "
+        "without an ending; plain text also as .gz.",
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
     for name, run, text in (
-        ("add", _add, "read files or folders into an index beside what it holds"),
-        ("delete", _delete, "drop files or folders from an index; the files themselves stay"),
+        ("add", _add, "add files or folders to an index"),
+        ("delete", _delete, "remove files or folders from an index; the files themselves stay"),
     ):
         command = _subcommand(commands, name, run, text)
-        command.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with all that lies in them")
+        command.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with everything in them")
         if name == "add":
             _device(command)
-    _device(_subcommand(commands, "update", _update, "read again what has changed, and drop what is gone"))
+    _device(_subcommand(commands, "update", _update, "read changed files again, and remove those that are gone"))
     _add_search(commands)
-    command = _subcommand(commands, "info", _info, "say what an index holds and how it was made")
+    command = _subcommand(commands, "info", _info, "show what an index holds and how it was made")
     command.add_argument("--verify", action="store_true", help="hash every file, and compare with the manifest")
-    command.add_argument("--sources", action="store_true", help="list what was read")
-    command.add_argument("--skipped", action="store_true", help="list what was left out, and why")
+    command.add_argument("--sources", action="store_true", help="list the sources")
+    command.add_argument("--skipped", action="store_true", help="list the excluded files, and why")
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_evaluate(commands)
     return whole
 
 
 def _add_build(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
-    command = _subcommand(
-        commands, "build", _build, "make an index of files; run again, it goes on or takes changes in"
-    )
-    command.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with all that lies in them")
+    command = _subcommand(commands, "build", _build, "make an index of files; run again, it resumes or updates")
+    command.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with everything in them")
     _device(command)
     command.add_argument(
         "--encoder",
         metavar="NAME",
-        help=f"folder or hub name of a sentence encoder, or `{operations.NO_ENCODER}` to search by words alone; of a new "
-        f"index by default {operations.DEFAULT_ENCODER}",
+        help=f"folder or hub name of a sentence encoder, or `{operations.NO_ENCODER}` to search by words alone; a new "
+        f"index has {operations.DEFAULT_ENCODER} by default",
     )
-    group = command.add_argument_group("how files become passages (set when an index is made, and kept)")
+    group = command.add_argument_group("how files become passages (chosen when an index is made, and kept)")
     group.add_argument("--chunk-tokens", dest="tokens", type=cli.positive_int, help="longest passage; by default 200")
-    group.add_argument("--overlap", type=cli.natural, help="tokens that a passage repeats of the one before; 30")
+    group.add_argument(
+        "--overlap", type=cli.natural, help="tokens that a passage repeats of the previous one; by default 30"
+    )
     group.add_argument("--text-field", metavar="NAME", help="field or column that holds the text of a row")
     group.add_argument("--title-field", metavar="NAME", help="field or column that holds its title")
     group.add_argument("--source-field", metavar="NAME", help="field or column that holds its address")
-    group.add_argument("--max-bytes", type=cli.positive_int, help="of a file that is no plain text; 67108864")
-    group.add_argument("--max-pages", type=cli.positive_int, help="of a PDF file; 5000")
+    group.add_argument(
+        "--max-bytes", type=cli.positive_int, help="of a file that is not plain text; by default 67108864"
+    )
+    group.add_argument("--max-pages", type=cli.positive_int, help="of a PDF file; by default 5000")
     group.add_argument(
         "--include-ignored",
         action="store_true",
         default=None,
-        help="read what .gitignore names too, node_modules and virtual environments",
+        help="also read what .gitignore names, node_modules and virtual environments",
     )
 
 
@@ -93,7 +99,7 @@ def _add_search(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
     command.add_argument(
         "--mode", choices=("fused", "dense", "sparse"), default="fused", help="by meaning, words, both"
     )
-    command.add_argument("--no-floor", action="store_true", help="show the nearest even if they are far")
+    command.add_argument("--no-floor", action="store_true", help="show the nearest passages even if they are far")
     command.add_argument("--json", action="store_true", help="print JSON")
     _reranker(command)
     _device(command)
@@ -107,11 +113,11 @@ def _add_evaluate(commands: "argparse._SubParsersAction[cli.Parser]") -> None:
         "--set",
         nargs="+",
         metavar=("NAME", "WHEEL"),
-        help="a set of its own, which --index is made of: `awscli WHEEL`, examples in a wheel of awscli; or `stdlib`",
+        help="a built-in set, of which --index is made: `awscli WHEEL`, examples in a wheel of awscli; or `stdlib`",
     )
     command.add_argument("--encoder", metavar="NAME", help=f"for --set; by default {operations.DEFAULT_ENCODER}")
     command.add_argument("--questions", type=cli.positive_int, default=500, help="of a set, drawn by --seed")
-    command.add_argument("--seed", type=cli.natural, default=0, help="decides which questions are drawn")
+    command.add_argument("--seed", type=cli.natural, default=0, help="for drawing the questions")
     command.add_argument("--json", action="store_true", help="print JSON")
     _reranker(command)
     _device(command)
@@ -134,7 +140,7 @@ def _device(command: cli.Parser) -> None:
 
 def _reranker(command: cli.Parser) -> None:
     command.add_argument(
-        "--reranker", metavar="NAME", help=f"folder or hub name of a cross-encoder that orders the best {DEPTH} again"
+        "--reranker", metavar="NAME", help=f"folder or hub name of a cross-encoder that reorders the best {DEPTH}"
     )
 
 
@@ -170,7 +176,7 @@ def _delete(given: argparse.Namespace) -> None:
 
 def _search(given: argparse.Namespace) -> None:
     with Index.open(given.index, device=given.device) as index:
-        if given.device.startswith("cuda"):  # for one question not unasked: a copy of the index is made there
+        if given.device.startswith("cuda"):  # not by default for one question, since the index is copied there
             index.to_gpus()
         count = DEPTH if given.reranker else given.k
         hits = index.search(given.query, count, mode=given.mode, score_threshold=not given.no_floor)
@@ -181,7 +187,7 @@ def _search(given: argparse.Namespace) -> None:
     elif hits:
         report.print_hits(hits)
     else:
-        print("nothing in the index is about that (--no-floor shows the nearest all the same)", file=sys.stderr)
+        print("nothing in the index is about that (--no-floor shows the nearest anyway)", file=sys.stderr)
 
 
 def _info(given: argparse.Namespace) -> None:
@@ -219,8 +225,8 @@ def _evaluate(given: argparse.Namespace) -> None:
         print(f"{about}; times are those of 50 % and 99 % of the questions\n\n{evaluation.table(figures)}")
 
 
-def _make_set(given: argparse.Namespace) -> "list[evaluation.EvaluationQuestion]":  # noqa: F821
-    """Make --index of a set, unless it is that already; the questions about it."""
+def _make_set(given: argparse.Namespace) -> "list[EvaluationQuestion]":
+    """Make --index of a set, unless it is that already; return the questions about it."""
     from openchatkit.retrieval import question_sets
 
     match given.set:
@@ -239,14 +245,14 @@ def _make_set(given: argparse.Namespace) -> "list[evaluation.EvaluationQuestion]
 
 @contextlib.contextmanager
 def _silence_all_but_first(all_ranks: ranks.Ranks) -> Iterator[None]:
-    """One process speaks for all."""
+    """Let only the first process log."""
     if not all_ranks.first:
         logger.remove()
     yield
 
 
 def _report_skipped(folder: Path, all_ranks: ranks.Ranks) -> None:
-    """Say which files were left out, on the first of several processes."""
+    """List the excluded files, on the first of several processes."""
     if not all_ranks.first:
         return
     record: IndexRecord = layout.read(folder)[0]

@@ -1,8 +1,7 @@
 """Texts -> vectors, by an encoder of sentence-transformers, which is imported when the first text is embedded.
 
-Importing it takes seconds and half a gigabyte; counting tokens and telling one encoder from another need neither. A
-plain BERT, such as contriever-msmarco, is taken as its makers use it: the mean over tokens, not normalised, compared by
-inner product.
+Importing it takes seconds and half a gigabyte; counting tokens and identifying an encoder need neither. A plain BERT,
+such as contriever-msmarco, is used as its authors do: the mean over tokens, not normalised, compared by inner product.
 """
 
 import functools
@@ -20,18 +19,18 @@ from openchatkit.formats.retrieval_index import EncoderRecord
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-_WINDOW = 1024  # texts between two signs of progress
-_BATCH = 32  # texts of about one length that go through the network together; on a GPU more
+_WINDOW = 1024  # texts between two reports of progress
+_BATCH = 32  # texts of similar length in one forward pass; more on a GPU
 _BATCH_ON_GPU = 256
-_TOKENS = 512  # that are seen where neither the encoder nor its network says how many
-_COUNTED = 4096  # texts tokenised at a time to be counted
+_TOKENS = 512  # the limit if neither the encoder nor its network has one
+_COUNTED = 4096  # texts tokenised at a time for counting
 
 
 class Encoder:
-    """An encoder of a folder or of the hub. `name` is its absolute path or its name on the hub.
+    """An encoder from a folder or the hub. `name` is its absolute path or its name on the hub.
 
-    `max_tokens` cuts texts shorter than the encoder's own limit, or longer, as far as its network goes. Nothing is read
-    before something is asked for; the first thing that needs the folder raises UserError where there is none.
+    `max_tokens` replaces the encoder's own limit of tokens a text, up to that of its network. Everything is loaded at
+    first use; the first use of the folder raises UserError if it is not found.
     """
 
     def __init__(self, name: str | Path, device: str = "auto", max_tokens: int | None = None) -> None:
@@ -41,18 +40,20 @@ class Encoder:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where its files are; fetched if need be."""
+        """Folder of its files; fetched if needed."""
         return sentence_encoder.fetch(self.name)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of all that vectors depend on: weights, tokenizer, pooling."""
+        """SHA-256 of everything that vectors depend on: weights, tokenizer, pooling."""
         return sentence_encoder.digest(self.folder)
 
     @property
     def dimension(self) -> int:
         """Numbers in a vector."""
-        return self._model.get_embedding_dimension()
+        found = self._model.get_embedding_dimension()
+        assert found is not None, self.name
+        return found
 
     @functools.cached_property
     def metric(self) -> str:
@@ -64,29 +65,31 @@ class Encoder:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a text that are seen, special ones among them."""
-        return self._model.max_seq_length
+        """The most tokens of a text, special ones included; the rest is cut."""
+        found = self._model.max_seq_length
+        assert found is not None, self.name
+        return found
 
     @property
     def pooling(self) -> str:
-        """How a text's vector is made of those of its tokens: "mean", "cls", ..."""
+        """How the vectors of tokens become that of a text: "mean", "cls", ..."""
         modes = (getattr(module, "pooling_mode", None) for module in self._model)
         return next((str(mode) for mode in modes if mode), "")
 
     def record(self) -> EncoderRecord:
-        """What an index says of the encoder that it was made with."""
+        """Return the record that an index keeps of its encoder."""
         return EncoderRecord(self.name, self.digest, self.dimension, self.metric, self.max_tokens, self.pooling)
 
     def encode(
         self, texts: Sequence[str], *, query: bool = False, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """float32 [texts, dimension]; `progress` is told how many texts were done since it was last told.
+        """Return float32 [texts, dimension]; `progress` is called with the number of texts done since the last call.
 
-        Texts that are a `query` get what the encoder wants before questions, all others what it wants before passages.
+        Texts get the encoder's prefix for questions if `query`, else that for passages.
         UserError: a vector with numbers that are not finite.
         """
         vectors = np.empty((len(texts), self.dimension), np.float32)
-        # Texts of about one length go together, so that little is computed for padding.
+        # Texts of similar length are batched, so that little is computed for padding.
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
         encode = self._model.encode_query if query else self._model.encode_document
         for first in range(0, len(order), _WINDOW):
@@ -108,25 +111,27 @@ class Encoder:
         return vectors
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, special ones aside."""
+        """Return the number of tokens of each text, without special ones."""
         return [
-            size for first in range(0, len(texts), _COUNTED) for size in self._counted(texts[first : first + _COUNTED])
+            size
+            for first in range(0, len(texts), _COUNTED)
+            for size in self._count_batch(texts[first : first + _COUNTED])
         ]
 
-    def _counted(self, texts: Sequence[str]) -> list[int]:
+    def _count_batch(self, texts: Sequence[str]) -> list[int]:
         if hasattr(self._tokenizer, "encode_batch_fast"):
             return [len(each) for each in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         return [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
-        """The tokenizers library's own, which loads in no time; transformers' where there is only an older file."""
+        """Tokenizer of the tokenizers library, which loads fast; of transformers if there is only an older file."""
         if path := sentence_encoder.vocabulary(self.folder):
             from tokenizers import Tokenizer
 
             try:
                 tokenizer = Tokenizer.from_file(str(path))
-            except Exception as error:  # the library raises nothing more exact
+            except Exception as error:  # the library raises nothing more specific
                 raise UserError(f"cannot read {path}: {error}; fetch or copy the encoder again") from error
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -135,17 +140,17 @@ class Encoder:
 
         from openchatkit.libraries import hf_transformers
 
-        hf_transformers.silence()  # it warns of texts longer than the network takes
+        hf_transformers.silence()  # it warns of texts longer than the limit of the network
         return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
 
     @functools.cached_property
     def _model(self) -> "SentenceTransformer":
         library, device = import_sentence_transformers(), device_name(self._device)
         try:
-            # A folder without modules becomes a transformer with the mean over its tokens.
+            # A folder without modules becomes a transformer with the mean over tokens.
             model = library.SentenceTransformer(str(self.folder), device=device, local_files_only=True)
-        except Exception as error:  # whatever a broken file leads to in three libraries
-            raise unloadable(self.folder, error) from error
+        except Exception as error:  # any error of three libraries for a broken file
+            raise describe_load_error(self.folder, error) from error
         most = getattr(model[0].auto_model.config, "max_position_embeddings", None)
         wanted = self._max_tokens or model.max_seq_length or most or _TOKENS
         model.max_seq_length = min(wanted, most) if most else wanted
@@ -155,7 +160,7 @@ class Encoder:
 def device_name(device: str) -> str:
     """Return the device to embed on as sentence-transformers names it; see `hardware.choose_device`.
 
-    Embedding is in float32 wherever it is done, so that an index made on one machine is searched alike on another.
+    Embedding is in float32 on every device, so that an index made on one machine can be searched on another.
     """
     from openchatkit.loading import hardware
 
@@ -163,7 +168,7 @@ def device_name(device: str) -> str:
 
 
 def import_sentence_transformers() -> Any:
-    """sentence-transformers, made quiet; UserError where it is not installed."""
+    """Import sentence-transformers and silence it; UserError: it is not installed."""
     try:
         import sentence_transformers
     except ImportError as error:
@@ -172,12 +177,12 @@ def import_sentence_transformers() -> Any:
         ) from error
     from openchatkit.libraries import hf_transformers
 
-    hf_transformers.silence()  # it warns of tensors that an encoder has and does not need
+    hf_transformers.silence()  # it warns of tensors that an encoder does not need
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # it warns of folders without modules
     return sentence_transformers
 
 
-def unloadable(folder: Path, error: Exception) -> UserError:
-    """What to tell where a library cannot load a folder: the first line of what it says, which may be a page."""
+def describe_load_error(folder: Path, error: Exception) -> UserError:
+    """Return the UserError for a folder that a library cannot load, with the first line of its message."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"{folder} cannot be loaded: {reason}; fetch or copy it again")

@@ -1,7 +1,7 @@
-"""How well an index finds what it should, and how fast: recall, reciprocal rank, nDCG, and times split by what is done.
+"""How well an index finds passages, and how fast: recall, reciprocal rank, nDCG, and the time of each step.
 
-A question names its targets; a passage hits a target if all that the target says is true of it. Several passages may
-hit one target, and count once: with the first of them.
+A question names its targets; a passage hits a target if it matches every field of it. Several passages that hit one
+target count once, at the first of them.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from openchatkit.retrieval.rerank import DEPTH, Reranker
 
 DEPTHS = (1, 5, 10)
 _MOST = max(DEPTHS)
-# The rows of a report: by which parts of the index passages are found.
+# The rows of a report: the parts of the index that are searched.
 MODES: dict[str, Mode] = {"BM25": "sparse", "dense": "dense", "fused": "fused"}
 RERANKED = "reranked"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a passage must be: of this source (or one whose path ends so), title, place, with this text in it."""
+    """Fields that a passage must match: source (or the end of its path), title, place, and a text that it contains."""
 
     source: str = ""
     title: str = ""
     place: str = ""
     text: str = ""
 
-    def met_by(self, passage: Passage) -> bool:
-        """Whether all that is said here is true of a passage."""
+    def matches(self, passage: Passage) -> bool:
+        """Whether a passage matches all fields."""
         source = passage.source == self.source or passage.source.endswith(f"/{self.source}")
         return (
             (not self.source or source)
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class EvaluationQuestion:
-    """A question and what answers it."""
+    """A question and the passages that answer it."""
 
     query: str
     targets: tuple[Target, ...]
@@ -56,7 +56,7 @@ class EvaluationQuestion:
 
 @dataclass
 class SearchMetrics:
-    """Means over all questions, and milliseconds a question: 50th and 99th percentile of each part of a search."""
+    """Means over all questions; `milliseconds` has the 50th and 99th percentile of each step of a search."""
 
     questions: int
     recall: dict[int, float]
@@ -66,30 +66,30 @@ class SearchMetrics:
 
 
 def gains(passages: Sequence[Passage], targets: Sequence[Target]) -> list[int]:
-    """For each passage in order, how many targets it is the first to hit."""
+    """Return for each passage in order how many targets it is the first to hit."""
     left = list(targets)
     found = []
     for passage in passages:
-        hit = [target for target in left if target.met_by(passage)]
+        hit = [target for target in left if target.matches(passage)]
         left = [target for target in left if target not in hit]
         found.append(len(hit))
     return found
 
 
 def recall(found: Sequence[int], targets: int, k: int) -> float:
-    """The share of the targets that the first k passages hit."""
+    """Return the share of the targets that the first k passages hit."""
     return sum(found[:k]) / targets
 
 
 def reciprocal_rank(found: Sequence[int], k: int) -> float:
-    """1 / the place, from 1, of the first of k passages that hits a target; 0 where none does."""
+    """Return 1 / rank of the first of k passages that hits a target; 0 if none does."""
     return next((1 / place for place, gain in enumerate(found[:k], 1) if gain), 0.0)
 
 
 def ndcg(found: Sequence[int], targets: int, k: int) -> float:
-    """Normalised discounted cumulative gain of the first k passages, a gain at place i weighing 1 / log2(i + 1).
+    """Return the normalised discounted cumulative gain of the first k passages; rank i has the weight 1 / log2(i + 1).
 
-    The ideal order has a target at each of the first places (Järvelin and Kekäläinen, 2002).
+    The ideal order has a target at each of the first ranks (Järvelin and Kekäläinen, 2002).
     """
     weights = 1 / np.log2(np.arange(2, k + 2))
     gained = np.asarray(found[:k], np.float64) @ weights[: len(found[:k])]
@@ -97,9 +97,9 @@ def ndcg(found: Sequence[int], targets: int, k: int) -> float:
 
 
 def read_questions(path: Path) -> list[EvaluationQuestion]:
-    """Questions of a file: rows {"query": ..., "source": ...}, with "title", "place" or "text" beside or instead.
+    """Read questions: rows {"query": ..., "source": ...}, with "title", "place" or "text" in addition or instead.
 
-    One of these may be a list: what stands beside it is true of each target.
+    One of these may be a list: the other fields hold for each target.
     UserError: no such file, or a row of another kind.
     """
 
@@ -121,15 +121,18 @@ def read_questions(path: Path) -> list[EvaluationQuestion]:
 def evaluate(
     index: Index, questions: Sequence[EvaluationQuestion], *, reranker: Reranker | None = None
 ) -> dict[str, SearchMetrics]:
-    """SearchMetrics by words, by vectors, by both, and reranked: as far as the index has parts for it. No floor is asked."""
+    """Evaluate the search by words, by vectors, by both, and reranked, as far as the index has the parts.
+
+    No score threshold is used.
+    """
     modes = {name: mode for name, mode in MODES.items() if index.record.encoder is not None or mode == "sparse"}
-    ways = {name: (mode, None) for name, mode in modes.items()}
+    ways: dict[str, tuple[Mode, Reranker | None]] = {name: (mode, None) for name, mode in modes.items()}
     if reranker is not None:
         ways[RERANKED] = (list(modes.values())[-1], reranker)
     found: dict[str, list[list[int]]] = {name: [] for name in ways}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for mode, judge in ways.values():
-        _answer(index, questions[0].query, mode, judge, {})  # loads what is loaded when it is first used
+        _answer(index, questions[0].query, mode, judge, {})  # loads everything that is loaded at first use
     with progress.bar(len(questions), "questions asked", unit="question") as bar:
         for question in questions:
             for name, (mode, judge) in ways.items():
@@ -141,7 +144,7 @@ def evaluate(
 
 
 def table(figures: Mapping[str, SearchMetrics]) -> str:
-    """A report as a table in Markdown: shares in percent, times in milliseconds as 50th / 99th percentile."""
+    """Return a report as a Markdown table: shares in percent, times in milliseconds as 50th / 99th percentile."""
     parts = list(dict.fromkeys(part for each in figures.values() for part in each.milliseconds))
     head = ["", *(f"R@{k}" for k in DEPTHS), f"MRR@{_MOST}", f"nDCG@{_MOST}", *(f"{part} ms" for part in parts)]
     lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
@@ -156,7 +159,7 @@ def table(figures: Mapping[str, SearchMetrics]) -> str:
 def _answer(
     index: Index, query: str, mode: Mode, reranker: Reranker | None, times: dict[str, list[float]]
 ) -> list[Hit]:
-    """The passages for a question, and how long each part of finding them took, in milliseconds."""
+    """Return the passages for a question, and append the milliseconds of each step to `times`."""
 
     @contextlib.contextmanager
     def timed(part: str) -> Iterator[None]:

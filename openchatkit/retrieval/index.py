@@ -1,7 +1,7 @@
-"""An index opened for searching: in a moment whatever its size, since files are mapped and not read.
+"""An index opened for searching: quickly whatever its size, since files are mapped and not read.
 
-Opening compares each file's size and time stamp with the manifest, and its header with what belongs there; `verify`
-hashes everything. What does not match is refused by name. The encoder is loaded when a question needs it.
+Opening compares each file's size and time stamp and its header with the manifest; `verify` hashes
+everything. A file that does not match is named in the error. The encoder is loaded when a question needs it.
 """
 
 import functools
@@ -26,7 +26,7 @@ from openchatkit.retrieval.table import Table
 from openchatkit.retrieval.tokenization import is_named_in
 
 Mode = Literal["fused", "dense", "sparse"]
-_TITLES = 20  # of the best rows, that are compared with the question
+_TITLES = 20  # the best rows whose titles are compared with the question
 _ATTEMPTS = 5  # a writer may replace the snapshot while it is being opened
 
 
@@ -42,7 +42,8 @@ class Index:
 
         self.table = Table(path("table"), record.rows)
         try:
-            self.vectors, self.dense = None, None
+            self.vectors: np.ndarray | None = None
+            self.dense: Dense | None = None
             if record.encoder is not None and record.dense is not None:
                 self.vectors = vector_store.open_array(
                     path("vectors"), rows=record.rows, dimension=record.encoder.dimension
@@ -56,11 +57,11 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path | str, encoder: QueryEncoder | None = None, *, device: str = "auto") -> "Index":
-        """Open the index of a folder. `encoder` defaults to the one it was made with, by its name, loaded when needed
-        to a `device`: auto, cpu, cuda, cuda:1, mps.
+        """Open the index of a folder.
 
-        UserError where there is none, where a file is missing, cut, written to since or of another kind, and where
-        `encoder` is another than the index was made with.
+        `encoder` defaults to the one that the index was made with, found by its name and loaded to `device` (auto, cpu,
+        cuda, cuda:1, mps) when needed. UserError: there is no index; a file is missing, cut, changed since or of
+        another kind; `encoder` is not the one that the index was made with.
         """
         folder = Path(folder)
         for attempt in range(_ATTEMPTS):
@@ -84,7 +85,7 @@ class Index:
 
     @functools.cached_property
     def encoder(self) -> QueryEncoder:
-        """The encoder of questions; UserError where the index has none, or where another one is found by its name."""
+        """Encoder of questions; UserError: the index has none, or another encoder has its name."""
         if self.record.encoder is None:
             raise UserError(f"{self.folder} was made without an encoder: it can be searched by words alone")
         if self._given is not None:
@@ -96,9 +97,9 @@ class Index:
         return encoder
 
     def to_gpus(self) -> bool:
-        """Search vectors on GPUs from now on, if faiss has them and `device` lets it; whether that is so.
+        """Search vectors on GPUs from now on, if faiss has them and `device` allows it; return whether it does.
 
-        The lists are copied to their memory, which is worth it for many questions. See `Dense.to_gpus`.
+        The lists are copied to their memory, which pays off for many questions. See `Dense.to_gpus`.
         """
         if self.dense is None or self.device.partition(":")[0] not in ("auto", "cuda"):
             return False
@@ -107,23 +108,25 @@ class Index:
     def search(
         self, query: str, k: int = 5, *, mode: Mode = "fused", score_threshold: ScoreThreshold | bool = True
     ) -> list[Hit]:
-        """The best k passages for a question, each text once; none where nothing in the index is about it.
+        """Return the best k passages for a question, each text once; none if nothing in the index is about it.
 
-        `mode`: by meaning (dense), by words (sparse), or both. `floor`: what a passage must show, by default what the
-        index says; False asks for nothing.
+        `mode`: by meaning (dense), by words (sparse), or both. `score_threshold` defaults to the one of the index;
+        False keeps all passages.
         """
-        vector = None if mode == "sparse" or not query.strip() or self._words_alone(mode) else self.encode(query)
+        vector = (
+            None if mode == "sparse" or not query.strip() or self._searches_words_alone(mode) else self.encode(query)
+        )
         depth = max(k, DEPTH)
         while True:
             ranking = self.rank(query, vector, depth if k > 0 else 0, mode=mode, score_threshold=score_threshold)
             hits = merge_copies(self.fetch(ranking), k)
             if len(hits) >= k or len(ranking.rows) < depth:
                 return hits
-            depth *= 4  # there are so many copies that they hide what is not one
+            depth *= 4  # copies take up the places of other passages
 
     def encode(self, query: str) -> np.ndarray:
-        """A question's vector: float32 [d]."""
-        return self._prepared(np.asarray(self.encoder.encode([query], query=True)))[0]
+        """Return the vector of a question: float32 [d]."""
+        return self._prepare(np.asarray(self.encoder.encode([query], query=True)))[0]
 
     def rank(
         self,
@@ -134,52 +137,53 @@ class Index:
         mode: Mode = "fused",
         score_threshold: ScoreThreshold | bool = True,
     ) -> Ranking:
-        """The rows of `search`, for a question that has been encoded; `vector` is None to search by words alone."""
+        """Return the rows of `search` for an encoded question; `vector` is None to search by words alone."""
         if mode not in ("fused", "dense", "sparse"):
             raise UserError(f"there is no mode {mode!r}: expected fused, dense or sparse")
         if k <= 0 or not query.strip():
             return Ranking(np.empty(0, np.int64), np.empty(0), None, np.empty(0))
-        by_meaning = vector is not None and mode != "sparse"
         by_words = mode != "dense" or vector is None
         depth = max(k, DEPTH)
         orders = []
-        if by_meaning:
+        if vector is not None and mode != "sparse":
             assert self.dense is not None, self.folder
             orders.append(self.dense.search(vector, depth)[1])
         if by_words:
             orders.append(self.sparse.search(query, depth)[1])
         rows = merge_candidates(orders)
-        counted = self.sparse.scores(query, rows)
-        similarity = (
-            None if vector is None or self.vectors is None else vector_store.inner_products(self.vectors, vector, rows)
-        )
-        scores = fuse([similarity] * by_meaning + [counted] * by_words)
-        named = self._named(query, rows)
+        bm25 = self.sparse.scores(query, rows)
+        products = cosines = None
+        if vector is not None and self.vectors is not None:
+            products = vector_store.inner_products(self.vectors, vector, rows)
+            cosines = self._to_cosines(products, self.vectors, vector, rows)
+        evidence = [products] if products is not None and mode != "sparse" else []
+        scores = fuse(evidence + [bm25] * by_words)
+        named = self._find_named(query, rows)
         scores += named  # before all others, whose scores reach 1
         best = np.argsort(-scores, kind="stable")
-        ranking = Ranking(rows, scores, similarity, counted).only(best)
+        ranking = Ranking(rows, scores, products, bm25).select(best)
         if score_threshold is not False:
             chosen = passes(
                 self.record.score_threshold if score_threshold is True else score_threshold,
-                None if similarity is None else self._cosines(ranking.dense, vector, ranking.rows),
+                None if cosines is None else cosines[best],
                 ranking.sparse / self.sparse.rarest,
                 self.sparse.shares(query, ranking.rows) if by_words else np.zeros(len(rows)),
             )
-            ranking = ranking.only(chosen | named[best])
-        return ranking.only(slice(k))
+            ranking = ranking.select(chosen | named[best])
+        return ranking.select(slice(k))
 
     def search_vectors(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k rows nearest to each of queries [n, d], without a floor: scores [n, k], row numbers [n, k].
+        """Return the k rows nearest to each of queries [n, d], without a threshold: scores [n, k], row numbers [n, k].
 
-        Where an index has fewer than k rows, k is their number.
+        If the index has fewer than k rows, k is their number.
         """
         if self.dense is None:
             raise UserError(f"{self.folder} was made without an encoder: it holds no vectors to search")
-        found = [self.dense.search(query, min(k, self.record.rows)) for query in self._prepared(queries)]
+        found = [self.dense.search(query, min(k, self.record.rows)) for query in self._prepare(queries)]
         return np.stack([scores for scores, _ in found]), np.stack([rows for _, rows in found])
 
     def fetch(self, ranking: Ranking) -> list[Hit]:
-        """The passages of a ranking."""
+        """Return the passages of a ranking."""
         hits = []
         for at, number in enumerate(ranking.rows.tolist()):
             row = self.table.row(number)
@@ -189,7 +193,7 @@ class Index:
         return hits
 
     def info(self) -> dict[str, Any]:
-        """What the manifest says, and `bytes`, the size of all files."""
+        """Return the facts of the manifest, and `bytes`, the size of all files."""
         about = self.record.facts()
         del about["time_stamps"]
         return {**about, "bytes": self.bytes}
@@ -199,7 +203,7 @@ class Index:
         verify(self.folder)
 
     def close(self) -> None:
-        """Give the files back."""
+        """Close the files."""
         self.table.close()
         self.sparse.close()
         self.vectors = self.dense = None
@@ -212,17 +216,17 @@ class Index:
     ) -> None:
         self.close()
 
-    def _words_alone(self, mode: Mode) -> bool:
+    def _searches_words_alone(self, mode: Mode) -> bool:
         return self.record.encoder is None and mode == "fused"
 
-    def _prepared(self, queries: np.ndarray) -> np.ndarray:
+    def _prepare(self, queries: np.ndarray) -> np.ndarray:
         assert self.record.encoder is not None, self.folder
         return vector_store.prepare(queries, self.record.encoder.dimension, self.record.encoder.metric)
 
-    def _named(self, query: str, rows: np.ndarray) -> np.ndarray:
-        """Which of the rows the question names by their whole title: bool [n], of the best few in an index of words.
+    def _find_named(self, query: str, rows: np.ndarray) -> np.ndarray:
+        """Return which rows the question names by their whole title: bool [n], for the best few of an index of words.
 
-        Words alone hardly tell a passage about `json` from one about `json.dumps`, which has the word as well.
+        Words alone hardly tell a passage about `json` from one about `json.dumps`, which contains the word too.
         """
         named = np.zeros(len(rows), bool)
         if self.dense is None:
@@ -230,15 +234,18 @@ class Index:
                 named[at] = is_named_in(self.table.row(number).title, query)
         return named
 
-    def _cosines(self, similarity: np.ndarray, vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def _to_cosines(
+        self, products: np.ndarray, vectors: np.ndarray, vector: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        assert self.record.encoder is not None, self.folder
         if self.record.encoder.metric == vector_store.COSINE:
-            return similarity
-        lengths = np.linalg.norm(self.vectors[rows].astype(np.float32), axis=1) * np.linalg.norm(vector)
-        return similarity / np.maximum(lengths, 1e-9)
+            return products
+        lengths = np.linalg.norm(vectors[rows].astype(np.float32), axis=1) * np.linalg.norm(vector)
+        return products / np.maximum(lengths, 1e-9)
 
 
 def check_encoder(folder: Path, made_with: EncoderRecord | None, encoder: QueryEncoder) -> None:
-    """UserError where an encoder is another than an index was made with: its vectors would mean nothing there."""
+    """Raise UserError unless an index was made with this encoder: other vectors would mean nothing there."""
     if made_with is None:
         raise UserError(f"{folder} was made without an encoder: open it without one, or build it again with one")
     if encoder.digest != made_with.digest:
@@ -251,7 +258,7 @@ def check_encoder(folder: Path, made_with: EncoderRecord | None, encoder: QueryE
 def verify(folder: Path) -> None:
     """Hash every file of an index; DamagedError names the first that has changed.
 
-    Where all are whole and only time stamps differ, as after copying, the manifest takes the present ones.
+    If all are intact and only time stamps differ, as after copying, the manifest is given the current ones.
     """
     while True:
         record, files = layout.read(folder)
@@ -262,7 +269,7 @@ def verify(folder: Path) -> None:
         except (DamagedError, OSError):
             if layout.read(folder)[0].snapshot == record.snapshot:
                 raise
-            # A writer has put another snapshot in place meanwhile, and removed this one.
+            # A writer has replaced this snapshot in the meantime.
     if stamps != record.time_stamps:
         with storage.hold_lock(
             layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"

@@ -1,4 +1,4 @@
-"""A passage, and what finds passages for a question."""
+"""A passage, and the protocol of everything that finds passages for a question."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from typing import Protocol
 class Passage:
     """A piece of a document, and where it is from.
 
-    `source` is a path or an address, `place` where in it ("page 3", "lines 10-20", "row 7"). `score` orders the
-    passages of one search and means nothing across searches; `id` is the row of the index, -1 for none. `also` names
-    the other places where the same text was found.
+    `source` is a path or an address, `place` the position in it ("page 3", "lines 10-20", "row 7"). `score` orders the
+    passages of one search and cannot be compared across searches; `id` is the row of the index, -1 for none. `also`
+    names the other places where the same text was found.
     """
 
     text: str
@@ -33,8 +33,8 @@ class Passage:
 class Hit(Passage):
     """A passage that an index found.
 
-    `dense` is the similarity of its vector to the question's: the cosine, where the encoder's metric is that; None
-    where only words were searched. `sparse` is its BM25 score: 0 without a word in common.
+    `dense` is the similarity of its vector to that of the question: the cosine, if that is the metric of the encoder;
+    None if only words were searched. `sparse` is its BM25 score: 0 without a word in common.
     """
 
     dense: float | None = None
@@ -42,9 +42,9 @@ class Hit(Passage):
 
 
 def merge_copies(hits: Iterable[Hit], k: int) -> list[Hit]:
-    """The first k hits without those whose text one before them has, whose `also` says where these stand.
+    """Return the first k hits with different texts; `also` of each names the places of its copies.
 
-    Under two headings of one file, the same text may mean two things: those stay apart.
+    Under two headings of one file, the same text may mean two things: those are no copies.
     """
     kept: dict[str, list[Hit]] = {}
     also: dict[int, list[str]] = {}
@@ -61,8 +61,8 @@ def merge_copies(hits: Iterable[Hit], k: int) -> list[Hit]:
 
 
 class Searcher(Protocol):
-    """Whatever finds passages."""
+    """An index or anything else that finds passages."""
 
     def search(self, query: str, k: int) -> list[Passage]:
-        """At most `k` passages for a question, the best first; none where nothing fits."""
+        """Return at most `k` passages for a question, the best first; none if nothing fits."""
         ...

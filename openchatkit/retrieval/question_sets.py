@@ -1,8 +1,8 @@
-"""Two sets of real texts to evaluate retrieval on, which any machine can make: no hub, nothing installed.
+"""Two sets of real texts for evaluating retrieval, which any machine can make: no hub, nothing to install.
 
-`awscli`: the examples inside one pinned wheel of awscli, read where they lie; a question is an example's title, its
-passage all the rest. `stdlib`: the docstrings of the reader's own Python, parsed, not imported; a question is a
-docstring's first paragraph, its passage the others. Of passages with the same title, the first is in the set.
+`awscli`: the examples in one pinned wheel of awscli; a question is the title of an example, its passage is the rest.
+`stdlib`: the docstrings of the running Python, parsed, not imported; a question is the first paragraph of a docstring,
+its passage the others. Of passages with the same title, the set has the first.
 """
 
 import ast
@@ -23,16 +23,16 @@ from openchatkit.retrieval.table import PassageRow
 
 AWSCLI = "1.46.2"
 QUESTIONS, SEED = 500, 0
-TOKENS = 128  # of a passage that an encoder sees: what MiniLM was trained on; with 256 it finds less
+TOKENS = 128  # of a passage for the encoder: the length that MiniLM was trained on; with 256 it finds less
 _HOW = f"pip download awscli=={AWSCLI} --no-deps"
 _TITLE = re.compile(r"^\s*\*\*(?:Example \d+: *)?(.+?)\*\*\s*$", re.MULTILINE)
-# Tests, bundled tools and other people's packages say little about a library.
+# Tests, bundled tools and third-party packages say little about the library.
 _SKIPPED = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A passage, where it is from, and the title that it is to be found by."""
+    """A passage, its source, and the title by which it should be found."""
 
     source: str
     title: str
@@ -40,7 +40,7 @@ class Example:
 
 
 def awscli(wheel: Path) -> list[Example]:
-    """The examples of a wheel of awscli, in the order of their names."""
+    """Return the examples in a wheel of awscli, in the order of their names."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(name for name in archive.namelist() if re.fullmatch(r"awscli/examples/.+\.rst", name))
@@ -49,23 +49,23 @@ def awscli(wheel: Path) -> list[Example]:
         raise UserError(f"{wheel} cannot be read: {error}; get it with: {_HOW}") from error
     if not found:
         raise UserError(f"{wheel} holds no examples: expected a wheel of awscli; get it with: {_HOW}")
-    return _with_own_titles(found)
+    return _select_titled(found)
 
 
 def stdlib(folder: Path | None = None) -> list[Example]:
-    """The docstrings of several paragraphs under a folder of Python sources, by default the standard library's."""
+    """Return the docstrings of several paragraphs in a folder of Python sources, by default the standard library."""
     folder = folder or Path(sysconfig.get_path("stdlib"))
-    found = []
+    found: list[Example] = []
     for path in sorted(folder.rglob("*.py")):
         if not _SKIPPED.intersection(path.relative_to(folder).parts):
             found += _docstrings(path, path.relative_to(folder).as_posix())
     if not found:
         raise UserError(f"{folder} holds no docstrings: expected a folder of Python sources")
-    return _with_own_titles(found)
+    return _select_titled(found)
 
 
 def source(name: str, examples: list[Example]) -> NewSource:
-    """The passages of a set, each whole, as a source for `operations.build_rows`."""
+    """Return the passages of a set, uncut, as a source for `operations.build_rows`."""
     whole = hashlib.sha256()
     for each in examples:
         whole.update(repr((each.source, each.text)).encode())
@@ -78,7 +78,7 @@ def source(name: str, examples: list[Example]) -> NewSource:
 
 
 def questions(examples: list[Example], *, count: int = QUESTIONS, seed: int = SEED) -> list[EvaluationQuestion]:
-    """So many titles, drawn by a seed, and the passages that they are of."""
+    """Return `count` titles, drawn by a seed, as questions for their passages."""
     drawn = random.Random(seed).sample(examples, min(count, len(examples)))
     return [EvaluationQuestion(each.title, (Target(source=each.source),)) for each in drawn]
 
@@ -93,7 +93,7 @@ def _example(name: str, text: str) -> Example:
 
 def _docstrings(path: Path, name: str) -> Iterator[Example]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other people's escape sequences
+        warnings.simplefilter("ignore")  # about escape sequences in the sources
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -105,8 +105,8 @@ def _docstrings(path: Path, name: str) -> Iterator[Example]:
             yield Example(f"{name}:{line}", " ".join(first.split()), rest.strip())
 
 
-def _with_own_titles(examples: Iterable[Example]) -> list[Example]:
-    """Examples that have a title and a text; of those with the same title, the first."""
+def _select_titled(examples: Iterable[Example]) -> list[Example]:
+    """Return the examples that have a title and a text; of those with the same title, the first."""
     whole: dict[str, Example] = {}
     for each in examples:
         if each.title and each.text:

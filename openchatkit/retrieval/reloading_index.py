@@ -1,4 +1,4 @@
-"""An index that a chat or a server searches for long: what is written meanwhile is taken up between questions."""
+"""An index that a chat or a server searches for long: new snapshots are picked up between questions."""
 
 import threading
 
@@ -11,17 +11,17 @@ from openchatkit.retrieval.passage import Hit
 
 
 class ReloadingIndex:
-    """The newest snapshot of the index that `index` has opened; a `Searcher`, for several threads at once.
+    """A `Searcher` of the newest snapshot of the index that `index` has opened, for several threads at once.
 
-    The encoder stays the one that is loaded. A snapshot that cannot be opened, or has another encoder, is warned of,
-    once, and tried again at the next question; meanwhile the one before answers. A search ends in the snapshot that
-    it began with. A snapshot is let go of, its files with it, by the last search in it: it must not be closed.
+    The loaded encoder stays. A snapshot that cannot be opened, or has another encoder, is warned of once and tried
+    again at the next question; until then the previous one answers. A search ends in the snapshot that it began with.
+    The last search in a snapshot releases it and its files, so it must not be closed.
     """
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._seen: object = None  # of the manifest that the index is of; none yet, since it may have changed by now
-        self._told = ""
+        self._seen: object = None  # stamp of the manifest read
+        self._last_warning = ""
         self._one_at_a_time = threading.Lock()
 
     def search(self, query: str, k: int) -> list[Hit]:
@@ -29,31 +29,31 @@ class ReloadingIndex:
         return self.newest().search(query, k)
 
     def newest(self) -> Index:
-        """The newest snapshot that can be had. One thread opens it; others go on with the one before meanwhile."""
+        """Return the newest snapshot that can be opened. One thread opens it while others use the previous one."""
         changed = self._seen is None or layout.stamp(self._index.folder) != self._seen
         if changed and self._one_at_a_time.acquire(blocking=False):
             try:
-                self._take_up()
+                self._reload()
             finally:
                 self._one_at_a_time.release()
         return self._index
 
-    def _take_up(self) -> None:
+    def _reload(self) -> None:
         seen, old = layout.stamp(self._index.folder), self._index
         try:
             record = layout.read(old.folder)[0]
             if record != old.record:
-                self._index = self._opened(old, record)
+                self._index = self._open(old, record)
         # RuntimeError: what faiss raises.
         except (UserError, OSError, RuntimeError) as error:
-            if str(error) != self._told:
+            if str(error) != self._last_warning:
                 logger.warning(f"{old.folder} was changed, and is searched as it was before: {error}")
-            self._told = str(error)
+            self._last_warning = str(error)
         else:
-            self._seen, self._told = seen, ""
+            self._seen, self._last_warning = seen, ""
 
     @staticmethod
-    def _opened(old: Index, record: layout.IndexRecord) -> Index:
+    def _open(old: Index, record: layout.IndexRecord) -> Index:
         before, now = old.record.encoder, record.encoder
         if (before and before.digest) != (now and now.digest):
             raise UserError("it has another encoder now, which is loaded when this program is started again")

@@ -1,6 +1,6 @@
-"""A cross-encoder that looks at question and passage together, and orders again what an index has found.
+"""A cross-encoder that reads question and passage together, and reorders the passages that an index found.
 
-It sees more than vectors do, and costs a pass of a network for each passage, so it is given the best few alone.
+It is more exact than vectors, but costs a forward pass for each passage, so it is given only the best few.
 """
 
 import dataclasses
@@ -14,25 +14,25 @@ import numpy as np
 from openchatkit.errors import UserError
 from openchatkit.formats import sentence_encoder
 from openchatkit.retrieval.chunks import text_to_embed
-from openchatkit.retrieval.encoder import device_name, import_sentence_transformers, unloadable
+from openchatkit.retrieval.encoder import describe_load_error, device_name, import_sentence_transformers
 from openchatkit.retrieval.passage import Passage, Searcher
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
-DEPTH = 30  # passages that are looked at for one question
-_Found = TypeVar("_Found", bound=Passage)
+DEPTH = 30  # passages that are scored for one question
+_Passage = TypeVar("_Passage", bound=Passage)
 
 
 class Reranker:
-    """A cross-encoder of a folder or of the hub, loaded when it is first asked."""
+    """A cross-encoder from a folder or the hub, loaded at first use."""
 
     def __init__(self, name: str | Path, device: str = "auto") -> None:
         self.name = str(name)
         self._device = device
 
-    def rerank(self, query: str, hits: Sequence[_Found], k: int) -> list[_Found]:
-        """The best `k` of these passages by the cross-encoder, whose scores they have; its ties keep their order.
+    def rerank(self, query: str, hits: Sequence[_Passage], k: int) -> list[_Passage]:
+        """Return the best `k` of these passages with their scores by the cross-encoder; ties keep their order.
 
         UserError: it cannot be loaded, gives more than one score a passage, or one that is not finite.
         """
@@ -53,17 +53,17 @@ class Reranker:
         folder = sentence_encoder.fetch(self.name)
         try:
             return library.CrossEncoder(str(folder), device=device_name(self._device), local_files_only=True)
-        except Exception as error:  # whatever a broken file leads to in three libraries
-            raise unloadable(folder, error) from error
+        except Exception as error:  # any error of three libraries for a broken file
+            raise describe_load_error(folder, error) from error
 
 
 class Reranked:
-    """A `Searcher`: what another finds, ordered again by a cross-encoder."""
+    """A `Searcher` that reorders the passages of another one by a cross-encoder."""
 
     def __init__(self, searcher: Searcher, reranker: Reranker) -> None:
         self._searcher = searcher
         self._reranker = reranker
 
     def search(self, query: str, k: int) -> list[Passage]:
-        """The k passages that the cross-encoder puts first among the best 30, or the best k where that is more."""
+        """Return the best k passages by the cross-encoder among the best 30, or the best k if that is more."""
         return self._reranker.rerank(query, self._searcher.search(query, max(k, DEPTH)), k)

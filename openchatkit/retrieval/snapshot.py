@@ -1,6 +1,6 @@
-"""Writing an index: all files of a new snapshot, then its manifest, then away with the snapshot before.
+"""Writing an index: all files of a new snapshot, then its manifest; then the previous snapshot is removed.
 
-A kill at any moment leaves the snapshot before as it was; what was written by then is removed by the next writer.
+A kill at any moment leaves the previous snapshot as it was; the next writer removes the unfinished files.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from openchatkit.retrieval.ranking import NO_COSINE
 
 @contextlib.contextmanager
 def lock_for_writing(folder: Path) -> Iterator[None]:
-    """Hold an index for writing: who comes second waits. The folder is made; what a kill left in it is removed."""
+    """Hold an index for writing; a second writer waits. Makes the folder, and removes what a kill left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with storage.hold_lock(
         layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"
@@ -43,7 +43,7 @@ def lock_for_writing(folder: Path) -> Iterator[None]:
 
 
 def remove_stale_files(folder: Path) -> None:
-    """Remove files of snapshots that the manifest does not name. Whoever has them open keeps them."""
+    """Remove files of snapshots that the manifest does not name. Processes that have them open keep them."""
     for path in layout.stale_files(folder):
         path.unlink(missing_ok=True)
 
@@ -60,12 +60,12 @@ def write_snapshot(
     score_threshold: ScoreThreshold | None = None,
     dense_options: Mapping[str, Any] | None = None,
 ) -> IndexRecord:
-    """Write an index of these rows, and put it in the place of the one before; the caller is in `lock_for_writing(folder)`.
+    """Write a snapshot of these rows in place of the previous one; the caller holds `lock_for_writing(folder)`.
 
-    `vectors` are parts [any, dimension] in the order of the rows, as many in all, made by `encoder`; both are None for
+    `vectors` are parts [any, dimension] made by `encoder`, one vector a row in the order of the rows; both are None for
     an index that is searched by words alone. `rows` and `vectors` are read once, one after the other, and may come from
     the snapshot that is replaced. `score_threshold` defaults to one that asks for no cosine; `dense_options` go to
-    `dense.build`. UserError where there are no rows, or where vectors are missing or not finite.
+    `dense.build`. UserError: there are no rows, or vectors are missing or not finite.
     """
     assert (vectors is None) == (encoder is None), encoder
     if encoder is not None and encoder.metric not in (vector_store.COSINE, vector_store.DOT):
@@ -77,45 +77,46 @@ def write_snapshot(
         count = table.write(folder / layout.file_name("table", snapshot), rows)
         if count == 0:
             raise UserError(f"there is no passage to put into {folder}: give files that hold text")
-        searched = _dense(folder, snapshot, count, vectors, encoder, dict(dense_options or {}))
-        counted = _sparse(folder, snapshot, count)
+        dense_record = _write_dense(folder, snapshot, count, vectors, encoder, dict(dense_options or {}))
+        sparse_record = _write_sparse(folder, snapshot, count)
         record = IndexRecord(
             snapshot,
             count,
             layout.write_lines(folder / layout.file_name("sources", snapshot), sources),
             layout.write_lines(folder / layout.file_name("skipped", snapshot), skipped),
             encoder,
-            searched,
-            counted,
+            dense_record,
+            sparse_record,
             score_threshold or NO_COSINE,
             dict(chunking or {}),
         )
         return _publish(folder, record)
     finally:
-        remove_stale_files(folder)  # the snapshot before, or, where this one failed, this one
+        remove_stale_files(folder)  # of the previous snapshot or, after a failure, of this one
 
 
 def rewrite_sources(
     folder: Path, *, sources: Iterable[SourceRecord], skipped: Iterable[Skipped], chunking: Mapping[str, Any]
 ) -> IndexRecord:
-    """Put a snapshot in place that has the passages of the present one, and other things to say of their files.
+    """Write a snapshot with the passages of the current one and other records of their files.
 
-    The caller is in `lock_for_writing(folder)`. What stays is not written again but linked, where the file system can.
+    The caller holds `lock_for_writing(folder)`. Unchanged files are linked, where the file system can, not copied.
     """
     before, files = layout.read(folder)
     record = dataclasses.replace(before, snapshot=before.snapshot + 1, chunking=dict(chunking))
-    said = {"sources": sources, "skipped": skipped}
+    replaced: dict[str, Iterable[Any]] = {"sources": sources, "skipped": skipped}
     known = {}
     try:
-        counts = {role: layout.write_lines(_path(folder, role, record), each) for role, each in said.items()}
-        for role in set(layout.roles(record)) - set(said):
+        counts = {role: layout.write_lines(_path(folder, role, record), each) for role, each in replaced.items()}
+        for role in set(layout.roles(record)) - set(replaced):
             old, new = _path(folder, role, before), _path(folder, role, record)
             try:
                 new.hardlink_to(old)
             except OSError:
                 shutil.copyfile(old, new)
             known[new.name] = dataclasses.replace(files[old.name], name=new.name)
-        return _publish(folder, dataclasses.replace(record, **counts), known)
+        record = dataclasses.replace(record, sources=counts["sources"], skipped=counts["skipped"])
+        return _publish(folder, record, known)
     finally:
         remove_stale_files(folder)
 
@@ -124,7 +125,7 @@ def _path(folder: Path, role: str, record: IndexRecord) -> Path:
     return folder / layout.file_name(role, record.snapshot)
 
 
-def _dense(
+def _write_dense(
     folder: Path,
     snapshot: int,
     count: int,
@@ -140,21 +141,21 @@ def _dense(
     return dense.build(written, folder / layout.file_name("dense", snapshot), **options)
 
 
-def _sparse(folder: Path, snapshot: int, count: int) -> SparseRecord:
+def _write_sparse(folder: Path, snapshot: int, count: int) -> SparseRecord:
     spill = layout.temporary_path(folder, snapshot)
     with table.Table(folder / layout.file_name("table", snapshot), count) as written:
         return sparse.build(written.texts(), sparse_paths(folder, snapshot), rows=count, temporary=spill)
 
 
 def sparse_paths(folder: Path, snapshot: int) -> sparse.SparsePaths:
-    """Where the BM25 index of a snapshot is."""
+    """Paths of the BM25 index of a snapshot."""
     return sparse.SparsePaths(
         *(folder / layout.file_name(role, snapshot) for role in ("scores", "postings", "starts", "words"))
     )
 
 
 def _publish(folder: Path, record: IndexRecord, known: Mapping[str, FileRecord] | None = None) -> IndexRecord:
-    """Force the files to disk, hash them but those that are `known`, and name them in the manifest."""
+    """Force the files to disk, hash those that are not `known`, and name them in the manifest."""
     names = [layout.file_name(role, record.snapshot) for role in layout.roles(record)]
     files = []
     with progress.bar(len(names), "files hashed", unit="file") as bar:

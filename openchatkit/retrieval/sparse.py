@@ -1,14 +1,15 @@
 """BM25: finding passages by their words.
 
-A row's score for a word is that of Lucene's BM25, reckoned when the index is built:
+A row's score for a word is that of Lucene's BM25, computed when the index is built:
 
     idf * f / (f + k1 * (1 - b + b * length / mean length)),    idf = log(1 + (N - n + 0.5) / (n + 0.5))
 
 with f how often the word is in the row, n in how many of N rows it is, and lengths in words. The scores lie word by
-word in arrays as bm25s (https://github.com/xhluca/bm25s, method "lucene") keeps them, and bm25s can open them. Its
-search adds up an array as long as the index for every question; `Sparse.search` takes the rarest words first and stops
-looking for further rows once the words that are left cannot lift one into the best k (MaxScore: Turtle and Flood, Query
-evaluation: strategies and optimizations, 1995). The result is the same.
+word in arrays as bm25s (https://github.com/xhluca/bm25s, method "lucene") keeps them, and bm25s can open them. bm25s
+itself does not build an index in less memory than its texts take, nor score given rows or shares of rare words, which
+the score threshold needs. Its search sums an array as long as the index for every question; `Sparse.search` takes the
+rarest words first and stops adding rows once the remaining words cannot lift one into the best k (MaxScore: Turtle and
+Flood, Query evaluation: strategies and optimizations, 1995). The result is the same.
 """
 
 import bisect
@@ -29,9 +30,9 @@ from openchatkit.retrieval.tokenization import content_words, tokenize
 
 K1, B = 1.2, 0.75
 _PIECE = 8192  # rows at a time
-_FEW = 64  # rows that a rare word may be in, in a small index; in a large one, a quarter of all
-_NAME = 4  # times that a word with digits in it outweighs another
-_MOST_WORDS = 64  # of a question: a pasted page is told from others by fewer
+_FEW = 64  # rows that may contain a rare word in a small index; in a large one, a quarter of all rows
+_NAME = 4  # weight of a word with digits, relative to others
+_MOST_WORDS = 64  # of a question: fewer are enough to find a pasted page
 _SCORE, _ROW, _START = np.dtype("<f4"), np.dtype("<i4"), np.dtype("<i8")
 _ENTRY = np.dtype([("word", "<i4"), ("row", "<i4"), ("count", "<i4")])
 _WORDS = pa.schema([("word", pa.large_string()), ("weight", pa.float32()), ("highest", pa.float32())])
@@ -39,7 +40,7 @@ _WORDS = pa.schema([("word", pa.large_string()), ("weight", pa.float32()), ("hig
 
 @dataclass(frozen=True)
 class SparsePaths:
-    """Where the files of a BM25 index are; see `formats.retrieval_index`."""
+    """Paths of the files of a BM25 index; see `formats.retrieval_index`."""
 
     scores: Path
     postings: Path
@@ -48,7 +49,7 @@ class SparsePaths:
 
 
 def build(texts: Iterable[str], paths: SparsePaths, *, rows: int, temporary: Path) -> SparseRecord:
-    """Write the index of so many texts; `temporary` is a file for use meanwhile, of 12 bytes a distinct word of a text.
+    """Write the index of `rows` texts; `temporary` is a file that takes 12 bytes for each distinct word of a text.
 
     Memory grows with the vocabulary, not with the texts.
     """
@@ -69,10 +70,10 @@ def build(texts: Iterable[str], paths: SparsePaths, *, rows: int, temporary: Pat
 def _count_words(
     texts: Iterable[str], numbers: dict[str, int], lengths: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Entries of a piece of texts and the number of its first; gives words numbers, notes lengths."""
+    """Yield the first number and the entries of each piece of texts; numbers the words and fills in the lengths."""
     texts = iter(texts)
     first = 0
-    # Words become numbers a text at a time: as strings, those of a piece would take ten times the room.
+    # Words become numbers one text at a time: as strings, those of a piece would take ten times the memory.
     while piece := [_number_words(text, numbers) for text in islice(texts, _PIECE)]:
         lengths[first : first + len(piece)] = sizes = [len(text) for text in piece]
         flat = np.concatenate(piece)
@@ -91,7 +92,7 @@ def _number_words(text: str, numbers: dict[str, int]) -> np.ndarray:
 def _arrange(
     temporary: Path, sizes: list[int], numbers: dict[str, int], lengths: np.ndarray, paths: SparsePaths
 ) -> SparseRecord:
-    """Sort the entries by word, then row, a piece at a time into its places; score them."""
+    """Sort the entries by word, then row, a piece at a time; score them."""
     rows, mean = len(lengths), max(float(lengths.mean()), 1e-9)
     vocabulary = sorted(numbers)
     ranks = np.empty(len(numbers), np.int64)
@@ -136,16 +137,16 @@ def _pieces(temporary: Path, sizes: list[int]) -> Iterator[np.ndarray]:
 
 
 def _create(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
-    """An array in a new file, to be filled by memory map.
+    """Create an array in a new file, to be filled by memory map.
 
-    Its room on the disk is taken here: where a map finds none left, the system ends the process.
+    Its disk space is allocated here: a map that finds none left ends the process.
     """
     with open(path, "wb") as file:
         header = {"descr": dtype.str, "fortran_order": False, "shape": (int(size),)}
         np.lib.format.write_array_header_1_0(file, header)
         file.flush()
         if not size:
-            return np.empty(0, dtype)  # which cannot be mapped
+            return np.empty(0, dtype)  # an empty file cannot be mapped
         begin, length = file.tell(), int(size) * dtype.itemsize
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), begin, length)
@@ -155,9 +156,9 @@ def _create(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
 
 
 class Sparse:
-    """A BM25 index by memory map; read by several threads at once, if need be.
+    """A BM25 index by memory map, safe to read from several threads.
 
-    UserError where a file is not of the kind and size that the record says.
+    UserError: a file is not of the kind and size that the record says.
     """
 
     def __init__(self, paths: SparsePaths, record: SparseRecord, rows: int) -> None:
@@ -171,27 +172,27 @@ class Sparse:
             if batch.schema != _WORDS or batch.num_rows != record.words:
                 raise ValueError(f"it holds {batch.num_rows:,} words, the manifest says {record.words:,}")
         except (ValueError, OSError) as error:
-            raise UserError(f"{paths.words} is no table of words: {error}; build the index again") from error
+            raise UserError(f"{paths.words} is not a table of words: {error}; build the index again") from error
         self._words, self._weights, self._highest = batch.columns
 
     def search(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k rows of the highest scores, fewer if fewer have a word in common: scores, row numbers, best first."""
+        """Return scores and numbers of the k best rows, best first; fewer if fewer have a word in common."""
         known = sorted(self._find_words(query), key=lambda word: -self._highest[word].as_py())
         above = [self._highest[word].as_py() for word in known]
         rows, scores = np.empty(0, np.int64), np.empty(0, _SCORE)
         for number, word in enumerate(known):
             left = sum(above[number:])
             enough = _kth(scores, k)
-            if enough >= left:  # a row that has none of the words before cannot be among the best
-                kept = scores + left >= enough
-                rows, scores = self._add_scores(word, rows[kept], scores[kept])
+            if enough >= left:  # a row without any of the previous words cannot be among the best
+                possible = scores + left >= enough
+                rows, scores = self._add_scores(word, rows[possible], scores[possible])
             else:
                 rows, scores = _merge(rows, scores, *self._entries(word))
         order = np.lexsort((rows, -scores))[:k] if len(rows) <= 4 * k else _best(rows, scores, k)
         return scores[order], rows[order]
 
     def scores(self, query: str, rows: np.ndarray) -> np.ndarray:
-        """The scores of these rows, 0 without a word in common: float32, one for each."""
+        """Return the scores of these rows, 0 without a word in common: float32 [n]."""
         order = np.argsort(rows, kind="stable")
         ranked, found = rows[order], np.zeros(len(rows), _SCORE)
         for word in self._find_words(query):
@@ -201,14 +202,14 @@ class Sparse:
         return result
 
     def shares(self, query: str, rows: np.ndarray) -> np.ndarray:
-        """How much of what a question is about each of these rows holds, by its rare words: float64 [n], 0 to 1.
+        """Return the share of what a question is about that each row contains, by its rare words: float64 [n], 0 to 1.
 
-        A rare word is no everyday one, and few rows hold it. Each of the question's words weighs as much as it is rare,
-        an everyday one nothing, one that no row holds as much as one that one row does, and a number or a code such as
-        `E4021` four times as much.
+        A rare word is not a stop word, and few rows contain it. Each word of the question has the weight of its rarity:
+        a stop word none, a word of no row as much as one of a single row, and a number or a code such as `E4021` four
+        times as much.
         """
         few = max(_FEW, self._rows // 4)
-        told, whole = np.zeros(len(rows)), 0.0
+        found, whole = np.zeros(len(rows)), 0.0
         numbers = {self._words[number].as_py(): number for number in self._find_words(query)}
         for word in content_words(query):
             number = numbers.get(word)
@@ -217,25 +218,25 @@ class Sparse:
             whole += weight
             if number is not None and len(postings := self._entries(number)[0]) <= few:
                 at = np.minimum(np.searchsorted(postings, rows), len(postings) - 1)
-                told += weight * (postings[at] == rows)
-        return told / max(whole, 1e-9)
+                found += weight * (postings[at] == rows)
+        return found / max(whole, 1e-9)
 
     def vocabulary(self) -> list[str]:
-        """All words, sorted: a word's number in the arrays is its place here."""
+        """Return all words, sorted: the number of a word in the arrays is its place here."""
         return self._words.to_pylist()
 
     def close(self) -> None:
-        """Give the map of the words back; those of the arrays go with the last reference."""
+        """Close the map of the words; those of the arrays close with the last reference."""
         self._words = self._weights = self._highest = None
         self._file.close()
 
     @property
     def rarest(self) -> float:
-        """The weight of a word that is in one row, which no score for a single word reaches."""
+        """Weight of a word that is in one row; no score for a single word reaches it."""
         return math.log(1 + (self._rows - 0.5) / 1.5)
 
     def _find_words(self, query: str) -> list[int]:
-        """The numbers of a question's words that are in the index; of a long one's, the 64 of most weight."""
+        """Return the numbers of the words of a question that are in the index; of a long one, the 64 of most weight."""
         known = []
         for word in dict.fromkeys(tokenize(query)):
             number = bisect.bisect_left(range(len(self._words)), word, key=lambda at: self._words[at].as_py())
@@ -248,7 +249,7 @@ class Sparse:
         return self._postings[first:end], self._scores[first:end]
 
     def _add_scores(self, word: int, rows: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ascending rows, and their scores with those for a word."""
+        """Add the scores for a word to those of ascending rows."""
         postings, values = self._entries(word)
         at = np.minimum(np.searchsorted(postings, rows), len(postings) - 1)
         return rows, scores + np.where(postings[at] == rows, values[at], np.float32(0))
@@ -267,7 +268,7 @@ def _open(path: Path, dtype: np.dtype, size: int) -> np.ndarray:
 
 
 def _kth(scores: np.ndarray, k: int) -> float:
-    """The k-th highest score; below any where there are fewer."""
+    """Return the k-th highest score; -1 if there are fewer."""
     return float(np.partition(scores, len(scores) - k)[len(scores) - k]) if len(scores) >= k else -1.0
 
 
@@ -277,7 +278,7 @@ def _best(rows: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _merge(rows: np.ndarray, scores: np.ndarray, more: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two ascending lists of rows as one, the scores of rows in both added."""
+    """Merge two ascending lists of rows; the scores of rows in both are added."""
     if not len(rows):
         return more.astype(np.int64), values.astype(_SCORE)
     every = np.concatenate([rows, more])

@@ -1,7 +1,7 @@
 """The table of passages: an Arrow IPC file of equal blocks, read by memory map (`blocks`).
 
-A row's number is its id. Rows of one document stand together and in order, so a passage's neighbours are the rows
-beside it that have its document's number.
+The number of a row is its id. Rows of one document are adjacent and in order, so the neighbours of a passage are the
+adjacent rows with the number of its document.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,8 +31,8 @@ _SCHEMA = pa.schema(
 class PassageRow:
     """A passage as it is stored.
 
-    `digest` names what its vector was made from, so that it need not be made again; `document` is the number of its
-    document, any number that its neighbours in the table do not have, and `position` its place in that, ascending.
+    `digest` is of the text that was embedded, so that its vector can be reused; `document` is the number of its
+    document, different from those of adjacent documents, and `position` its ascending place in that.
     """
 
     text: str
@@ -45,7 +45,7 @@ class PassageRow:
 
 
 def write(path: Path, rows: Iterable[PassageRow]) -> int:
-    """Write rows as they come, a block in memory at a time; how many."""
+    """Write rows, one block in memory at a time; return their number."""
     count = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         for block in _blocks(rows):
@@ -57,7 +57,7 @@ def write(path: Path, rows: Iterable[PassageRow]) -> int:
 
 
 class Table:
-    """Rows by number. Opening reads the footer alone; UserError where the file is no such table of so many rows."""
+    """Rows by number. Opening reads only the footer; UserError: the file is not such a table of `rows` rows."""
 
     def __init__(self, path: Path, rows: int) -> None:
         self._blocks = blocks.Blocks(path, rows, _SCHEMA, what="table of passages", advice="build the index again")
@@ -66,18 +66,18 @@ class Table:
         return self._blocks.rows
 
     def row(self, number: int) -> PassageRow:
-        """The row of a number."""
+        """Return the row of a number."""
         assert 0 <= number < len(self), (number, len(self))
         block, at = self._blocks.block(number // blocks.BLOCK), number % blocks.BLOCK
         return PassageRow(*(block.column(name)[at].as_py() for name in _SCHEMA.names))
 
     def passage(self, number: int, score: float = 0.0) -> Passage:
-        """The passage of a number."""
+        """Return the passage of a number."""
         row = self.row(number)
         return Passage(row.text, row.title, row.source, row.place, score, number)
 
     def rows(self, first: int = 0, end: int | None = None) -> Iterator[PassageRow]:
-        """The rows from `first` until before `end`, in order, a block in memory at a time."""
+        """Yield the rows from `first` up to `end`, exclusive, one block in memory at a time."""
         end = len(self) if end is None else end
         while first < end:
             block, at = self._blocks.block(first // blocks.BLOCK), first % blocks.BLOCK
@@ -87,23 +87,23 @@ class Table:
             first += size
 
     def texts(self) -> Iterator[str]:
-        """What the words of every row are taken from, in order: its title and its text."""
+        """Yield title and text of every row in order, from which its words are taken."""
         for number in range(len(self._blocks)):
             block = self._blocks.block(number)
             titles, texts = block.column("title").to_pylist(), block.column("text").to_pylist()
             yield from (f"{title}\n{text}" for title, text in zip(titles, texts, strict=True))
 
     def digests(self) -> Iterator[bytes]:
-        """The digest of every row, in order."""
+        """Yield the digest of every row in order."""
         for number in range(len(self._blocks)):
             yield from self._blocks.block(number).column("digest").to_pylist()
 
     def neighbours(self, number: int, width: int) -> range:
-        """The rows within `width` of one that are of the same document, itself among them."""
-        return self._blocks.alike("document", number, width)
+        """Return the rows of the same document around `number`, itself included, at most `width` on each side."""
+        return self._blocks.equal_neighbours("document", number, width)
 
     def close(self) -> None:
-        """Give the map back."""
+        """Close the map."""
         self._blocks.close()
 
     def __enter__(self) -> "Table":

@@ -1,11 +1,14 @@
-"""What counts as a word for BM25: the same in an index and in a question.
+"""Words for BM25, the same in an index and in a question, and which of them say what a text is about.
 
-Text is taken as NFKC, cut at what is no letter or digit, and case-folded. A word in camel case counts whole and in its
-parts, so that `getObject` is found by "get object" and `GitHub` by "github". Of plurals, the singular counts, but not
-within a name such as `json.dumps`, where an ending tells one thing from another. Of scripts that part no words, such as
-Chinese, Japanese and Thai, and of Korean, whose particles are written on to a word, pairs of characters count, a letter
-with its marks as one. The points of Arabic and Hebrew, which few write, are passed over, and English words that say
-nothing about a subject are left out.
+Text is normalized to NFKC, split at everything but letters and digits, and case-folded. A word in camel case counts
+whole and in its parts, so that `getObject` is found by "get object" and `GitHub` by "github". Plurals count as their
+singular, except within a name such as `json.dumps`, where an ending tells one thing from another. In scripts without
+spaces between words, such as Chinese, Japanese and Thai, and in Korean, whose particles are attached to words, pairs of
+characters count, a letter with its marks as one. The points of Arabic and Hebrew, which few write, are ignored, and
+English function words are dropped.
+
+Stop words stay in the index, but a passage is not found by them alone: the commonest words of English and its small
+talk, greetings in other languages and, where terms are pairs of characters, pairs with a character of grammar.
 """
 
 import functools
@@ -18,16 +21,16 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-# Korean parts words, but writes particles and endings on to them.
+# Korean separates words, but attaches particles and endings to them.
 HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3"
 PAIRED = _UNSPACED + HANGUL
-# Vowels and tones that a letter carries, from Hebrew to Khmer: no letters to `re`, but parts of words.
+# Vowels and tones on a letter, from Hebrew to Khmer: not letters to `re`, but parts of words.
 MARKS = "".join(chr(code) for code in range(0x300, 0x1800) if unicodedata.category(chr(code)).startswith("M"))
 _TOKENS = re.compile(rf"[{PAIRED}]|[^\W{PAIRED}]+|[^\w\s]")
-_PAIRED_ONE = re.compile(f"[{PAIRED}]")
-_LETTERS = 3  # of other scripts than the Latin one, that make about one token
-LONGEST = 64  # characters; what is longer is no word: an encoded file, say
-# Letters and digits; those of the first group are part of a name: joined to others by a point, a colon or a low line.
+_UNSPACED_CHARACTER = re.compile(f"[{PAIRED}]")
+_LETTERS = 3  # of scripts other than Latin, that make about one token
+LONGEST = 64  # characters; anything longer is not a word but, say, an encoded file
+# Letters and digits; the first group is part of a name: joined to others by a dot, a colon or an underscore.
 _RUN = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
 _RUNS = re.compile(rf"((?<=[\w.:][._:]){_RUN}|{_RUN}(?=[._:]+[^\W_]))|{_RUN}")
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -35,12 +38,12 @@ _PAIRED = re.compile(f"([{PAIRED}][{PAIRED}{MARKS}]*)")
 _LETTER = re.compile(f".[{MARKS}]*")
 _SYLLABLES = re.compile(f"[{HANGUL}]{{2}}")
 _POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670]")
-_EMPTY_WORDS = """
+_FUNCTION_WORDS = """
 a about am an and are as at be been but by can could d did do does for from had has have he her his how i if in into is
 it its ll m me my no not of on or our re s she should so such t than that the their them then there these they this to
 too us ve very was we were what when where which who why will with would you your
 """
-_EMPTY = frozenset(_EMPTY_WORDS.split())
+_DROPPED = frozenset(_FUNCTION_WORDS.split())
 _ENGLISH = """
 ability able above accept accord account across act action active actual actually add afraid after afternoon again
 against age ago agree ahead ain air alive all allow almost alone along already alright also although always amazing
@@ -127,22 +130,23 @@ _ENDING = re.compile(r"(.{3,}?)(ing|ed|ly)")
 
 
 def tokenize(text: str) -> list[str]:
-    """The words of a text in order, repeated ones too."""
+    """Return the words of a text in order, with repetitions."""
     return [word for word, _ in _terms(text)]
 
 
 def _terms(text: str) -> Iterator[tuple[str, bool]]:
-    """The words of a text in order, repeated ones too, each with whether it is part of a name such as `json.dumps`."""
-    for match in _RUNS.finditer(_normal(text)):
+    """Yield the words of a text in order, each with whether it is part of a name such as `json.dumps`."""
+    for match in _RUNS.finditer(_normalize(text)):
         run, in_name = match[0], match[1] is not None
-        for word in _of_ascii(run, in_name) if run.isascii() else _of_other(run):
+        for word in _split_ascii(run, in_name) if run.isascii() else _split_other(run):
             yield word, in_name
 
 
 def strip_plural(word: str) -> str:
-    """A lower-case word without the ending of an English plural: the S stemmer of Harman, How effective is suffixing?
+    """Strip the ending of an English plural from a lower-case word.
 
-    (JASIS 42, 1991). Words of up to three letters stay, since many are abbreviations.
+    This is the S stemmer of Harman, How effective is suffixing? (JASIS 42, 1991). Words of
+    up to three letters stay, since many are abbreviations.
     """
     if len(word) <= 3 or not word.endswith("s") or word.endswith(("us", "ss")):
         return word
@@ -152,39 +156,41 @@ def strip_plural(word: str) -> str:
 
 
 def is_named_in(title: str, question: str) -> bool:
-    """Whether a question holds a title whole, in its own case, and not as a part of a longer name."""
+    """Whether a question contains the whole title, in its own case and not as part of a longer name."""
     return bool(title) and re.search(rf"(?<![\w.]){re.escape(title)}(?!\.?\w)", question) is not None
 
 
 def count_unspaced(text: str) -> int:
-    """How many characters of a text are of scripts whose words cannot be told apart by spaces."""
-    return 0 if text.isascii() else len(_PAIRED_ONE.findall(text))
+    """Count the characters of a text that belong to scripts without spaces between words."""
+    return 0 if text.isascii() else len(_UNSPACED_CHARACTER.findall(text))
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens a tokenizer makes of a text: one of an English word, a mark or a Chinese character."""
+    """Estimate the tokens of a text: one for an English word, a mark or a Chinese character."""
     found = _TOKENS.findall(text)
     return len(found) if text.isascii() else sum(1 if run.isascii() else -(-len(run) // _LETTERS) for run in found)
 
 
 def content_words(text: str) -> list[str]:
-    """The words of a text that tell what it is about, each once; all of a name such as `json.load`."""
+    """Return the words that say what a text is about, each once; all of a name such as `json.load`."""
     return list(dict.fromkeys(word for word, in_name in _terms(text) if in_name or not is_stop_word(word)))
 
 
 def is_stop_word(term: str) -> bool:
-    """Whether a term of `words` tells too little of a subject for a passage to be found by it alone."""
+    """Whether a term of `tokenize` says too little for a passage to be found by it alone."""
     if not term.isascii():
-        return term in _listed() or _GRAMMAR.search(term) is not None
-    if len(term) < 2 or term in _listed() or _NUMBER.fullmatch(term):
+        return term in _stop_words() or _GRAMMAR.search(term) is not None
+    if len(term) < 2 or term in _stop_words() or _NUMBER.fullmatch(term):
         return True
     ending = _ENDING.fullmatch(term)
-    return ending is not None and not _listed().isdisjoint((stem := ending[1], f"{stem}e", stem[:-1], f"{stem[:-1]}y"))
+    return ending is not None and not _stop_words().isdisjoint(
+        (stem := ending[1], f"{stem}e", stem[:-1], f"{stem[:-1]}y")
+    )
 
 
-def _of_ascii(run: str, in_name: bool) -> list[str]:
+def _split_ascii(run: str, in_name: bool) -> list[str]:
     word = run.lower()
-    if word in _EMPTY or len(word) > LONGEST:
+    if word in _DROPPED or len(word) > LONGEST:
         return []
     parts = [] if word == run or run[1:] == word[1:] or run.isupper() else _HUMPS.split(run)
     if len(parts) > 1:
@@ -192,7 +198,7 @@ def _of_ascii(run: str, in_name: bool) -> list[str]:
     return [word if in_name else strip_plural(word)]
 
 
-def _of_other(run: str) -> list[str]:
+def _split_other(run: str) -> list[str]:
     found = []
     for piece in _PAIRED.split(run):
         if _PAIRED.fullmatch(piece):
@@ -202,13 +208,13 @@ def _of_other(run: str) -> list[str]:
                 found.append(piece[0])  # a word of one syllable, and its particle
         elif piece and len(piece) <= LONGEST:
             found.append(piece.casefold())
-    return [word for word in found if word not in _EMPTY]
+    return [word for word in found if word not in _DROPPED]
 
 
-def _normal(text: str) -> str:
+def _normalize(text: str) -> str:
     return text if text.isascii() else _POINTS.sub("", unicodedata.normalize("NFKC", text))
 
 
 @functools.cache
-def _listed() -> frozenset[str]:
+def _stop_words() -> frozenset[str]:
     return frozenset(tokenize(f"{_ENGLISH} {_GREETINGS}"))

@@ -1,6 +1,6 @@
-"""The vectors of an index as they are kept: float16, a row a passage, one file read by memory map.
+"""The stored vectors of an index: float16, one row a passage, one file read by memory map.
 
-From these everything else about vectors can be made again: the faiss index, and the exact order of its candidates.
+The faiss index, and the exact order of its candidates, are computed from these.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,10 +16,10 @@ _PIECE = 1 << 14  # rows converted at a time
 
 
 def write(path: Path, parts: Iterable[np.ndarray], *, rows: int, dimension: int, metric: str) -> None:
-    """Write parts [any, dimension] of floats one after another; for `cosine`, each row at length 1.
+    """Write parts [any, dimension] of floats one after another; for `cosine`, each row is scaled to length 1.
 
-    UserError where a part has another dimension, a number that is not finite (or too large for float16) or, for
-    `cosine`, a row of zeros; where there are not `rows` rows.
+    UserError: a part has another dimension, a number that is not finite (or too large for float16) or, for `cosine`, a
+    row of zeros; there are not `rows` rows.
     """
     done = 0
     with open(path, "wb") as file:
@@ -34,8 +34,10 @@ def write(path: Path, parts: Iterable[np.ndarray], *, rows: int, dimension: int,
 
 
 def prepare(part: np.ndarray, dimension: int, metric: str, *, first: int = 0) -> np.ndarray:
-    """Vectors [n, dimension] as they are compared: float32, checked, at length 1 for `cosine`; `first` is the number
-    of the first, for messages."""
+    """Return vectors [n, dimension] as they are compared: float32, checked, at length 1 for `cosine`.
+
+    `first` is the number of the first vector, for messages.
+    """
     part = np.asarray(part, dtype=np.float32)
     if part.ndim != 2 or part.shape[1] != dimension:
         raise UserError(f"vectors have the shape {part.shape}, the index has {dimension} numbers a vector")
@@ -55,7 +57,7 @@ def prepare(part: np.ndarray, dimension: int, metric: str, *, first: int = 0) ->
 
 
 def open_array(path: Path, *, rows: int, dimension: int) -> np.ndarray:
-    """float16 [rows, dimension], read-only, by memory map; UserError where the file is none of that kind."""
+    """Open float16 [rows, dimension], read-only, by memory map; UserError: the file is of another kind."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -69,21 +71,21 @@ def open_array(path: Path, *, rows: int, dimension: int) -> np.ndarray:
 
 
 def split_rows(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The rows of parts, at most 16,384 at a time, so that memory does not grow with a part that is a memory map."""
+    """Yield the rows of parts, at most 16,384 at a time, so that memory does not grow with a memory map."""
     for part in parts:
         for first in range(0, len(part), _PIECE):
             yield part[first : first + _PIECE]
 
 
 def inner_products(vectors: np.ndarray, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The inner product of a query float32 [d] with these rows: float32, one for each."""
+    """Return the inner products of a query float32 [d] with these rows: float32 [n]."""
     return vectors[rows].astype(np.float32) @ query
 
 
 def search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of greatest inner product for each query float32 [n, d]: scores [n, k], row numbers [n, k].
+    """Return the k rows of greatest inner product for each query float32 [n, d]: scores [n, k], row numbers [n, k].
 
-    All rows are looked at, and `k` is at most their number. What searching is measured against.
+    Compares all rows; `k` is at most their number. Approximate search is measured against this.
     """
     assert k <= len(vectors), (k, len(vectors))
     best = np.full((len(queries), 0), 0, np.float32)
@@ -93,13 +95,13 @@ def search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np
         best = np.concatenate([best, products], axis=1)
         here = np.arange(first, first + products.shape[1])
         rows = np.concatenate([rows, np.broadcast_to(here, products.shape)], axis=1)
-        order = np.argsort(-best, axis=1, kind="stable")[:, :k] if len(here) <= k else _top(best, k)
+        order = np.argsort(-best, axis=1, kind="stable")[:, :k] if len(here) <= k else _top_columns(best, k)
         best, rows = np.take_along_axis(best, order, axis=1), np.take_along_axis(rows, order, axis=1)
     return best, rows
 
 
-def _top(values: np.ndarray, k: int) -> np.ndarray:
-    """Columns of the k greatest values of each line, the greatest first."""
+def _top_columns(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the columns of the k greatest values of each row, the greatest first."""
     some = np.argpartition(-values, k - 1, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
     return np.take_along_axis(some, order, axis=1)

@@ -1,4 +1,4 @@
-"""The table of passages: rows back as they were, neighbours of one document, and what is no table."""
+"""The table of passages: rows back as they were, neighbours of one document, and files that are not a table."""
 
 import re
 
@@ -52,7 +52,7 @@ def test_what_is_no_table_of_so_many_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match="it holds 5 rows, the manifest says 6"):
         Table(path, 6)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match=f"{re.escape(str(path))} is no table of passages"):
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} is not a table of passages"):
         Table(path, 5)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema([("a", pa.int8())])):
         pass

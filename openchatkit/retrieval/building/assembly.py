@@ -1,7 +1,7 @@
-"""A plan -> the next snapshot of an index: passages are staged, what has no vector yet is embedded, all is written.
+"""A plan -> the next snapshot of an index: passages are staged, those without a vector embedded, everything is written.
 
-The work lies in the index's partial folder until the new manifest is in place. The first process reads, plans and
-writes; all of them embed, each its part of the texts.
+Intermediate files are in the partial folder of the index until the new manifest is in place. The first process reads,
+plans and writes; all processes embed, each its part of the texts.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from openchatkit.retrieval.table import PassageRow, Table
 from openchatkit.storage import storage_errors
 
 _WINDOW = 1 << 14  # texts that are sorted by length together
-_SLICE = 512  # texts that are embedded between two writes: what a kill loses
+_SLICE = 512  # texts embedded between two writes: a kill loses at most these
 _BLOCK = 1 << 14  # vectors copied at a time
 _TABLE, _MISSING = "staged.arrow", "missing.npy"
 _ALONE = Ranks()
@@ -41,7 +41,7 @@ _ADVICE = "what has been embedded is kept"
 
 @dataclass(frozen=True)
 class _SourceRows:
-    """Rows of a source in one of the two tables, the present one or the staged one."""
+    """Rows of a source in one of the two tables, the current one or the staged one."""
 
     source: SourceRecord
     table: Table
@@ -50,7 +50,7 @@ class _SourceRows:
 
 @dataclass(frozen=True)
 class _Staged:
-    """All sources of the next snapshot; `missing` are the rows of `table`, the staged one, that have no vector."""
+    """All sources of the next snapshot; `missing` are the rows of the staged `table` that have no vector."""
 
     table: Table
     runs: list[_SourceRows]
@@ -61,7 +61,7 @@ class _Staged:
 
 @dataclass(frozen=True)
 class _EmbeddingWork:
-    """How many rows the staged table has, how many of them are to be embedded, and by what."""
+    """The number of rows of the staged table, how many of them to embed, and the encoder."""
 
     rows: int
     missing: int
@@ -77,11 +77,11 @@ def carry_out(
     ranks: Ranks = _ALONE,
     replace: bool = False,
 ) -> IndexRecord | None:
-    """Make the snapshot that `make_plan` asks for; the index's record, None in all processes but the first.
+    """Write the snapshot that `make_plan` describes; return the record of the index, None except in the first process.
 
-    `make_plan` is asked while no other command changes the index. With `replace`, the index need not be there, and one that
-    is damaged is taken for none. UserError: what `make_plan` raises, no text at all, a vector that is not finite, a full
-    disk, a folder that is something else.
+    `make_plan` is called while no other command changes the index. With `replace`, the index may be missing or damaged.
+    UserError: what `make_plan` raises, no text at all, a vector that is not finite, a full disk, a folder of something
+    else.
     """
     with storage_errors(folder, _ADVICE, every=True):
         if not ranks.first:
@@ -100,7 +100,7 @@ def carry_out(
         finally:
             if empty and not vector_cache.holds_any(layout.partial_folder(folder)):
                 shutil.rmtree(layout.partial_folder(folder), ignore_errors=True)
-                with contextlib.suppress(OSError):  # an index is in it
+                with contextlib.suppress(OSError):  # it holds an index
                     folder.rmdir()
 
 
@@ -116,52 +116,56 @@ def _lead(
         error = wanted = staged = work = None
         try:
             wanted = make_plan(present)
-            if wanted.fresh or present is None or len(wanted.kept) != present.record.sources:
+            if wanted.new or present is None or len(wanted.unchanged) != present.record.sources:
                 staged = _stage(partial, wanted, present, stack)
             if staged is not None and len(staged.missing):
+                assert wanted.encoder is not None, folder
+                assert staged.encoder is not None, folder
                 work = _EmbeddingWork(
                     len(staged.table), len(staged.missing), wanted.encoder.name, staged.encoder.max_tokens
                 )
         except UserError as failure:
             error = failure
         ranks.agree(error)
+        assert wanted is not None, folder
         _embed(partial, wanted.encoder, device, ranks, work)
-        record = (
-            _write(folder, wanted, staged, present)
-            if staged is not None
-            else _rewrite_if_changed(folder, wanted, present.record)
-        )
+        if staged is not None:
+            record = _write(folder, wanted, staged, present)
+        else:
+            assert present is not None, folder
+            record = _rewrite_if_changed(folder, wanted, present.record)
     shutil.rmtree(partial, ignore_errors=True)
     return record
 
 
 def _rewrite_if_changed(folder: Path, wanted: BuildPlan, record: IndexRecord) -> IndexRecord:
-    """The index with the passages that it has: as it is, unless something else is to be said of them or of files."""
+    """Keep the passages of the index; write a snapshot only if the records of files or settings have changed."""
     logger.info(f"{folder}: nothing has changed, {record.rows:,} passages")
-    sources = sorted(wanted.kept, key=lambda source: source.source)
-    said = layout.read_sources(folder, record), layout.read_skipped(folder, record), record.chunking
-    if said == (sources, wanted.left_out, wanted.about):
+    sources = sorted(wanted.unchanged, key=lambda source: source.source)
+    before = layout.read_sources(folder, record), layout.read_skipped(folder, record), record.chunking
+    if before == (sources, wanted.excluded, wanted.about):
         return record
-    return snapshot.rewrite_sources(folder, sources=sources, skipped=wanted.left_out, chunking=wanted.about)
+    return snapshot.rewrite_sources(folder, sources=sources, skipped=wanted.excluded, chunking=wanted.about)
 
 
 def _stage(
     partial: Path, wanted: BuildPlan, present: CurrentSnapshot | None, stack: contextlib.ExitStack
 ) -> _Staged | None:
-    """Read what is fresh into a table of its own, and list the rows of it that have no vector yet.
+    """Read the new sources into a table of their own, and list its rows that have no vector yet.
 
-    None where the index holds all that there is to be held.
+    None if the index needs no change of passages.
     """
     described = None
     if wanted.encoder is not None:
         described = present.record.encoder if present is not None else wanted.encoder.record()
+        assert described is not None, partial
         vector_cache.start(partial, described)
     partial.mkdir(parents=True, exist_ok=True)
     records: list[SourceRecord] = []
     count = table.write(partial / _TABLE, plan.read_all(wanted, records))
-    if not records and not wanted.kept:
+    if not records and not wanted.unchanged:
         raise UserError(_explain_nothing(wanted))
-    if not records and present is not None and len(wanted.kept) == present.record.sources:
+    if not records and present is not None and len(wanted.unchanged) == present.record.sources:
         return None
     staged = stack.enter_context(Table(partial / _TABLE, count))
     digests = vector_cache.as_keys(staged.digests(), count)
@@ -169,12 +173,12 @@ def _stage(
     known = KnownVectors(described.dimension) if described is not None else None
     if present is not None:
         before = vector_cache.as_keys(present.table.digests(), present.record.rows)
-        runs += [_SourceRows(record, present.table, before) for record in wanted.kept]
-        if known is not None:
+        runs += [_SourceRows(record, present.table, before) for record in wanted.unchanged]
+        if known is not None and present.vectors is not None:
             known.add(before, present.vectors)
     runs.sort(key=lambda run: run.source.source)
     missing = np.empty(0, np.int64)
-    if known is not None:
+    if known is not None and described is not None and wanted.encoder is not None:
         for part in vector_cache.read_parts(partial, described.dimension):
             known.add(*part)
         missing = _find_missing(digests, records, known)
@@ -185,16 +189,16 @@ def _stage(
 
 
 def _explain_nothing(wanted: BuildPlan) -> str:
-    """Why there is nothing to make an index of."""
-    left_out = wanted.left_out
-    if not left_out:
+    """Return the message about why there is nothing to index."""
+    excluded = wanted.excluded
+    if not excluded:
         return f"no file to read there: expected files of these kinds: {', '.join(reader.READABLE)}, or code"
-    some = "; ".join(f"{each.source} ({each.reason})" for each in left_out[:3])
-    return f"no text to make an index of; {len(left_out):,} files and folders were left out: {some}"
+    some = "; ".join(f"{each.source} ({each.reason})" for each in excluded[:3])
+    return f"no text to make an index of; {len(excluded):,} files and folders were left out: {some}"
 
 
 def _find_missing(digests: np.ndarray, records: list[SourceRecord], known: KnownVectors) -> np.ndarray:
-    """The first row of each text that has no vector; rows of no source are those of files that cannot be read."""
+    """Return the first row of each text without a vector; rows without a source are from unreadable files."""
     wanted = np.zeros(len(digests), bool)
     for record in records:
         wanted[record.first : record.first + record.rows] = True
@@ -204,7 +208,7 @@ def _find_missing(digests: np.ndarray, records: list[SourceRecord], known: Known
 
 
 def _embed(partial: Path, encoder: Encoder | None, device: str, ranks: Ranks, work: _EmbeddingWork | None) -> None:
-    """Embed this process's part of the missing texts; return when all processes have done theirs."""
+    """Embed the share of this process in the missing texts; return when all processes are done."""
     work = ranks.share(work)
     if work is None:
         return
@@ -235,7 +239,7 @@ def _embed_rows(
 ) -> None:
     for first in range(0, len(missing), _WINDOW):
         window = [rows.row(number) for number in missing[first : first + _WINDOW].tolist()]
-        # Those of about one length go through the network together, so that little is computed for padding.
+        # Texts of similar length are batched, so that little is computed for padding.
         window.sort(key=lambda row: -len(row.text))
         for start in range(0, len(window), _SLICE):
             some = window[start : start + _SLICE]
@@ -254,25 +258,25 @@ def _write(folder: Path, wanted: BuildPlan, staged: _Staged, present: CurrentSna
         sources.append(dataclasses.replace(run.source, first=first))
         first += run.source.rows
     known = staged.known
-    if known is not None:
+    if known is not None and staged.encoder is not None:
         for part in vector_cache.read_parts(layout.partial_folder(folder), staged.encoder.dimension):
             known.add(*part)
-    asked = present.record.score_threshold if present is not None else None
-    if known is not None and (asked is None or len(staged.missing)):
-        asked = ranking.measure_threshold(wanted.encoder, known.take(_locate(staged.runs, known, sampled=True)))
+    threshold = present.record.score_threshold if present is not None else None
+    if known is not None and wanted.encoder is not None and (threshold is None or len(staged.missing)):
+        threshold = ranking.measure_threshold(wanted.encoder, known.take(_locate(staged.runs, known, sampled=True)))
     return snapshot.write_snapshot(
         folder,
-        rows=_rows(staged.runs),
-        vectors=None if known is None else _vectors(staged.runs, known),
+        rows=_read_rows(staged.runs),
+        vectors=None if known is None else _read_vectors(staged.runs, known),
         encoder=staged.encoder,
-        score_threshold=asked,
+        score_threshold=threshold,
         sources=sources,
-        skipped=wanted.left_out,
+        skipped=wanted.excluded,
         chunking=wanted.about,
     )
 
 
-def _rows(runs: list[_SourceRows]) -> Iterator[PassageRow]:
+def _read_rows(runs: list[_SourceRows]) -> Iterator[PassageRow]:
     document = 0
     with progress.bar(sum(run.source.rows for run in runs), "passages written", unit="passage") as bar:
         for run in runs:
@@ -283,14 +287,14 @@ def _rows(runs: list[_SourceRows]) -> Iterator[PassageRow]:
             bar.update(run.source.rows)
 
 
-def _vectors(runs: list[_SourceRows], known: KnownVectors) -> Iterator[np.ndarray]:
+def _read_vectors(runs: list[_SourceRows], known: KnownVectors) -> Iterator[np.ndarray]:
     rows = _locate(runs, known)
     for first in range(0, len(rows), _BLOCK):
         yield known.take(rows[first : first + _BLOCK])
 
 
 def _locate(runs: list[_SourceRows], known: KnownVectors, *, sampled: bool = False) -> np.ndarray:
-    """The row among the known vectors of each passage of all sources, or of those that a floor is measured with."""
+    """Return the row of the known vectors for each passage, or for those that the score threshold is measured with."""
     digests = [run.digests[run.source.first : run.source.first + run.source.rows] for run in runs]
     wanted = np.concatenate(digests)
     return known.locate(wanted[ranking.sample_rows(len(wanted))] if sampled else wanted)

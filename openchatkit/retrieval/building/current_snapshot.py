@@ -1,4 +1,4 @@
-"""The snapshot that an index has, opened for the next to be made of it."""
+"""The current snapshot of an index, opened for making the next one."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from openchatkit.retrieval.table import Table
 
 @dataclass
 class CurrentSnapshot:
-    """The snapshot that an index has, open."""
+    """The open table and vectors of the current snapshot."""
 
     record: IndexRecord
     table: Table
@@ -26,7 +26,7 @@ class CurrentSnapshot:
 
 @contextlib.contextmanager
 def open_current(folder: Path) -> Iterator[CurrentSnapshot | None]:
-    """The present snapshot, None where there is none; DamagedError where its files are not what they should be."""
+    """Open the current snapshot, None without an index; DamagedError: its files do not match the manifest."""
     if not layout.exists(folder):
         yield None
         return
@@ -44,11 +44,11 @@ def open_current(folder: Path) -> Iterator[CurrentSnapshot | None]:
 
 
 def clear_if_damaged(folder: Path) -> None:
-    """Take away the manifest of an index that cannot be read: what it named is of no use."""
+    """Remove the manifest of an index that cannot be read: its files are useless."""
     if not layout.exists(folder):
         return
     try:
         layout.check_files(folder, *layout.read(folder))
     except DamagedError as error:
-        logger.info(f"{error}: made anew")
+        logger.info(f"{error}: built again")
         (folder / layout.MANIFEST).unlink()

@@ -1,8 +1,8 @@
-"""Making an index from files and keeping it in step with them: `build`, `add`, `update`, `delete`.
+"""Making an index from files and keeping it up to date with them: `build`, `add`, `update`, `delete`.
 
-Each ends in a new snapshot of the index, or changes nothing. What was embedded is never embedded again: neither what
-the index holds, nor what a run that was stopped has made. Not in here: how files are read (`reading`), where texts are
-cut (`chunks`), and how an index is laid out (`snapshot`).
+Each writes a new snapshot of the index, or changes nothing. Nothing is embedded twice: neither passages of the index
+nor those that a stopped run has embedded. How files are read is in `reading`, where texts are cut in `chunks`, and how
+an index is written in `snapshot`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from openchatkit.retrieval.tokenization import estimate_tokens
 __all__ = ["DEFAULT_ENCODER", "NO_ENCODER", "Ranks", "Settings", "add", "build", "build_rows", "delete", "update"]
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-NO_ENCODER = "none"  # in place of an encoder's name: the index is searched by words alone
+NO_ENCODER = "none"  # instead of the name of an encoder: the index is searched by words alone
 _SPECIAL = 2  # tokens that an encoder puts around a text
 _ALONE = Ranks()
 
@@ -40,11 +40,11 @@ def build(
     settings: Mapping[str, Any] | None = None,
     ranks: Ranks = _ALONE,
 ) -> IndexRecord | None:
-    """Make the index `folder` hold what is read from `paths`, and nothing else; its record (None but in process 0).
+    """Make the index `folder` of `paths` and nothing else; return its record (None except in process 0).
 
-    `settings` are those of `Settings` that are not to have their defaults. An index that is there keeps what has not
-    changed; UserError where it was made with another `encoder` or other `settings` than are given. UserError also where
-    there is nothing to read, or where `folder` is something else. An index that is damaged is made anew.
+    `settings` overrides defaults of `Settings`. An existing index keeps what has not changed; a damaged one is made
+    again. UserError: the index was made with another `encoder` or other `settings` than are given, there is nothing to
+    read, or `folder` is something else.
     """
     roots = _resolve(paths)
 
@@ -57,32 +57,32 @@ def build(
 
 
 def add(paths: Sequence[Path], folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> IndexRecord | None:
-    """Read `paths` into an index beside what it holds; of what it holds already, only what has changed."""
+    """Add `paths` to an index; files that it already has are read only if they have changed."""
     layout.read(folder)
-    new = _resolve(paths)
+    added = _resolve(paths)
 
     def make_plan(present: CurrentSnapshot | None) -> BuildPlan:
         tools = _choose_tools(folder, None, device, {})
         before = _read_contents(folder, present)
-        files, skipped = _find(new, folder, tools.settings)
+        files, skipped = _find(added, folder, tools.settings)
         names = {str(file) for file in files}
         here = [source for source in before.sources if source.source in names]
         others = [source for source in before.sources if source.source not in names]
-        kept, fresh, unread = plan.compare(files, here, tools.settings, tools.count)
-        noted = [each for each in before.skipped if each.source not in names and not _is_within(each.source, new)]
-        roots = sorted({*before.roots, *new})
-        left_out = [name for name in before.left_out if not _is_within(name, new)]
-        about = _about(tools.settings, roots, left_out)
-        old_notes = _notes_of(kept, before.skipped)
-        return BuildPlan(tools.encoder, [*others, *kept], fresh, [*noted, *old_notes, *skipped, *unread], about)
+        unchanged, new, unread = plan.compare(files, here, tools.settings, tools.count)
+        noted = [each for each in before.skipped if each.source not in names and not _is_within(each.source, added)]
+        roots = sorted({*before.roots, *added})
+        excluded = [name for name in before.excluded if not _is_within(name, added)]
+        about = _about(tools.settings, roots, excluded)
+        old_notes = _select_notes(unchanged, before.skipped)
+        return BuildPlan(tools.encoder, [*others, *unchanged], new, [*noted, *old_notes, *skipped, *unread], about)
 
     return carry_out(folder, make_plan, device=device, ranks=ranks)
 
 
 def update(folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> IndexRecord | None:
-    """Read again what has changed under the paths that an index was made from, and drop what is gone there.
+    """Read changed files again under the paths of an index, and remove those that are gone.
 
-    UserError: one of those paths is not there at all; it may be a disk that is not mounted.
+    UserError: one of the paths does not exist; it may be on a disk that is not mounted.
     """
     layout.read(folder)
 
@@ -93,16 +93,17 @@ def update(folder: Path, *, device: str = "auto", ranks: Ranks = _ALONE) -> Inde
             if not Path(root).exists():
                 raise UserError(f"{root} is not there any more: bring it back, or delete it from the index")
         files, skipped = _find(before.roots, folder, tools.settings)
-        files = [file for file in files if not _is_within(str(file), before.left_out)]
-        return _plan_whole(folder, tools, present, files, skipped, before.roots, before.left_out)
+        files = [file for file in files if not _is_within(str(file), before.excluded)]
+        return _plan_whole(folder, tools, present, files, skipped, before.roots, before.excluded)
 
     return carry_out(folder, make_plan, device=device, ranks=ranks)
 
 
 def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
-    """Drop files, or all that was read under a folder, from an index; they may be gone from the disk.
+    """Remove files, or everything under a folder, from an index; they may be gone from the disk.
 
-    `update` does not bring them back, `add` does. UserError: the index holds none of one of `paths`, or nothing else.
+    `update` does not bring them back, `add` does. UserError: the index has nothing under one of `paths`, or nothing
+    else.
     """
     layout.read(folder)
     unwanted = _resolve(map(Path, paths))
@@ -110,20 +111,20 @@ def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
     def make_plan(present: CurrentSnapshot | None) -> BuildPlan:
         tools = _choose_tools(folder, None, "cpu", {})
         before = _read_contents(folder, present)
-        held = [*before.roots, *(each.source for each in [*before.sources, *before.skipped])]
+        held = [*before.roots, *(each.source for each in before.sources), *(each.source for each in before.skipped)]
         for name in unwanted:
             if not any(_is_within(each, [name]) for each in held):
                 some = ", ".join(source.source for source in before.sources[:3])
                 raise UserError(
                     f"{name}: the index holds nothing from there; it holds {some}, ... (see info --sources)"
                 )
-        kept = [source for source in before.sources if not _is_within(source.source, unwanted)]
-        if not kept:
+        remaining = [source for source in before.sources if not _is_within(source.source, unwanted)]
+        if not remaining:
             raise UserError(f"that is all that {folder} holds: remove the folder instead")
         roots = [root for root in before.roots if not _is_within(root, unwanted)]
-        left_out = sorted({*before.left_out, *(name for name in unwanted if _is_within(name, roots))})
+        excluded = sorted({*before.excluded, *(name for name in unwanted if _is_within(name, roots))})
         noted = [each for each in before.skipped if not _is_within(each.source, unwanted)]
-        return BuildPlan(tools.encoder, kept, [], noted, _about(tools.settings, roots, left_out))
+        return BuildPlan(tools.encoder, remaining, [], noted, _about(tools.settings, roots, excluded))
 
     return carry_out(folder, make_plan)
 
@@ -131,10 +132,9 @@ def delete(paths: Sequence[str], folder: Path) -> IndexRecord | None:
 def build_rows(
     source: NewSource, folder: Path, *, encoder: str | None, device: str = "auto", max_tokens: int | None = None
 ) -> IndexRecord | None:
-    """Make an index of passages that are cut already, from one source; the digest says whether it is there already.
+    """Make an index of passages that are already cut, from one source, unless it has that source by its digest.
 
-    Of a new index, the encoder sees `max_tokens` of a passage at most. UserError where the index is one of something
-    else.
+    The encoder of a new index reads at most `max_tokens` of a passage. UserError: the index is of something else.
     """
 
     def make_plan(present: CurrentSnapshot | None) -> BuildPlan:
@@ -155,13 +155,13 @@ def build_rows(
 
 @dataclass(frozen=True)
 class _Tools:
-    """What passages of an index are made with."""
+    """The encoder and settings that an index is made with."""
 
     encoder: Encoder | None
     settings: Settings
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text; about so many where there is no encoder."""
+        """Return the tokens of each text, estimated if there is no encoder."""
         if self.encoder is not None:
             return self.encoder.count(texts)
         return [estimate_tokens(text) for text in texts]
@@ -169,12 +169,12 @@ class _Tools:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What the index holds before it is changed."""
+    """The contents of the index before it is changed."""
 
     sources: list[SourceRecord]
     skipped: list[Skipped]
     roots: list[str]
-    left_out: list[str]
+    excluded: list[str]
 
 
 def _plan_whole(
@@ -184,13 +184,15 @@ def _plan_whole(
     files: Sequence[Path],
     skipped: Sequence[Skipped],
     roots: Sequence[str],
-    left_out: Sequence[str],
+    excluded: Sequence[str],
 ) -> BuildPlan:
-    """The plan for an index of exactly these files."""
+    """Plan an index of exactly these files."""
     before = _read_contents(folder, present)
-    kept, fresh, unread = plan.compare(files, before.sources, tools.settings, tools.count)
-    about = _about(tools.settings, roots, left_out)
-    return BuildPlan(tools.encoder, kept, fresh, [*skipped, *unread, *_notes_of(kept, before.skipped)], about)
+    unchanged, new, unread = plan.compare(files, before.sources, tools.settings, tools.count)
+    about = _about(tools.settings, roots, excluded)
+    return BuildPlan(
+        tools.encoder, unchanged, new, [*skipped, *unread, *_select_notes(unchanged, before.skipped)], about
+    )
 
 
 def _find(roots: Sequence[str], folder: Path, settings: Settings) -> tuple[list[Path], list[Skipped]]:
@@ -209,9 +211,9 @@ def _read_contents(folder: Path, present: CurrentSnapshot | None) -> _Contents:
 def _choose_tools(
     folder: Path, encoder: str | None, device: str, given: Mapping[str, Any], max_tokens: int | None = None
 ) -> _Tools:
-    """The encoder and the settings of an index; of one that is there, what it was made with.
+    """Return the encoder and settings of an index; for an existing one, those it was made with.
 
-    UserError where that is not what is given.
+    UserError: these differ from what is given.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if not layout.exists(folder):
@@ -235,12 +237,12 @@ def _choose_tools(
 
 
 def _flag(setting: str) -> str:
-    """The flag that a setting is given by."""
+    """Return the flag of a setting."""
     return "--chunk-tokens" if setting == "tokens" else f"--{setting.replace('_', '-')}"
 
 
 def _new_settings(encoder: Encoder | None, given: Mapping[str, Any]) -> Settings:
-    """Settings for an index that is not there yet; by default, chunks that the encoder sees whole."""
+    """Return settings for a new index; by default, chunks fit the encoder."""
     limit = encoder.max_tokens - _SPECIAL if encoder is not None else None
     tokens = given.get("tokens") or min(chunks.DEFAULT_TOKENS, limit or chunks.DEFAULT_TOKENS)
     overlap = given.get("overlap")
@@ -256,14 +258,14 @@ def _is_same_encoder(encoder: str, record: IndexRecord, device: str) -> bool:
     return Encoder(encoder, device).digest == record.encoder.digest
 
 
-def _about(settings: Settings, roots: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
-    """What the manifest is to say of how the index was made, and of what."""
-    return {**asdict(settings), "roots": list(roots), "left_out": list(left_out)}
+def _about(settings: Settings, roots: Sequence[str], excluded: Sequence[str]) -> dict[str, Any]:
+    """Return the facts for the manifest: settings, paths, and what was deleted."""
+    return {**asdict(settings), "roots": list(roots), "left_out": list(excluded)}
 
 
-def _notes_of(kept: Iterable[SourceRecord], skipped: Iterable[Skipped]) -> list[Skipped]:
-    """What was noted of sources that stay."""
-    names = {source.source for source in kept}
+def _select_notes(unchanged: Iterable[SourceRecord], skipped: Iterable[Skipped]) -> list[Skipped]:
+    """Return the notes about unchanged sources."""
+    names = {source.source for source in unchanged}
     return [each for each in skipped if each.source in names]
 
 
@@ -272,5 +274,5 @@ def _resolve(paths: Iterable[Path]) -> list[str]:
 
 
 def _is_within(name: str, folders: Sequence[str]) -> bool:
-    """Whether a path is one of these, or lies under one."""
+    """Whether a path is one of these, or is under one."""
     return any(name == folder or name.startswith(f"{folder.rstrip('/')}/") for folder in folders)

@@ -1,7 +1,7 @@
-"""What an index is to hold: which sources stay as they are, which are read anew, and what is left out.
+"""The plan for the next snapshot of an index: the unchanged sources, those to read, and the excluded ones.
 
-A file is the same while its stamp is (`storage.stamp`), or else its SHA-256; then its passages are taken from the index
-as they are. How files were read and cut stands in the manifest and is the same for all of them.
+A file is unchanged if its stamp is (`storage.stamp`), or else its SHA-256; then its passages are taken from the index.
+The settings for reading and cutting files are in the manifest and the same for all files.
 """
 
 import functools
@@ -23,7 +23,7 @@ from openchatkit.retrieval.table import PassageRow
 
 @dataclass(frozen=True)
 class Settings:
-    """How files become passages: how texts are cut, how rows and files are read; as it stands in the manifest."""
+    """How files become passages: how texts are cut, how rows and files are read; stored in the manifest."""
 
     tokens: int = chunks.DEFAULT_TOKENS
     overlap: int = chunks.DEFAULT_OVERLAP
@@ -39,15 +39,15 @@ class Settings:
         return Chunking(self.tokens, self.overlap)
 
     def options(self, notes: list[str]) -> ReadOptions:
-        """ReadOptions for reading one file; what is left out of it is noted in a list."""
+        """ReadOptions for reading one file; what is excluded is noted in a list."""
         return ReadOptions(self.text_field, self.title_field, self.source_field, self.max_bytes, self.max_pages, notes)
 
 
 @dataclass(frozen=True)
 class NewSource:
-    """A source whose passages are made anew.
+    """A source to read.
 
-    `rows` gives them, notes in a list what it has left out, and raises Unreadable, half way too.
+    `rows` yields its passages, appends what it excludes to a list, and raises Unreadable, even half way.
     """
 
     source: str
@@ -58,66 +58,67 @@ class NewSource:
 
 @dataclass
 class BuildPlan:
-    """The next snapshot: sources `kept` from the present one, `fresh` ones, what was `skipped`, and facts to note."""
+    """The next snapshot: `unchanged` sources of the current one, `new` ones, those `skipped`, and facts to store."""
 
     encoder: Encoder | None
-    kept: list[SourceRecord]
-    fresh: list[NewSource]
+    unchanged: list[SourceRecord]
+    new: list[NewSource]
     skipped: list[Skipped]
     about: dict[str, Any]
-    notes: list[Skipped] = field(default_factory=list)  # of what is fresh; added to while sources are read
+    notes: list[Skipped] = field(default_factory=list)  # about new sources; appended while they are read
 
     @property
-    def left_out(self) -> list[Skipped]:
-        """All that is left out, in part or whole, in a fixed order."""
+    def excluded(self) -> list[Skipped]:
+        """Everything excluded, in part or whole, in a fixed order."""
         return sorted({*self.skipped, *self.notes}, key=lambda each: (each.source, each.reason))
 
 
 def compare(
     files: Iterable[Path], before: Sequence[SourceRecord], settings: Settings, count: Count
 ) -> tuple[list[SourceRecord], list[NewSource], list[Skipped]]:
-    """(unchanged, fresh, skipped) of these files; `before` are the sources of the index that the files may be."""
+    """Return (unchanged, new, skipped) of these files; `before` are the sources of the index to compare with."""
     known = {record.source: record for record in before}
-    kept: list[SourceRecord] = []
-    fresh: list[NewSource] = []
+    unchanged: list[SourceRecord] = []
+    new: list[NewSource] = []
     skipped: list[Skipped] = []
     files = list(files)
     with progress.bar(len(files), "files looked at", unit="file") as bar:
         for path in files:
             try:
                 found = _compare_file(path, known.get(str(path)), settings, count)
-                kept.append(found) if isinstance(found, SourceRecord) else fresh.append(found)
+                unchanged.append(found) if isinstance(found, SourceRecord) else new.append(found)
             except Unreadable as error:
                 skipped.append(Skipped(str(path), str(error)))
             bar.update()
-    return kept, fresh, skipped
+    return unchanged, new, skipped
 
 
 def read_all(plan: BuildPlan, found: list[SourceRecord]) -> Iterator[PassageRow]:
-    """The rows of all fresh sources, one after the other; a record of each is appended to `found` when it is whole.
+    """Yield the rows of all new sources; the record of each is appended to `found` when it is complete.
 
-    Rows of a source that turned out to be unreadable are those between records. Documents are numbered through.
+    Rows of a source that turned out to be unreadable lie between records. Documents are numbered consecutively.
     """
     number = document = 0
-    with progress.bar(len(plan.fresh), "files read", unit="file") as bar:
-        for fresh in plan.fresh:
-            first, last, notes = number, -1, []
+    with progress.bar(len(plan.new), "files read", unit="file") as bar:
+        for source in plan.new:
+            first, last = number, -1
+            notes: list[str] = []
             try:
-                for row in fresh.rows(notes):
+                for row in source.rows(notes):
                     document, last = document + (row.document != last), row.document
                     number += 1
                     yield PassageRow(row.text, row.title, row.source, row.place, row.digest, document, row.position)
                 if number == first:
                     raise Unreadable("holds no text")
-                found.append(_make_record(fresh.source, fresh.digest, fresh.stamp, first, number - first))
+                found.append(_make_record(source.source, source.digest, source.stamp, first, number - first))
             except Unreadable as error:
                 notes = [str(error)]
-            plan.notes += (Skipped(fresh.source, note) for note in notes)
+            plan.notes += (Skipped(source.source, note) for note in notes)
             bar.update()
 
 
 def make_row(text: str, title: str, source: str, place: str, document: int, position: int) -> PassageRow:
-    """A row of the table, with the digest of what is embedded of it."""
+    """Make a row of the table, with the digest of the text that is embedded."""
     digest = vector_cache.text_digest(chunks.text_to_embed(title, text))
     return PassageRow(text, title, source, place, digest, document, position)
 
@@ -135,7 +136,7 @@ def _compare_file(
 
 
 def _make_record(source: str, digest: str, stamp: storage.Stamp, first: int, rows: int) -> SourceRecord:
-    """The record of a source, without a time of change where a later change might keep the stamp."""
+    """Make the record of a source, without a time of change if a later change might keep the stamp."""
     size, modified, changed, inode = stamp
     return SourceRecord(source, digest, size, modified, first, rows, changed if storage.is_settled(stamp) else 0, inode)
 
@@ -143,7 +144,7 @@ def _make_record(source: str, digest: str, stamp: storage.Stamp, first: int, row
 def _read_rows(
     path: Path, stamp: storage.Stamp, settings: Settings, count: Count, notes: list[str]
 ) -> Iterator[PassageRow]:
-    """The passages of a file. Unreadable, perhaps behind the last of them."""
+    """Yield the passages of a file. Unreadable: possibly only after the last of them."""
     options = settings.options(notes)
     for number, document in enumerate(reader.read(path, options)):
         source = document.source or str(path)
@@ -154,7 +155,7 @@ def _read_rows(
 
 
 def _stamp(path: Path) -> storage.Stamp:
-    """`storage.stamp` of a file. Unreadable: it is not there any more."""
+    """Return `storage.stamp` of a file. Unreadable: it no longer exists."""
     try:
         return storage.stamp(path)
     except OSError as error:

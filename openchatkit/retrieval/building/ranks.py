@@ -1,7 +1,8 @@
-"""Several processes that embed parts of the same texts: started by torchrun, they agree on what to do and how it ended.
+"""Several processes, started by torchrun, that embed parts of the same texts: they share the plan and the outcome.
 
-Passages and vectors go through files in the index's folder, which all must see; only words go between the processes.
-Who fails says so before the others go on, and who dies closes the connection, so that nobody waits for either.
+Passages and vectors go through files in the folder of the index, which all must see; only short messages go between
+processes. A process that fails reports it before the others continue, and one that dies closes the connection, so no
+process waits for it.
 """
 
 import contextlib
@@ -18,22 +19,22 @@ _TIMEOUT = timedelta(days=7)  # the first process reads files while the others w
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among so many."""
+    """The number of this process, and how many there are."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process does what one process must do alone."""
+        """Whether this process does the work of a single process."""
         return self.rank == 0
 
     def share(self, value: Any) -> Any:
-        """What the first process has for `value`, in all."""
+        """Return the `value` of the first process in all processes."""
         return self.gather(value)[0]
 
     def agree(self, error: Exception | None) -> None:
-        """Return when all have come here without an error. UserError: one of them has not, this one perhaps."""
+        """Return once all processes are here without an error. UserError: one has failed, possibly this one."""
         found = self.gather(None if error is None else str(error) or type(error).__name__)
         if error is not None:
             raise error
@@ -42,7 +43,7 @@ class Ranks:
                 raise UserError(f"process {rank} stopped: {message}")
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has for `value`, in the order of their numbers."""
+        """Return the `value` of each process, in the order of their numbers."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -59,7 +60,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def join() -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone."""
+    """Join the processes that torchrun started, or run alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()

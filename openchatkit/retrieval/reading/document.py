@@ -1,28 +1,27 @@
-"""What readers hand on: documents as runs of blocks that know where they stand, and what stops a file from being read.
+"""The output of readers: documents as sequences of blocks with their places, and the reason why a file is unreadable.
 
-A document is read once, from its start; nothing of it need be in memory at one time. Which block becomes which passage
-is `chunks`' to say.
+A document is read once, from its start, and need not be in memory as a whole. `chunks` makes passages of blocks.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# Everything but tab and newline that a terminal would obey or that no text holds.
+# Control characters other than tab and newline, and characters that no text contains.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), 0xFEFF], " ")
-_CONTROLS[0xAD] = ""  # a hyphen that is shown at a line's end alone
-_LONGEST = 1 << 14  # characters of a block: a paragraph beyond that is cut, at a line or else anywhere
+_CONTROLS[0xAD] = ""  # a hyphen that is shown only at the end of a line
+_LONGEST = 1 << 14  # characters of a block; a longer paragraph is cut, at a line or else anywhere
 
 
 class Unreadable(Exception):
-    """Why a file cannot be read: one clause, for the list of what was skipped."""
+    """The reason why a file cannot be read: one clause, for the list of skipped files."""
 
 
 @dataclass(frozen=True)
 class Block:
     """A heading, a paragraph or a piece of code; `first` and `last` count lines, pages or rows from 1.
 
-    `level` is 1 and above for headings, 0 for all else. `head` is the header of the table that a block is of: each of
+    `level` is 1 and above for headings, 0 otherwise. `head` is the header of the table that a block belongs to: each of
     its passages repeats it.
     """
 
@@ -34,7 +33,7 @@ class Block:
     head: str = ""
 
     def lines(self, start: int, end: int) -> tuple[int, int]:
-        """Where the characters from `start` to `end` stand: on which lines, if those are known one by one."""
+        """Return the first and last line of the characters from `start` to `end`, if each line is known."""
         if self.text.count("\n") != self.last - self.first:
             return self.first, self.last
         first = self.first + self.text.count("\n", 0, start)
@@ -43,9 +42,9 @@ class Block:
 
 @dataclass
 class Document:
-    """A text with its title: blocks to be iterated once, whose places count in `unit` ("line", "page" or "row").
+    """A text with its title: blocks to iterate once, with places in `unit` ("line", "page" or "row").
 
-    `source` is the document's own address where it has one (a row with an URL), else empty: that of its file.
+    `source` is the document's own address if it has one (a row with a URL), else empty: that of its file applies.
     `title` may become known only while the blocks are read.
     """
 
@@ -59,7 +58,7 @@ class Document:
 class ReadOptions:
     """How files are read: names of the fields of rows (None: found by their usual names), and limits of size.
 
-    `notes` takes what was left out of a file that was read all the same.
+    `notes` collects what was excluded from a file that was read.
     """
 
     text_field: str | None = None
@@ -71,29 +70,29 @@ class ReadOptions:
 
 
 def place(unit: str, first: int, last: int) -> str:
-    """Where a passage stands: `line 3`, `lines 10-20`, `page 2`, `row 7`."""
+    """Format the place of a passage: `line 3`, `lines 10-20`, `page 2`, `row 7`."""
     return f"{unit} {first}" if first == last else f"{unit}s {first}-{last}"
 
 
 def clean(text: str) -> str:
-    """Text without control characters and soft hyphens; newlines and tabs stay, a carriage return before one goes."""
+    """Replace control characters by spaces, carriage returns by newlines, and drop soft hyphens."""
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """A title on one line, cut at `limit` characters."""
+    """Put a title on one line, cut at `limit` characters."""
     return " ".join(clean(text).split())[:limit]
 
 
 def paragraphs(text: str, number: int) -> Iterator[Block]:
-    """The paragraphs of a text that stands at one page or row `number`."""
+    """Yield the paragraphs of a text at page or row `number`."""
     for part in re.split(r"\n[ \t]*\n\s*", clean(text)):
         if part.strip():
             yield from pieces(Block(part.strip("\n").rstrip(), number, number))
 
 
 def pieces(block: Block) -> Iterator[Block]:
-    """A block, or several where it is too long to be held against a limit of tokens at once."""
+    """Yield a block, or several if it is too long for counting its tokens at once."""
     text, start = block.text, 0
     while start < len(text):
         end = start + _LONGEST

@@ -1,4 +1,4 @@
-"""The encoding of text that is not UTF-8, or not whole: supposed from its bytes, and always told of."""
+"""The encoding of text that is not valid UTF-8: guessed from its bytes, and always noted."""
 
 import codecs
 import re
@@ -14,15 +14,15 @@ _OF_MANY_BYTES = [
     *("big5", "big5hkscs", "cp932", "cp949", "cp950", "euc_jis_2004", "euc_jisx0213", "euc_jp", "euc_kr", "gb18030"),
     *("gb2312", "gbk", "hz", "johab", "shift_jis", "shift_jis_2004", "shift_jisx0213"),
 ]
-_FEW = 32  # bytes that are not ASCII: too few among others to tell whole words of Chinese characters by
-_LATIN_SHARE = 0.3  # of the bytes of a text in a Latin alphabet, fewer are letters with accents
+_FEW = 32  # bytes that are not ASCII: too few to recognise words of Chinese characters
+_LATIN_SHARE = 0.3  # in a Latin alphabet, a smaller share of bytes are accented letters
 _NO_WORSE = 0.02  # in charset-normalizer's coherence, from 0 to 1
-_SAMPLE = 1 << 16  # bytes that are enough to guess by
+_SAMPLE = 1 << 16  # bytes; enough to guess from
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How bytes are read as text: `note` tells what was supposed, empty where nothing had to be."""
+    """How bytes are read as text; `note` says what was guessed, empty if nothing was."""
 
     name: str
     note: str = ""
@@ -32,13 +32,13 @@ class Encoding:
         return "replace" if self.note else "strict"
 
 
-def encoding_of_mark(data: bytes) -> str | None:
-    """The encoding that a text's first bytes say it has, if they do."""
+def detect_mark(data: bytes) -> str | None:
+    """Return the encoding given by a byte order mark, if there is one."""
     return next((name for mark, name in _MARKS if data.startswith(mark)), None)
 
 
 def decode(data: bytes, name: str, notes: list[str]) -> str:
-    """The text of bytes in an encoding, or in the one that they are supposed to be in; Unreadable: they are no text."""
+    """Decode bytes in an encoding, or else in the one guessed; Unreadable: they are not text."""
     try:
         return data.decode(name)
     except UnicodeError:
@@ -48,26 +48,26 @@ def decode(data: bytes, name: str, notes: list[str]) -> str:
 
 
 def guess(sample: bytes, name: str) -> Encoding:
-    """What to take bytes for that are not all in the encoding `name`: in that all the same, where few of them are not.
+    """Guess the encoding of bytes that are not all valid in `name`: still `name` if few bytes are invalid.
 
-    Unreadable: they are no text in any encoding.
+    Unreadable: they are not text in any encoding.
     """
-    told, of_zeros = name.removesuffix("-sig").upper(), name.startswith("utf-16")
+    shown_name, of_zeros = name.removesuffix("-sig").upper(), name.startswith("utf-16")
     try:
         text = sample.decode(name, "replace")
-    except UnicodeError:  # of an encoding that is none of text
+    except UnicodeError:  # not a text encoding
         text = "\ufffd"
     few = 2 * text.count("\ufffd") <= len(text) - sum(map(str.isascii, text))
     if not (few if of_zeros else 20 * len(_CONTROLS.findall(sample)) <= len(sample) and b"\0" not in sample):
-        raise Unreadable(f"holds bytes that are no {told}: save it as UTF-8")
+        raise Unreadable(f"holds bytes that are no {shown_name}: save it as UTF-8")
     if few:
-        return Encoding(name, f"some bytes are no {told}: \ufffd stands in their place")
+        return Encoding(name, f"some bytes are no {shown_name}: \ufffd stands in their place")
     found = _guess_legacy(sample[:_SAMPLE])
-    return Encoding(found, f"is no {told}: read as {'Windows-1252' if found == _WESTERN else found}")
+    return Encoding(found, f"is no {shown_name}: read as {'Windows-1252' if found == _WESTERN else found}")
 
 
 def _guess_legacy(sample: bytes) -> str:
-    """The likeliest encoding of text that is not UTF-8: Windows-1252, where another is not clearly likelier."""
+    """Return the likeliest encoding of text that is not UTF-8: Windows-1252, unless another is clearly likelier."""
     try:
         import charset_normalizer
     except ImportError:

@@ -1,6 +1,6 @@
-"""Documents that are packed as zip: Word, PowerPoint and Excel by libraries of their own, EPUB by the reader of HTML.
+"""Documents in zip archives: Word, PowerPoint and Excel by libraries for them, EPUB by the reader of HTML.
 
-Nothing in them is run or fetched, and macros and pictures are passed over.
+Nothing in them is run or fetched; macros and pictures are ignored.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from openchatkit.retrieval.reading import streams, tabular, web
 from openchatkit.retrieval.reading.document import Block, Document, ReadOptions, Unreadable, clean, one_line, pieces
 
-_UNPACKED = 8  # times `max_bytes` that all of a file may unpack to
+_UNPACKED = 8  # times `max_bytes`: the limit of the unpacked size
 _CONTAINER = "META-INF/container.xml"
 _ROOT, _PACKAGE, _NAMES = (
     "{urn:oasis:names:tc:opendocument:xmlns:container}",
@@ -29,32 +29,34 @@ _ROOT, _PACKAGE, _NAMES = (
 
 
 def docx(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """A Word document: headings by their styles, tables a row a line; places count its paragraphs and tables."""
-    library = _library("docx", "python-docx")
-    with _unpacked(path, options):
+    """Read a Word document: headings by their styles, tables one row a line; places count paragraphs and tables."""
+    library = _import("docx", "python-docx")
+    with _check_archive(path, options):
         document = library.Document(str(path))
         blocks = [
-            block for number, part in enumerate(document.iter_inner_content(), 1) for block in _of_word(part, number)
+            block
+            for number, part in enumerate(document.iter_inner_content(), 1)
+            for block in _read_word_part(part, number)
         ]
         title = one_line(document.core_properties.title or "")
-    yield _document(path, blocks, "paragraph", title)
+    yield _make_document(path, blocks, "paragraph", title)
 
 
 def pptx(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """The slides of a presentation, each under its title, with its notes."""
-    library = _library("pptx", "python-pptx")
-    with _unpacked(path, options):
+    """Read the slides of a presentation, each under its title, with its notes."""
+    library = _import("pptx", "python-pptx")
+    with _check_archive(path, options):
         show = library.Presentation(str(path))
-        blocks = [block for number, slide in enumerate(show.slides, 1) for block in _of_slide(slide, number)]
+        blocks = [block for number, slide in enumerate(show.slides, 1) for block in _read_slide(slide, number)]
         title = one_line(show.core_properties.title or "")
-    yield _document(path, blocks, "slide", title)
+    yield _make_document(path, blocks, "slide", title)
 
 
 def xlsx(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """One document for each row of a workbook's sheets, whose first row names the columns, as in other tables."""
-    library = _library("openpyxl", "openpyxl")
+    """Yield one document for each row of the sheets, whose first row names the columns, as in other tables."""
+    library = _import("openpyxl", "openpyxl")
     stem, found = streams.stem(path), False
-    with _unpacked(path, options):
+    with _check_archive(path, options):
         book = library.load_workbook(path, read_only=True, data_only=True)
         for sheet in book.worksheets:
             title = f"{stem} > {sheet.title}" if len(book.worksheets) > 1 else stem
@@ -71,8 +73,8 @@ def xlsx(path: Path, options: ReadOptions) -> Iterator[Document]:
 
 
 def epub(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """The chapters of a book, in the order in which it is read."""
-    with _unpacked(path, options), zipfile.ZipFile(path) as archive:
+    """Read the chapters of a book, in reading order."""
+    with _check_archive(path, options), zipfile.ZipFile(path) as archive:
         entry = ElementTree.fromstring(archive.read(_CONTAINER)).find(f".//{_ROOT}rootfile")
         if entry is None:
             raise Unreadable("is no book: it names no list of chapters")
@@ -86,16 +88,16 @@ def epub(path: Path, options: ReadOptions) -> Iterator[Document]:
             chapter = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(href)))
             for block in web.blocks(archive.read(chapter), options.notes):
                 blocks.append(dataclasses.replace(block, first=number, last=number))
-    yield _document(path, blocks, "chapter", title)
+    yield _make_document(path, blocks, "chapter", title)
 
 
-def _document(path: Path, blocks: list[Block], unit: str, title: str) -> Document:
+def _make_document(path: Path, blocks: list[Block], unit: str, title: str) -> Document:
     if not blocks:
         raise Unreadable("holds no text: pictures alone, perhaps")
     return Document(iter(blocks), unit, title or streams.stem(path))
 
 
-def _library(module: str, package: str) -> ModuleType:
+def _import(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -103,8 +105,8 @@ def _library(module: str, package: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path, options: ReadOptions) -> Iterator[None]:
-    """Unreadable where a file is too large, packed or unpacked, or leads its library into an error."""
+def _check_archive(path: Path, options: ReadOptions) -> Iterator[None]:
+    """Raise Unreadable if a file is too large, packed or unpacked, or its library fails."""
     limit = options.max_bytes
     if path.stat().st_size > limit:
         raise Unreadable(f"too large: more than {limit:,} bytes (see --max-bytes)")
@@ -115,11 +117,11 @@ def _unpacked(path: Path, options: ReadOptions) -> Iterator[None]:
         yield
     except (Unreadable, OSError):
         raise
-    except Exception as error:  # the libraries let through whatever a broken file leads to
+    except Exception as error:  # the libraries raise anything for a broken file
         raise Unreadable(f"broken: {one_line(str(error)) or type(error).__name__}") from error
 
 
-def _of_word(part: Any, number: int) -> Iterator[Block]:
+def _read_word_part(part: Any, number: int) -> Iterator[Block]:
     if hasattr(part, "rows"):
         yield from _table(part, number)
         return
@@ -128,7 +130,7 @@ def _of_word(part: Any, number: int) -> Iterator[Block]:
     yield from _block(part.text, number, level)
 
 
-def _of_slide(slide: Any, number: int) -> Iterator[Block]:
+def _read_slide(slide: Any, number: int) -> Iterator[Block]:
     title = slide.shapes.title
     if title is not None:
         yield from _block(title.text_frame.text, number, level=1)
@@ -149,7 +151,7 @@ def _shapes(shapes: Any) -> Iterator[Any]:
 
 
 def _table(table: Any, number: int) -> Iterator[Block]:
-    """A row a line under the first; a cell that several are joined to is there once."""
+    """Yield a table, one row a line under the first; a merged cell is there once."""
     cells = ([" ".join(cell.text.split()) for cell in row.cells] for row in table.rows)
     lines = [clean(" | ".join(text for text, _ in itertools.groupby(row))) for row in cells if any(row)]
     if lines:

@@ -1,7 +1,7 @@
 """Plain text, code, Markdown and reStructuredText as blocks: headings, paragraphs and code with their lines.
 
-All of them are read line by line, so that a file of any size takes little memory. Markup inside a paragraph stays as it
-is written: it is what its reader knows it by, and an encoder does not mind.
+All are read line by line, so that a file of any size takes little memory. Markup inside a paragraph stays as it is
+written: readers know it by that, and encoders cope with it.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from openchatkit.retrieval.reading.document import Block, Document, ReadOptions,
 
 _NumberedLines = Iterator[tuple[int, str]]
 
-_MOST_LINES = 400  # of a paragraph: a log has no empty lines
+_MOST_LINES = 400  # of a paragraph: logs have no empty lines
 _MOST_FRONT_LINES = 200
 _ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
 _SETEXT = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
@@ -22,30 +22,30 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _UNDER_HEADER = re.compile(r"[ \t]*(?=.*\|)\|?([ \t]*:?-+:?[ \t]*\|?)+[ \t]*")
 _NO_TITLE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|$)")
 _FRONT_TITLE = re.compile(r"title:\s*(['\"]?)(.+?)\1\s*")
-# reStructuredText: an underline is the same mark over and over; and the directives whose content is code.
+# reStructuredText: an underline repeats one mark; and the directives whose content is code.
 _ADORNMENT = re.compile(r"([!-/:-@\[-`{-~])\1+\s*")
 _CODE = re.compile(r"\s*\.\. (code|code-block|sourcecode|parsed-literal|highlight)::.*")
 _DIRECTIVE = re.compile(r"\s*\.\. [\w-]+::")
 
 
 def text(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """A plain text, titled by its file's name."""
+    """Read a plain text, titled by its file name."""
     yield Document(_paragraphs(_clean_lines(path, options)), "line", streams.stem(path))
 
 
 def code(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """The source of a program, or a file of settings, titled by its whole name; cut at empty lines, then at others."""
+    """Read source code or a file of settings, titled by its whole name; cut at empty lines, then at others."""
     yield Document(_paragraphs(_clean_lines(path, options), code=True), "line", streams.plain_name(path))
 
 
 def markdown(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """A Markdown text, titled by its front matter, by the heading that it begins with, or by its file's name."""
+    """Read Markdown, titled by its front matter, its first heading if it begins with one, or its file name."""
     title, lines = _front_matter(_clean_lines(path, options))
     yield _add_title(title, _markdown(lines), path)
 
 
 def restructured(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """A text in reStructuredText, titled by the heading that it begins with, or by its file's name."""
+    """Read reStructuredText, titled by its first heading if it begins with one, or its file name."""
     yield _add_title("", _restructured(_clean_lines(path, options)), path)
 
 
@@ -61,19 +61,19 @@ def _add_title(title: str, blocks: Iterator[Block], path: Path) -> Document:
 
 
 class _Gathering:
-    """The lines of a paragraph, or of a piece of code, so far."""
+    """The lines so far of a paragraph or a piece of code."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
 
     def add(self, number: int, line: str, *, code: bool = False, head: str = "") -> Iterator[Block]:
-        """Take a line in; what has grown too long comes out."""
+        """Add a line; yield the lines so far when they are too many."""
         if len(self.lines) == _MOST_LINES:
             yield from self.take(code=code, head=head)
         self.lines.append((number, line.rstrip()))
 
     def take(self, *, code: bool = False, head: str = "") -> Iterator[Block]:
-        """What has been gathered, as blocks; none where that is nothing but space."""
+        """Yield the lines so far as blocks; nothing if they are blank."""
         lines, self.lines = self.lines, []
         while lines and not lines[-1][1]:
             lines.pop()
@@ -92,7 +92,7 @@ def _paragraphs(lines: _NumberedLines, *, code: bool = False) -> Iterator[Block]
 
 
 def _front_matter(lines: _NumberedLines) -> tuple[str, _NumberedLines]:
-    """The title in the lines between `---` that a text may begin with, and the lines behind them."""
+    """Return the title in the front matter between `---`, and the lines after it."""
     held = list(itertools.islice(lines, 1))
     if not held or held[0][1].rstrip() != "---":
         return "", itertools.chain(held, lines)
@@ -105,7 +105,7 @@ def _front_matter(lines: _NumberedLines) -> tuple[str, _NumberedLines]:
             title = found[2]
         if len(held) > _MOST_FRONT_LINES:
             break
-    return "", itertools.chain(held, lines)  # it was a rule, not front matter
+    return "", itertools.chain(held, lines)  # a horizontal rule, not front matter
 
 
 def _markdown(lines: _NumberedLines) -> Iterator[Block]:
@@ -145,14 +145,14 @@ def _markdown(lines: _NumberedLines) -> Iterator[Block]:
 
 
 def _is_title(gathered: _Gathering) -> bool:
-    """Whether what stands above a line of dashes is one line of prose, not the end of a list or of a table."""
+    """Whether the text above a line of dashes is one line of prose, not the end of a list or table."""
     return len(gathered.lines) == 1 and not _NO_TITLE.match(gathered.lines[0][1])
 
 
 def _restructured(lines: _NumberedLines) -> Iterator[Block]:
     gathered = _Gathering()
-    levels: list[tuple[str, bool]] = []  # (mark, whether there is one above too), in the order of their first use
-    base: int | None = None  # the indentation of what announced code, while what follows may be code
+    levels: list[tuple[str, bool]] = []  # (mark, whether it is above the title too), by first use
+    base: int | None = None  # the indentation of the text that announced code, while code may follow
     in_code = False
     for number, line in lines:
         indent = len(line) - len(line.lstrip())
@@ -167,9 +167,9 @@ def _restructured(lines: _NumberedLines) -> Iterator[Block]:
         if in_code:
             yield from gathered.add(number, line, code=True)
         elif not line.strip():
-            base = _announces_code(gathered)
-            yield from _prose(gathered)
-        elif heading := _heading(gathered, line):
+            base = _code_indentation(gathered)
+            yield from _take_prose(gathered)
+        elif heading := _parse_heading(gathered, line):
             title, style, first = heading
             gathered.lines = []
             if style not in levels:
@@ -177,11 +177,11 @@ def _restructured(lines: _NumberedLines) -> Iterator[Block]:
             yield Block(title, first, number, level=levels.index(style) + 1)
         else:
             yield from gathered.add(number, line)
-    yield from gathered.take(code=True) if in_code else _prose(gathered)
+    yield from gathered.take(code=True) if in_code else _take_prose(gathered)
 
 
-def _heading(gathered: _Gathering, line: str) -> tuple[str, tuple[str, bool], int] | None:
-    """(title, style, first line) where `line` is the underline of what has been gathered."""
+def _parse_heading(gathered: _Gathering, line: str) -> tuple[str, tuple[str, bool], int] | None:
+    """Return (title, style, first line) if `line` underlines the lines so far."""
     if not _ADORNMENT.fullmatch(line) or not 1 <= len(gathered.lines) <= 2:
         return None
     (first, above), (_, title) = gathered.lines[0], gathered.lines[-1]
@@ -193,8 +193,8 @@ def _heading(gathered: _Gathering, line: str) -> tuple[str, tuple[str, bool], in
     return one_line(title), (line[0], overlined), first
 
 
-def _announces_code(gathered: _Gathering) -> int | None:
-    """The indentation of a paragraph that what is indented further below it is the code of."""
+def _code_indentation(gathered: _Gathering) -> int | None:
+    """Return the indentation of a paragraph that announces code: further indented text below it."""
     if not gathered.lines:
         return None
     first, last = gathered.lines[0][1], gathered.lines[-1][1]
@@ -203,8 +203,8 @@ def _announces_code(gathered: _Gathering) -> int | None:
     return None
 
 
-def _prose(gathered: _Gathering) -> Iterator[Block]:
-    """A paragraph of reStructuredText; a line of marks alone is a rule, and nothing to be found."""
+def _take_prose(gathered: _Gathering) -> Iterator[Block]:
+    """Yield a paragraph of reStructuredText; a line of marks alone is a rule and is dropped."""
     if len(gathered.lines) == 1 and _ADORNMENT.fullmatch(gathered.lines[0][1]):
         gathered.lines = []
     yield from gathered.take()

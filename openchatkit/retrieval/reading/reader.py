@@ -1,7 +1,7 @@
-"""Files as documents: what kinds there are, which files a folder offers, and why one is left out.
+"""Files as documents: the kinds of files, and how each is read.
 
-`find` says which files there are, `digest` looks through one, `read` gives its documents. Nothing here fetches, runs or
-follows anything that lies in a file; what cannot be read line by line is read whole, up to a limit.
+`digest` checks a file, `read` yields its documents; `discovery.find` lists the files of a folder. Nothing here fetches,
+runs or follows anything inside a file; formats that cannot be read line by line are read whole, up to a limit.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ READABLE = [ending for ending, reader in KINDS.items() if ending and reader is n
 
 
 def kind(path: Path) -> str | None:
-    """The ending that says how a file is read, without that of gzip; None where it is of no kind that can be read."""
+    """Return the ending that decides how a file is read, without that of gzip; None for other kinds of files."""
     name = streams.plain_name(path)
     ending = Path(name).suffix.lower()
     if ending not in KINDS or (ending in _BINARY and name != path.name):
@@ -47,16 +47,16 @@ def kind(path: Path) -> str | None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes. Unreadable: it is of no kind that can be read, cannot be opened, or is no text."""
+    """Return the SHA-256 of a file. Unreadable: it is of another kind, cannot be opened, or is not text."""
     ending = kind(path)
     if ending is None:
         raise Unreadable("of no kind that is read")
-    # The encoding of an HTML page may be named inside it: only reading it tells.
+    # An HTML page may name its encoding: it is known only when the page is read.
     return streams.digest(path, text=ending not in _BINARY and KINDS[ending] is not web.html)
 
 
 def read(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """The documents of a file, one after the other; each is to be read before the next. Unreadable, also half way."""
+    """Yield the documents of a file; each must be read before the next. Unreadable: also half way."""
     ending = kind(path)
     assert ending is not None, path
     try:

@@ -1,8 +1,8 @@
 """The bytes and lines of text files, plain or compressed by gzip: a digest in one pass, and lines of bounded length.
 
-A file is looked through once before it is read, which gives its digest and says whether it is text at all; so reading
-meets no surprise half way, unless the file is changed in between. What is not UTF-8 is read in the encoding that
-`encodings` takes it for, and noted.
+A file is checked once before it is read, which gives its digest and shows whether it is text; so reading does not fail
+half way unless the file changes in between. Text that is not UTF-8 is read in the encoding that `encodings` guesses,
+and noted.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 from openchatkit import storage
 from openchatkit.retrieval.reading import encodings
@@ -26,7 +26,7 @@ _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def digest(path: Path, *, text: bool) -> str:
-    """SHA-256 of a file as it lies on disk. Unreadable: it cannot be opened, or is not the `text` that it should be."""
+    """Return the SHA-256 of a file on disk. Unreadable: it cannot be opened, or is not text although `text`."""
     try:
         if text:
             detect_encoding(path)
@@ -36,9 +36,9 @@ def digest(path: Path, *, text: bool) -> str:
 
 
 def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of each line. One that is too long comes in pieces of the same number.
+    """Yield (number from 1, text without its end) of each line. A line that is too long comes in pieces of one number.
 
-    `notes` takes what had to be supposed of the file's encoding. Unreadable: with `whole_rows`, there is such a line.
+    `notes` collects guesses about the encoding. Unreadable: a line is too long, with `whole_rows`.
     """
     limit = ROW_LIMIT if whole_rows else LINE_LIMIT
     number, held = 1, ""
@@ -49,7 +49,7 @@ def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator
             ended = line.endswith("\n")
             if whole_rows and not ended and len(line) == limit:
                 raise Unreadable(f"line {number} is longer than {limit:,} characters")
-            # A piece ends between two words, if there are two.
+            # A piece ends between two words if possible.
             end = (line.rfind(" ") + 1 or limit) if len(line) == limit and not ended else len(line)
             held = line[end:]
             yield number, line[:end].removesuffix("\n")
@@ -57,7 +57,7 @@ def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator
 
 
 def whole(path: Path, limit: int) -> bytes:
-    """All bytes of a file, unpacked. Unreadable: they are more than `limit`."""
+    """Return all bytes of a file, decompressed. Unreadable: they are more than `limit`."""
     with _open(path) as file, _reject_damaged():
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -66,9 +66,9 @@ def whole(path: Path, limit: int) -> bytes:
 
 
 def detect_encoding(path: Path) -> Encoding:
-    """The encoding of a text file: that of its first bytes or UTF-8, where all of it is. Unreadable: it is no text."""
+    """Return the encoding of a text file: by its byte order mark, UTF-8, or guessed. Unreadable: it is not text."""
     with _open(path) as file, _reject_damaged():
-        name = encodings.encoding_of_mark(file.read(3)) or "utf-8"
+        name = encodings.detect_mark(file.read(3)) or "utf-8"
         file.seek(0)
         try:
             with _text(file, Encoding(name)) as text:
@@ -82,25 +82,25 @@ def detect_encoding(path: Path) -> Encoding:
 
 
 def stem(path: Path) -> str:
-    """A file's name without its endings, the one for compression included."""
+    """Return the name of a file without its endings, that of gzip included."""
     return Path(plain_name(path)).stem
 
 
 def plain_name(path: Path) -> str:
-    """A file's name without the ending for compression, which may be in capitals as all endings."""
+    """Return the name of a file without the ending of gzip, which may be in capitals like all endings."""
     return path.name[: -len(GZIP)] if path.name.lower().endswith(GZIP) else path.name
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> IO[bytes]:
     try:
-        return gzip.open(path) if plain_name(path) != path.name else open(path, "rb")
+        return cast(IO[bytes], gzip.open(path)) if plain_name(path) != path.name else open(path, "rb")
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def _text(file: BinaryIO, encoding: Encoding) -> Iterator[io.TextIOWrapper]:
-    """The text in a file that stays open."""
+def _text(file: IO[bytes], encoding: Encoding) -> Iterator[io.TextIOWrapper]:
+    """Read the text of a file, which stays open."""
     text = io.TextIOWrapper(file, encoding=encoding.name, errors=encoding.errors, newline=None)
     try:
         yield text
@@ -110,15 +110,15 @@ def _text(file: BinaryIO, encoding: Encoding) -> Iterator[io.TextIOWrapper]:
 
 @contextlib.contextmanager
 def _reject_damaged() -> Iterator[None]:
-    """Unreadable where compressed data is not whole."""
+    """Raise Unreadable for compressed data that is damaged."""
     try:
         yield
     except _BROKEN as error:
         raise Unreadable(f"the compressed data is cut short or damaged ({error})") from error
 
 
-def _sample_non_ascii(file: BinaryIO) -> bytes:
-    """Lines, or pieces of them, that are not ASCII alone: some of all there are."""
+def _sample_non_ascii(file: IO[bytes]) -> bytes:
+    """Return lines, or pieces of them, with characters that are not ASCII: at most a sample."""
     found = bytearray()
     while len(found) < _PIECE and (line := file.readline(LINE_LIMIT)):
         found += b"" if line.isascii() else line

@@ -12,14 +12,14 @@ from openchatkit.jsonl import parse_object
 from openchatkit.retrieval.reading import encodings, prose, streams
 from openchatkit.retrieval.reading.document import Document, ReadOptions, Unreadable, one_line, paragraphs
 
-# The names that a field is looked for by where none is given, the likeliest first.
+# Usual names of fields, tried in this order if none is given.
 _TEXT = ("text", "content", "body", "passage")
 _TITLE = ("title", "name", "heading")
 _SOURCE = ("url", "source", "link")
-_MARKS = ",;\t"  # between the columns of a table; spreadsheets of half of Europe write the second
-_PEEKED = 20  # rows that are compared with the first, which may be a header
+_MARKS = ",;\t"  # between columns; spreadsheets in half of Europe write semicolons
+_PEEKED = 20  # rows compared with the first, which may be a header
 _YEAR = re.compile(r"(1[5-9]|20)\d\d")
-# No name of a column: a number, also of money, a date or a time, an address, a sentence.
+# Not a column name: a number or amount of money, a date or time, an address, a sentence.
 _VALUE = re.compile(r"[-+$€£(]*\d[\d.,:/ T-]*[%€$£)Z]*|\w+://\S+|\S+@\S+\.\w+|(\S+\s+){3,}\S+[.!。]|.{200,}", re.DOTALL)
 _FIELD_LIMIT = 1 << 24  # characters of a field of a table
 
@@ -27,17 +27,18 @@ Fields = Mapping[str, Any]
 
 
 def jsonl(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """One document a row; a row that is no object with a text is left out, noted and counted."""
+    """Yield one document a row; rows that are not objects with a text are skipped, counted and noted."""
     lines = streams.lines(path, options.notes, whole_rows=True)
     rows = ((number, parse_object(line)) for number, line in lines if line.strip())
     yield from _documents(path, rows, _text_field, options)
 
 
 def json_file(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """One document for each object of an array that has the field of a text; any other JSON as the text that it is."""
-    data, notes = streams.whole(path, options.max_bytes), []
+    """Yield one document for each object with a text in an array; any other JSON is read as plain text."""
+    data = streams.whole(path, options.max_bytes)
+    notes: list[str] = []
     try:
-        found = json.loads(encodings.decode(data, encodings.encoding_of_mark(data) or "utf-8", notes))
+        found = json.loads(encodings.decode(data, encodings.detect_mark(data) or "utf-8", notes))
     except (ValueError, RecursionError):
         found = None
     if isinstance(found, list) and any(isinstance(row, dict) and _text_field(row, options).strip() for row in found):
@@ -49,7 +50,7 @@ def json_file(path: Path, options: ReadOptions) -> Iterator[Document]:
 
 
 def table(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """One document a row of a table in text. Columns are parted by the mark that the first row has most of."""
+    """Yield one document a row of a text table. The most frequent mark of the first row separates columns."""
     csv.field_size_limit(_FIELD_LIMIT)
     lines = (f"{line}\n" for _, line in streams.lines(path, options.notes, whole_rows=True))
     head = next(lines, "")
@@ -63,9 +64,9 @@ def table(path: Path, options: ReadOptions) -> Iterator[Document]:
 
 
 def of_cells(path: Path, cells: Iterator[list[str]], options: ReadOptions) -> Iterator[Document]:
-    """One document a row: the field that holds the text, or all fields, each with its column's name.
+    """Yield one document a row: the field with the text, or all fields, each with the name of its column.
 
-    Where the first row is no header but like the others, columns are named by their numbers, which texts do not repeat.
+    If the first row is not a header, columns are named by their numbers, which are not part of the texts.
     """
     first = list(itertools.islice(cells, _PEEKED))
     if not any(map(any, first)):
@@ -81,21 +82,21 @@ def of_cells(path: Path, cells: Iterator[list[str]], options: ReadOptions) -> It
     def whole_row(row: Fields, options: ReadOptions) -> str:
         return _text_or_all(row, options, named=headed)
 
-    named = (_named(names, row) for row in itertools.chain(first, cells))
+    named = (_name_cells(names, row) for row in itertools.chain(first, cells))
     yield from _documents(path, enumerate(named, 1), whole_row, options)
 
 
-def _named(names: list[str], row: list[str]) -> dict[str, str]:
-    """The cells of a row by their columns' names; those behind the last name by their numbers."""
+def _name_cells(names: list[str], row: list[str]) -> dict[str, str]:
+    """Return the cells of a row by the names of their columns; those after the last name by their numbers."""
     return dict(zip([*names, *map(str, range(len(names) + 1, len(row) + 1))], row, strict=False))
 
 
 def _is_header(row: list[str], others: list[list[str]], options: ReadOptions) -> bool:
     """Whether the first row of a table names its columns.
 
-    It does not where it holds a number, a date, an address or a sentence, but for years that count up; nor where a cell
-    of it stands again in its column, or --text-field is the number of a column. It does where it has a name that is
-    looked for.
+    It does if it has one of the usual names. It does not if it contains a number, a date, an address or a sentence,
+    except for years that count up; nor if one of its cells occurs again in its column, or --text-field is the number of
+    a column.
     """
     names = {name.strip() for name in row}
     if options.text_field:
@@ -119,10 +120,11 @@ def _documents(
     text_of: Callable[[Fields, ReadOptions], str],
     options: ReadOptions,
 ) -> Iterator[Document]:
-    found, bad, first, fields = 0, 0, 0, {}
+    found, bad, first = 0, 0, 0
+    fields: dict[str, Any] = {}
     for number, row in rows:
         text = text_of(row, options) if row is not None else ""
-        if not text.strip():
+        if row is None or not text.strip():
             bad, first = bad + 1, first or number
             fields = fields or dict(row or {})
             continue
@@ -153,7 +155,7 @@ def _text_or_all(row: Fields, options: ReadOptions, *, named: bool) -> str:
 
 
 def _first(row: Fields, given: str | None, usual: tuple[str, ...]) -> Any:
-    """The value of a field: of the one that was named, or of the first that has one of the usual names and a value."""
+    """Return the value of the given field, or of the first one with a usual name and a value."""
     names = (given,) if given else usual
     return next((row[name] for name in names if row.get(name)), "")
 
@@ -161,5 +163,5 @@ def _first(row: Fields, given: str | None, usual: tuple[str, ...]) -> Any:
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         return ""
-    # JSON can spell halves of characters, which no file can hold.
+    # JSON can contain lone surrogates, which UTF-8 cannot encode.
     return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")

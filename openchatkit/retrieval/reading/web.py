@@ -1,4 +1,4 @@
-"""HTML as blocks, by the parser of the standard library: no network, no scripts, nothing that is not shown as text."""
+"""HTML as blocks, by the parser of the standard library: no network, no scripts, only visible text."""
 
 import codecs
 import re
@@ -18,24 +18,24 @@ _INLINE = {
     *("rt", "s", "samp", "small", "source", "span", "strike", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"),
 }
 _CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
-# What pages mean by the name of an encoding, where that is not what it says (the WHATWG's Encoding Standard): Western
-# pages hold the quotes and dashes of Windows, and who can read a name in ASCII is not reading UTF-16.
+# The encodings that pages mean by other names (the WHATWG's Encoding Standard): Western pages contain the quotes and
+# dashes of Windows, and a page whose encoding can be read in ASCII is not UTF-16.
 _MEANT = {
     **{"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "utf-16": "utf-8", "utf-16-le": "utf-8"},
     **{"utf-16-be": "utf-8", "gb2312": "gbk", "euc_kr": "cp949", "shift_jis": "cp932"},
 }
-_SNIFFED = 4096  # bytes in which an encoding may be named
+_SNIFFED = 4096  # bytes that may name an encoding
 
 
 def html(path: Path, options: ReadOptions) -> Iterator[Document]:
-    """An HTML page, titled by its title, its first heading, or its file's name; lines are those of its source."""
+    """Read an HTML page, titled by its title, its first heading, or its file name; lines are those of its source."""
     parser = _parse(streams.whole(path, options.max_bytes), options.notes)
     heading = next((block.text for block in parser.blocks if block.level), "")
     yield Document(iter(parser.blocks), "line", one_line(parser.title) or heading or streams.stem(path))
 
 
 def blocks(data: bytes, notes: list[str]) -> list[Block]:
-    """The blocks of a page."""
+    """Return the blocks of a page."""
     return _parse(data, notes).blocks
 
 
@@ -48,11 +48,12 @@ def _parse(data: bytes, notes: list[str]) -> "_Parser":
 
 
 def _decode(data: bytes, notes: list[str]) -> str:
-    named = _CHARSET.search(data[:_SNIFFED])
+    found = _CHARSET.search(data[:_SNIFFED])
+    named = found[1].decode("ascii") if found else "utf-8"
     try:
-        encoding = encodings.encoding_of_mark(data) or _resolve_encoding(named[1].decode("ascii") if named else "utf-8")
+        encoding = encodings.detect_mark(data) or _resolve_encoding(named)
     except LookupError:
-        notes.append(f"names an encoding that is not known, {named[1].decode()}")
+        notes.append(f"names an encoding that is not known, {named}")
         encoding = "utf-8"
     return encodings.decode(data, encoding, notes)
 
@@ -73,8 +74,8 @@ class _Parser(HTMLParser):
         self._first = self._last = 0
         self._level = 0
         self._code = 0  # how many <pre> are open
-        self._head = ""  # the row of <th> that the table began with
-        self._cells: set[str] = set()  # of what kinds those of the row are
+        self._head = ""  # the row of <th> at the start of the table
+        self._cells: set[str] = set()  # kinds of cells in the row
         self._dropped: list[str] = []
         self._in_title = False
 
@@ -98,7 +99,7 @@ class _Parser(HTMLParser):
                 self._text.append("- ")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        # In HTML the slash says nothing, but <script/> of XHTML must not swallow the rest of the page.
+        # In HTML the slash has no meaning, but <script/> of XHTML must not swallow the rest of the page.
         if tag not in _DROPPED and tag != "title":
             self.handle_starttag(tag, attrs)
 
@@ -126,8 +127,8 @@ class _Parser(HTMLParser):
             self._last = start + data.rstrip().count("\n")
         self._text.append(data if self._code else " ".join(re.split(r"[\r\n]", data)))
 
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
-        """Pass over `<![...]>`; what is in it is nothing that the library knows, it is passed over like a comment."""
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """Skip `<![...]>`; contents that the library does not know are skipped like a comment."""
         try:
             return super().parse_marked_section(i, report)
         except AssertionError:

@@ -1,8 +1,8 @@
-"""A found snippet and those of its neighbours that are about the same: what is shown in the place of three sentences.
+"""A found snippet with its neighbours about the same subject, shown instead of three sentences.
 
-From the snippet outwards, each way, neighbours are taken in as long as the cosine between theirs and the snippet's own
-vector is above a threshold, as in the original kit's `wikiindexquery.py`. Unlike there, all neighbours of all snippets
-are embedded together, and none is of another article or beyond the ends of the table.
+From the snippet outwards, in each direction, neighbours are added as long as the cosine of their vector to that of the
+snippet is above a threshold, as in `wikiindexquery.py` of the original kit. Unlike there, neighbours of all snippets are
+embedded together, and none is from another article or beyond the ends of the table.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ import numpy as np
 
 
 class Snippets(Protocol):
-    """Texts by row number, those of one document side by side."""
+    """Texts by row number; those of one document are adjacent."""
 
     def text(self, number: int) -> str:
-        """A row's text."""
+        """Return the text of a row."""
 
     def neighbours(self, number: int, width: int) -> range:
-        """The rows within `width` of one that are of its document, itself among them."""
+        """Return the rows of the same document around `number`, itself included, at most `width` on each side."""
 
 
 def expand(
@@ -29,9 +29,9 @@ def expand(
     width: int,
     threshold: float,
 ) -> list[range]:
-    """For each row, the rows to show: itself, and at most `width` neighbours on each side.
+    """Return the rows to show for each row: itself, and at most `width` neighbours on each side.
 
-    `embed` makes float32 [n, d] of n texts; it is called once, or not at all where there are no neighbours.
+    `embed` returns float32 [n, d] for n texts; it is called once, or not at all if there are no neighbours.
     """
     windows = [table.neighbours(row, width) for row in rows]
     if all(len(window) == 1 for window in windows):
@@ -44,9 +44,9 @@ def expand(
 
 
 def without_overlap(rows: Sequence[int], shown: Sequence[range]) -> list[tuple[int, range]]:
-    """The same without a row twice: each goes to the first that shows it, and one that has gone is shown no more."""
+    """Assign each row to the first range that shows it; later ranges end there, and assigned rows are dropped."""
     taken: set[int] = set()
-    parted = []
+    separate = []
     for row, window in zip(rows, shown, strict=True):
         if row in taken:
             continue
@@ -56,8 +56,8 @@ def without_overlap(rows: Sequence[int], shown: Sequence[range]) -> list[tuple[i
         while end in window and end not in taken:
             end += 1
         taken.update(range(first, end))
-        parted.append((row, range(first, end)))
-    return parted
+        separate.append((row, range(first, end)))
+    return separate
 
 
 def _extend(window: range, row: int, directions: dict[int, np.ndarray], threshold: float) -> range:

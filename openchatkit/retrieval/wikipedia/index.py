@@ -1,7 +1,7 @@
-"""Searching English Wikipedia: the index of three-sentence snippets that the original kit's chat looked things up in.
+"""Searching English Wikipedia, in the index of three-sentence snippets that the chat of the original kit used.
 
-The index and its table are read by memory map; the encoder, contriever-msmarco, is loaded when the first question
-comes. `data/wikipedia-3sentence-level-retrieval-index/prepare.py` fetches and converts what is read here.
+The index and its table are read by memory map; the encoder, contriever-msmarco, is loaded at the first question.
+`data/wikipedia-3sentence-level-retrieval-index/prepare.py` fetches and converts the files.
 """
 
 import functools
@@ -21,19 +21,19 @@ from openchatkit.retrieval.wikipedia.expansion import expand, without_overlap
 from openchatkit.retrieval.wikipedia.table import WikipediaTable
 
 ENCODER = "facebook/contriever-msmarco"
-# The index's type was never published. These are what such an index can be; none of them can run code.
+# The type of the index was never published. These are possible; none of them can run code.
 _TYPES = {
     *("IndexIVFPQ", "IndexIVFPQFastScan", "IndexIVFScalarQuantizer", "IndexIVFFlat"),
     *("IndexPQ", "IndexPQFastScan", "IndexScalarQuantizer", "IndexFlat", "IndexFlatIP"),
     *("IndexHNSWFlat", "IndexHNSWPQ", "IndexHNSWSQ", "IndexPreTransform"),
 }
-_PROBES = 32  # lists that are looked at where the index does not say
+_PROBES = 32  # lists to search, if the index does not say
 
 
 class WikipediaIndex:
-    """The index of a folder, by default where prepare.py puts it. `encoder` is a name, a folder, or an encoder.
+    """The index in a folder, by default that of prepare.py. `encoder` is a name, a folder, or an encoder.
 
-    UserError where there is none, or a file is missing, cut, altered by its size or time stamp, or of another kind.
+    UserError: it is not found, or a file is missing, cut, changed by its size or time stamp, or of another kind.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class WikipediaIndex:
 
     @functools.cached_property
     def encoder(self) -> Any:
-        """The encoder of questions and snippets; UserError where its vectors are not as long as the index's."""
+        """Encoder of questions and snippets; UserError: its vectors differ in length from those of the index."""
         encoder = self._given
         if encoder is None or isinstance(encoder, str | Path):
             encoder = Encoder(encoder or ENCODER, self._device)
@@ -66,20 +66,20 @@ class WikipediaIndex:
         return encoder
 
     def search(self, query: str, k: int = 1, w: int = 5, w_th: float = 0.5) -> list[str]:
-        """At most k texts for a question, the best first.
+        """Return at most k texts for a question, the best first.
 
-        Each is a snippet of three sentences with at most `w` snippets before it and behind it, of the same article, as
-        long as their cosine to it is above `w_th`.
+        Each is a snippet of three sentences with at most `w` snippets of the same article on each side, as far as their
+        cosine to it is above `w_th`.
         """
         return [passage.text for passage in self.passages(query, k, w=w, w_th=w_th)]
 
     def passages(
         self, query: str, k: int = 1, *, w: int = 5, w_th: float = 0.5, disjoint: bool = False
     ) -> list[Passage]:
-        """What `search` finds, with titles where the published table has them; `score` is the inner product.
+        """Return the results of `search` as passages, with titles if known; `score` is the inner product.
 
-        Snippets beside each other are often found together, and their texts overlap; with `disjoint`, no snippet is in
-        two of them, and there may be fewer.
+        Adjacent snippets are often found together, and their texts overlap; with `disjoint`, no snippet is in two
+        passages, and there may be fewer.
         """
         if k < 1 or w < 0 or not np.isfinite(w_th):
             raise UserError(f"k={k}, w={w}, w_th={w_th}: expected k of at least 1, w of at least 0, and a number")
@@ -89,7 +89,7 @@ class WikipediaIndex:
         if not np.isfinite(vector).all():
             raise UserError(f"{self.encoder.name} makes numbers that are not finite of the question: fetch it again")
         scores, rows = self._index.search(vector, min(k, len(self.table)))
-        # -1 fills up what the lists that were looked at did not hold; a vector that is not finite is near to nothing.
+        # -1 stands for missing rows; a vector that is not finite has no score.
         found = {int(row): float(score) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0}
         found = {row: score for row, score in found.items() if np.isfinite(score)}
         if wrong := [row for row in found if row >= len(self.table)]:
@@ -109,7 +109,7 @@ class WikipediaIndex:
         ]
 
     def close(self) -> None:
-        """Give the files back."""
+        """Close the files."""
         self.table.close()
         self._index = None
 
@@ -122,7 +122,7 @@ class WikipediaIndex:
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answer one question with what `search` finds: the command `retrieval/wikipedia.py`."""
+    """Print the results of `search` for one question: the command `retrieval/wikipedia.py`."""
     parser = cli.Parser(prog="retrieval/wikipedia.py", description="Look something up in Wikipedia.")
     parser.add_argument("question", help="what to look for")
     parser.add_argument("-k", type=cli.positive_int, default=1, help="how many texts to print")
@@ -138,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_index(path: Path) -> Any:
-    """A faiss index of one of the types that Wikipedia's can have, by memory map; UserError for any other file."""
+    """Open a faiss index of one of the possible types by memory map; UserError for any other file."""
     return read_index(path, types=_TYPES)
 
 
 def _set_probes(index: Any, probes: int | None) -> None:
-    """How many lists are looked at: as asked, else as the index was tuned to; faiss's own default of 1 is no tuning."""
+    """Set the number of lists to search: the given one, else that of the index, unless it is faiss's default of 1."""
     faiss = import_faiss()
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None and (probes or lists.nprobe == 1):

@@ -1,7 +1,7 @@
-"""The command `data/wikipedia-3sentence-level-retrieval-index/prepare.py`: fetch, check, convert, vouch.
+"""The command `data/wikipedia-3sentence-level-retrieval-index/prepare.py`: fetch, check, convert, write the manifest.
 
-Each step leaves a file under its name only when it is whole, and a second run does what is missing. The manifest that
-is written last is what `retrieval.wikipedia` trusts.
+Each step puts a file under its name only when it is complete, and a second run does the missing steps. The manifest is
+written last; `retrieval.wikipedia.index` trusts it.
 """
 
 import shlex
@@ -22,7 +22,7 @@ from openchatkit.storage import hold_lock, sha256, storage_errors
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fetch and convert, or with --verify hash what is there."""
+    """Fetch and convert the files, or with --verify hash them."""
     parser = cli.Parser(
         prog=layout.SCRIPT,
         description="Fetch Wikipedia's index (7.1 GB) and its snippets (6.9 GB) and make of the snippets a file that "
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prepare(
     folder: Path, *, source: str = layout.REPOSITORY, digests: Mapping[str, str] = layout.DIGESTS
 ) -> layout.WikipediaRecord:
-    """Make the Wikipedia index of a folder; `digests` are the SHA-256 of the two published files.
+    """Make the Wikipedia index in a folder; `digests` are the SHA-256 of the two published files.
 
-    UserError, Interrupted: as `download` raises them; another file than was published; rows that do not agree.
+    UserError, Interrupted: as `download` raises them; a file differs from the published one; numbers of rows differ.
     """
     try:
         return layout.check(folder)
@@ -77,14 +77,14 @@ def prepare(
 
 
 def _fetch(name: str, folder: Path, source: str, digests: Mapping[str, str]) -> Path:
-    """One of the published files, with the digest that it must have."""
+    """Fetch one of the published files and check its digest."""
     address = f"{source.rstrip('/')}/{name}"
     if _is_repository(source):
         (path,) = fetch_dataset(source, [name], folder)
     else:
         path = fetch(address, folder, sha256=digests[name])
     expected, note = Digest(SHA256, digests[name]), read_sidecar(path)
-    # What came by this very digest was compared on its way; a copy, or another commit of the hub's, was not.
+    # A file fetched by this digest was compared on the way; a copy, or another commit of the hub, was not.
     if note is None or note.version != str(expected):
         logger.info(f"hashing {path}")
         if (found := sha256(path)) != expected.value:
@@ -100,7 +100,7 @@ def _is_repository(source: str) -> bool:
 
 
 def _convert(folder: Path, source: str, digests: Mapping[str, str]) -> tuple[layout.WikipediaRecord, FileRecord]:
-    """The table as Arrow, made unless it is there as it was made before."""
+    """Convert the table to Arrow, unless an intact one exists."""
     from openchatkit.retrieval.wikipedia.table import convert
 
     path = folder / layout.TABLE

@@ -1,8 +1,8 @@
 """Wikipedia's snippets as an Arrow IPC file: converted once from the published Parquet table, then read by memory map.
 
-The published table has `text_snippet` and `position_in_source_text`, and further columns that its makers do not
-describe. So they are looked at: a new article begins where the position does not rise, or where a column of titles or
-articles' identifiers changes. Articles get numbers, so that reading needs to compare nothing else.
+The published table has `text_snippet` and `position_in_source_text`, and further columns that its authors do not
+describe. So they are examined: a new article begins where the position does not rise, or where a column of titles or
+identifiers of articles changes. Articles get numbers, so that reading compares only these.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,9 +25,9 @@ _KEY_PARTS = {"title", "id", "url", "article", "page", "document", "doc"}
 
 
 def convert(published: Path, table: Path) -> tuple[int, tuple[str, ...]]:
-    """Write the Arrow file of a published table, a few megabytes in memory; its rows, and what told articles apart.
+    """Write the Arrow file of a published table; return the number of rows, and the columns that separate articles.
 
-    UserError: the table cannot be read or lacks a column, or there is no room.
+    Takes a few megabytes of memory. UserError: the table cannot be read or lacks a column, or the disk is full.
     """
     try:
         with pq.ParquetFile(published, memory_map=True) as source:
@@ -51,7 +51,7 @@ def convert(published: Path, table: Path) -> tuple[int, tuple[str, ...]]:
 
 
 class WikipediaTable:
-    """Snippets by row number. Opening reads the footer alone; UserError where the file is none of so many rows."""
+    """Snippets by row number. Opening reads only the footer; UserError: not such a file of `rows` rows."""
 
     def __init__(self, path: Path, rows: int) -> None:
         self._blocks = blocks.Blocks(path, rows, _SCHEMA, what="table of snippets")
@@ -60,24 +60,24 @@ class WikipediaTable:
         return self._blocks.rows
 
     def text(self, number: int) -> str:
-        """A snippet."""
+        """Return a snippet."""
         return self._blocks.value(TEXT, number) or ""
 
     def title(self, number: int) -> str:
-        """The title of a snippet's article, "" where the published table has none."""
+        """Return the title of the article of a snippet, "" if the published table has none."""
         return self._blocks.value("title", number) or ""
 
     def neighbours(self, number: int, width: int) -> range:
-        """The rows within `width` of one that are of the same article, itself among them."""
-        return self._blocks.alike("article", number, width)
+        """Return the rows of the same article around `number`, itself included, at most `width` on each side."""
+        return self._blocks.equal_neighbours("article", number, width)
 
     def close(self) -> None:
-        """Give the map back."""
+        """Close the map."""
         self._blocks.close()
 
 
 def _columns(published: Path, source: pq.ParquetFile) -> tuple[list[str], str | None]:
-    """The columns whose change begins an article, and the one with titles, by their names, types and first rows."""
+    """Return the columns that change with the article, and the one with titles, by names, types and first rows."""
     schema = source.schema_arrow
     if lacking := {TEXT, POSITION} - set(schema.names):
         there = ", ".join(schema.names[:20])
@@ -98,7 +98,7 @@ def _is_key(field: pa.Field) -> bool:
 
 
 def _is_of_rows(piece: pa.Table, key: str) -> bool:
-    """Whether a column changes within articles, as a number of rows does: then it tells nothing about articles."""
+    """Whether a column changes within articles, as row numbers do, so that it does not separate articles."""
     within = ~_falls(_positions(piece))
     return bool(within.any()) and bool(_changes(piece, key)[within].mean() > 0.5)
 
@@ -109,7 +109,7 @@ def _pieces(source: pq.ParquetFile, columns: list[str]) -> Iterator[pa.Table]:
 
 
 def _size(source: pq.ParquetFile, columns: set[str | None]) -> int:
-    """Bytes of these columns, unpacked."""
+    """Return the uncompressed bytes of these columns."""
     metadata = source.metadata
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     chunks = (group.column(number) for group in groups for number in range(group.num_columns))
@@ -117,11 +117,11 @@ def _size(source: pq.ParquetFile, columns: set[str | None]) -> int:
 
 
 def _number_articles(pieces: Iterable[pa.Table], keys: list[str], title: str | None) -> Iterator[pa.Table]:
-    """The pieces in our columns, their articles numbered from 0."""
+    """Yield the pieces in the columns of the Arrow file, with articles numbered from 0."""
     before: pa.Table | None = None
     article = -1
     for piece in pieces:
-        # With the last row of the piece before, so that an article can go on over the border.
+        # With the last row of the previous piece, since an article may continue in this one.
         joined = piece if before is None else pa.concat_tables([before, piece])
         positions = _positions(joined)
         begins = _falls(positions)
@@ -143,18 +143,18 @@ def _positions(piece: pa.Table) -> np.ndarray:
 
 
 def _falls(positions: np.ndarray) -> np.ndarray:
-    """bool [n - 1]: whether the position does not rise from a row to the next."""
+    """Return bool [n - 1]: whether the position does not rise from a row to the next."""
     return positions[1:] <= positions[:-1]
 
 
 def _changes(piece: pa.Table, key: str) -> np.ndarray:
-    """bool [n - 1]: whether a column changes from a row to the next; nothing is known where it is null."""
+    """Return bool [n - 1]: whether a column changes from a row to the next; nulls count as no change."""
     column = piece.column(key).combine_chunks()
     return pc.fill_null(pc.not_equal(column[1:], column[:-1]), False).to_numpy(zero_copy_only=False)
 
 
 def _blocks(pieces: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
-    """The rows of pieces in blocks of one size, but for the last."""
+    """Yield the rows of pieces in blocks of one size, except the last."""
     rest: pa.Table | None = None
     for piece in pieces:
         rest = piece if rest is None else pa.concat_tables([rest, piece])
