@@ -1,4 +1,4 @@
-"""Samples against a plain re-reading of the stream they are cut from, and what a data set refuses."""
+"""`data.dataset`: samples against a plain reading of the stream they are cut from, and the errors of a data set."""
 
 import itertools
 import json
@@ -353,7 +353,7 @@ def test_replies_after_the_cut(build: object, tmp_path: Path) -> None:
     build(str(tmp_path / "a.jsonl"), packing="none", loss_on="responses", seq_length=200)
 
 
-def test_errors_of_the_parts_come_through(build: object, tmp_path: Path) -> None:
+def test_errors_of_names_and_packings_come_through(build: object, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 1}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: expected 'text' to be a string"):
         build(str(tmp_path / "a.jsonl"))
@@ -374,7 +374,7 @@ def test_memory_does_not_grow_with_epochs(build: object, tmp_path: Path) -> None
     assert held < 2 * 20_000 * (4 + 1 / 8) * 1.2, "two epochs' orders, and a sum for every 64th document"
 
 
-def test_the_order_is_for_ever(build: object, tmp_path: Path) -> None:
+def test_the_order_never_changes(build: object, tmp_path: Path) -> None:
     """A checkpoint stores a sample number: the samples after it must not change with numpy or with our code."""
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(10)))
     source = build(str(tmp_path / "a.jsonl"), packing="none", seed=7).sources[0]

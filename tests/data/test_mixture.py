@@ -1,4 +1,4 @@
-"""The mixture: what `--task-name` may say, and quotas that come out exact."""
+"""`data.mixture`: the entries of `--task-name`, and exact quotas."""
 
 import random
 from collections import Counter

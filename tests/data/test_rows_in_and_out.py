@@ -1,4 +1,4 @@
-"""Whatever a file holds: each of its rows is a document or is named among those set aside."""
+"""From `data.records` to `data.stores.cache`: every row of any file is a document or is listed as set aside."""
 
 import bz2
 import gzip
@@ -45,8 +45,8 @@ LINES = st.one_of(
 )
 
 
-def outcome(data: bytes) -> bool:
-    """Whether a row is a document."""
+def is_document(data: bytes) -> bool:
+    """Return whether a row is a document."""
     try:
         decode(data)
     except BadRowError:
@@ -56,7 +56,7 @@ def outcome(data: bytes) -> bool:
 
 def check(tokenizer: Tokenizer, data: bytes, name: str, rows: list[tuple[int, bytes]]) -> None:
     """`rows` are the numbers and bytes of the rows that a file of this name and content has."""
-    good = [number for number, row in rows if outcome(row)]
+    good = [number for number, row in rows if is_document(row)]
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / name
         source.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Names that lie elsewhere, or that a prepare.py has fetched: what they stand for here."""
+"""`data.task_names`: the data of local names, of names that a prepare.py has fetched, and of remote ones."""
 
 import http.server
 import threading
@@ -87,7 +87,7 @@ def test_an_address_without_a_file(here: Path, server: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine/chats.jsonl", "data/nothing", "a/b/c", "../x", "plain"])
-def test_a_path_that_is_spelt_wrong_is_no_name_of_the_hub(here: Path, name: str) -> None:
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(here: Path, name: str) -> None:
     assert task_names.fetch_remote(name, here / "cache") is None
 
 

@@ -1,4 +1,4 @@
-"""A trained tokenizer: every text comes back, it loads wherever one is asked for, and what is too little is said."""
+"""`tools.tokenizer_training`: decoding gives texts back, the folder loads, and too little data is an error."""
 
 import json
 import subprocess
@@ -43,12 +43,12 @@ def folded() -> Backend:
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_every_text_comes_back(trained: Backend, text: str) -> None:
+def test_decoding_gives_every_text_back(trained: Backend, text: str) -> None:
     trained.encode_special_tokens = True
     assert trained.decode(trained.encode(text).ids, skip_special_tokens=False) == text
 
 
-def test_what_gpt_neox_chooses_does_not_come_back(folded: Backend) -> None:
+def test_gpt_neox_settings_do_not_give_texts_back(folded: Backend) -> None:
     assert folded.decode(folded.encode("ﬁve").ids) == " five"
     assert folded.encode("Return").ids == folded.encode(" Return").ids
 
@@ -168,6 +168,6 @@ def test_a_folder_without_records(tmp_path: Path) -> None:
         input_files([], tmp_path)
 
 
-def test_training_it_needs_no_torch() -> None:
+def test_training_a_tokenizer_does_not_import_torch() -> None:
     code = f"import sys, {tokenizer_training.__name__}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -33,8 +33,8 @@ from openchatkit.formats.token_store import (
     read_record,
 )
 
-_LARGE = 5 << 30  # bytes that take long enough to read for a progress bar
-_PIECE = 1 << 20
+LARGE_BYTES = 5 << 30  # bytes that take long enough to read for a progress bar
+PIECE_BYTES = 1 << 20
 _PLACES, _SHORT = 1024, 1 << 12
 
 
@@ -109,9 +109,9 @@ def _sample_hash(path: Path) -> bytes:
     with _reading(path), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest = hashlib.sha256(size.to_bytes(8, "little"))
-        last = max(size - _PIECE, 0)
-        between = () if last <= _PIECE else (last * place // _PLACES for place in range(1, _PLACES))
-        for start, length in ((0, _PIECE), *((start, _SHORT) for start in between), (last, _PIECE)):
+        last = max(size - PIECE_BYTES, 0)
+        between = () if last <= PIECE_BYTES else (last * place // _PLACES for place in range(1, _PLACES))
+        for start, length in ((0, PIECE_BYTES), *((start, _SHORT) for start in between), (last, PIECE_BYTES)):
             file.seek(start)
             digest.update(file.read(length))
     return digest.digest()
@@ -129,7 +129,7 @@ def content_hash(source: Path, cache_dir: Path) -> str:
         if digest := _read_hash(memory, known):
             return digest
         with _reading(source):
-            digest = _digest(source, sum(size for _, (size, *_) in stamps))
+            digest = hash_files(source, sum(size for _, (size, *_) in stamps))
         if all(storage.is_settled(stamp) for _, stamp in stamps):
             storage.write_text(memory, json.dumps(known | {"sha256": digest}) + "\n")
     return digest
@@ -149,12 +149,12 @@ def _reading(source: Path) -> Iterator[None]:
         raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
 
 
-def _digest(source: Path, size: int) -> str:
+def hash_files(source: Path, size: int) -> str:
     """Return the SHA-256 of a file's bytes, or of the names, sizes and bytes of a folder's files."""
     digest = hashlib.sha256()
-    buffer = bytearray(_PIECE)
+    buffer = bytearray(PIECE_BYTES)
     title = f"reading {source.name} once, for its hash"
-    with progress.bar(size, title, unit="B", unit_scale=True, disable=None if size > _LARGE else True) as bar:
+    with progress.bar(size, title, unit="B", unit_scale=True, disable=None if size > LARGE_BYTES else True) as bar:
         for path in reader.files(source):
             if path != source:
                 digest.update(f"{path.relative_to(source)} {path.stat().st_size}\n".encode())

@@ -28,7 +28,7 @@ T = TypeVar("T")
 VERSION = 5
 
 # Large enough that a message between processes costs little, small enough to keep all of them busy to the end.
-_BATCH_BYTES = 1 << 17
+BATCH_BYTES = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def in_batches(rows: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[
     for row in rows:
         batch.append(row)
         size += size_of(row)
-        if size >= _BATCH_BYTES:
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

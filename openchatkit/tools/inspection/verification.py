@@ -20,7 +20,7 @@ from openchatkit.formats.ledger import LedgerRow
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.tools.inspection.figures import read_quarantine
 
-_PIECE = 1 << 18  # tokens of a batch hashed at a time
+PIECE_TOKENS = 1 << 18  # tokens of a batch hashed at a time
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _explain_difference(dataset: Dataset, state: dict[str, Any], *, altered: boo
 
 def _digest(dataset: Dataset, first: int, count: int) -> tuple[str, int]:
     """Return the digest of some samples, as in the ledger, and how many of their labels train."""
-    rows = max(1, _PIECE // dataset.seq_length)
+    rows = max(1, PIECE_TOKENS // dataset.seq_length)
     total = counted = 0
     for start in range(first, first + count, rows):
         batch = dataset.batch(start, min(rows, first + count - start))

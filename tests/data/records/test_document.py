@@ -1,4 +1,4 @@
-"""All forms of a record, which replies are trained on, and what is said of rows that are none."""
+"""`data.records.document`: all forms of a record, which replies are trained on, and the reasons of bad rows."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_both_forms_give_the_same_segments() -> None:
     assert text == "Be kind.\n\n<human>: What?\n<bot>: It says\n\nthis.\n<human>: And?\n<bot>: Nothing.\n"
 
 
-def test_all_that_messages_may_be() -> None:
+def test_every_form_of_messages() -> None:
     assert joined(decode(messages(("system", ""), ("user", "a"), ("assistant", "b")))) == "<human>: a\n<bot>: b\n"
     assert joined(decode(messages(("system", "s"), ("system", "t"), ("assistant", "b")))) == "s\n\nt\n\n<bot>: b\n"
     # A question without a reply is no place to learn that `<bot>:` is followed by the end.
@@ -78,7 +78,7 @@ def labelled(label: object, **fields: object) -> bytes:
     return json.dumps({**fields, "safety_label": label}).encode()
 
 
-def test_a_text_with_a_label_is_a_record_of_moderation() -> None:
+def test_a_text_with_a_label_is_a_moderation_record() -> None:
     expected = moderation.record([("I hate my job.", "possibly needs caution")])
     label = "__possibly_needs_caution__"
     assert decode(labelled(label, context="I hate my job.", response="Why?", rots=None)) == expected
@@ -93,7 +93,7 @@ def test_a_text_with_a_label_is_a_record_of_moderation() -> None:
     assert decode(b'{"text": "plain", "safety_label": null}') == [Segment("plain", False)]
 
 
-def test_a_record_of_moderation_may_be_written_out() -> None:
+def test_a_moderation_record_may_be_written_out() -> None:
     exchanges = [("I want to call in sick", "casual"), ("Something\nelse", "needs caution")]
     text = "\n\nInput: I want to call in sick\nOutput: casual\n\nInput: Something\nelse\nOutput: needs caution\n"
     expected = moderation.record(exchanges)
@@ -156,7 +156,7 @@ def test_a_record_of_moderation_may_be_written_out() -> None:
         (b'{"messages": [{"role": "assistant", "content": "a", "weight": "0"}]}', "message 1 has the weight 0: exp"),
     ],
 )
-def test_a_row_that_is_no_record(line: bytes, message: str) -> None:
+def test_rows_that_cannot_be_used(line: bytes, message: str) -> None:
     with pytest.raises(BadRowError, match=message):
         decode(line)
 

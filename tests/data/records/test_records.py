@@ -1,4 +1,4 @@
-"""Rows of every kind of file, from the start or from the middle, and how damage is told."""
+"""`data.records.reader`, `json_files` and `tables`: rows of every kind of file, from any position, and damage."""
 
 import bz2
 import gzip
@@ -86,7 +86,7 @@ def test_empty_compressed_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_cut_stream_is_an_error_wherever_it_is_cut(tmp_path: Path, name: str) -> None:
+def test_a_truncated_stream_is_an_error_wherever_it_is_cut(tmp_path: Path, name: str) -> None:
     whole = gzip.compress(lines()) if name.endswith("gz") else zstd(lines())
     for data in (whole, whole + whole):
         for size in range(len(data) - len(whole) + 1, len(data)):
@@ -95,7 +95,7 @@ def test_a_cut_stream_is_an_error_wherever_it_is_cut(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_what_is_not_compressed_is_an_error(tmp_path: Path, name: str) -> None:
+def test_uncompressed_data_under_a_compressed_name_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="cut short or damaged after line 0"):
         read(tmp_path / name, lines())
 
@@ -207,7 +207,7 @@ def test_parquet_of_texts_with_labels(tmp_path: Path) -> None:
         assert json.loads(next(records.rows()).data) == {"text": "a"}
 
 
-def test_parquet_that_will_not_do(tmp_path: Path) -> None:
+def test_unusable_parquet_files_are_errors(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", {"texts": ["a"], "id": [1]})
     with pytest.raises(UserError, match=r"has no column 'text' nor 'messages' \(its columns: texts, id\)"):
         Records(path)
@@ -267,7 +267,7 @@ def test_forms_of_json(tmp_path: Path, name: str, data: bytes, packing: str) -> 
 
 
 @pytest.mark.parametrize("cut", [10, 60])
-def test_an_array_that_is_cut_short(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_array_is_an_error(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(json.dumps(ROWS).encode()[:-cut])
     with Records(path) as records, pytest.raises(UserError, match=r"a\.json: not JSON after row [2-4] "):

@@ -1,4 +1,4 @@
-"""Documents whose tokens tell where they come from."""
+"""Documents whose tokens identify them."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The plan on a histogram against packing item by item."""
+"""`data.samples.best_fit`: the plan on a histogram against packing item by item."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Orders and running sums against numpy's plain ones, and the files that keep them."""
+"""`data.samples.order` and `arrays`: orders and running sums against numpy's, and the files that keep them."""
 
 import errno
 import logging
@@ -54,7 +54,7 @@ def test_orders_are_the_same_in_memory_and_in_files(tmp_path: Path, in_memory: i
         assert not values.flags.writeable
 
 
-def test_orders_are_what_they_have_always_been(tmp_path: Path) -> None:
+def test_orders_do_not_change_between_releases(tmp_path: Path) -> None:
     """Runs that were started years ago go on by them, whatever numpy has become."""
     values = shuffled(Arrays(tmp_path, 20), "order", 3, 20, seed=SEED)
     assert values.tolist() == [12, 15, 14, 3, 7, 17, 18, 10, 1, 2, 0, 16, 5, 4, 19, 13, 9, 11, 8, 6]
@@ -101,7 +101,7 @@ def test_only_two_epochs_are_kept(tmp_path: Path) -> None:
     assert first.tolist() == plain(300), "what is deleted is still read by those who have it"
 
 
-def test_nothing_half_made_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Arrays(tmp_path / "orders", 300, in_memory=0)
 
     def pieces() -> Iterator[np.ndarray]:
@@ -122,7 +122,7 @@ def test_nothing_half_made_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kept.make("order", 0, 300, np.int64, [np.arange(300)]).tolist() == list(range(300))
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "orders").touch()
     with pytest.raises(
         UserError, match=r"the order of the data to .*orders.x \(--data-cache\): part of the path is a file"

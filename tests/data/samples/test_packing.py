@@ -1,4 +1,4 @@
-"""Samples of each packing against a plain re-reading of the documents."""
+"""`data.samples.packing`: samples of each packing against a plain reading of the documents."""
 
 import random
 import tracemalloc
@@ -173,7 +173,7 @@ def test_documents_move_from_epoch_to_epoch(make_source: Callable) -> None:
     assert sizes[0] != sizes[1]
 
 
-def test_little_is_wasted(make_source: Callable) -> None:
+def test_the_waste_is_small(make_source: Callable) -> None:
     generator = random.Random(0)
     sizes = [generator.randint(2, 200) for _ in range(500)]
     packed = pack(make_source([numbered(sizes)]), 128, packing="documents", padding=PADDING)
@@ -227,7 +227,7 @@ def test_nothing_to_predict(make_source: Callable, packing: str, message: str) -
         pack(make_source([numbered(sizes)]), 8, packing=packing, padding=PADDING)
 
 
-def test_what_is_cut_and_left_out_is_told(make_source: Callable, capfd: pytest.CaptureFixture) -> None:
+def test_cut_and_excluded_documents_are_logged(make_source: Callable, capfd: pytest.CaptureFixture) -> None:
     pack(make_source([numbered([9, 10, 1, 0, 5])]), 8, packing="documents", padding=PADDING)
     told = capfd.readouterr().err
     assert "chats: 3 documents in 3 rows of 8 tokens, 12.50% of which is padding; 1 were cut" in told

@@ -1,4 +1,4 @@
-"""Copying from several stores, and what a source refuses."""
+"""`data.samples.source`: copying from several stores, and the errors of a source."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_trained_tokens(make_source: Callable, elsewhere: int | None) -> None:
 
 
 @pytest.mark.parametrize("loss_on", ["all", "responses"])
-def test_what_is_excluded_is_never_trained_on(make_source: Callable, loss_on: str) -> None:
+def test_excluded_tokens_are_never_trained_on(make_source: Callable, loss_on: str) -> None:
     marks = [[[number % 3 for number, _ in enumerate(document)] for document in DOCUMENTS]]
     source = make_source([DOCUMENTS], marks, elsewhere=1 << 20, loss_on=loss_on)
     tokens, mask = np.empty(6, np.int64), np.empty(6, bool)
@@ -59,7 +59,7 @@ def test_what_is_excluded_is_never_trained_on(make_source: Callable, loss_on: st
     assert source.trained_tokens == sum(mark in trained for document in marks[0] for mark in document)
 
 
-def test_a_store_of_bytes_is_none_of_tokens(make_source: Callable) -> None:
+def test_a_store_of_bytes_is_refused(make_source: Callable) -> None:
     documents = [[number % 256 for number in range(1000)]] * 12
     with pytest.raises(UserError, match=r"store0: its first 10,000 tokens are all below 256, as CharLevelTokenizer"):
         make_source([documents], elsewhere=50_000)
@@ -85,7 +85,7 @@ def test_masks_that_mask_nothing(make_source: Callable, mark: int | None, elsewh
 
 
 @pytest.mark.parametrize("elsewhere", [None, 1 << 20])
-def test_a_mask_is_judged_over_the_whole_source(make_source: Callable, elsewhere: int | None) -> None:
+def test_masks_are_checked_over_the_whole_source(make_source: Callable, elsewhere: int | None) -> None:
     ones, zeros = ([[mark] * len(document) for document in DOCUMENTS] for mark in (1, 0))
     source = make_source([DOCUMENTS, DOCUMENTS], [ones, zeros], elsewhere=elsewhere, loss_on="responses")
     assert source.trained_tokens == 21

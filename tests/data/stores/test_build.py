@@ -1,4 +1,4 @@
-"""A store comes out the same byte for byte however often its build was stopped, and every row is accounted for."""
+"""`data.stores.build` and `builder`: a stopped build continues to the same bytes, and every row is accounted for."""
 
 import contextlib
 import errno
@@ -53,7 +53,7 @@ class KilledError(BaseException):
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row or so a batch, saved after each."""
-    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 1)
     monkeypatch.setattr(builder, "SAVE_TOKENS", 1)
 
 
@@ -158,7 +158,7 @@ from openchatkit.data.stores import builder, tokenise, workers
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.data.tokenizer import encoder
 source, tokenizer, cache = map(Path, sys.argv[1:])
-tokenise._BATCH_BYTES, workers.SMALL, builder.SAVE_TOKENS = 500, 0, 1
+tokenise.BATCH_BYTES, workers.SMALL, builder.SAVE_TOKENS = 500, 0, 1
 serialised = tokenizer.read_text()
 tokenizer = SimpleNamespace(
     serialised=serialised,
@@ -213,7 +213,7 @@ def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "a.jsonl: continues after row 99, where it was stopped" in capsys.readouterr().err
 
 
-def test_saved_after_a_while_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_saved_after_some_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
     monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0.0)
@@ -282,7 +282,9 @@ print(left(source))
     assert result.stdout.endswith("[]\n")
 
 
-def test_files_that_lost_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_shorter_than_the_saved_progress_are_built_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The build starts from scratch."""
     source = write(tmp_path / "a.jsonl", some_texts(bad=True))
     whole, _ = build(source, Bytes(), bad_rows="quarantine", cache="whole")
@@ -299,7 +301,7 @@ def test_files_that_lost_what_was_saved(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("when", ["at the end", "before a save"])
-def test_source_changed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+def test_a_source_changed_during_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """What came of two files under one key is not kept for a later build."""
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
     tokenizer = Bytes()
@@ -318,7 +320,7 @@ def test_source_changed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert left(source) == []
 
 
-def test_source_changed_before_it_is_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_changed_before_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another process has the lock, say: the key is that of what it held before."""
     source = write(tmp_path / "a.jsonl", ["old"])
     old = source.read_bytes()
@@ -338,7 +340,7 @@ def test_source_changed_before_it_is_tokenised(tmp_path: Path, monkeypatch: pyte
     assert bytes(build(source, Bytes())[0].document(0)[:-1].tolist()) == b"old"
 
 
-def test_source_that_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_removed_during_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.jsonl", ["one"])
     tokenizer = Bytes()
     encode = tokenizer.encode
@@ -353,7 +355,7 @@ def test_source_that_may_not_be_read_is_not_the_caches_fault(tmp_path: Path, mon
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
 
-    monkeypatch.setattr(cache_module, "_digest", refuse)
+    monkeypatch.setattr(cache_module, "hash_files", refuse)
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read: Permission denied"):
         build(source, Bytes())
 
@@ -398,7 +400,7 @@ def test_a_line_too_long_is_set_aside(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (record.rows, record.quarantined, len(store.tokens)) == (3, 1, 4)
 
 
-def test_after_a_bad_row_quarantine_goes_on_from_there(tmp_path: Path) -> None:
+def test_quarantine_continues_after_a_bad_row(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [*some_texts(bad=False), None])
     tokenizer = Bytes()
     with pytest.raises(UserError, match=r"a\.jsonl:121: expected 'text' to be a string"):
@@ -408,7 +410,7 @@ def test_after_a_bad_row_quarantine_goes_on_from_there(tmp_path: Path) -> None:
     assert tokenizer.texts == count
 
 
-def test_an_unfinished_quarantine_is_an_error_where_none_may_be(
+def test_an_unfinished_quarantine_is_an_error_without_quarantine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "a.jsonl", some_texts(bad=True))

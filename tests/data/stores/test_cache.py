@@ -1,4 +1,4 @@
-"""Stores are made once, whole or not at all, whatever else happens at the same time."""
+"""`data.stores.cache`: stores are built once, whole or not at all, by one of any number of processes."""
 
 import errno
 import hashlib
@@ -86,7 +86,7 @@ def test_contents(source: Path, tokenizer: Bytes) -> None:
     assert record.source == str(source)
 
 
-def test_end_of_text_in_a_text_is_told_of(tmp_path: Path, tokenizer: Bytes, capsys: pytest.CaptureFixture) -> None:
+def test_end_of_text_in_a_text_is_logged(tmp_path: Path, tokenizer: Bytes, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "spelled.jsonl"
     path.write_text('{"text": "a<end>b"}\n{"text": "plain"}\n{"text": "<end>"}\n')
     for _ in range(2):
@@ -94,7 +94,7 @@ def test_end_of_text_in_a_text_is_told_of(tmp_path: Path, tokenizer: Bytes, caps
         assert "2 of 3 documents have <end> in their text, which is learnt as characters" in capsys.readouterr().err
 
 
-def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
+def test_a_store_is_built_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
     build(source, tokenizer)
     assert tokenizer.calls() == 1
     moved = source.rename(source.with_name("elsewhere.jsonl"))
@@ -111,11 +111,9 @@ def test_made_once_and_found_by_content(source: Path, tokenizer: Bytes) -> None:
     assert len(folders(source)) == 4
 
 
-def test_hash_is_remembered_until_the_file_changes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hash_is_kept_until_the_file_changes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr(cache, "_digest", lambda path, size: read.append(path) or f"{len(read):064}")
+    monkeypatch.setattr(cache, "hash_files", lambda path, size: read.append(path) or f"{len(read):064}")
     monkeypatch.setattr(storage, "SETTLED_SECONDS", 3600.0)  # a moment ago, however slow the machine
     content_hash(source, tmp_path)
     content_hash(source, tmp_path)
@@ -133,7 +131,9 @@ def test_hash_is_remembered_until_the_file_changes(
     assert len(read) == 5
 
 
-def test_another_file_with_the_old_one_s_times(source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_file_with_the_times_of_the_old_one(
+    source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """tar, rsync and git set times of modification: an equal size and an equal time are no proof of an equal file."""
     for text in ("OLDOLD", "NEWNEW"):
         source.write_text(json.dumps({"text": text}))
@@ -169,13 +169,13 @@ def test_a_saved_dataset(tmp_path: Path, tokenizer: Bytes) -> None:
 def test_a_large_file_is_hashed_as_a_small_one(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = hashlib.sha256(source.read_bytes()).hexdigest()
     assert content_hash(source, tmp_path) == expected
-    monkeypatch.setattr(cache, "_PIECE", 7)
-    monkeypatch.setattr(cache, "_LARGE", 1)
+    monkeypatch.setattr(cache, "PIECE_BYTES", 7)
+    monkeypatch.setattr(cache, "LARGE_BYTES", 1)
     assert content_hash(source, tmp_path) == expected
 
 
 def test_identity_of_a_store_made_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_PIECE", 4)
+    monkeypatch.setattr(cache, "PIECE_BYTES", 4)
     for name in ("a", "b"):
         (tmp_path / f"{name}.idx").write_bytes(b"index")
         (tmp_path / f"{name}.bin").write_bytes(b"0123456789")
@@ -206,7 +206,7 @@ def build_in_child(source: Path, tokenizer: Bytes, results: object) -> None:
         results.put(str(error))
 
 
-def test_many_processes_make_it_once(source: Path, tokenizer: Bytes) -> None:
+def test_one_of_many_processes_builds(source: Path, tokenizer: Bytes) -> None:
     tokenizer.seconds = 0.5
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -219,7 +219,7 @@ def test_many_processes_make_it_once(source: Path, tokenizer: Bytes) -> None:
     assert tokenizer.calls() == 1
 
 
-def test_killed_build_leaves_nothing_and_the_next_one_clears_up(source: Path, tokenizer: Bytes) -> None:
+def test_a_killed_build_leaves_no_store_and_the_next_one_clears_up(source: Path, tokenizer: Bytes) -> None:
     context = multiprocessing.get_context("spawn")
     slow = Bytes(tokenizer.marks, seconds=60)
     results = context.Queue()
@@ -237,7 +237,7 @@ def test_killed_build_leaves_nothing_and_the_next_one_clears_up(source: Path, to
     assert [name.startswith("chats-") for name in folders(source)] == [True]
 
 
-def test_failed_build_leaves_nothing(source: Path, tokenizer: Bytes) -> None:
+def test_a_failed_build_leaves_nothing(source: Path, tokenizer: Bytes) -> None:
     with source.open("a") as file:
         file.write("{}\n")
     with pytest.raises(UserError, match=r"chats\.jsonl:3: the record has no 'text'"):
@@ -245,7 +245,7 @@ def test_failed_build_leaves_nothing(source: Path, tokenizer: Bytes) -> None:
     assert folders(source) == []
 
 
-def test_source_changed_meanwhile(source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_changed_during_the_build(source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda texts: source.write_text("{}\n") and encode(texts))
     with pytest.raises(UserError, match=r"chats\.jsonl was changed while it was tokenised"):
@@ -260,7 +260,7 @@ def test_source_changed_meanwhile(source: Path, tokenizer: Bytes, monkeypatch: p
         (errno.EIO, r"cannot write tokens to .*cache: the disk reports an error"),
     ],
 )
-def test_disk_trouble(
+def test_disk_errors(
     source: Path, tokenizer: Bytes, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
     def fail(*_: object) -> None:

@@ -1,27 +1,20 @@
-"""Ids and masks: what a text spells stays text, and exactly the replies are trained on."""
+"""`data.stores.tokenise`: special tokens in a text stay text, and exactly the replies are trained on."""
 
 import json
-import multiprocessing
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 
 from openchatkit import paths
 from openchatkit.data.records.document import texts
 from openchatkit.data.records.raw_row import Mark, RawRow
 from openchatkit.data.stores import tokenise as module
 from openchatkit.data.stores.tokenise import Tokenised, separator_ids, tokenise, tokenise_all
-from openchatkit.data.tokenizer import Tokenizer, encoder
-from openchatkit.errors import Interrupted, UserError
+from openchatkit.data.tokenizer import Tokenizer
+from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
 from openchatkit.formats.token_store import EXCLUDED
@@ -50,14 +43,6 @@ def trained_text(tokenizer: Tokenizer, part: Tokenised) -> list[str]:
     return [tokenizer.decode(part.tokens[start:end].tolist()) for start, end in borders]
 
 
-def test_ids(tokenizer: Tokenizer) -> None:
-    assert (tokenizer.end_of_text, tokenizer.padding) == (0, 1)
-    ids = tokenizer.encode(["What does it say?", ""])
-    assert tokenizer.decode(ids[0]) == "What does it say?"
-    assert ids[1] == []
-    assert max(ids[0]) < tokenizer.vocab_size
-
-
 def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
     text = f"<human>: {END}<|padding|> ok{END}\n<bot>: {END}\n"
     part = tokenise_texts([text], tokenizer)
@@ -65,89 +50,6 @@ def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
     assert part.tokens[-1] == 0
     assert 1 not in part.tokens
     assert tokenizer.decode(part.tokens.tolist()) == text + END
-
-
-def test_what_tokenizer_json_asks_for_is_off(tiny_tokenizer: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Truncation, padding and tokens put around a text by a post-processor."""
-    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "tokenizer.json").read_text())
-    config["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    config["padding"] = {
-        "strategy": {"Fixed": 9},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 1,
-        "pad_type_id": 0,
-        "pad_token": "<|padding|>",
-    }
-    config["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": END, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
-    texts = ["one", "a much longer text than the other"]
-    assert Tokenizer(tmp_path).encode(texts) == tokenizer.encode(texts)
-
-
-def test_tokenizers_that_will_not_do(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere is not a folder"):
-        Tokenizer(tmp_path / "nowhere")
-    (tmp_path / "model.bin").touch()
-    with pytest.raises(UserError, match=r"expected tokenizer\.json there, found model\.bin"):
-        Tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(UserError, match="cannot be loaded: "):
-        Tokenizer(tmp_path)
-    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
-    with pytest.raises(UserError, match="has no end-of-text token"):
-        Tokenizer(tmp_path)
-
-
-def test_tokenizers_of_pure_python(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").touch()
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    with pytest.raises(UserError, match=r"is a ByT5Tokenizer, which has no tokenizer\.json: expected one of"):
-        Tokenizer(tmp_path)
-
-
-def test_end_of_text_that_cannot_be_spelt_out(tmp_path: Path) -> None:
-    """A vocabulary of words: the word <|endoftext|> is the token."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({END: 0, "a": 1}, unk_token=END))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"takes '<\|endoftext\|>' in a text for its end-of-text token"):
-        Tokenizer(tmp_path)
-
-
-def test_remote_code_is_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
-    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot be loaded: "):
-        Tokenizer(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_padding_falls_back_to_end_of_text(tiny_tokenizer: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert Tokenizer(tmp_path).padding == 0
-
-
-def test_digest_names_the_ids(tiny_tokenizer: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    assert Tokenizer(tiny_tokenizer).digest == tokenizer.digest
-    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "tokenizer.json").read_text())
-    config["normalizer"] = {"type": "Lowercase"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
-    assert Tokenizer(tmp_path).digest != tokenizer.digest
 
 
 def test_only_replies_are_trained_on(tokenizer: Tokenizer) -> None:
@@ -200,7 +102,7 @@ def test_batches_keep_the_order(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, processes: int, separator: str
 ) -> None:
     """Bad rows among them, and rows that could not be read."""
-    monkeypatch.setattr(module, "_BATCH_BYTES", 200)
+    monkeypatch.setattr(module, "BATCH_BYTES", 200)
     texts = [f"<human>: {'q' * (n % 37)}\n<bot>: {n}\n{END}" for n in range(100)]
     mixed = list(rows(texts))
     mixed.insert(70, RawRow(1070, b"{}", Mark(1070)))
@@ -246,92 +148,6 @@ def test_an_error_among_the_rows_comes_through(tokenizer: Tokenizer, processes: 
 
     with pytest.raises(UserError, match="line 2"):
         list(tokenise_all(broken(), tokenizer, separator="end-of-text", processes=processes))
-
-
-def test_a_killed_worker_is_told(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 1)
-    parts = tokenise_all(rows(map(str, range(10**6))), tokenizer, separator="end-of-text", processes=2)
-    next(parts)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(Interrupted, match=r"killed, most likely for lack of memory: .* goes on where it stopped"):
-        list(parts)
-
-
-SCRIPT = """
-import sys, time
-from openchatkit.data.stores.tokenise import tokenise_all
-from openchatkit.data.records.raw_row import Mark, RawRow
-from openchatkit.data.tokenizer import Tokenizer
-rows = (RawRow(n, b'{"text": "%d"}' % n, Mark(n)) for n in range(1, 100_000))
-parts = tokenise_all(rows, Tokenizer(sys.argv[1]), separator="end-of-text", processes=2)
-try:
-    print(next(parts)[1].sizes[:2].tolist(), flush=True)
-    if sys.argv[2] == "wait":
-        time.sleep(60)
-    print(1 + sum(1 for _ in parts) > 2)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-finally:
-    parts.close()
-"""
-
-
-@pytest.mark.parametrize("way", ["file", "command", "stdin"])
-def test_a_main_script_without_a_guard(tiny_tokenizer: Path, tmp_path: Path, way: str) -> None:
-    """Its module must not run again in the workers."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    start = {"file": [str(tmp_path / "script.py")], "command": ["-c", SCRIPT], "stdin": ["-"]}[way]
-    command = [sys.executable, *start, str(tiny_tokenizer), "go"]
-    result = subprocess.run(command, input=SCRIPT if way == "stdin" else "", capture_output=True, text=True)
-    assert (result.stdout, result.returncode) == ("[2, 2]\nTrue\n", 0), result.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_their_parent(tiny_tokenizer: Path, number: int) -> None:
-    """Ctrl-C, which a terminal sends to the whole group, says nothing of workers; a kill leaves none running."""
-    command = [sys.executable, "-c", SCRIPT, str(tiny_tokenizer), "wait"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as parent:
-        assert parent.stdout.readline() == "[2, 2]\n"
-        if number == signal.SIGINT:
-            os.killpg(parent.pid, number)
-            assert parent.stdout.readline() == "interrupted\n"
-        else:
-            parent.kill()
-        # The pipes are closed once the last of the processes has ended.
-        output, errors = parent.communicate(timeout=60)
-    # When the parent is killed, Python's resource tracker says that it clears up what was left.
-    assert (output, errors if number == signal.SIGINT else "") == ("", "")
-    assert "Traceback" not in errors
-
-
-def test_a_daemonic_process_tokenises_by_itself(tiny_tokenizer: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    child = context.Process(target=tokenise_in_child, args=(tiny_tokenizer, results), daemon=True)
-    child.start()
-    assert results.get(timeout=60) == 2
-    child.join()
-
-
-def tokenise_in_child(folder: Path, results: object) -> None:
-    parts = tokenise_all(rows(["one", "two"]), Tokenizer(folder), separator="end-of-text", processes=2)
-    results.put(sum(len(part.sizes) for _, part in parts))
-
-
-def test_workers_import_neither_torch_nor_transformers() -> None:
-    code = """
-import sys
-import openchatkit.data.stores.tokenise, openchatkit.data.stores.workers
-print(sorted({"torch", "transformers", "datasets", "pyarrow", "pandas"} & set(sys.modules)))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "[]\n", result.stderr
-
-
-def test_a_serialised_tokenizer_is_the_same(tokenizer: Tokenizer) -> None:
-    texts = ["What does it say?", f"{END} é 你好\n", "", "  <|padding|>"]
-    assert encoder(tokenizer.serialised)(texts) == tokenizer.encode(texts)
 
 
 def test_the_record_that_the_readme_shows(tokenizer: Tokenizer, tmp_path: Path) -> None:

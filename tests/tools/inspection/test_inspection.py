@@ -1,4 +1,4 @@
-"""What `tools/inspect_data.py` shows: tokens as they are trained on, figures that add up, nothing that data drive."""
+"""`tools.inspection` but its `verification`: tokens as they are trained on, figures that add up, escaped data."""
 
 import html
 import io
@@ -105,7 +105,7 @@ def test_a_document_shows_its_predicted_end_and_the_next_one_its_border(tokenize
     ]
 
 
-def test_end_of_text_that_pads_is_not_taken_for_padding(tokenizer: Tokenizer) -> None:
+def test_end_of_text_that_also_pads_is_not_taken_for_padding(tokenizer: Tokenizer) -> None:
     (a,) = tokenizer.encode(["a"])[0]
     end = tokenizer.end_of_text
     pads_with_end = SimpleNamespace(padding=end, end_of_text=end, decode=tokenizer.decode)
@@ -142,7 +142,7 @@ def test_long_samples_lose_their_middle(tokenizer: Tokenizer) -> None:
     assert spans(read_sample(row(ids, labels), 0, tokenizer, ends=7))[1] == ("defghijklmnopqr", True)
 
 
-def test_nothing_that_commands_hides_or_reorders_is_left() -> None:
+def test_characters_that_control_hide_or_reorder_are_spelled_out() -> None:
     text = "a\x1b[31m\x9b2J\x07\t\r\x00\x7f\u202e\u200b\u2028\ud800\n¡é日本語🦆"
     assert visible(text) == "a␛[31m<U+009B>2J␇␉␍␀␡<U+202E><U+200B><U+2028><U+D800>\n¡é日本語🦆"
 
@@ -202,7 +202,7 @@ def test_every_sample_reads_as_its_documents(build: Callable[..., tuple], tokeni
     assert seen == dict.fromkeys(texts, 1)
 
 
-def test_a_pipe_gets_plain_text_in_which_every_line_says_what_it_is(
+def test_a_pipe_gets_plain_text_with_a_mark_on_every_line(
     run: Callable[..., tuple], tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     text = f"<human>: Hi \x1b[2J[bold]red[/bold] :smile: {END}?\n<bot>: Yes.\nNo.\n"
@@ -242,7 +242,7 @@ def test_a_terminal_gets_colour_and_a_mark_on_every_folded_line() -> None:
     assert " ".join(lines[3:]).split() == ["...", "40", "tokens", "left", "out", "(--full", "shows", "them)"]
 
 
-def test_a_reader_who_leaves_is_no_error_of_ours() -> None:
+def test_a_closed_pipe_is_left_to_the_command() -> None:
     with pytest.raises(BrokenPipeError):
         terminal.console().on_broken_pipe()
 
@@ -283,7 +283,7 @@ def test_rows_set_aside_are_listed(
     assert "and 2 more" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_page_shows_data_and_obeys_none(run: Callable[..., tuple], tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_the_page_escapes_all_data(run: Callable[..., tuple], tiny_tokenizer: Path, tmp_path: Path) -> None:
     text = "<human>: <script>alert('&')</script>\n<bot>: </pre>\x1b\u202e🦆\n"
     path = chats(tmp_path / "a<b>.jsonl", [text] * 9)
     flags = ["--task-name", path, "--tokenizer-name", tiny_tokenizer, "--data-cache", tmp_path / "cache"]
@@ -303,7 +303,7 @@ def test_the_page_shows_data_and_obeys_none(run: Callable[..., tuple], tiny_toke
     assert sorted(entry for entry in os.listdir(tmp_path) if "html" in entry) == ["page.html"]
 
 
-def test_shares_too_small_to_print_do_not_show_as_none() -> None:
+def test_only_zero_shows_as_zero() -> None:
     assert [terminal.percent(share) for share in (0, 0.0001, 0.0005, 0.5, 1)] == [
         "0.0%",
         "<0.1%",

@@ -1,4 +1,4 @@
-"""The proof of a ledger: what it accepts, and the first step at which it says no."""
+"""`tools.inspection.verification`: the ledgers it accepts, and the first step at which it refuses one."""
 
 import json
 from collections.abc import Callable
@@ -116,7 +116,7 @@ def refused(root: Path) -> str:
     return str(error.value)
 
 
-def test_what_was_trained_on_once_is_proved(
+def test_samples_trained_on_once_are_proved(
     root: Path, write: Callable[..., None], entries: list[LedgerRow], dataset: Dataset
 ) -> None:
     write(entries[:STEPS])
@@ -131,7 +131,7 @@ def test_what_was_trained_on_once_is_proved(
     assert verify(root / "checkpoint_10") == proof
 
 
-def test_samples_of_steps_that_changed_nothing_are_told(
+def test_samples_of_steps_without_effect_are_counted(
     root: Path, write: Callable[..., None], entries: list[LedgerRow], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [replace(entry, applied=entry.step not in (2, 5, 11)) for entry in entries]
@@ -145,16 +145,16 @@ def test_samples_of_steps_that_changed_nothing_are_told(
     )
 
 
-def test_steps_larger_than_memory_are_digested_in_pieces(
+def test_large_steps_are_hashed_in_pieces(
     root: Path, write: Callable[..., None], entries: list[LedgerRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(entries[:STEPS])
     proof = verify(root)
-    monkeypatch.setattr(verification, "_PIECE", 3 * LENGTH)
+    monkeypatch.setattr(verification, "PIECE_TOKENS", 3 * LENGTH)
     assert verify(root) == proof
 
 
-def test_rows_after_the_checkpoint_prove_nothing_and_disturb_nothing(
+def test_rows_after_the_checkpoint_are_ignored(
     root: Path, write: Callable[..., None], entries: list[LedgerRow]
 ) -> None:
     write([*entries, entries[-1]])
@@ -210,7 +210,7 @@ def test_a_digest_that_was_altered(root: Path, write: Callable[..., None], entri
     )
 
 
-def test_a_row_whose_samples_are_right_but_that_was_altered(
+def test_an_altered_row_with_the_right_samples(
     root: Path, write: Callable[..., None], entries: list[LedgerRow]
 ) -> None:
     rows = entries[:STEPS]
@@ -230,7 +230,7 @@ def test_data_that_changed_since(
     assert message.endswith("the data or the tokenizer have changed since they were trained on")
 
 
-def test_data_that_changed_in_what_is_not_yet_trained_on(
+def test_data_that_changed_only_in_later_samples(
     root: Path, write: Callable[..., None], entries: list[LedgerRow]
 ) -> None:
     write(entries[:STEPS], data="0" * 64)
@@ -246,7 +246,7 @@ def test_data_that_changed_between_two_runs(root: Path, write: Callable[..., Non
     assert refused(root) == message
 
 
-def test_sums_must_agree(root: Path, write: Callable[..., None], entries: list[LedgerRow]) -> None:
+def test_totals_must_agree(root: Path, write: Callable[..., None], entries: list[LedgerRow]) -> None:
     write(entries[:STEPS], tokens=959)
     assert "expected 10 steps of 4 samples to make 960 tokens, found 959" in refused(root)
     write(entries[:STEPS], samples=44)

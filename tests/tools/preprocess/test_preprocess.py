@@ -1,4 +1,4 @@
-"""What preprocess_data writes: GPT-NeoX's bytes for every tokenizer, and nothing half-made, whatever happens."""
+"""All of `tools.preprocess`: GPT-NeoX's bytes for every tokenizer, and whole files or none."""
 
 import gzip
 import io
@@ -134,7 +134,7 @@ def test_end_of_text_in_a_text_is_the_one_token_that_gpt_neox_has(
     assert written(tmp_path / "o") == by_hand([document], vocab_size=384)
 
 
-def test_a_mask_without_ends_is_told_of(
+def test_a_mask_without_end_of_text_is_a_warning(
     tiny_tokenizer: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture
 ) -> None:
     kind = ["--tokenizer-type", "HFTokenizer", "--vocab-file", tiny_tokenizer / "tokenizer.json", "--loss-mask"]
@@ -223,7 +223,7 @@ def test_blank_texts_and_special_tokens_are_as_gpt_neox_has_them(tiny_tokenizer:
     assert written(tmp_path / "o") == by_hand(documents, vocab_size=384)
 
 
-def test_kinds_of_files_in_one_list(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_of_several_kinds_in_one_list(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -250,7 +250,7 @@ def tar(path: Path, members: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
-def test_archives_that_were_cut(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+def test_truncated_archives(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
     """Also between two members, where what is left looks like an archive, and inside a header."""
     rng = np.random.default_rng(1)
     texts = [rng.bytes(300).hex() for _ in range(4)]
@@ -269,7 +269,7 @@ def test_an_archive_without_records(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "a.tar holds no files of records: expected names in .jsonl" in capsys.readouterr().err
 
 
-def test_a_loss_mask_is_trainings(tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_the_loss_mask_is_the_one_of_training(tiny_tokenizer: Path, tmp_path: Path) -> None:
     """Tokens and mask of either form of a chat are those of a cached store."""
     tokenizer = Tokenizer(tiny_tokenizer)
     messages = [{"role": "user", "content": "Hi<|endoftext|>"}, {"role": "assistant", "content": "Ho"}]
@@ -288,7 +288,7 @@ def test_a_loss_mask_is_trainings(tiny_tokenizer: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss_on", ["all", "responses"])
-def test_training_on_it_is_training_on_the_records(
+def test_training_on_a_store_is_training_on_its_records(
     tiny_tokenizer: Path, tmp_path: Path, data: Path, loss_on: str
 ) -> None:
     flags = ["--tokenizer-type", "HFTokenizer", "--vocab-file", tiny_tokenizer, "--append-eod", "--loss-mask"]
@@ -301,7 +301,7 @@ def test_training_on_it_is_training_on_the_records(
     assert (batch.labels == expected.labels).all()
 
 
-def test_a_mask_without_roles_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_without_roles_there_is_no_mask_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["no roles"]))
     assert run("--input", tmp_path / "a.jsonl", *BYTES, "--loss-mask", "--output-prefix", tmp_path / "o") == 0
     assert "no text under 'text' has a line that begins with <bot>:: there is no mask" in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_ftfy(tmp_path: Path) -> None:
 def test_workers_write_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--input", data, *BYTES, "--loss-mask", "--workers", 1, "--output-prefix", tmp_path / "one") == 0
     monkeypatch.setattr(workers, "SMALL", 0)
-    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 300)
     assert run("--input", data, *BYTES, "--loss-mask", "--workers", 2, "--output-prefix", tmp_path / "two") == 0
     assert written(tmp_path / "one") == written(tmp_path / "two")
     masks = [mask_path(tmp_path / f"{name}_text_document").read_bytes() for name in ("one", "two")]
@@ -330,14 +330,14 @@ def test_workers_write_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("after", [1, 4, 9])
-def test_what_was_stopped_goes_on(
+def test_a_stopped_run_continues(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, after: int
 ) -> None:
     """By Ctrl-C, and, with what was appended since the last note, by a kill."""
     data.write_bytes(data.read_bytes().replace(b'"text"', b'"tex"', 1))
     flags = ["--input", data, *BYTES, "--loss-mask", "--bad-rows", "quarantine", "--output-prefix"]
     assert run(*flags, tmp_path / "whole") == 0
-    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 300)
     encode, batches = module.fields.encode, itertools.count()
 
     def stop(error: BaseException) -> None:
@@ -368,7 +368,7 @@ def test_what_was_stopped_goes_on(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_what_was_stopped_at_the_very_end_goes_on(
+def test_a_run_stopped_at_the_very_end_continues(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: BaseException
 ) -> None:
     """When all files are closed, and are forced to disk before they get their names."""
@@ -393,10 +393,10 @@ def test_what_was_stopped_at_the_very_end_goes_on(
 
 
 @pytest.mark.parametrize("damage", ["another input", "another option", "cut", "unreadable"])
-def test_work_that_does_not_fit_is_started_again(
+def test_unfitting_work_is_started_from_scratch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
-    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(tokenise, "BATCH_BYTES", 300)
     monkeypatch.setattr(builder, "SAVE_SECONDS", 0.0)
     flags = ["--input", data, *BYTES, "--output-prefix", tmp_path / "o"]
     encode, batches = module.fields.encode, itertools.count()
@@ -448,7 +448,7 @@ def test_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "o_text_document.bin", "o_text_document.idx"]
 
 
-def test_overwriting_leaves_no_mask_of_before(data: Path, tmp_path: Path) -> None:
+def test_overwriting_removes_an_old_mask(data: Path, tmp_path: Path) -> None:
     flags = ["--input", data, *BYTES, "--output-prefix", tmp_path / "o"]
     assert run(*flags, "--loss-mask") == 0
     assert mask_path(tmp_path / "o_text_document").exists()
@@ -456,7 +456,7 @@ def test_overwriting_leaves_no_mask_of_before(data: Path, tmp_path: Path) -> Non
     assert not mask_path(tmp_path / "o_text_document").exists()
 
 
-def test_input_that_changes_meanwhile(
+def test_input_changed_during_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     encode = module.fields.encode
@@ -471,7 +471,7 @@ def test_input_that_changes_meanwhile(
     assert list(tmp_path.iterdir()) == [data]
 
 
-def test_input_that_goes_away(
+def test_input_removed_during_the_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     encode = module.fields.encode
@@ -543,7 +543,7 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, fla
         ("tiktoken", ["--tokenizer-type", "TiktokenTokenizer", "--vocab-file", "cl100k_base"]),
     ],
 )
-def test_packages_that_are_not_there(
+def test_missing_packages(
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
