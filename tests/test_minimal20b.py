@@ -271,7 +271,7 @@ def test_missing_files(tmp_path):
     (steps / "layer_03-model_00-model_states.pt").unlink()
     refused(steps, r"layer_03-model_00-model_states\.pt is missing; shards up to 1")
     (steps / "layer_03-model_01-model_states.pt").unlink()
-    refused(steps, r"layer_03-model_00-model_states\.pt is missing; .*tiny\.yml tells of 3 layers$")
+    refused(steps, r"layer_03-model_00-model_states\.pt is missing; .*tiny\.yml says 3 layers$")
 
 
 def test_a_missing_rank_is_seen_in_the_shapes(tmp_path):
@@ -302,7 +302,7 @@ def test_more_layers_than_the_yml_tells_of(tmp_path):
     steps = write_neox(tmp_path, neox(), ranks=1)
     yml = tmp_path / "configs" / "tiny.yml"
     yml.write_text(yml.read_text().replace('"num-layers": 3', '"num-layers": 2'))
-    refused(steps, r"layer_07-model_00-model_states\.pt is one too many; .*tiny\.yml tells of 2 layers$")
+    refused(steps, r"layer_07-model_00-model_states\.pt is one too many; .*tiny\.yml says 2 layers$")
 
 
 @pytest.mark.parametrize(

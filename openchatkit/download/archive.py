@@ -75,7 +75,7 @@ def _write_members(stream: "_LimitedStream", path: Path, folder: Path, strip: in
 def _untar(stream: "_LimitedStream", path: Path, folder: Path, strip: int) -> list[str]:
     names: dict[str, None] = {}
     stream.stop_at(_LONGEST_HEADER)
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
         for number, member in enumerate(_headers(archive, stream)):
             if number >= _MOST_FILES:
                 raise UserError(f"{path} holds more than {_MOST_FILES} files: it is not unpacked")
@@ -102,7 +102,7 @@ def _untar(stream: "_LimitedStream", path: Path, folder: Path, strip: int) -> li
 def _headers(archive: tarfile.TarFile, stream: "_LimitedStream") -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar in constant memory: tarfile reads headers whole, however long, and keeps them all."""
     while (member := archive.next()) is not None:
-        archive.members.clear()
+        archive.members.clear()  # type: ignore[attr-defined]
         stream.stop_at(None)
         yield member
         stream.stop_at(archive.offset + _LONGEST_HEADER)
@@ -144,7 +144,7 @@ def _open_contents(path: Path, destination: Path) -> Iterator["_LimitedStream"]:
 
 
 class _Readable(Protocol):
-    def read(self, size: int) -> bytes: ...
+    def read(self, size: int, /) -> bytes: ...
 
 
 class _LimitedStream:
@@ -161,7 +161,7 @@ class _LimitedStream:
         """Whether the last 512 bytes are zeros, as at the end of every tar."""
         return self._last == bytes(512)
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = _PIECE, /) -> bytes:
         data = self._stream.read(size)
         self._length += len(data)
         self._last = (self._last + data[-512:])[-512:]

@@ -132,11 +132,11 @@ def model_folder(name: str, small: Sequence[str], weights: Sequence[Sequence[str
         logger.info("{} has a new version since it was listed: looking again", name)
 
 
-class _NoBar(tqdm):
+class _NoBar(tqdm):  # type: ignore[type-arg]
     """No bar: the client would show the linking of files that have been fetched."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **{**options, "disable": True})
+        super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[call-overload]
 
 
 def _find_cached(name: str, small: Sequence[str], weights: Sequence[Sequence[str]]) -> Path | None:
@@ -195,6 +195,7 @@ def _listing(name: str, kind: str, retry: RetryPolicy) -> tuple[str, list[Remote
 
     def ask() -> tuple[str, list[RepoFile]]:
         commit = api.repo_info(name, repo_type=kind).sha
+        assert commit is not None, name
         entries = api.list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
         return commit, [entry for entry in entries if isinstance(entry, RepoFile)]
 

@@ -20,7 +20,7 @@ from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
-    from botocore.client import BaseClient
+    from botocore.client import BaseClient  # type: ignore[import-untyped]
 
 SCHEME = "s3://"
 ID_VARIABLE, SECRET_VARIABLE = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
@@ -92,14 +92,14 @@ def _digests(head: dict[str, Any]) -> tuple[Digest, ...]:
 
 def _client() -> "BaseClient":
     try:
-        import boto3
-        from botocore.config import Config
+        import boto3  # type: ignore[import-untyped]
+        from botocore.config import Config  # type: ignore[import-untyped]
     except ImportError as error:
         raise UserError("s3:// needs boto3: pip install 'openchatkit[s3]'") from error
     names = (ID_VARIABLE, SECRET_VARIABLE)
     if absent := [name for name in names if not os.environ.get(name)]:
         raise UserError(f"s3:// needs the environment variables {' and '.join(names)}: {' and '.join(absent)} not set")
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
 
     try:
         return boto3.session.Session(
@@ -124,7 +124,7 @@ def _client() -> "BaseClient":
 @contextlib.contextmanager
 def _errors(address: str, client: "BaseClient | None" = None, bucket: str = "") -> Iterator[None]:
     """Turn errors of boto3 about `address` into UserError or TransientError."""
-    from botocore import exceptions
+    from botocore import exceptions  # type: ignore[import-untyped]
 
     try:
         yield
@@ -160,12 +160,12 @@ def _explain(error: Any, address: str, client: "BaseClient | None", bucket: str)
 
 
 def _bucket_exists(client: "BaseClient", bucket: str) -> bool:
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
     try:
         client.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
         # Without permission to look, it may still exist.
         response = getattr(error, "response", {})
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404
+        return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404)
     return True

@@ -23,7 +23,7 @@ class ZstandardStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
             data = b""
             if self._frame is not None and self._frame.eof:

@@ -1,4 +1,4 @@
-"""The one rendering of a chat: roles, date preamble, passage block, end of turn, and what is trained on.
+"""The one rendering of a chat: roles, date preamble, passage block, end of turn, and the trained segments.
 
 Training data, the loss mask, the chat template of converted models and the shell all come here, so a model meets in
 the shell exactly the characters it was trained on:
@@ -15,12 +15,12 @@ the shell exactly the characters it was trained on:
     <bot>: The next reply.
     <|endoftext|>
 
-A bot turn ends with a newline; what follows it, the next `<human>:` or end-of-text, tells a reader that the turn is
-over and not merely a line of it. Both are therefore part of the end of turn, and trained on with the reply.
+A bot turn ends with a newline; the next `<human>:` or end-of-text after it shows a reader that the turn is over, and
+not only a line of it. Both are therefore part of the end of turn, and trained on with the reply.
 
-What a turn says stands as it was written, indentation included, but for three things: empty lines before it and white
-space after it go, passages stand on one line each, and a role tag at the start of a line, which would open a turn,
-begins with `(` instead of `<`. `CHAT_TEMPLATE` and `render` do the same, and so does `content` for a single text.
+The text of a turn stands as it was written, indentation included, but for three things: empty lines before it and white
+space after it are removed, passages stand on one line each, and a role tag at the start of a line (it would open a
+turn) begins with `(` instead of `<`. `CHAT_TEMPLATE` and `render` do the same, and so does `content` for a single text.
 
 Text is cut into segments at these borders and each is tokenised by itself, in training and in the shell alike, so no
 token ever straddles the border between what is trained on and what is not.
@@ -38,7 +38,7 @@ BOT = "<bot>:"
 STOP_STRINGS = (f"\n{HUMAN}", f"\n{BOT}")
 
 _PASSAGES = "Passages:"
-# What shows nothing: control characters but white space, and Unicode's Default_Ignorable_Code_Point.
+# Invisible characters: control characters but white space, and Unicode's Default_Ignorable_Code_Point.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
@@ -47,7 +47,7 @@ _INVISIBLE = re.compile(
 _BORDER = re.compile(f"(?m)(^{HUMAN}|^{BOT})")
 
 # Jinja for `tokenizer.chat_template`: the same characters as `render`, from messages with roles system, user and
-# assistant. A user message may carry `passages`, a list of strings. Other implementations of Jinja know all of it, too.
+# assistant. A user message may carry `passages`, a list of strings. Other implementations of Jinja support it all.
 _DISARM = r".replace('\n<human>:', '\n(human>:').replace('\n<bot>:', '\n(bot>:')"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -70,7 +70,7 @@ _FORMER_TEMPLATES = ("f1bf9a3a533858992651c4eb6fa757aeea1f90eb4ae3c67c4174f5793a
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said; `passages` are retrieved texts that belong to this turn of the human's alone.
+    """One side's text; `passages` are retrieved texts that belong to this turn of the human alone.
 
     A bot's turn that is not `trained` is context: its tokens never count in the loss.
     """
@@ -97,7 +97,7 @@ class Segment:
 
 
 def preamble(now: datetime) -> str:
-    """The date and time that may open a chat, in the original kit's form."""
+    """Return the date and time that may open a chat, in the original kit's form."""
     return now.strftime("Current Date: %Y-%m-%d\nCurrent Time: %H:%M:%S %p %Z").rstrip() + "\n\n"
 
 
@@ -109,17 +109,17 @@ def is_own_template(template: object) -> bool:
 
 
 def content(text: str) -> str:
-    """Return what a message says, as it stands in a turn: see the module."""
+    """Return the text of a message as it stands in a turn: see the module."""
     return _disarm(text.lstrip("\r\n").rstrip())
 
 
 def join_system(texts: Sequence[str]) -> str:
-    """Return several system texts as one, an empty line between them; empty ones are left out."""
+    """Return several system texts as one, with an empty line between them; empty ones are skipped."""
     return "\n\n".join(text for text in map(content, texts) if text)
 
 
 def _disarm(text: str, *, at_line_start: bool = False) -> str:
-    """`text` without role tags at the start of a line; whether its first character is at one depends on the place."""
+    """Return `text` without role tags at the start of a line; `at_line_start`: its first character is at one."""
     for tag in (HUMAN, BOT):
         text = text.replace(f"\n{tag}", f"\n({tag[1:]}")
         if at_line_start and text.startswith(tag):
@@ -127,19 +127,19 @@ def _disarm(text: str, *, at_line_start: bool = False) -> str:
     return text
 
 
-def seen_through(text: str) -> str:
-    """`text` as it may look to a reader: compatibility forms of characters made plain, invisible ones taken out."""
+def visible_text(text: str) -> str:
+    """Return `text` as it may look to a reader: compatibility forms made plain, invisible characters removed."""
     return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
 
 
-def seen_places(text: str) -> tuple[str, list[int]]:
-    """Return about what `seen_through` does, character by character, and the place in `text` of each of these."""
-    seen = [(part, place) for place, character in enumerate(text) for part in seen_through(character)]
+def visible_positions(text: str) -> tuple[str, list[int]]:
+    """Return `visible_text`, taken character by character, and the position in `text` of each character of it."""
+    seen = [(part, place) for place, character in enumerate(text) for part in visible_text(character)]
     return "".join(part for part, _ in seen), [place for _, place in seen]
 
 
 def human_text(turn: Turn) -> str:
-    """What stands between `<human>: ` and the newline: the passage block, one quoted line each, and the question."""
+    """Return a human turn's text after `<human>: `: the passage block, one quoted line each, and the question."""
     if not turn.passages:
         return content(turn.text)
     quoted = "".join(f"> {' '.join(passage.split())}\n" for passage in turn.passages)
@@ -171,15 +171,15 @@ def _of_turn(segment: Segment, turn: Turn) -> Segment:
 
 
 def render_text(turns: Sequence[Turn], *, system: str = "") -> str:
-    """`render` as one string: the `text` of a training record."""
+    """Return `render` as one string: the `text` of a training record."""
     return "".join(segment.text for segment in render(turns, system=system))
 
 
 def parse(text: str) -> list[Segment]:
     """Cut any text in this form into segments; text without a line that starts with `<bot>:` is one, not trained on.
 
-    Trained segments run from behind `<bot>:` up to and including the end of the turn: the newline, and the next
-    `<human>:` or `<bot>:` where there is one. End-of-text after the last turn is the tokeniser's to add.
+    Trained segments run from after `<bot>:` up to and including the end of the turn: the newline, and the next
+    `<human>:` or `<bot>:` where there is one. The tokenizer adds end-of-text after the last turn.
     """
     segments: list[Segment] = []
     pending, trained = "", False

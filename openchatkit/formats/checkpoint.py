@@ -6,7 +6,8 @@
 
 Files follow layers, never ranks, so any layout resumes any checkpoint. The folder grows under a temporary name:
 `begin` (one rank), `write_weights` and `write_optimizer` (each rank for its shards), `finish` (one rank, when all are
-done). Which folders there are, and which of them can be trusted, is in `checkpoint_folders`.
+done). Other rooms reach
+`checkpoint_folders` (which folders there are, and which can be trusted) and `legacy` through this module.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from openchatkit.formats.checkpoint_folders import (
     LATEST,
     STATE,
     checkpoint_path,
+    find,
     is_legacy,
     latest,
     list_steps,
@@ -37,6 +39,7 @@ from openchatkit.formats.checkpoint_folders import (
     temporary_path,
 )
 from openchatkit.formats.layer_shards import CONFIG, check_shard, read_config, shard_file
+from openchatkit.formats.legacy import StageCheckpoint
 from openchatkit.formats.manifest import DamagedError, FileRecord, advise
 from openchatkit.formats.tensor_file import TensorFile, write_tensors
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, read_json
@@ -45,9 +48,12 @@ from openchatkit.models.shards import shard_names
 from openchatkit.storage import storage_errors, write_text
 
 __all__ = [
+    "STATE",
+    "StageCheckpoint",
     "begin",
     "checkpoint_path",
     "discard",
+    "find",
     "finish",
     "is_legacy",
     "latest",
@@ -73,12 +79,12 @@ _VALUES = "values"
 
 
 def optimizer_file(shard: str) -> str:
-    """The file that holds the optimizer's state of a shard's parameters."""
+    """Return the name of the file with the optimizer's state of a shard's parameters."""
     return f"{shard}.optimizer.safetensors"
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make the temporary folder that a checkpoint grows in. One rank calls this; it removes what killed saves left."""
+    """Make the temporary folder that a checkpoint is written to, for one rank to call; leftovers of killed saves go."""
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
@@ -93,12 +99,12 @@ def discard(temporary: Path) -> None:
 
 
 def write_weights(temporary: Path, shard: str, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write a shard's parameters, by their names in the shard; returns the record that `finish` wants."""
+    """Write a shard's parameters, by their names in the shard; return the record for `finish`."""
     return write_tensors(temporary / shard_file(shard), tensors)
 
 
 def write_optimizer(temporary: Path, shard: str, state: OptimizerState) -> FileRecord:
-    """Write the optimizer's state, {parameter's name in the shard: {key: tensor or JSON value}}; returns its record."""
+    """Write the optimizer's state, {parameter's name in the shard: {key: tensor or JSON value}}; return its record."""
     tensors = {f"{name}/{key}": v for name, entry in state.items() for key, v in entry.items() if isinstance(v, Tensor)}
     values = {name: {k: v for k, v in entry.items() if not isinstance(v, Tensor)} for name, entry in state.items()}
     return write_tensors(temporary / optimizer_file(shard), tensors, metadata={_VALUES: json.dumps(values)})
@@ -117,7 +123,7 @@ def finish(
     """Make the checkpoint whole and give it its name, then move `latest`. One rank calls this, after all have written.
 
     `records` are those of every rank; `state` must be JSON and should hold `layout` ({"stages", "layers_per_stage",
-    "replicas"}). UserError when a file that another rank wrote is not here, or not as it was written.
+    "replicas"}). UserError when a file that another rank wrote is missing here, or not as it was written.
     """
     config = config_from_hf(dict(raw_config))
     listed = list(records)
@@ -158,7 +164,7 @@ def verify_weights(path: Path, shard: str) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The `state` that `finish` was given, verified; UserError for a checkpoint of the original kit, which has none."""
+    """Return the `state` that `finish` was given, verified; UserError for the original kit's, which have none."""
     if is_legacy(path):
         raise UserError(
             f"{path} is a checkpoint of the original kit, which holds no state to resume from: "
@@ -170,7 +176,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def open_weights(path: Path, shard: str) -> TensorFile:
-    """The file of a shard's parameters, names and shapes checked; its bytes are `verify`'s to check."""
+    """Open the file of a shard's parameters and check names and shapes; `verify` checks its bytes."""
     with _advice(path):
         file = TensorFile(path / shard_file(shard))
     check_shard(path, read_config(path)[1], shard, file.specs)
@@ -184,7 +190,7 @@ def read_weights(path: Path, shard: str) -> dict[str, Tensor]:
 
 
 def read_optimizer(path: Path, shard: str) -> dict[str, dict[str, Any]]:
-    """What `write_optimizer` was given for a shard, its tensors memory-mapped."""
+    """Return what `write_optimizer` was given for a shard, its tensors memory-mapped."""
     with _advice(path):
         file = TensorFile(path / optimizer_file(shard))
     state: dict[str, dict[str, Any]] = json.loads(file.metadata[_VALUES])
@@ -196,7 +202,7 @@ def read_optimizer(path: Path, shard: str) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _advice(path: Path) -> Iterator[None]:
-    """Name the checkpoint to go back to when this one is damaged."""
+    """Add to a DamagedError the checkpoint to go back to."""
     try:
         yield
     except DamagedError as error:

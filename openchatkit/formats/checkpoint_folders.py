@@ -1,4 +1,4 @@
-"""Which checkpoints a folder holds: their names, which one is the latest, which can be trusted, which may go."""
+"""The checkpoints of a folder: their names, which one is the latest, which can be trusted, which may be deleted."""
 
 import os
 import re
@@ -16,43 +16,43 @@ _STEP = re.compile(r"(?:checkpoint_)?(\d+)")
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return root / f"checkpoint_{step}"
 
 
 def parse_step(name: str) -> int | None:
-    """The step of a checkpoint folder's name, `checkpoint_<step>` or the older `<step>`; None for other names."""
+    """Return the step in a folder's name, `checkpoint_<step>` or the older `<step>`; None for other names."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def temporary_path(root: Path, step: int) -> Path:
-    """Where a step's checkpoint grows until it is whole."""
+    """Return the folder that a step's checkpoint is written to until it is whole."""
     return root / f".checkpoint_{step}.tmp"
 
 
 def list_steps(root: Path) -> list[int]:
-    """The steps of the checkpoint folders in `root`, whole or not, from the oldest to the newest."""
+    """Return the steps of the checkpoint folders in `root`, whole or not, from the oldest to the newest."""
     entries = list(root.iterdir()) if root.is_dir() else []
     return sorted({step for e in entries if e.is_dir() and (step := parse_step(e.name)) is not None})
 
 
 def find(root: Path, step: int) -> Path | None:
-    """The folder of a step under either of its names."""
+    """Return the folder of a step under either of its names; None where there is none."""
     candidates = (checkpoint_path(root, step), root / str(step))
     return next((path for path in candidates if path.is_dir()), None)
 
 
 def is_legacy(path: Path) -> bool:
-    """Whether a folder is a checkpoint of the original kit."""
+    """Return whether a folder is a checkpoint of the original kit."""
     return not (path / manifest.MANIFEST).exists() and path.is_dir() and bool(legacy.stage_files(path))
 
 
 def latest(root: Path) -> Path | None:
-    """The checkpoint to go on from: the one that `latest` names, else the newest whole one; None where there is none.
+    """Return the checkpoint to resume from: the one that `latest` names, else the newest whole one, else None.
 
     A `latest` that names no folder is ignored. UserError when there are checkpoints and none of them is whole:
-    starting anew there would be a silent loss.
+    starting from scratch would be a silent loss.
     """
     if (step := _named(root)) is not None and (path := find(root, step)):
         return path
@@ -64,13 +64,13 @@ def latest(root: Path) -> Path | None:
     if steps:
         raise UserError(
             f"{root} holds the checkpoints {', '.join(map(str, steps))} but none is whole: copy a whole one here, "
-            "or move them elsewhere to start anew"
+            "or move them elsewhere to start from scratch"
         )
     return None
 
 
 def locate(path: Path) -> Path:
-    """The checkpoint that a user means: `path` itself, or the latest one in it; UserError says what was found."""
+    """Return the checkpoint that a user means: `path` itself, or the latest one in it; UserError where none is."""
     path = Path(path)
     if not path.exists() and (step := parse_step(path.name)) is not None:
         path = find(path.parent, step) or path
@@ -83,7 +83,7 @@ def locate(path: Path) -> Path:
 
 
 def newest_verified(root: Path, *, but: Path | None = None) -> Path | None:
-    """The newest checkpoint whose every byte is as it was written, other than `but`; reads the files it looks at."""
+    """Return the newest checkpoint, other than `but`, whose every byte is as it was written; its files are read."""
     for step in reversed(list_steps(root)):
         path = find(root, step)
         if path is None or path == but or is_legacy(path):
@@ -97,15 +97,15 @@ def newest_verified(root: Path, *, but: Path | None = None) -> Path | None:
 
 
 def point_to(root: Path, step: int) -> None:
-    """Let `latest` name the checkpoint of a step."""
+    """Make `latest` name the checkpoint of a step."""
     write_text(root / LATEST, f"{step}\n")
 
 
 def prune(root: Path, keep: int, *, verified: Path | None = None, protected: int | None = None) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and what killed saves left; returns what was deleted.
+    """Delete all but the newest `keep` checkpoints, and leftovers of killed saves; return the deleted checkpoints.
 
-    That of the step `protected` stays. Nothing goes unless a newer checkpoint is verified: `verified` if the caller has
-    done that, else this reads the newest. Damaged ones newer than that are not counted and stay; checkpoints of the
+    That of the step `protected` stays. Nothing is deleted unless a newer checkpoint is verified: `verified` if the
+    caller has done that, else this reads the newest. Newer, damaged ones are not counted and stay; those of the
     original kit always stay.
     """
     assert keep >= 1, keep

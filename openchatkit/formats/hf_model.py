@@ -29,23 +29,25 @@ _AGAIN = "fetch or copy the model again"
 class HFModel:
     """A model's folder: `path`, `raw_config`, `config`, `files`, and `specs`, the dtype and shape of every tensor.
 
-    `specs` is in the order of the files. Files stay open and are memory-mapped, but for pickled ones from before torch
-    1.6, which fill as much memory as they are long: `one_by_one` says that there are such, only one of which is held,
-    and tensors should then be read by one thread in the order of `specs`. UserError when it is no model, or asks for
-    remote code; DamagedError when a file is missing or broken.
+    `specs` is in the order of the files. Files stay open and are memory-mapped, except pickled ones from before
+    torch 1.6, which take their whole size in memory: with `one_by_one` there are such, only one of them is held, and
+    tensors should be read by one thread in the order of `specs`. UserError when it is not a model, or asks for remote
+    code; DamagedError when a file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not (self.path / CONFIG).is_file():
-            raise UserError(f"{self.path} is no model: {CONFIG} is missing; pass a hub name or a folder that holds it")
+            raise UserError(
+                f"{self.path} is not a model: {CONFIG} is missing; pass a hub name or a folder that holds it"
+            )
         self.raw_config, self.config = read_config(self.path)
         self.one_by_one = False
         self._open: dict[str, TensorFile | PickledFile] = {}
         self.specs: dict[str, TensorSpec] = {}
         self._file_of: dict[str, str] = {}
         with advise(_AGAIN):
-            contents = _contents(self.path)
+            contents = _find_weights(self.path)
             self.files = sorted(contents)
             for name in self.files:
                 found = self._file(name).specs
@@ -56,11 +58,11 @@ class HFModel:
                     self.specs[key], self._file_of[key] = found[key], name
 
     def read(self, key: str) -> Tensor:
-        """One tensor, memory-mapped, on the CPU."""
+        """Read one tensor, memory-mapped, on the CPU."""
         return self._file(self._file_of[key]).read([key])[key]
 
     def chunks(self, key: str) -> Iterator[memoryview]:
-        """One tensor's bytes in pieces; each is valid until the next is asked for."""
+        """Yield one tensor's bytes in pieces; each is valid until the next is asked for."""
         return self._file(self._file_of[key]).chunks(key)
 
     def _file(self, name: str) -> TensorFile | PickledFile:
@@ -73,8 +75,8 @@ class HFModel:
         return self._open[name]
 
 
-def _contents(path: Path) -> dict[str, list[str] | None]:
-    """The files that hold the weights, each with the keys that an index gives it; safetensors win over pickled ones."""
+def _find_weights(path: Path) -> dict[str, list[str] | None]:
+    """Return the files of the weights, each with the keys that an index gives it; safetensors win over pickled ones."""
     for whole, index in ((WEIGHTS, WEIGHTS_INDEX), (PICKLED, PICKLED_INDEX)):
         if (path / whole).is_file():
             return {whole: None}
@@ -88,5 +90,5 @@ def _contents(path: Path) -> dict[str, list[str] | None]:
 
 
 def fetch(name: str | Path, *, weights: bool = True) -> Path:
-    """The folder of a model on the hub or on disk; without `weights`, only its config and tokenizer are fetched."""
+    """Return the folder of a model on the hub or on disk; without `weights`, fetch only its config and tokenizer."""
     return fetch_model(str(name), SMALL_FILES, *((SAFE_FILES, PICKLED_FILES) if weights else ()))

@@ -52,7 +52,7 @@ def write_config(
     """Write config.json and generation_config.json so that old and new releases of transformers read the same model.
 
     Rotary settings stand in both spellings; the end of text is the tokenizer's, or 0 for GPT-NeoX, whose class
-    default (2) is no end of text.
+    default (2) is not an end of text.
     """
     name = str(dtype).removeprefix("torch.")
     written = {k: v for k, v in raw.items() if k not in ("_name_or_path", "transformers_version")}
@@ -76,7 +76,7 @@ def write_tokenizer(folder: Path, tokenizer: Path) -> None:
 
 
 def may_replace(folder: Path) -> bool:
-    """Whether a folder is empty, or holds a converted model and nothing else, so that another may take its place."""
+    """Return whether a folder is empty, or holds only a converted model, so that another may take its place."""
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
     written = {name for name in names if name in _FIXED_NAMES or name.endswith(".safetensors")}
     return not names or (CONFIG in written and not names - written - set(TOKENIZER_FILES))
@@ -93,7 +93,7 @@ def _first(*values: Any) -> Any:
 
 
 def _architectures(raw: Mapping[str, Any]) -> list[str]:
-    """The model's class, for readers that go by it."""
+    """Return the model's class, for programs that look at it."""
     stated = [name for name in raw.get("architectures") or [] if name.endswith("ForCausalLM")]
     if stated:
         return stated

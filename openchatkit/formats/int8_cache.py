@@ -1,10 +1,10 @@
-"""Quantised weights kept on disk, so that a model is quantised once: where they are, and what they were made from.
+"""Quantised weights on disk, so that a model is quantised once: their path, and their source.
 
     ~/.openchatkit/cache/<folder>-<key>.safetensors     (or below what OPENCHATKIT_HOME names)
 
 `folder` stands for the model's folder, `key` for its files: each one's name, stamp (`storage.stamp`) and pieces of its
 content, and the version of this layout. Tensors are named `<layer>.weight` and `<layer>.scale`, with the layer's
-name in the model. A file that is missing, damaged or of another key is as good as none, and is never an error.
+name in the model. A file that is missing, damaged or of another key is ignored, and is never an error.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ _PIECES, _PIECE = 16, 4096  # of a file's content, spread evenly
 
 
 def cache_path(folder: Path, kind: str) -> Path:
-    """Where the weights made from a model's folder are kept; `kind` tells forms of them apart.
+    """Return the path of the weights made from a model's folder; `kind` distinguishes forms of them.
 
-    OSError when a file cannot be read, UserError when there is no telling where.
+    OSError when a file cannot be read, UserError when the user has no home folder.
     """
     digest = hashlib.sha256(f"{VERSION} {kind}".encode())
     patterns = (layer_shards.CONFIG, *hf_model.SAFE_FILES, *hf_model.PICKLED_FILES)
@@ -44,18 +44,18 @@ def cache_path(folder: Path, kind: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a cache, mapped; None where there is none that can be used."""
+    """Read the tensors of a cache, memory-mapped; None where none can be used."""
     try:
         file = TensorFile(path)
         return file.read(file.specs)
-    except Exception as error:  # nothing that is wrong with it matters: it is made again
+    except Exception as error:  # whatever is wrong with it, it is made again
         if path.exists():
             logger.debug(f"{path} is not used: {error}")
         return None
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Keep tensors for the next time in place of older ones of the folder, if the disk has room for twice them."""
+    """Write tensors in place of older ones of the folder, if the disk has room for twice their size."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     embed.safetensors  layer_00000.safetensors ...  head.safetensors  config.json  tokenizer files  manifest.json
 
-The manifest is written last and makes the folder whole. While a preparation is under way, `prepare.json` has its place
-and lists the shards that are done. The original kit's pickled shards (no manifest) are read where no others are.
+The manifest is written last and makes the folder whole. Until then `prepare.json` takes its place
+and lists the finished shards. The original kit's pickled shards (no manifest) are read where there are no others.
 """
 
 import re
@@ -29,18 +29,18 @@ _AGAIN = "run the same prepare command again, it writes only what is missing"
 
 
 def shard_file(shard: str) -> str:
-    """The file that holds a shard's weights, in prepared folders and in checkpoints."""
+    """Return the name of the file with a shard's weights, in prepared folders and in checkpoints."""
     return f"{shard}.safetensors"
 
 
 def folder_name(model_name: str) -> str:
-    """The prepared folder's name: `<org>_<model>` for a hub name, the last component for any other path."""
+    """Return the prepared folder's name: `<org>_<model>` for a hub name, the last component for any other path."""
     hub = re.fullmatch(r"([\w-][\w.-]*)/([\w.-]+)", model_name)
     return f"{hub[1]}_{hub[2]}" if hub else Path(model_name).resolve().name
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """A folder's config.json as it is, and as the models read it; UserError also when it asks for remote code."""
+    """Read config.json as it is and as the models use it; UserError also when it asks for remote code."""
     raw = read_json(folder / CONFIG)
     if "auto_map" in raw:
         raise UserError(
@@ -56,7 +56,9 @@ def check_shard(where: Path, config: ModelConfig, shard: str, found: dict[str, T
     if missing := sorted(expected.keys() - found.keys()):
         raise UserError(f"{where}: {shard} lacks {missing[0]}; expected {len(expected)} tensors, found {len(found)}")
     if left := sorted(found.keys() - expected.keys()):
-        raise UserError(f"{where}: {shard} holds {left[0]}, which a {config.family} model of this config.json does not")
+        raise UserError(
+            f"{where}: {shard} holds {left[0]}, which a {config.family} model of this config.json does not have"
+        )
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} of {shard} is {list(found[name].shape)}, config.json says {list(shape)}")
@@ -78,7 +80,7 @@ class LayerShards:
         if (path / JOURNAL).is_file():
             raise UserError(f"{path}: preparing this model was not finished; {_AGAIN}")
         if not (path / CONFIG).is_file():
-            raise UserError(f"{path} is no prepared model: {_found(path)}; {_hint()}")
+            raise UserError(f"{path} is not a prepared model: {_describe(path)}; {_hint()}")
         opened = cls(path)
         if not opened._is_legacy():
             with advise(_AGAIN):
@@ -89,7 +91,7 @@ class LayerShards:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the tokenizer lies beside the shards."""
+        """Whether the folder has a tokenizer."""
         return has_tokenizer(self.path)
 
     def verify(self, shards: Iterable[str] | None = None) -> None:
@@ -99,32 +101,32 @@ class LayerShards:
                 manifest.verify(self.path, shards and map(shard_file, shards), manifest=self._manifest)
 
     def read(self, shard: str, *, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """A shard's tensors (or those in `names`), memory-mapped, on the CPU, in the dtype they are stored in."""
+        """Read a shard's tensors (or those in `names`), memory-mapped, on the CPU, in the dtype they are stored in."""
         file: TensorFile | PickledFile
         if self._manifest:
             file = TensorFile(self.path / shard_file(shard))
             found = list(file.specs)
         else:
             file = PickledFile(self.path / legacy.shard_file(shard))
-            found = legacy.learnt(self.config, shard, file.specs)
+            found = legacy.parameter_names(self.config, shard, file.specs)
         check_shard(file.path, self.config, shard, {name: file.specs[name] for name in found})
         return file.read(found if names is None else names)
 
     def _is_legacy(self) -> bool:
-        """Whether this folder is the original kit's; UserError when it is no prepared model or shards are missing."""
+        """Return whether this is a folder of the original kit; UserError for no prepared model, or missing shards."""
         if (self.path / manifest.MANIFEST).is_file():
             return False
         names = [legacy.shard_file(shard) for shard in self.shards]
         missing = [name for name in names if not (self.path / name).is_file()]
         if len(missing) == len(names):
-            raise UserError(f"{self.path} is no prepared model: {_found(self.path)}; {_hint(self.path)}")
+            raise UserError(f"{self.path} is not a prepared model: {_describe(self.path)}; {_hint(self.path)}")
         if missing:
             raise UserError(f"{self.path / missing[0]} is missing; {len(missing)} of {len(names)} shards are")
         return True
 
 
-def _found(path: Path) -> str:
-    """What a folder holds instead of a prepared model."""
+def _describe(path: Path) -> str:
+    """Describe what a folder holds instead of a prepared model."""
     if not path.is_dir():
         return "no such folder" if not path.exists() else "it is a file"
     names = sorted(entry.name for entry in path.iterdir())

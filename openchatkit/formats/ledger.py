@@ -1,9 +1,9 @@
-"""ledger.jsonl: which samples each step of a training run was taken on, and a digest of what they held.
+"""ledger.jsonl: the samples that each step of a training run was taken on, and a digest of their contents.
 
 A row is {"step", "first", "count", "digest", "applied", "layout", "started"}: step (counted from 1) was taken on the
 samples first to first + count - 1, whose contents sum up to `digest` (16 hexadecimal digits, see `data.batch`), by a
 run in this layout that had been started at that time; `applied` is false where the gradient was not finite, so that the
-step changed no weight. When a run resumes from a checkpoint, rows of later steps go: their weights are gone as well.
+step changed no weight. When a run resumes from a checkpoint, rows of later steps are dropped, like their weights.
 `chain` of the rows up to a checkpoint's step stands in its state.json, so that the two cannot be of different runs.
 """
 
@@ -36,15 +36,15 @@ class LedgerRow:
 
 
 class LedgerFile:
-    """Adds rows to the ledger of a run that goes on behind `last_step`; see `cut`. `chain` is that of all rows."""
+    """The ledger of a run that continues after `last_step`, to add rows to; see `cut`. `chain` is that of all rows."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
         self.chain = cut(folder, last_step)
-        # Each row is on its way to the disk as soon as it is written: a killed process loses none.
+        # Line-buffered: a killed process loses no row.
         self._file = open(folder / LEDGER, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
     def append(self, entry: LedgerRow) -> None:
-        """Add a row; it is sure to be on the disk after `sync`."""
+        """Add a row; it is on the disk for certain after `sync`."""
         self._file.write(_line(entry))
         self.chain = chain([entry], self.chain)
 
@@ -53,26 +53,25 @@ class LedgerFile:
         sync_file(self._file)
 
     def close(self) -> None:
-        # Only a row that could not be written is still to be written, and of that `append` has told.
+        # Only a row that failed is still buffered, and `append` has raised its error.
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def read(folder: Path) -> list[LedgerRow]:
-    """All rows, none when there is no file; a last line that a kill has cut is left out, any other broken one is a
-    UserError."""
+    """Return all rows, none when there is no file; a cut last line is skipped, UserError for any other bad line."""
     entries = _entries(folder)
     for number, entry in enumerate(entries[:-1], 1):
         if entry is None:
-            raise UserError(f"{folder / LEDGER}:{number} is damaged: the ledger proves nothing any more")
+            raise UserError(f"{folder / LEDGER}:{number} is damaged: the ledger no longer proves anything")
     return [entry for entry in entries if entry is not None]
 
 
 def cut(folder: Path, last_step: int) -> str:
-    """Drop the rows of steps after `last_step`, and broken ones; returns the chain of those that stay.
+    """Drop the rows of steps after `last_step`, and bad ones; return the chain of the others.
 
-    A crash of the machine may break rows that were not synced; they are after the last checkpoint. That a broken row
-    was an older one shows in the chain.
+    A crash of the machine may damage rows that were not synced; they are after the last checkpoint. Damage to an older
+    row shows in the chain.
     """
     kept = [entry for entry in _entries(folder) if entry is not None and entry.step <= last_step]
     write_text(folder / LEDGER, "".join(map(_line, kept)))
@@ -91,7 +90,7 @@ def _line(entry: LedgerRow) -> str:
 
 
 def _entries(folder: Path) -> list[LedgerRow | None]:
-    """A row or None for each line: None where it holds no row."""
+    """Return a row for each line, None where it holds none."""
     try:
         return list(jsonl.read(folder / LEDGER, lambda row: LedgerRow(**row), lambda *_: None))
     except FileNotFoundError:

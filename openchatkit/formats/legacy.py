@@ -1,7 +1,7 @@
 """The original kit's layouts, read and never written: prepared shards and pipeline-stage checkpoints, both pickled.
 
 Prepared: `pytorch_embs.pt`, `pytorch_<i>.pt`, `pytorch_lm_head.pt`, each with the names that our shards have, and with
-buffers that hold nothing learnt. Checkpoints: `prank_<stage>_checkpoint.pt`, whose keys are "<position>.<name>": the
+buffers, which are not parameters. Checkpoints: `prank_<stage>_checkpoint.pt`, whose keys are "<position>.<name>": the
 embedding is position 0 of stage 0, layers follow, the head is the last position of the last stage.
 """
 
@@ -19,23 +19,23 @@ _STAGE_FILE = re.compile(r"prank_(\d+)_checkpoint\.pt")
 
 
 def shard_file(shard: str) -> str:
-    """The original's name of a prepared shard's file."""
+    """Return the original's name of a prepared shard's file."""
     return {EMBED: "pytorch_embs.pt", HEAD: "pytorch_lm_head.pt"}.get(shard, f"pytorch_{layer_number(shard)}.pt")
 
 
 def stage_file(stage: int) -> str:
-    """The original's name of a stage's weights."""
+    """Return the original's name of a stage's weights."""
     return f"prank_{stage}_checkpoint.pt"
 
 
 def stage_files(folder: Path) -> list[str]:
-    """The stage files in a folder, by stage."""
+    """Return the names of the stage files in a folder, by stage."""
     found = {int(m[1]): m[0] for entry in folder.iterdir() if (m := _STAGE_FILE.fullmatch(entry.name))}
     return [found[stage] for stage in sorted(found)]
 
 
-def learnt(config: ModelConfig, shard: str, names: Iterable[str]) -> list[str]:
-    """`names` of a shard without buffers, which hold nothing learnt, and without a tied projection."""
+def parameter_names(config: ModelConfig, shard: str, names: Iterable[str]) -> list[str]:
+    """Return `names` of a shard without its buffers and without a tied projection."""
     kind = family(config)
     left = [name for name in names if kind.ignored.fullmatch(kind.hf_key(shard, name)) is None]
     tied = config.tie_embeddings and shard == HEAD
@@ -45,7 +45,7 @@ def learnt(config: ModelConfig, shard: str, names: Iterable[str]) -> list[str]:
 class StageCheckpoint:
     """A checkpoint of the original kit, seen as shards: `file(shard)` and `keys(shard)` say where each tensor is.
 
-    UserError when stages or layers are missing or left over, with the flags that would fit the files.
+    UserError when stages or layers are missing or too many, with the flags that would fit the files.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, *, stages: int, layers_per_stage: int) -> None:
@@ -63,20 +63,20 @@ class StageCheckpoint:
         self._check(stages)
 
     def file(self, shard: str) -> PickledFile:
-        """The file of the stage that holds a shard."""
+        """Return the file of the stage that holds a shard."""
         return self._files[self._where[shard][0]]
 
     def keys(self, shard: str) -> dict[str, str]:
-        """A shard's tensors: name in the shard -> key in `file(shard)`."""
+        """Return {name in the shard: key in `file(shard)`} of a shard's tensors."""
         stage, position = self._where[shard]
         prefix = f"{position}."
         inside = [key.removeprefix(prefix) for key in self._files[stage].specs if key.startswith(prefix)]
-        return {name: prefix + name for name in learnt(self.config, shard, inside)}
+        return {name: prefix + name for name in parameter_names(self.config, shard, inside)}
 
     def untied(self) -> tuple[str, str] | None:
-        """The keys of the embedding and of the projection where the config ties them and the files hold both.
+        """Return the keys of embedding and projection where the config ties them and the files hold both, else None.
 
-        The original trained them apart, so they may differ.
+        The original trained them separately, so they may differ.
         """
         kind = family(self.config)
         stage, position = self._where[HEAD]
@@ -86,7 +86,7 @@ class StageCheckpoint:
         return f"0.{kind.embedding_weight}", key
 
     def _place(self, shard: str, stages: int) -> tuple[int, int]:
-        """Stage and position of a shard under the layout that the flags describe."""
+        """Return stage and position of a shard under the layout that the flags describe."""
         number = layer_number(shard)
         if shard == EMBED:
             return 0, 0
@@ -98,17 +98,17 @@ class StageCheckpoint:
         return stage, number - stage * self._layers_per_stage + (stage == 0)
 
     def _check(self, stages: int) -> None:
-        """The positions in the files are exactly those of the layout."""
+        """UserError unless the positions in the files are exactly those of the layout."""
         for stage, file in enumerate(self._files):
             expected = {position for where, position in self._where.values() if where == stage}
             found = {_position(file, key) for key in file.specs}
             if found != expected:
                 raise UserError(
                     f"{file.path} does not hold the layers that --n-stages {stages} --n-layer-per-stage "
-                    f"{self._layers_per_stage} give it: {self._found()}"
+                    f"{self._layers_per_stage} give it: {self._describe_files()}"
                 )
 
-    def _found(self) -> str:
+    def _describe_files(self) -> str:
         counts = []
         for stage, file in enumerate(self._files):
             positions = {_position(file, key) for key in file.specs}
@@ -122,5 +122,5 @@ class StageCheckpoint:
 def _position(file: PickledFile, key: str) -> int:
     position = key.split(".")[0]
     if not position.isdigit():
-        raise UserError(f"{file.path} holds {key}, expected <position>.<name>; it is no stage of the original kit")
+        raise UserError(f"{file.path} holds {key}, expected <position>.<name>; it is not a stage of the original kit")
     return int(position)

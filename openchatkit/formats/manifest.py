@@ -1,7 +1,7 @@
 """manifest.json: the size and SHA-256 of every file of a folder, and some facts about the folder.
 
-Stock weight formats carry no checksum, so a flipped bit would be loaded and trained on. Whoever writes a folder of
-shards writes its manifest last; whoever reads shards compares them with it. The manifest carries a digest of itself.
+Stock weight formats have no checksum, so a flipped bit would be loaded and trained on. A writer of shards writes the
+manifest last; a reader of shards compares them with it. The manifest holds a digest of itself.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The records of a folder's files by name, and what its writer noted `about` it."""
+    """The records of a folder's files by name, and its writer's facts `about` it."""
 
     files: dict[str, FileRecord]
     about: dict[str, Any]
 
 
 def record(path: Path) -> FileRecord:
-    """The record of a file as it is on disk now."""
+    """Return the record of a file as it is on disk now."""
     return FileRecord(path.name, path.stat().st_size, sha256(path))
 
 
@@ -56,7 +56,7 @@ def write(
 
 
 def read(folder: Path, *, name: str = MANIFEST) -> Manifest:
-    """Read a folder's manifest; DamagedError when it is missing or is not what `write` wrote."""
+    """Read a folder's manifest; DamagedError when it is missing or altered."""
     try:
         body = json.loads((folder / name).read_text(encoding="utf-8"))
         digest = body.pop("digest")
@@ -97,7 +97,7 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, manifest: Manife
 
 @contextlib.contextmanager
 def advise(what: str) -> Iterator[None]:
-    """Add to a DamagedError what its reader can do about it."""
+    """Add advice to a DamagedError."""
     try:
         yield
     except DamagedError as error:

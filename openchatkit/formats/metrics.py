@@ -17,23 +17,21 @@ def append(folder: Path, row: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All rows; none when there is no file yet. A last line that a kill has cut is left out, any other broken one is a
-    ValueError."""
+    """Return all rows, [] when there is no file yet; a cut last line is skipped, ValueError for any other bad line."""
     rows = _rows(folder)
     if None in rows[:-1]:
-        raise ValueError(f"{folder / METRICS}:{rows.index(None) + 1} is no JSON")
+        raise ValueError(f"{folder / METRICS}:{rows.index(None) + 1} is not JSON")
     return [row for row in rows if row is not None]
 
 
 def cut(folder: Path, last_step: int) -> None:
-    """Drop the rows of steps after `last_step`, which a run that resumes there writes again, and broken lines: a crash
-    of the machine may leave some, and is no reason not to go on."""
+    """Drop the rows of steps after `last_step`, which a resumed run writes again, and bad lines that a crash left."""
     kept = [row for row in _rows(folder) if row is not None and row["step"] <= last_step]
     write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _rows(folder: Path) -> list[dict[str, Any] | None]:
-    """A row or None for each line: None where it holds no row."""
+    """Return a row for each line, None where it holds none."""
     try:
         return list(jsonl.read(folder / METRICS, dict, lambda *_: None))
     except FileNotFoundError:

@@ -13,11 +13,11 @@ The prompt is that of GPT-JT-Moderation-6B, to the character:
     Output:
 
 and the model goes on with a space and a label. A record is a prompt and its label, or several exchanges below one list
-of labels, parted by empty lines; its labels are trained on, and the end-of-text behind the last.
+of labels, separated by empty lines; its labels are trained on, and the end-of-text after the last.
 
 A judged text is put in on one line: every run of white space, line breaks of all kinds included, becomes one space. So
 the only lines of a prompt that begin with `Input:`, `Output:` or `Possible labels:` are its own, whatever the text
-spells. That keeps a text from forging a label; it cannot keep it from trying to talk the model round.
+contains. A text cannot forge a label; it can still try to persuade the model.
 
 Head, text, tail and label are tokenised each by itself, in training and in judging alike.
 """
@@ -35,9 +35,9 @@ _INPUT = "\nInput:"
 HEAD = _LIST + _INPUT
 TAIL = "\nOutput:"
 
-# As prosocial-dialog spells them: __needs_caution__.
-_SPELT = {f"__{label.replace(' ', '_')}__": label for label in LABELS}
-# An exchange, up to the next or to the end of the text; its input may have lines, but none that opens another part.
+# As prosocial-dialog writes them: __needs_caution__.
+_DATASET_LABELS = {f"__{label.replace(' ', '_')}__": label for label in LABELS}
+# An exchange, up to the next or to the end of the text; its input may have lines, but none that starts another part.
 _EXCHANGE = re.compile(
     rf"Input:(?P<text>(?:(?!\n(?:Input|Output):).)*){TAIL}[ \t]*(?P<label>{'|'.join(LABELS)})[ \t\r]*"
     r"(?:\n\s*(?=Input:)|\s*\Z)",
@@ -47,43 +47,43 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def one_line(text: str) -> str:
-    """`text` as it is put into a prompt: on one line, and with halves of surrogate pairs replaced."""
+    """Return `text` as it is put into a prompt: on one line, with halves of surrogate pairs replaced."""
     return _SURROGATE.sub("\ufffd", " ".join(text.split()))
 
 
 def body(text: str) -> str:
-    """What stands between `HEAD` and `TAIL`."""
+    """Return the part of a prompt between `HEAD` and `TAIL`."""
     return f" {one_line(text)}"
 
 
 def continuation(label: str) -> str:
-    """What a model that gives this label goes on with behind the prompt."""
+    """Return what a model that gives this label writes after the prompt."""
     assert label in LABELS, label
     return f" {label}"
 
 
 def prompt(text: str) -> str:
-    """The whole prompt for a text, as one string."""
+    """Return the whole prompt for a text, as one string."""
     return HEAD + body(text) + TAIL
 
 
-def readings(text: str) -> list[str]:
-    """The forms in which a text is judged: as it is written, and as it looks, where that differs.
+def judged_forms(text: str) -> list[str]:
+    """Return the forms in which a text is judged: as it is written, and as it looks, where that differs.
 
-    As it looks: compatibility forms (full-width letters, ligatures) are plain, and characters that show nothing are
-    gone. What is made of them passes a reader as a word, and a model as something it has never seen.
+    As it looks: compatibility forms (full-width letters, ligatures) are plain, and invisible characters are removed.
+    Readers see words in such text, and models see something they were never trained on.
     """
-    forms = dict.fromkeys((one_line(text), one_line(chat.seen_through(text))))
+    forms = dict.fromkeys((one_line(text), one_line(chat.visible_text(text))))
     return [form for form in forms if form]
 
 
 def label_of(value: str) -> str | None:
-    """The label that a data set means by `value`: as it stands, or as `__needs_caution__`; None for anything else."""
-    return value if value in LABELS else _SPELT.get(value)
+    """Return the label that a data set writes as `value`: as it is, or as `__needs_caution__`; else None."""
+    return value if value in LABELS else _DATASET_LABELS.get(value)
 
 
 def record(exchanges: Sequence[tuple[str, str]]) -> list[Segment]:
-    """The segments of a training record made of texts with their labels."""
+    """Return the segments of a training record made of texts with their labels."""
     segments = []
     for number, (text, label) in enumerate(exchanges):
         opening = HEAD if number == 0 else f"\n{_INPUT}"
@@ -93,9 +93,9 @@ def record(exchanges: Sequence[tuple[str, str]]) -> list[Segment]:
 
 
 def parse(text: str) -> list[tuple[str, str]] | None:
-    """The texts and labels of a record that is written out, with or without the list of labels above it.
+    """Parse the texts and labels of a record written as text, with or without the list of labels above it.
 
-    None for a text that is no such record. ValueError for one that begins as such a record and goes on otherwise.
+    None for any other text. ValueError for one that begins as such a record and continues otherwise.
     """
     rest = text.strip()
     listed = rest.startswith(_LIST)
@@ -113,6 +113,6 @@ def parse(text: str) -> list[tuple[str, str]] | None:
     if not exchanges and not listed:
         return None
     raise ValueError(
-        f"it begins as a moderation record, and exchange {len(exchanges) + 1} is none: expected 'Input:', a text, "
+        f"it begins as a moderation record, and exchange {len(exchanges) + 1} is invalid: expected 'Input:', a text, "
         f"and on a line of its own 'Output:' with one of {', '.join(LABELS)}"
     )

@@ -62,30 +62,32 @@ _ONLY = {"norm": "layernorm", "pos_emb": "rotary", "gpt_j_tied": False}
 
 
 def find(path: Path) -> Path | None:
-    """The folder of layer files that a path means: itself, the one that `latest` names, or the only one inside."""
+    """Return the folder of layer files for a path: itself, the one that `latest` names, or the only one inside."""
     if not path.is_dir():
         return None
     latest = path / "latest"
-    named = (
-        [path / latest.read_text(encoding="utf-8").strip()] if latest.is_file() else sorted(path.glob("global_step*"))
-    )
-    for folder in (path, *(named if len(named) == 1 else ())):
+    if latest.is_file():
+        named = [path / latest.read_text(encoding="utf-8").strip()]
+    else:
+        named = sorted(path.glob("global_step*"))
+    candidates: list[Path] = [path, *named] if len(named) == 1 else [path]
+    for folder in candidates:
         if folder.is_dir() and any(_FILE.fullmatch(entry.name) for entry in folder.iterdir()):
             return folder
     return None
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """The tokenizer published with GPT-NeoX-20B, in a folder or beside it; None where there is none."""
+    """Return the tokenizer published with GPT-NeoX-20B, in a folder or beside it; None where there is none."""
     places = (folder / "20B_tokenizer.json" for folder in (path, path.parent))
     return next((place for place in places if place.is_file()), None)
 
 
 class NeoXCheckpoint:
-    """A checkpoint with the face of LayerShards: `path`, `raw_config`, `config`, `shards` and `read`.
+    """A checkpoint with the interface of LayerShards: `path`, `raw_config`, `config`, `shards` and `read`.
 
     `path` is the folder of the layer files. UserError when files are missing, do not belong together, or describe
-    a network that the kit does not have.
+    a network that the kit does not support.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,10 +104,10 @@ class NeoXCheckpoint:
         self.shards = shard_names(self.config.num_layers)
 
     def read(self, shard: str) -> dict[str, Tensor]:
-        """A shard's tensors, merged, on the CPU, in the dtype they are stored in; memory-mapped where not cut."""
+        """Read a shard's tensors, merged, on the CPU, in the dtype they are stored in; memory-mapped where not cut."""
         merged: dict[str, Tensor] = {}
         for layer in self._layers(shard):
-            merged |= self._merged(layer)
+            merged |= self._read_layer(layer)
         expected = family(self.config).parameter_shapes(self.config, shard)
         where = self.path / _file(self._layers(shard)[0], 0)
         if different := sorted(expected.keys() ^ merged.keys()):
@@ -117,7 +119,7 @@ class NeoXCheckpoint:
         return merged
 
     def _layers(self, shard: str) -> list[int]:
-        """The layer files of a shard, by GPT-NeoX's numbers."""
+        """Return the layer files of a shard, by GPT-NeoX's numbers."""
         count = self.config.num_layers
         if shard == HEAD:
             return [count + 3] if self.config.tie_embeddings else [count + 3, count + 4]
@@ -125,20 +127,20 @@ class NeoXCheckpoint:
         return [0 if number is None else number + 2]
 
     def _open(self, layer: int) -> list[PickledFile]:
-        """A layer's files, rank after rank, that hold the same names in the same shapes."""
+        """Open a layer's files, rank after rank; UserError unless they hold the same names in the same shapes."""
         files = [PickledFile(self.path / _file(layer, rank)) for rank in range(self._ranks[layer])]
         for file in files[1:]:
             if file.specs != files[0].specs:
                 raise UserError(f"{file.path} and {files[0].path.name} hold different tensors; fetch both again")
         return files
 
-    def _merged(self, layer: int) -> dict[str, Tensor]:
+    def _read_layer(self, layer: int) -> dict[str, Tensor]:
         files = self._open(layer)
         names = {key: _our_name(key) for key in files[0].specs if "rotary_emb." not in key}
         return {ours: self._merge(ours, [file.read([key])[key] for file in files]) for key, ours in names.items()}
 
     def _merge(self, name: str, parts: list[Tensor]) -> Tensor:
-        """One tensor of its shards on the ranks."""
+        """Merge the shards of one tensor, one of each rank."""
         if len(parts) == 1 or (name in _ADDED and not self._settings["gpt_j_residual"]):
             return parts[0]
         if name in _ADDED:  # every rank adds its own before the ranks' results are summed
@@ -148,13 +150,13 @@ class NeoXCheckpoint:
         return torch.cat(parts, dim=1 if name in _SPLIT_INSIDE else 0)
 
     def _check_files(self, layers: list[int]) -> None:
-        """Every layer is there, on as many ranks as the tensors were cut for."""
+        """UserError unless every layer is there, on as many ranks as the tensors were cut for."""
         count, ranks = self._settings["num_layers"], self._ranks[layers[0]]
         expected = [0, *range(2, count + 2), count + 3, *([count + 4] if self._settings["no_weight_tying"] else [])]
         if left := sorted(set(layers) - set(expected)):
-            raise UserError(f"{self.path / _file(left[-1], 0)} is one too many; {self._source} tells of {count} layers")
+            raise UserError(f"{self.path / _file(left[-1], 0)} is one too many; {self._source} says {count} layers")
         if missing := sorted(set(expected) - set(layers)):
-            raise UserError(f"{self.path / _file(missing[0], 0)} is missing; {self._source} tells of {count} layers")
+            raise UserError(f"{self.path / _file(missing[0], 0)} is missing; {self._source} says {count} layers")
         if other := [layer for layer in layers if self._ranks[layer] != ranks]:
             raise UserError(
                 f"{self.path} holds {ranks} shards of layer {layers[0]} and {self._ranks[other[0]]} of layer "
@@ -163,7 +165,7 @@ class NeoXCheckpoint:
         file = PickledFile(self.path / _file(2, 0))
         spec = file.specs.get("attention.query_key_value.weight")
         if spec is None or len(spec.shape) != 2:
-            raise UserError(f"{file.path} holds no attention.query_key_value.weight; it is no layer of GPT-NeoX")
+            raise UserError(f"{file.path} holds no attention.query_key_value.weight; it is not a layer of GPT-NeoX")
         rows, width = spec.shape
         if rows * ranks != 3 * width:
             raise UserError(
@@ -172,7 +174,7 @@ class NeoXCheckpoint:
             )
 
     def _hf_config(self) -> dict[str, Any]:
-        """What transformers would have in config.json: sizes from the files, the rest from the settings."""
+        """Return what transformers has in config.json: sizes from the files, the rest from the settings."""
         said = self._settings
         embedding, block = self._open(0)[0], self._open(2)[0]
         shapes = {_our_name(key): spec.shape for file in (embedding, block) for key, spec in file.specs.items()}
@@ -180,7 +182,7 @@ class NeoXCheckpoint:
             rows, hidden = shapes["embed_in.weight"]
             intermediate = shapes["mlp.dense_h_to_4h.weight"][0] * self._ranks[2]
         except KeyError as error:
-            raise UserError(f"{self.path} holds no {error.args[0]}; it is no checkpoint of GPT-NeoX") from error
+            raise UserError(f"{self.path} holds no {error.args[0]}; it is not a checkpoint of GPT-NeoX") from error
         if said.get("hidden_size", hidden) != hidden:
             raise UserError(f"{embedding.path} is {hidden} wide, {self._source} says {said['hidden_size']}")
         gelu = "gelu_fast" if said["bias_gelu_fusion"] else "gelu"
@@ -214,7 +216,7 @@ def _our_name(key: str) -> str:
 
 
 def _ranks(folder: Path) -> dict[int, int]:
-    """How many shards each layer has; UserError where they are not numbered from 0 without a gap."""
+    """Return how many shards each layer has; UserError where they are not numbered from 0 without a gap."""
     found: dict[int, set[int]] = {}
     for entry in folder.iterdir():
         if match := _FILE.fullmatch(entry.name):
@@ -229,7 +231,7 @@ def _ranks(folder: Path) -> dict[int, int]:
 
 
 def _settings(folder: Path, last_layer: int) -> tuple[dict[str, Any], str]:
-    """The network's settings, defaults filled in, and where they come from, for messages."""
+    """Return the network's settings, defaults filled in, and where they come from, for messages."""
     places = (folder / "configs", folder.parent / "configs")
     files = next((found for place in places if (found := sorted(place.glob("*.yml")))), [])
     said: dict[str, Any] = {}
@@ -242,7 +244,7 @@ def _settings(folder: Path, last_layer: int) -> tuple[dict[str, Any], str]:
         if last_layer != _PUBLISHED["num_layers"] + 4:
             raise UserError(
                 f"{places[1]}/*.yml is missing, and {folder} is not GPT-NeoX-20B; copy the yml files that the model "
-                "was trained with there: they tell of heads and residuals"
+                "was trained with there: they say the number of heads and the kind of residual"
             )
         said = dict(_PUBLISHED)
     settings = {**_DEFAULTS, **said}
@@ -255,7 +257,7 @@ def _settings(folder: Path, last_layer: int) -> tuple[dict[str, Any], str]:
 
 
 def _read_yml(path: Path) -> dict[str, Any]:
-    """A yml file's settings that are ours to know, hyphens as underscores."""
+    """Return the settings of a yml file that matter here, hyphens as underscores."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""Other people's pickled tensors (`torch.save`): read without running what they hold and without filling memory."""
+"""Pickled tensors of other programs (`torch.save`), read without running code in them and without filling memory."""
 
 import ctypes
 import mmap
@@ -14,7 +14,7 @@ from openchatkit.formats.tensor_file import CHUNK, TensorSpec, tensor_bytes
 
 
 class PickledFile:
-    """A pickled dict of tensors by name, with the face of a TensorFile.
+    """A pickled dict of tensors by name, with the interface of a TensorFile.
 
     Files from before torch 1.6 cannot be mapped and are read whole. DamagedError when the file is missing, damaged, or
     holds anything but named tensors with data: nothing in it is ever run (`weights_only`).
@@ -33,7 +33,7 @@ class PickledFile:
                 f"{path} holds more than tensors, and nothing else in it is loaded; look for a safetensors version"
             ) from error
         except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise DamagedError(f"{path} is no whole file of torch.save; fetch or copy it again") from error
+            raise DamagedError(f"{path} is not a whole file of torch.save; fetch or copy it again") from error
         if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
             raise DamagedError(f"{path} holds something else than tensors by name; expected a model's state dict")
         if empty := [name for name, tensor in loaded.items() if tensor.is_meta]:
@@ -45,7 +45,7 @@ class PickledFile:
         self.specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in loaded.items()}
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """A tensor's bytes in pieces of at most CHUNK; each piece is valid until the next is asked for."""
+        """Yield a tensor's bytes in pieces of at most CHUNK; each piece is valid until the next is asked for."""
         tensor = self._tensors[name]
         flat = tensor.reshape(-1)
         step = CHUNK // tensor.element_size()
@@ -56,7 +56,7 @@ class PickledFile:
                 _forget(piece)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors on the CPU whose memory is the file's, copied page by page only where they are written to."""
+        """Return tensors on the CPU whose memory is the file's, copied page by page only where they are written to."""
         return {name: self._tensors[name] for name in names}
 
 

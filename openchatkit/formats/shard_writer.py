@@ -1,4 +1,4 @@
-"""Writing a prepared model so that it can be killed at any time and goes on where it was."""
+"""Writer of a prepared model, which resumes after a kill at any time."""
 
 import contextlib
 import re
@@ -25,8 +25,8 @@ class ShardWriter:
 
     The folder must exist and have no other writer. `source` is the folder of config.json and the tokenizer.
 
-    `about` says what the shards are made of: what an earlier run wrote of the same is kept where its bytes are still
-    what they were. `done` names those shards; `complete` says that nothing is left to do: no shard is missing, and the
+    `about` says what the shards are made of; shards that an earlier run made of the same are kept where their bytes
+    are unchanged. `done` names those shards; `complete` says that nothing is left to do: no shard is missing, and the
     tokenizer has not changed.
     """
 
@@ -54,7 +54,7 @@ class ShardWriter:
             self._write_journal()
 
     def finish(self) -> None:
-        """Take config.json and the tokenizer from the source, and make the folder whole."""
+        """Copy config.json and the tokenizer from the source, and make the folder whole."""
         assert self.done == set(self._shards), (self.done, self._shards)
         with storage_errors(self.folder):
             with atomic_path(self.folder / CONFIG) as temporary:
@@ -69,7 +69,7 @@ class ShardWriter:
             (self.folder / JOURNAL).unlink(missing_ok=True)
 
     def _earlier(self) -> dict[str, FileRecord]:
-        """The records of files that an earlier run wrote of the same source, and that are still as it wrote them."""
+        """Return the records of files that an earlier run wrote of the same source, and that are unchanged since."""
         for name in (JOURNAL, MANIFEST):
             with contextlib.suppress(DamagedError):
                 earlier = manifest.read(self.folder, name=name)

@@ -58,7 +58,7 @@ class TensorSpec:
 class TensorFile:
     """A safetensors file's header: `specs` by name, in the order of the bytes, and `metadata`.
 
-    DamagedError when the file is missing, cut or no safetensors file.
+    DamagedError when the file is missing, cut or not a safetensors file.
     """
 
     mapped = True
@@ -88,10 +88,10 @@ class TensorFile:
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise DamagedError(f"{path} is no whole safetensors file: {error}") from error
+            raise DamagedError(f"{path} is not a whole safetensors file: {error}") from error
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """A tensor's bytes in pieces of at most CHUNK; each piece is valid until the next is asked for."""
+        """Yield a tensor's bytes in pieces of at most CHUNK; each piece is valid until the next is asked for."""
         left = self.specs[name].nbytes
         buffer = memoryview(bytearray(min(CHUNK, left)))
         with open(self.path, "rb") as file:
@@ -104,7 +104,7 @@ class TensorFile:
                 left -= count
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors on the CPU whose memory is the file's, copied page by page only where they are written to."""
+        """Return tensors on the CPU whose memory is the file's, copied page by page only where they are written to."""
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
 
@@ -119,7 +119,7 @@ def write_stream(
 ) -> FileRecord:
     """Write a safetensors file atomically from `chunks(name)`, called once a tensor in the order of the file.
 
-    Returns its record; the hash is taken of the bytes on their way out, unless `hashed` is false: then it is empty.
+    Return its record; the bytes are hashed as they are written, unless `hashed` is false: then the hash is empty.
     UserError when the disk refuses them.
     """
     names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
@@ -145,22 +145,22 @@ def write_stream(
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """`write_stream` for tensors in memory, on whatever device; one at a time is brought to the CPU."""
+    """Write tensors in memory, on any device, as `write_stream`; one at a time is copied to the CPU."""
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return write_stream(path, specs, lambda name: [tensor_bytes(tensors[name])], metadata=metadata)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, flat, without a copy where it is contiguous and on the CPU."""
+    """Return a tensor's bytes, flat, without a copy where it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def cast(chunks: Iterable[memoryview], source: torch.dtype, target: torch.dtype) -> Iterator[memoryview]:
-    """The same numbers in another dtype, piece by piece; OverflowError when a finite number becomes infinite."""
+    """Yield the same numbers in another dtype, piece by piece; OverflowError when a finite number becomes infinite."""
     for chunk in chunks:
         before = torch.frombuffer(chunk, dtype=source)
         after = before.to(target)
-        # One pass tells that all is finite, as it nearly always is; only else are the two compared.
+        # One pass shows that all is finite, as it nearly always is; only otherwise are the two compared.
         if not torch.stack(after.aminmax()).isfinite().all() and not torch.equal(before.isinf(), after.isinf()):
             raise OverflowError(f"values up to {before[torch.isfinite(before)].abs().max().item():g}")
         yield tensor_bytes(after)

@@ -40,22 +40,22 @@ _QUARANTINE = "quarantine.jsonl"
 
 
 def bin_path(prefix: Path) -> Path:
-    """Where the tokens are."""
+    """Return the path of the tokens."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
-    """Where sizes and pointers are."""
+    """Return the path of sizes and pointers."""
     return prefix.with_name(prefix.name + ".idx")
 
 
 def mask_path(prefix: Path) -> Path:
-    """Where the loss mask is, if the store has one."""
+    """Return the path of the loss mask, which the store may lack."""
     return prefix.with_name(prefix.name + ".mask.bin")
 
 
 def find_prefix(path: Path) -> Path | None:
-    """The prefix of the store that a path names, as it stands or with the ending of a file; None if there is none."""
+    """Return the prefix of the store that a path names, with or without the suffix of a file; None if there is none."""
     for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
         if path.name and idx_path(prefix).is_file():
             return prefix
@@ -63,22 +63,22 @@ def find_prefix(path: Path) -> Path | None:
 
 
 def folder_prefix(folder: Path) -> Path:
-    """The prefix of the store in a cached store's folder."""
+    """Return the prefix of the store in a cached store's folder."""
     return folder / _FOLDER_PREFIX
 
 
 def quarantine_path(folder: Path) -> Path:
-    """The rows of a cached store's source that were set aside, {"file", "line", "reason"} each; absent when none."""
+    """Return the path of the rows set aside, {"file", "line", "reason"} each; there is no file when there are none."""
     return folder / _QUARANTINE
 
 
 @dataclass(frozen=True)
 class StoreRecord:
-    """What a cached store was made from and holds. Every row of the source is a document or in quarantine.
+    """Source and contents of a cached store. Every row of the source is a document or in quarantine.
 
     Of its mask, `trained_tokens` and `excluded_tokens` count the bytes TRAINED and EXCLUDED; where there are none of
-    either, there is no mask. `untrained` is the number of documents that have no token of the first kind, `spelled`
-    that of those whose text has the end-of-text token in it, as characters.
+    either, there is no mask. `untrained` counts the documents without a token of the first kind, `spelled` those whose
+    text has the end-of-text token in it, as characters.
     """
 
     source: str
@@ -95,9 +95,9 @@ class StoreRecord:
 
 @dataclass(frozen=True)
 class StoreProgress:
-    """How far a store's files are on disk, whatever else has been appended to them since.
+    """How far a store's files are known to be on disk; more may have been appended since.
 
-    `row`, `row_end`: the place in the source behind the last row taken in; `position`: bytes of it that were read;
+    `row`, `row_end`: the position in the source after the last row taken in; `position`: bytes of it that were read;
     `quarantine_size`: bytes of `quarantine.jsonl`.
     """
 
@@ -122,23 +122,23 @@ def write_record(folder: Path, record: StoreRecord) -> None:
 
 
 def read_record(folder: Path) -> StoreRecord | None:
-    """The record of a cached store, or None where there is no such store; UserError where it cannot be read."""
+    """Read the record of a cached store; None where there is no such store, UserError where it cannot be read."""
     path = folder / _RECORD
     try:
         return StoreRecord(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete {folder} and run again, it is made anew") from error
+        raise UserError(f"{path} is damaged ({error}): delete {folder} and run again, it is made again") from error
 
 
 def write_progress(folder: Path, progress: StoreProgress) -> None:
-    """Write `progress.json`: the files have been synced up to there."""
+    """Write `progress.json`: the files have been synced up to this point."""
     storage.write_text(folder / _PROGRESS, json.dumps(asdict(progress)) + "\n")
 
 
 def read_progress(folder: Path) -> StoreProgress | None:
-    """How far an unfinished store has come, or None where that is not known."""
+    """Read the progress of an unfinished store; None where it is not known."""
     try:
         return StoreProgress(**json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
@@ -146,15 +146,15 @@ def read_progress(folder: Path) -> StoreProgress | None:
 
 
 def remove_progress(folder: Path) -> None:
-    """The store is whole."""
+    """Remove `progress.json`: the store is whole."""
     (folder / _PROGRESS).unlink(missing_ok=True)
 
 
 class TokenStoreWriter:
     """Writes a store document by document; memory does not grow with their number.
 
-    The index has no valid header before `close`, so an unfinished store cannot be opened. `resume` goes on with files
-    that hold at least that much; what they hold behind it is dropped. ValueError: they hold less.
+    The index has no valid header before `close`, so an unfinished store cannot be opened. `resume` continues files that
+    hold at least that much and drops the rest. ValueError: they hold less.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int, masked: bool, resume: StoreProgress | None = None) -> None:
@@ -184,11 +184,11 @@ class TokenStoreWriter:
 
     @property
     def _marked(self) -> int:
-        """How many bytes of the mask are not zero."""
+        """Number of bytes of the mask that are not zero."""
         return self.trained_tokens + self.excluded_tokens
 
     def _open(self, path: Path, size: int, *, grow: bool = False) -> BinaryIO:
-        """A file of which `size` bytes are kept, at its end."""
+        """Open a file, keep `size` bytes of it, and seek to their end."""
         file = open(path, "r+b" if size and path.exists() else "w+b")  # noqa: SIM115 (closed by `close`)
         self._files.append(file)
         if file.seek(0, 2) < size and not grow:
@@ -250,7 +250,7 @@ class TokenStoreWriter:
         if kind is None:
             self.close()
         else:
-            with contextlib.suppress(OSError):  # of a full disk, say, which is what the error in flight tells
+            with contextlib.suppress(OSError):  # of a full disk, say, which the error in flight reports
                 self._release()
 
     def _release(self) -> None:
@@ -287,17 +287,18 @@ class TokenStore:
             raise UserError(_cut(mask_path(self.prefix), len(self.mask), len(self.tokens)))
 
     def starts(self, documents: np.ndarray) -> np.ndarray:
-        """Positions in `tokens` at which these documents begin: int64, one for each."""
-        return self.pointers[documents] // self.tokens.itemsize
+        """Return the positions in `tokens` at which these documents begin, int64."""
+        positions: np.ndarray = self.pointers[documents] // self.tokens.itemsize
+        return positions
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of one document."""
+        """Return the tokens of one document."""
         start = int(self.pointers[number]) // self.tokens.itemsize
         return self.tokens[start : start + int(self.sizes[number])]
 
 
 def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
-    """The tokens' type, the number of sequences and of document borders."""
+    """Return the tokens' type, the number of sequences and of document borders."""
     head = bytes(index[: _HEADER.size])
     if head.startswith(_LEGACY_MAGIC):
         raise UserError(f"{path} is in Megatron's old `cached` format: preprocess it again with --dataset-impl mmap")
@@ -322,4 +323,4 @@ def _map_bytes(path: Path) -> np.ndarray:
 
 
 def _cut(path: Path, found: int, expected: int) -> str:
-    return f"{path} holds {found} bytes where {expected} belong: it is cut or altered, make the store anew"
+    return f"{path} holds {found} bytes where {expected} belong: it is cut or altered, make the store again"

@@ -1,4 +1,4 @@
-"""A tokenizer's files, as Hugging Face names them: copying them, and what they say without being loaded."""
+"""A tokenizer's files, as Hugging Face names them: copied, written, and read without loading the tokenizer."""
 
 import json
 import shutil
@@ -25,12 +25,12 @@ _COMPLETE = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", 
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a vocabulary that AutoTokenizer can load."""
+    """Return whether a folder holds a vocabulary that AutoTokenizer can load."""
     return any((folder / name).is_file() for name in _COMPLETE)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files, each atomically, and remove those of another one; returns their names.
+    """Copy the tokenizer's files, each atomically, and remove those of another one; return their names.
 
     UserError when one asks for remote code.
     """
@@ -60,7 +60,7 @@ def write_tokenizer(folder: Path, tokenizer: str, *, end_of_text: str, padding: 
         "bos_token": end_of_text,
         "eos_token": end_of_text,
         "pad_token": padding,
-        # Earlier releases of transformers would take out spaces before punctuation when they decode.
+        # Earlier releases of transformers remove spaces before punctuation when they decode.
         "clean_up_tokenization_spaces": False,
     }
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
@@ -68,7 +68,7 @@ def write_tokenizer(folder: Path, tokenizer: str, *, end_of_text: str, padding: 
 
 
 def tokenizer_json(path: Path) -> Path:
-    """The tokenizer.json that a path names: itself, or in the folder that it is."""
+    """Return the tokenizer.json of a path: the path itself, or the file in that folder."""
     return path / "tokenizer.json" if path.is_dir() else path
 
 
@@ -91,18 +91,19 @@ def special_token_id(folder: Path, kind: str) -> int | None:
 
 
 def _id_of_class(folder: Path, kind: str) -> int | None:
-    """The id of a token that the files do not name: the tokenizer's class may have one by itself."""
+    """Return the id of a token that the files do not name, but the tokenizer's class may have."""
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # whatever keeps it from being loaded, its files name no such token
+    except Exception:  # it cannot be loaded, and its files name no such token
         return None
-    return getattr(loaded, f"{kind}_token_id")
+    number: int | None = getattr(loaded, f"{kind}_token_id")
+    return number
 
 
 def tokenizer_size(folder: Path) -> int | None:
-    """The number of rows that a tokenizer needs in the embedding (its highest id plus one); None where unknown."""
+    """Return the number of embedding rows that a tokenizer needs (its highest id plus one); None where unknown."""
     return max(_ids(folder).values(), default=-1) + 1 or None
 
 
@@ -118,7 +119,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object from a file; `default` where the file is missing, UserError where it is no object."""
+    """Read a JSON object from a file; `default` where the file is missing, UserError where it is something else."""
     if default is not None and not path.is_file():
         return dict(default)
     try:
@@ -126,7 +127,7 @@ def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str,
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; fetch or copy the model again")
+        raise UserError(f"{path} is not a JSON object; fetch or copy the model again")
     return value
 
 
@@ -140,7 +141,7 @@ def _refuse_code(folder: Path) -> None:
 
 
 def _ids(folder: Path) -> dict[str | None, int]:
-    """Every token's id, from tokenizer.json or the older files."""
+    """Return every token's id, from tokenizer.json or the older files."""
     try:
         whole = read_json(folder / "tokenizer.json", default={})
         vocabulary = whole.get("model", {}).get("vocab") or read_json(folder / "vocab.json", default={})

@@ -1,9 +1,11 @@
-"""The command `inference/bot.py`: its flags, and what they ask for: a chat shell, one question, or a batch."""
+"""The command `inference/bot.py`: its flags, and a chat shell, one question, or a batch."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openchatkit import cli
 from openchatkit.errors import UserError
@@ -11,7 +13,10 @@ from openchatkit.formats import chat_file
 from openchatkit.inference import flags
 from openchatkit.inference.retrieval import flags as retrieval
 
-# What changes how replies are shown, or how fast they come, and not what they say.
+if TYPE_CHECKING:
+    from openchatkit.inference.session import Session
+
+# Flags that change how replies are shown, or how fast they come, and not their text.
 _PRESENTATION = (
     *("batch", "output", "json", "verbose", "no_stream", "no_date", "prompt", "load"),
     *("gpu_id", "gpu_vram", "cpu_ram", "threads", "no_compile", "moderation_gpu_id"),
@@ -20,7 +25,7 @@ _PRESENTATION = (
 
 
 def parser() -> cli.Parser:
-    """The flags of the original kit, and those that it lacked."""
+    """Return the parser of the original kit's flags and of the new ones."""
     given = cli.Parser(
         prog="inference/bot.py",
         description="Chat with a model. On a terminal this is a shell; from a pipe, each line is a question or a "
@@ -49,17 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load the model and chat until the end of input, or answer what the flags give."""
     given = parser().parse_args(argv)
     _check(given)
-    # Bytes that are no UTF-8 come through as lone surrogates, which the shell reports and replaces.
-    if sys.stdin is not None:
+    # Bytes that are not UTF-8 become lone surrogates, which the shell reports and replaces.
+    if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stdout.reconfigure(errors="replace", **({"encoding": "utf-8"} if given.json or given.batch else {}))
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(errors="replace", encoding="utf-8" if given.json or given.batch else None)
     if given.batch:
         return _batch(given)
     return _chat(given)
 
 
 def _check(given: argparse.Namespace) -> None:
-    """UserError for flags that do not go together, before a model is loaded for nothing."""
+    """Raise UserError for flags that do not go together, before a model is loaded."""
     if given.batch and not given.output:
         raise UserError("--batch needs --output OUT.jsonl for its replies, or --output - for standard output")
     if given.output and not given.batch:
@@ -76,7 +82,7 @@ def _check(given: argparse.Namespace) -> None:
 
 def _chat(given: argparse.Namespace) -> int:
     from openchatkit.inference.shell.commands import Shell
-    from openchatkit.inference.shell.lines import piped
+    from openchatkit.inference.shell.line_reader import read_passage
     from openchatkit.inference.shell.output import Output
 
     asked = given.prompt is not None
@@ -89,12 +95,12 @@ def _chat(given: argparse.Namespace) -> int:
         verbose=given.verbose,
         citations=not given.no_citations,
     )
-    if output.interactive and (fault := chat_file.unwritable()):
+    if output.interactive and (fault := chat_file.unwritable_reason()):
         output.note(
             f"chats cannot be saved, and what is typed is not kept for later: {fault}; {chat_file.HOME_VARIABLE} names "
             "another folder"
         )
-    passages = piped(sys.stdin, output) if asked else []
+    passages = read_passage(sys.stdin, output) if asked else []
     session = _session(given)
     shell = Shell(session, output, stdin=sys.stdin, stdout=sys.stdout, about=_about(given, session))
     if asked:
@@ -105,11 +111,11 @@ def _chat(given: argparse.Namespace) -> int:
 
 
 def _batch(given: argparse.Namespace) -> int:
-    from openchatkit.inference.batch.files import Batch
+    from openchatkit.inference.batch.files import BatchFiles
 
     settings = {name: value for name, value in vars(given).items() if name not in _PRESENTATION}
-    settings["retrieval"] = retrieval.contents(given)
-    with Batch(given.batch, given.output, settings) as batch:
+    settings["retrieval"] = retrieval.contents_digest(given)
+    with BatchFiles(given.batch, given.output, settings) as batch:
         if not batch.finished:
             from openchatkit.inference.batch.answering import answer
 
@@ -126,8 +132,8 @@ def _batch(given: argparse.Namespace) -> int:
     return 0
 
 
-def _session(given: argparse.Namespace) -> "Session":  # noqa: F821
-    looking_up = retrieval.retriever(given, _announce)
+def _session(given: argparse.Namespace) -> "Session":
+    retriever = retrieval.retriever(given, _announce)
     responder = flags.responder(given, _announce)
     from openchatkit.inference.session import Session
 
@@ -136,7 +142,7 @@ def _session(given: argparse.Namespace) -> "Session":  # noqa: F821
         flags.sampling(given),
         date=not given.no_date,
         seed=given.seed,
-        retriever=looking_up,
+        retriever=retriever,
         model=Path(given.model).name,
     )
     if given.load:
@@ -146,8 +152,8 @@ def _session(given: argparse.Namespace) -> "Session":  # noqa: F821
     return session
 
 
-def _about(given: argparse.Namespace, session: "Session") -> str:  # noqa: F821
-    """What was loaded, in one line; where to and how precise was said as it was."""
+def _about(given: argparse.Namespace, session: "Session") -> str:
+    """Return one line on the loaded model. Device and dtype were already announced."""
     responder = session.responder
     length = responder.engine.context_length
     reads = "" if length is None else f", reads {length:,} tokens at once"

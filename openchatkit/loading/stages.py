@@ -15,6 +15,7 @@ from torch import Tensor
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, hf_model, neox_checkpoint
+from openchatkit.formats.hf_model import HFModel
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards, check_shard, read_config
 from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
 from openchatkit.loading import pretrained
@@ -96,6 +97,30 @@ def open_shards(found: ModelFolder, *, verify: bool = True) -> ShardReader:
     return shards
 
 
+def shard_keys(model: HFModel) -> dict[str, dict[str, str]]:
+    """Map a Hugging Face model to shards: {shard: {name in the shard: Hugging Face key}}, in the order of the files.
+
+    UserError for a tensor that the network of its config.json does not have, or has under another key too.
+    """
+    kind = family(model.config)
+    keys: dict[str, dict[str, str]] = {shard: {} for shard in shard_names(model.config.num_layers)}
+    for key in model.specs:
+        try:
+            place = kind.from_hf_key(key)
+        except KeyError:
+            place = ("", key)
+        if place is None:
+            continue
+        shard, name = place
+        if shard not in keys or name in keys[shard]:
+            raise UserError(
+                f"{model.path} holds {key}, for which a {kind.name} model of {len(keys) - 2} layers has no place; "
+                "is config.json this model's?"
+            )
+        keys[shard][name] = key
+    return keys
+
+
 def load_stage(reader: ShardReader, device: torch.device, dtype: torch.dtype | None = None) -> Stage:
     """Load the whole network for inference, a layer at a time, in `dtype` or as it is stored.
 
@@ -137,22 +162,12 @@ class _HFReader:
     """The `ShardReader` of a Hugging Face model of a family that the kit trains."""
 
     def __init__(self, path: Path) -> None:
-        self._model = hf_model.HFModel(path)
+        self._model = HFModel(path)
         self.raw_config, self.config = self._model.raw_config, self._model.config
         self.shards = shard_names(self.config.num_layers)
-        self._keys: dict[str, dict[str, str]] = {shard: {} for shard in self.shards}
-        kind = family(self.config)
-        for key in self._model.specs:
-            try:
-                place = kind.from_hf_key(key)
-            except KeyError:
-                place = (key, key)
-            if place is None or (self.config.tie_embeddings and place == (HEAD, kind.tied_weight)):
-                continue
-            shard, name = place
-            if shard not in self._keys:
-                raise UserError(f"{path} holds {key}, which a {kind.name} model of this config.json does not")
-            self._keys[shard][name] = key
+        self._keys = shard_keys(self._model)
+        if self.config.tie_embeddings:
+            self._keys[HEAD].pop(family(self.config).tied_weight, None)
 
     def read(self, shard: str) -> Mapping[str, Tensor]:
         keys = self._keys[shard]

@@ -174,7 +174,7 @@ def test_a_tokenizer_that_names_no_end_of_text(made, tmp_path):
 
 
 def test_the_end_of_text_that_only_the_tokenizer_s_class_names(tmp_path, tiny_tokenizer):
-    """What a model was trained with, whatever it is numbered, goes into its configuration."""
+    """The token that a model was trained with goes into its configuration, whatever its number."""
     from openchatkit.data.tokenizer import Tokenizer
 
     tiny_models.save(tmp_path / "base", "neox", tokenizer=tiny_tokenizer)
@@ -469,7 +469,7 @@ def damage(path: Path, how: str) -> None:
         ),
         ("left over", r"layer_00003 holds mlp\.extra, which a gpt_neox model of this config\.json does not"),
         ("shape", r"mlp\.dense_h_to_4h\.weight of layer_00003 is \[23, 16\], config\.json says \[24, 16\]"),
-        ("no position", r"holds note, expected <position>\.<name>; it is no stage of the original kit"),
+        ("no position", r"holds note, expected <position>\.<name>; it is not a stage of the original kit"),
     ],
 )
 def test_tensors_missing_left_over_or_of_another_shape(tmp_path, tiny_tokenizer, how, message):
@@ -499,7 +499,7 @@ def test_a_stage_that_is_cut(tmp_path, tiny_tokenizer):
     os.truncate(path, 500)
     base = str(tmp_path / "base")
     with pytest.raises(
-        UserError, match=r"prank_2_checkpoint\.pt is no whole file of torch\.save; fetch or copy it again"
+        UserError, match=r"prank_2_checkpoint\.pt is not a whole file of torch\.save; fetch or copy it again"
     ):
         convert(tmp_path / "old" / "10", tmp_path / "hf", config_name=base, stages=3, layers_per_stage=2)
 

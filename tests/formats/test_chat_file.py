@@ -101,8 +101,8 @@ def test_what_is_no_name_is_refused_in_one_line(name):
     [
         (b"", "not JSON, or cut short"),
         (record()[:-5], "not JSON, or cut short"),
-        (b"[" * 100_000, "its JSON is beyond reading"),
-        (b'{"format": ' + b"9" * 5000 + b"}", "its JSON is beyond reading"),
+        (b"[" * 100_000, "its JSON cannot be read"),
+        (b'{"format": ' + b"9" * 5000 + b"}", "its JSON cannot be read"),
         (b"\xff\xfe", "byte 1 is not UTF-8"),
         (b"[]", "its format is not"),
         (b'{"messages": []}', "its format is not"),
@@ -114,14 +114,14 @@ def test_what_is_no_name_is_refused_in_one_line(name):
         (record(saved=None), "of the wrong kind"),
         (record(messages={}), "it has no list of messages"),
         (record(messages=[]), "it has no list of messages"),
-        (record(messages=["hi"]), "message 1 is no object"),
+        (record(messages=["hi"]), "message 1 is not an object"),
         (
             record(messages=[{"role": "tool", "content": ""}]),
             "message 1 has the role 'tool': expected system, user, as",
         ),
         (record(messages=[{"role": ["user"], "content": ""}]), r"message 1 has the role \['user'\]"),
-        (record(messages=[{"role": "user", "content": 1}]), "message 1 holds something that is no text"),
-        (record(messages=[{"role": "user"}]), "message 1 holds something that is no text"),
+        (record(messages=[{"role": "user", "content": 1}]), "message 1 holds something that is not text"),
+        (record(messages=[{"role": "user"}]), "message 1 holds something that is not text"),
         (record(messages=[{"role": "user", "content": "", "passages": "p"}]), "message 1 has passages where none"),
         (record(messages=[{"role": "user", "content": "", "passages": [1]}]), "message 1 holds something that is no"),
         (record(messages=[{"role": "assistant", "content": "", "passages": ["p"]}]), "message 1 has passages where"),
@@ -158,7 +158,7 @@ def test_no_link_is_followed_and_no_pipe_is_waited_for(tmp_path, home):
     chat_file.write("x", MESSAGES, overwrite=True)
     assert target.read_bytes() == record()
     os.mkfifo(home / "chats" / "y.json")
-    with pytest.raises(UserError, match="it is no plain file"):
+    with pytest.raises(UserError, match="it is not a plain file"):
         chat_file.read("y")
     (home / "chats" / "z.json").mkdir()
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
@@ -182,13 +182,13 @@ def test_the_users_home_is_where_chats_are_kept_by_default(monkeypatch, tmp_path
 
 
 def test_a_home_that_is_not_there_yet_can_be_written_where_its_nearest_folder_can(monkeypatch, tmp_path):
-    assert chat_file.unwritable() == ""
+    assert chat_file.unwritable_reason() == ""
     assert not chat_file.home().exists()
     with monkeypatch.context() as patched:
         patched.setattr("os.access", lambda path, mode: False)
-        assert chat_file.unwritable() == f"{tmp_path} cannot be written"
+        assert chat_file.unwritable_reason() == f"{tmp_path} cannot be written"
     (tmp_path / "home").symlink_to(tmp_path / "nowhere")
-    assert chat_file.unwritable() == f"{tmp_path / 'home'} is no folder"
+    assert chat_file.unwritable_reason() == f"{tmp_path / 'home'} is not a folder"
 
 
 @pytest.mark.parametrize("variable", ["HOME", "OPENCHATKIT_HOME"])

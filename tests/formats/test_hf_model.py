@@ -85,7 +85,7 @@ def test_safetensors_win_over_pickles(tmp_path):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(UserError, match=r"is no model: config\.json is missing; pass a hub name or a folder"):
+    with pytest.raises(UserError, match=r"is not a model: config\.json is missing; pass a hub name or a folder"):
         HFModel(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_a_missing_and_a_cut_file(tmp_path, form):
     path = next(folder.glob("*model-00002*"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    with pytest.raises(DamagedError, match=f"{path.name} is no whole .*{AGAIN}"):
+    with pytest.raises(DamagedError, match=f"{path.name} is not a whole .*{AGAIN}"):
         HFModel(folder)
     path.unlink()
     with pytest.raises(DamagedError, match=f"{path.name} is missing{AGAIN}"):
@@ -175,7 +175,7 @@ def test_a_pickle_of_something_else(tmp_path, content):
 def test_no_pickle_at_all(tmp_path, content):
     folder = write(tmp_path / "m", "bin", state_dict())
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(DamagedError, match=r"is no whole file of torch\.save; fetch or copy it again"):
+    with pytest.raises(DamagedError, match=r"is not a whole file of torch\.save; fetch or copy it again"):
         HFModel(folder)
 
 

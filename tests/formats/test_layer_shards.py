@@ -44,7 +44,7 @@ def test_one_tensor_of_a_shard(prepared):
 
 def test_no_such_folder(tmp_path):
     message = (
-        f"{tmp_path}/x is no prepared model: no such folder; run `python pretrained/GPT-NeoX-20B/prepare.py "
+        f"{tmp_path}/x is not a prepared model: no such folder; run `python pretrained/GPT-NeoX-20B/prepare.py "
         "--model-name MODEL` and pass the folder it names"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
@@ -146,7 +146,7 @@ def test_remote_code_is_refused(prepared):
         LayerShards.open(prepared)
 
 
-@pytest.mark.parametrize(("content", "message"), [("[]", "holds no JSON object"), ("{", "cannot read .*config.json")])
+@pytest.mark.parametrize(("content", "message"), [("[]", "is not a JSON object"), ("{", "cannot read .*config.json")])
 def test_a_broken_config(prepared, content, message):
     (prepared / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):

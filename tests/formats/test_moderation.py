@@ -89,4 +89,4 @@ def test_labels_as_data_sets_spell_them():
     ],
 )
 def test_a_text_is_also_read_as_it_looks(text, forms):
-    assert moderation.readings(text) == forms
+    assert moderation.judged_forms(text) == forms

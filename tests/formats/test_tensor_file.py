@@ -86,7 +86,7 @@ def test_cut_at_any_length_is_damaged(tmp_path, tensors):
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 7), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(DamagedError, match=r"f\.safetensors is no whole safetensors file"):
+        with pytest.raises(DamagedError, match=r"f\.safetensors is not a whole safetensors file"):
             TensorFile(path)
     path.write_bytes(whole + b"x")
     with pytest.raises(DamagedError, match=f"{len(whole):,} bytes expected, {len(whole) + 1:,} found"):
@@ -106,7 +106,7 @@ def test_cut_at_any_length_is_damaged(tmp_path, tensors):
 )
 def test_a_header_that_does_not_fit_its_bytes_is_damaged(tmp_path, header):
     (tmp_path / "g").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(DamagedError, match="no whole safetensors file"):
+    with pytest.raises(DamagedError, match="not a whole safetensors file"):
         TensorFile(tmp_path / "g")
 
 

@@ -56,7 +56,7 @@ def test_a_tokenizer_that_is_none(tmp_path, content):
         tokenizer_size(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "message"), [("[1]", "holds no JSON object; fetch or copy"), ("{", "cannot read")])
+@pytest.mark.parametrize(("content", "message"), [("[1]", "is not a JSON object; fetch or copy"), ("{", "cannot read")])
 def test_files_that_are_no_objects(tmp_path, content, message):
     write(tmp_path, tokenizer=content)
     with pytest.raises(UserError, match=message):

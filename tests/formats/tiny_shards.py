@@ -8,8 +8,8 @@ from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import CONFIG
 from openchatkit.formats.shard_writer import ShardWriter
 from openchatkit.formats.tensor_file import TensorSpec, tensor_bytes
-from openchatkit.models.names import shard_names
 from openchatkit.models.registry import config_from_hf, family
+from openchatkit.models.shards import shard_names
 
 NEOX = {
     "model_type": "gpt_neox",

@@ -71,7 +71,7 @@ def check(renderings: tuple[KitRendering, TemplateRendering], said: list[dict[st
     assert len(re.findall("(?m)^<human>:", text)) == pairs + 1
     assert len(re.findall("(?m)^<bot>:", text)) == pairs + 1
     assert not {0, 1} & set(kit.tokens(talk))
-    text = chat.seen_through(own.text(talk)).lower()
+    text = chat.visible_text(own.text(talk)).lower()
     marks = [pairs + 1, pairs + 1, pairs, int(bool(talk.system.strip()))]
     assert [text.count(mark) for mark in MARKS] == marks
     special = [id for id in own.tokens(talk) if id in (0, 1)]

@@ -1,4 +1,4 @@
-"""The real command on a pseudo-terminal: what a person sees and which keys do what."""
+"""The real command on a pseudo-terminal: what a person sees, and the keys."""
 
 import os
 import re
@@ -92,7 +92,7 @@ def test_a_passage_waits_for_a_question_that_gets_a_reply(terminal, trained_mode
     shell.sendline("/passage red")
     shell.expect_exact(">>> ")
     shell.sendline("word " * 100)
-    shell.expect(r"what /passage gave waits for the next question; /passage - takes it back\r\n")
+    shell.expect(r"the passages are kept for the next question; /passage - takes them back\r\n")
     shell.expect(r"error: this needs \d+ tokens .*\r\n>>> ")
     shell.sendline("say it")
     shell.expect_exact("日本 red\r\n>>> ")
@@ -118,7 +118,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(terminal, endless_model):
     shell.sendline("go on")
     shell.expect("la la la la la la")
     shell.sendintr()
-    shell.expect_exact("note: interrupted: what came is kept, /undo takes it back\r\n>>> ")
+    shell.expect_exact("note: interrupted: the text so far is kept, /undo takes it back\r\n>>> ")
     shell.sendline("/raw_prompt")
     shell.expect(r"<human>: go on\r\n<bot>: (la ?){6,}")
     shell.expect_exact(">>> ")
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(terminal, endless_model):
     assert ended(shell) == 0
 
 
-def test_what_is_typed_during_a_reply_is_not_mixed_into_it_and_waits(terminal, endless_model):
+def test_typing_during_a_reply_is_hidden_and_waits(terminal, endless_model):
     shell = terminal(endless_model, "--no-date", "--max-tokens", "3000")
     shell.expect_exact(">>> ")
     shell.sendline("go on")
@@ -272,11 +272,11 @@ def test_a_history_that_cannot_be_kept_is_one_note(terminal, trained_model, chat
     shell.expect_exact("/raw_prompt hi\r\n<human>: hi\r\n<bot>:\r\n>>> ")
 
 
-def test_a_home_folder_that_cannot_be_written_is_told_of_before_a_model_is_loaded(terminal, trained_model, chat_home):
+def test_an_unwritable_home_folder_is_reported_before_a_model_is_loaded(terminal, trained_model, chat_home):
     chat_home.write_text("a file where the folder should be")
     shell = terminal(trained_model, "--no-date")
     shell.expect(
-        r"note: chats cannot be saved, and what is typed is not kept for later: \S+/chat_home is no folder; "
+        r"note: chats cannot be saved, and what is typed is not kept for later: \S+/chat_home is not a folder; "
         r"OPENCHATKIT_HOME names another folder\r\n"
     )
     assert "loading" not in shell.before

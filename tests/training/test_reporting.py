@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, the log backends, traces; and nothing secret."""
+"""`training/metrics.py`, and the traces of `training/device.py`: metrics.jsonl, log backends, and no secrets."""
 
 import json
 
@@ -11,7 +11,7 @@ from openchatkit.training import config
 from openchatkit.training.metrics import Reporter
 
 
-def test_print_is_the_default_and_a_file_gets_lines(tmp_path, flags):
+def test_print_is_the_default_and_writes_lines_to_a_file(tmp_path, flags):
     ended = ranks.train(tmp_path, {**flags, "total_steps": 2, "checkpoint_path": tmp_path / "ckpt"})
     assert ended.statuses == [0]
     assert "step 2/2 | loss " in ended.errors[0]
@@ -54,7 +54,7 @@ def test_traces(tmp_path, flags):
         assert {"Forward 0", "Backward 3"} <= names
 
 
-def test_metrics_that_a_crash_has_broken_are_cut_where_a_run_resumes(tmp_path):
+def test_metrics_broken_by_a_crash_are_cut_where_a_run_resumes(tmp_path):
     for step in range(1, 6):
         metrics.append(tmp_path, {"step": step})
     path = tmp_path / metrics.METRICS

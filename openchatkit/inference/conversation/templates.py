@@ -1,12 +1,12 @@
-"""Conversations in the words of a model's own chat template.
+"""Conversations rendered by a model's own chat template.
 
-A template is a program that anyone may have written, so it never sees what was said: it is given placeholders, and its
-text is cut at them. Special tokens are tokens in the template's parts alone; in questions, replies, passages and system
-texts they are characters. Marks of turns that a template writes in plain characters, [INST] say, are disarmed there.
+A template is a program that anyone may have written, so it never sees the texts: it gets placeholders, and its output
+is cut at them. Special tokens are tokens in the template's parts alone; in questions, replies, passages and system
+texts they are characters. Marks of turns that a template writes in plain characters, such as [INST], are disarmed there.
 
-What a template does with a text beyond putting it somewhere is not done, but for white space around it, which goes, and
-for what a model thought before an earlier reply, which goes where its template takes that out. The date preamble
-belongs to the kit's own form and is left out.
+A template's changes to a text itself are not applied, with two exceptions: white space around it is stripped, and a
+model's thoughts before an earlier reply are removed where its template removes them. The date preamble belongs to the
+kit's own form and is left out.
 """
 
 import itertools
@@ -23,15 +23,15 @@ from openchatkit.texts import reason_of
 
 _ROLES = {"human": "user", "bot": "assistant"}
 _ADVICE = "use --template kit"
-# Between these models write what they think.
+# Models write their thoughts between these.
 _THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
-# What marks a turn in plain characters: something in brackets, or a line such as `### Response:`.
+# A turn's mark in plain characters: something in brackets, or a line such as `### Response:`.
 _BRACKETED = re.compile(r"[<\[{]+[^<>\[\]{}\s]{1,60}[>\]}]+")
 _HEADING = re.compile(r"(?m)^[ \t]*(#.{2,60}?|\S.{0,60}?:)[ \t]*$")
 
 
 class TemplateRendering:
-    """The model's chat template. A template that takes no system text has it in front of the first question."""
+    """The model's chat template. Where it takes no system text, that precedes the first question."""
 
     name = "model"
     separator = ""
@@ -43,10 +43,10 @@ class TemplateRendering:
             self._placeholder = f"0{self._placeholder}"
         pieces = self._lay_out(["user", "assistant", "user"], open=True)
         self._takes_system = self._try_system()
-        self._thoughts_end = tuple(mark[1] for mark in _THOUGHTS if self._takes_out(*mark))
+        self._thoughts_end = tuple(mark[1] for mark in _THOUGHTS if self._removes(*mark))
         self._marks = _marks(tokenizer, [*pieces, *(self._lay_out(["system", "user"]) if self._takes_system else ())])
         self.stop_ids, self.stop_strings = _stops(tokenizer, pieces)
-        # What a template puts around a pair of turns: two more turns, and not what stands at its ends.
+        # The template's tokens around a pair of turns: those of two more turns, without those at its ends.
         around = self._count(pieces) - self._count(self._lay_out(["user"], open=True))
         self._around = -(-around // 2)
 
@@ -70,8 +70,8 @@ class TemplateRendering:
             else chat.content(self._without_thoughts(turn) if place < last else turn.text)
             for place, turn in enumerate(read.turns)
         ]
-        texts = list(map(self._disarmed, texts))
-        if system := self._disarmed(chat.content(read.system)):
+        texts = list(map(self._disarm, texts))
+        if system := self._disarm(chat.content(read.system)):
             if self._takes_system:
                 roles, texts = ["system", *roles], [system, *texts]
             elif "user" in roles:
@@ -79,7 +79,7 @@ class TemplateRendering:
                 texts[first] = f"{system}\n\n{texts[first]}"
         if not roles:
             return []
-        if begun := self._disarmed(begun_text(read.begun)):
+        if begun := self._disarm(begun_text(read.begun)):
             roles, texts = [*roles, "assistant"], [*texts, begun]
         pieces = self._lay_out(roles, open=conversation.open and not begun)
         if begun and len(roles) - 1 in pieces:
@@ -93,7 +93,7 @@ class TemplateRendering:
         return [(texts[piece], False) if isinstance(piece, int) else (piece, True) for piece in pieces]
 
     def _lay_out(self, roles: Sequence[str], *, open: bool = False) -> list[str | int]:
-        """What the template makes of messages of these roles: its own text, and the numbers of the messages."""
+        """The template applied to messages of these roles: its own text, and the numbers of the messages."""
         contents = [f"{self._placeholder}{number}x" for number in range(len(roles))]
         return self._apply(roles, contents, open=open)
 
@@ -117,8 +117,8 @@ class TemplateRendering:
         except UserError:
             return False
 
-    def _takes_out(self, begin: str, end: str) -> bool:
-        """Whether the template takes out of an earlier reply what stands between these marks."""
+    def _removes(self, begin: str, end: str) -> bool:
+        """Whether the template removes the text between these marks from an earlier reply."""
         contents = [f"{self._placeholder}{number}x" for number in range(4)]
         contents[1:3] = [f"{begin}\n{contents[1]}\n{end}\n\n{contents[2]}"]
         try:
@@ -128,7 +128,7 @@ class TemplateRendering:
         return 1 not in pieces and 2 in pieces
 
     def _without_thoughts(self, turn: Turn) -> str:
-        """What a turn that is not the last says, without what the model thought before it."""
+        """The text of a turn that is not the last, without the model's thoughts before it."""
         text = turn.text
         for end in self._thoughts_end if turn.role == "bot" else ():
             text = text.rpartition(end)[2]
@@ -138,11 +138,11 @@ class TemplateRendering:
         """The number of tokens of the template's own."""
         return len(self._tokenizer.encode_pieces([(piece, True) for piece in pieces if isinstance(piece, str)]))
 
-    def _disarmed(self, text: str) -> str:
+    def _disarm(self, text: str) -> str:
         """`text` without the template's marks of turns: a space parts the last character of each from the rest."""
-        if self._marks is None or not self._marks.search(chat.seen_through(text)):
+        if self._marks is None or not self._marks.search(chat.visible_text(text)):
             return text
-        seen, places = chat.seen_places(text)
+        seen, places = chat.visible_positions(text)
         cuts = [0, *(places[found.end() - 1] for found in self._marks.finditer(seen)), len(text)]
         return " ".join(text[start:end] for start, end in itertools.pairwise(cuts))
 
@@ -157,13 +157,13 @@ def _marks(tokenizer: Tokenizer, pieces: Sequence[str | int]) -> re.Pattern[str]
         if isinstance(part, str)
     ]
     found = {mark for part in plain for pattern in (_BRACKETED, _HEADING) for mark in pattern.findall(part)}
-    seen = sorted({mark for text in found if len(mark := chat.seen_through(text).strip()) > 2}, key=len, reverse=True)
+    seen = sorted({mark for text in found if len(mark := chat.visible_text(text).strip()) > 2}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, seen)), re.IGNORECASE) if seen else None
 
 
 def _stops(tokenizer: Tokenizer, pieces: Sequence[str | int]) -> tuple[frozenset[int], tuple[str, ...]]:
-    """What the template puts between a reply (message 1) and the next question: special tokens, or else its text."""
-    behind = pieces[pieces.index(1) + 1] if 1 in pieces else ""
-    ids = frozenset(part for part in tokenizer.split_special(behind) if isinstance(part, int))
-    mark = behind.rstrip().lstrip(" ")
+    """The stops that the template puts between a reply (message 1) and a question: special tokens, else its text."""
+    after = str(pieces[pieces.index(1) + 1]) if 1 in pieces else ""
+    ids = frozenset(part for part in tokenizer.split_special(after) if isinstance(part, int))
+    mark = after.rstrip().lstrip(" ")
     return ids, (mark,) if mark.strip() and not ids else ()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from openchatkit.download.sources import fetch_model
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
+from openchatkit.formats import checkpoint, hf_model, layer_shards, legacy
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"
@@ -37,8 +37,8 @@ def check_folder(path: Path) -> None:
     weights = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
     if (path / layer_shards.CONFIG).is_file() and any((path / name).is_file() for name in weights):
         return
-    steps = checkpoint_folders.list_steps(path)
-    if steps or checkpoint_folders.parse_step(path.name) is not None or legacy.stage_files(path):
+    steps = checkpoint.list_steps(path)
+    if steps or checkpoint.parse_step(path.name) is not None or legacy.stage_files(path):
         what = f"a folder of training checkpoints (the newest is {steps[-1]})" if steps else "a training checkpoint"
         raise UserError(f"--model {path} is {what}, not a Hugging Face model: {_advise_conversion(path, steps)}")
     first = "embed"
@@ -56,7 +56,7 @@ def check_folder(path: Path) -> None:
 
 
 def _advise_conversion(path: Path, steps: list[int]) -> str:
-    where = checkpoint_folders.find(path, steps[-1]) if steps else path
+    where = (checkpoint.find(path, steps[-1]) if steps else None) or path
     family = "gptneox"
     if (where / layer_shards.CONFIG).is_file() and layer_shards.read_config(where)[1].family == "gptj":
         family = "gptj"

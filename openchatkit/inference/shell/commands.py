@@ -1,31 +1,34 @@
-"""The chat shell: what a line does.
+"""The chat shell and its commands.
 
-On a terminal it prompts, streams the replies and lives through Ctrl-C. From a pipe it reads one question or command a
-line and prints nothing but replies; notes and errors go to stderr in both. A question that got no reply leaves an
-empty line there, so that replies stay in step with questions, and makes the exit status 2.
+On a terminal it prompts, streams the replies and survives Ctrl-C. From a pipe it reads one question or command a line
+and prints only replies; notes and errors go to stderr in both. In a pipe, a question without a reply leaves an empty
+line, so that replies stay in step with questions, and makes the exit status 2.
 """
 
 import cmd
+import contextlib
+import difflib
+import json
 import os
 import signal
-from collections.abc import Callable, Sequence
-from typing import TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file
 from openchatkit.inference import report
-from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.session import Session
-from openchatkit.inference.shell import keys, words
-from openchatkit.inference.shell.editing import Editing
-from openchatkit.inference.shell.lines import PROMPT, Lines
-from openchatkit.inference.shell.output import INTERRUPTED, Output, Unwritable
-from openchatkit.inference.shell.style import Style
+from openchatkit.inference.shell.line_reader import PROMPT, LineReader
+from openchatkit.inference.shell.output import INTERRUPTED, Output, ReplyPrinter, Unwritable
+from openchatkit.inference.shell.terminal import Style, no_echo
 from openchatkit.inference.streaming import clean
 from openchatkit.retrieval.passage import Passage
-from openchatkit.texts import shorten
+from openchatkit.texts import parse_bool, shorten
 
-# What people type who know other shells.
+if TYPE_CHECKING:
+    from openchatkit.inference.shell.editing import LineEditor
+
+# Names of commands in other shells.
 _ALIASES = {"?": "help", "bye": "quit", "exit": "quit", "clear": "reset"}
 _BARE = ("exit", "quit", "help")
 
@@ -33,7 +36,7 @@ _BARE = ("exit", "quit", "help")
 class Shell(cmd.Cmd):
     """Reads lines until the end of input or /quit; `output.status` is the exit status at the end.
 
-    `about` is what the welcome says of the model.
+    `about` describes the model in the welcome.
     """
 
     intro = "Welcome to OpenChatKit shell.   Type /help or /? to list commands.\n"
@@ -46,29 +49,31 @@ class Shell(cmd.Cmd):
         self._about = about
         self._session = session
         self._output = output
-        self._editing = None
+        self._editor: LineEditor | None = None
         if output.interactive and stdout.isatty():
-            path = None if chat_file.unwritable() else chat_file.history_path()
-            self._editing = Editing(self.candidates, path=path, style=Style(stdout), note=output.note)
-        self._lines = Lines(stdin, output, editing=self._editing)
+            path = None if chat_file.unwritable_reason() else chat_file.history_path()
+            from openchatkit.inference.shell.editing import LineEditor
+
+            self._editor = LineEditor(self.completions, path=path, style=Style(stdout), note=output.note)
+        self._reader = LineReader(stdin, output, editor=self._editor)
         self._passages: list[str] = []
         self._reading = False
         self._pressed = False
 
     # -- the loop
 
-    def cmdloop(self) -> None:
-        """Read and obey. Ours, because cmd.Cmd cannot tell the end of input from a line that says EOF.
+    def cmdloop(self, intro: Any = None) -> None:
+        """Read and execute lines. cmd.Cmd's own loop takes a line that says EOF for the end of input.
 
         Raises KeyboardInterrupt when Ctrl-C is pressed twice at the prompt, or once where nobody types.
         """
-        if self._editing:
+        if self._editor:
             if self._about:
-                self._output.tell(self._about)
-            self._output.write(self.intro)
-            self._editing.start()
+                self._output.confirm(self._about)
+            self._output.write(intro or self.intro)
+            self._editor.start()
         if self._output.interactive:
-            # From here on Ctrl-C is no end, and no excuse for what fails later.
+            # From here on Ctrl-C does not end the command, nor explain later errors.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         while True:
             try:
@@ -78,24 +83,24 @@ class Shell(cmd.Cmd):
             except Unwritable:
                 raise
             except UserError as error:
-                self._output.complain(error)
+                self._output.report_error(error)
             except KeyboardInterrupt:
-                self._interrupted()
+                self._handle_interrupt()
 
     def _read(self) -> str | None:
         self._reading = True
-        line = self._lines.read()
+        line = self._reader.read()
         self._reading = self._pressed = False
         return line
 
-    def _interrupted(self) -> None:
-        """Ctrl-C: at the prompt it clears the line, and leaves when it was pressed there before and nothing typed."""
+    def _handle_interrupt(self) -> None:
+        """Handle Ctrl-C: at the prompt it clears the line, and leaves if pressed twice with nothing typed."""
         if not self._output.interactive:
             raise KeyboardInterrupt
         self._output.write("\n")
         if not self._reading:
             self._output.note("interrupted")
-        elif self._pressed and not self._lines.typed():
+        elif self._pressed and not self._reader.has_text():
             raise KeyboardInterrupt
         else:
             self._pressed = True
@@ -103,7 +108,7 @@ class Shell(cmd.Cmd):
         self._reading = False
 
     def onecmd(self, line: str) -> bool:
-        """Obey one line; true when it was the last. A line without a slash is said, and one that begins with a path."""
+        """Execute one line; return whether it was the last. Without a slash, or with a path first, it is a question."""
         line = line.strip()
         if not line:
             return False
@@ -118,50 +123,53 @@ class Shell(cmd.Cmd):
             self.do_say(line)
             return False
         if handler is None:
-            meant = words.nearest(name, self.commands())
+            meant = _suggest(name, self.commands(), prefix="/")
             raise UserError(
-                f"unknown command /{clean(name)[:40]}: {f'did you mean /{meant}? ' if meant else ''}/help lists the "
-                "commands, /say TEXT says a text with a slash"
+                f"unknown command /{clean(name)[:40]}: {meant}/help lists the commands, /say TEXT asks a question that "
+                "begins with a slash"
             )
         return bool(handler(rest[0] if rest else ""))
 
     def ask(self, question: str, passages: Sequence[str] = ()) -> None:
         """Ask, and print the reply. Raises UserError."""
-        self._answer(question, lambda emit: self._session.say(question, passages, emit=emit))
+        with self._replying(question) as printer:
+            printer.reply = self._session.say(question, passages, emit=printer.emit)
 
     def commands(self) -> list[str]:
-        """The commands' names, without the slash."""
+        """Return the commands' names, without the slash."""
         return sorted(name.removeprefix("do_") for name in self.get_names() if name.startswith("do_"))
 
-    # -- the commands; a docstring is what /help prints, and what is true ends the loop
+    # -- the commands; /help prints their docstrings, and a true result ends the loop
 
     def do_say(self, text: str) -> None:
         """/say TEXT  ask; a line without a slash does the same"""
-        self._needs(text, "/say")
+        _require(text, "/say")
         passages, self._passages = self._passages, []
         before = self._session.conversation
         try:
-            self.ask(text, passages)
+            with self._replying(text) as printer:
+                printer.reply = self._session.say(text, passages, emit=printer.emit)
         finally:
-            # Who types can mend the question; in a pipe the next line asks something else.
+            # Interactive users can fix the question; in a pipe the next line is a new one.
             if passages and self._output.interactive and self._session.conversation is before:
                 self._passages = passages
-                self._output.tell("what /passage gave waits for the next question; /passage - takes it back")
+                self._output.confirm("the passages are kept for the next question; /passage - takes them back")
 
     def do_passage(self, text: str) -> None:
         """/passage TEXT|-  give the next question a passage to answer from; several add up; - takes them back"""
-        self._needs(text, "/passage")
+        _require(text, "/passage")
         self._passages = [] if text == "-" else [*self._passages, text]
 
     def do_regen(self, _: str) -> None:
-        """/regen  answer the last question again; the new reply takes the place of the old"""
+        """/regen  answer the last question again; the new reply replaces the old one"""
         asked = self._session.conversation.last_question
-        left = ("what came takes the place of the old reply", "the old reply stays")
-        self._answer(asked.text if asked else "", lambda emit: self._session.regenerate(emit=emit), interrupted=left)
+        left = ("the text so far replaces the old reply", "the old reply stays")
+        with self._replying(asked.text if asked else "", interrupted=left) as printer:
+            printer.reply = self._session.regenerate(emit=printer.emit)
 
     def do_undo(self, _: str) -> None:
         """/undo  take back the last question and its reply"""
-        self._output.tell(f"taken back: {shorten(self._session.undo())}")
+        self._output.confirm(f"taken back: {shorten(self._session.undo())}")
 
     def do_reset(self, _: str) -> None:
         """/reset  forget the conversation; so does /clear"""
@@ -181,30 +189,29 @@ class Shell(cmd.Cmd):
         name = name.replace("-", "_")
         settings = self._settings()
         if name and name not in settings:
-            meant = words.nearest(name, settings)
-            raise UserError(
-                f"unknown setting {clean(name)[:40]}: {f'did you mean {meant}? ' if meant else ''}there are "
-                f"{', '.join(settings)}"
-            )
+            meant = _suggest(name, settings)
+            raise UserError(f"unknown setting {clean(name)[:40]}: {meant}there are {', '.join(settings)}")
         if not rest:
             shown = {name: settings[name]} if name else settings
-            self._output.show("".join(f"{name}: {words.plain(value)}\n" for name, value in shown.items()))
+            self._output.show("".join(f"{name}: {_format(value)}\n" for name, value in shown.items()))
         elif name == "verbose":
-            self._output.verbose = words.on_off(rest[0], "verbose")
+            self._output.verbose = _parse_switch(rest[0], "verbose")
         else:
             self._session.set(name, rest[0])
-            self._output.tell(f"{name} is now {words.plain(self._settings()[name])}")
+            self._output.confirm(f"{name} is now {_format(self._settings()[name])}")
 
     def do_edit(self, text: str) -> None:
         """/edit [TEXT]  write a question in the editor that EDITOR names, and ask it"""
         if not self._output.interactive:
             raise UserError("/edit needs a terminal: give the text with /say TEXT")
-        written = keys.edited(text and f"{text}\n").strip()
+        from openchatkit.inference.shell import editing
+
+        written = editing.edit_text(text and f"{text}\n").strip()
         if not written:
-            self._output.tell("nothing was written, so nothing is asked")
+            self._output.confirm("nothing was written, so nothing is asked")
             return
-        if self._editing:
-            self._editing.remember(written)
+        if self._editor:
+            self._editor.remember(written)
         self.do_say(written)
 
     def do_show(self, _: str) -> None:
@@ -216,8 +223,8 @@ class Shell(cmd.Cmd):
             "template": form,
             "system": shorten(clean(session.system)) or "none",
             "conversation": report.count(len(session.conversation.turns), "turn"),
-            "retrieval": words.plain(session.retrieval),
-            **{name: words.plain(value) for name, value in self._settings().items()},
+            "retrieval": _format(session.retrieval),
+            **{name: _format(value) for name, value in self._settings().items()},
         }
         self._output.show("".join(f"{name}: {value}\n" for name, value in shown.items()))
 
@@ -237,32 +244,32 @@ class Shell(cmd.Cmd):
 
     def do_save(self, text: str) -> None:
         """/save NAME[!]  save the conversation; with ! also over a saved one"""
-        self._needs(text, "/save", "the name to save under")
+        _require(text, "/save", "the name to save under")
         path = self._session.save(text.removesuffix("!"), overwrite=text.endswith("!"))
-        self._output.tell(f"saved as {path}")
+        self._output.confirm(f"saved as {path}")
 
     def do_load(self, text: str) -> None:
-        """/load NAME  go on with a saved conversation, in the place of this one"""
-        self._needs(text, "/load", "the name of a saved chat; /chats lists them")
+        """/load NAME  continue a saved conversation instead of this one"""
+        _require(text, "/load", "the name of a saved chat; /chats lists them")
         self._session.load(text)
         self._passages = []
         conversation = self._session.conversation
         asked = f"; the last question: {shorten(conversation.last_question.text)}" if conversation.last_question else ""
-        self._output.tell(f"{text}: {report.count(len(conversation.turns), 'turn')}{asked}")
+        self._output.confirm(f"{text}: {report.count(len(conversation.turns), 'turn')}{asked}")
 
     def do_chats(self, _: str) -> None:
         """/chats  list the saved conversations"""
         self._output.show("".join(f"{name}\n" for name in chat_file.list_chats()))
 
     def do_retrieval(self, text: str) -> None:
-        """/retrieval [on|off]  look for passages to each question, or not; alone, say which"""
+        """/retrieval [on|off]  search passages for each question, or not; alone, print which"""
         if text:
-            self._session.retrieval = words.on_off(text, "/retrieval")
+            self._session.retrieval = _parse_switch(text, "/retrieval")
         else:
             self._output.show(f"retrieval: {'on' if self._session.retrieval else 'off'}\n")
 
     def do_sources(self, _: str) -> None:
-        """/sources  print the passages that the last reply was made from, and where they are from"""
+        """/sources  print the passages that the last reply used, and where they are from"""
         last = self._session.last
         sources = [] if last is None else last.sources or [Passage(text) for text in last.passages]
         if not sources:
@@ -273,13 +280,14 @@ class Shell(cmd.Cmd):
             self._output.show(f"{report.citation(number, source)}{score}\n    {text}\n")
 
     def do_raw_say(self, text: str) -> None:
-        """/raw_say TEXT  let the model go on from TEXT as it stands, outside the conversation"""
-        self._needs(text, "/raw_say")
+        """/raw_say TEXT  let the model continue TEXT as it stands, outside the conversation"""
+        _require(text, "/raw_say")
         left = "the conversation is as it was"
-        self._answer(text, lambda emit: self._session.complete(text, emit=emit), interrupted=(left, left))
+        with self._replying(text, interrupted=(left, left)) as printer:
+            printer.reply = self._session.complete(text, emit=printer.emit)
 
     def do_raw_prompt(self, text: str) -> None:
-        """/raw_prompt [TEXT]  print the conversation, or what the model would read of it if TEXT were said next"""
+        """/raw_prompt [TEXT]  print the conversation, or what the model would read if TEXT were asked next"""
         self._output.show(clean(self._session.prompt(text, self._passages)).rstrip("\n") + "\n")
 
     def do_quit(self, _: str) -> bool:
@@ -294,8 +302,8 @@ class Shell(cmd.Cmd):
 
     # -- Tab
 
-    def candidates(self, head: str, word: str) -> list[str]:
-        """What the word behind `head` can become."""
+    def completions(self, head: str, word: str) -> list[str]:
+        """Return the completions of the word after `head`."""
         before = head.split()
         if not before:
             names = [f"/{name} " for name in self.commands()] if word[:1] in ("", "/") else []
@@ -309,18 +317,41 @@ class Shell(cmd.Cmd):
             names = []
         return [name for name in names if name.startswith(word)]
 
-    # -- what several share
+    # -- shared by several
 
-    def _answer(
-        self, question: str, ask: Callable[[Emit], Reply], *, interrupted: tuple[str, str] = INTERRUPTED
-    ) -> None:
+    @contextlib.contextmanager
+    def _replying(self, question: str, *, interrupted: tuple[str, str] = INTERRUPTED) -> Iterator[ReplyPrinter]:
+        """Print the reply that is made in a `with` block, and keep what is typed during it off the screen."""
         most = self._session.sampling.max_tokens
-        with keys.unechoed(self.stdin if self._output.interactive else None):
-            self._output.answer(question, ask, max_tokens=most, interrupted=interrupted)
+        replying = self._output.replying(question, max_tokens=most, interrupted=interrupted)
+        with no_echo(self.stdin if self._output.interactive else None), replying as printer:
+            yield printer
 
     def _settings(self) -> dict[str, object]:
         return {**self._session.settings(), "verbose": self._output.verbose}
 
-    def _needs(self, text: str, command: str, what: str = "a text behind it") -> None:
-        if not text:
-            raise UserError(f"{command} needs {what}")
+
+def _require(text: str, command: str, what: str = "a text after it") -> None:
+    if not text:
+        raise UserError(f"{command} needs {what}")
+
+
+def _suggest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """Return "did you mean ...? " with the one of `names` that is near, or ""."""
+    return "".join(f"did you mean {prefix}{near}? " for near in difflib.get_close_matches(name.lower(), list(names), 1))
+
+
+def _parse_switch(text: str, name: str) -> bool:
+    value = parse_bool(text)
+    if value is None:
+        raise UserError(f"{name} {clean(text)[:40]!r}: expected on or off")
+    return value
+
+
+def _format(value: object) -> str:
+    """Return a setting's value as /set takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False) if value else "none"
+    return "none" if value is None else str(value)

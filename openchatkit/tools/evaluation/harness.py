@@ -137,7 +137,7 @@ def _import_lm_eval() -> Any:
 
 @contextlib.contextmanager
 def _silence_libraries() -> Iterator[None]:
-    """Keep the libraries' notes off the terminal, their bars too where stderr is none, and let nothing be reported."""
+    """Keep the libraries' notes off the terminal, with their bars unless stderr is one, and report nothing."""
     import datasets
 
     from openchatkit.libraries import hf_transformers
@@ -159,7 +159,7 @@ def _task_manager(include_paths: Sequence[Path]) -> "TaskManager":
 
     for path in include_paths:
         if not path.is_dir():
-            raise UserError(f"--include-path {path} is no folder: expected one that holds task files (*.yaml)")
+            raise UserError(f"--include-path {path} is not a folder: expected one that holds task files (*.yaml)")
     try:
         return TaskManager(include_path=list(include_paths) or None)
     except Exception as error:  # a YAML file can be wrong in many ways

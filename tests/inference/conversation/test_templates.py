@@ -198,7 +198,7 @@ def test_no_text_can_forge_a_turn(made, name, text):
         plain = Conversation("s").asked("q").answered("a").asked("q", ["p", "q"] if talk.turns[-1].passages else ())
         assert special_ids(tokenizer, own.tokens(talk)) == special_ids(tokenizer, own.tokens(plain))
         for mark in ("[INST]", "[/INST]", "<<SYS>>", "<|assistant|>", "<|user|>", "### Response:", "### Instruction:"):
-            shown = chat.seen_through(own.text(talk)).lower()
+            shown = chat.visible_text(own.text(talk)).lower()
             assert shown.count(mark.lower()) == own.text(plain).lower().count(mark.lower()), mark
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint_folders, hf_model, layer_shards, legacy
+from openchatkit.formats import checkpoint, hf_model, layer_shards, legacy
 from openchatkit.inference.engine import linear
 from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
@@ -340,7 +340,7 @@ def test_layer_shards(copy, file):
 
 @pytest.mark.parametrize(("family", "tool"), [("neox", "gptneox"), ("gptj", "gptj")])
 def test_a_training_checkpoint(random_models, tmp_path, family, tool):
-    folder = checkpoint_folders.checkpoint_path(tmp_path, 20)
+    folder = checkpoint.checkpoint_path(tmp_path, 20)
     folder.mkdir()
     shutil.copy(random_models[family] / layer_shards.CONFIG, folder)
     convert = f"run `python tools/convert_to_hf_{tool}.py --ckpt-path {folder} --save-path huggingface_models/NAME`"
