@@ -8,7 +8,7 @@ import openchatkit
 from openchatkit import cli, paths
 from openchatkit.errors import UserError
 
-# What each is for, its script, and the module that has its `main`.
+# Purpose, script, and the module of `main`.
 COMMANDS = {
     "prepare": ("make layer shards of a base model", "pretrained/*/prepare.py", ""),
     "fetch": ("fetch and unpack data", "data/prepare_data.py", "download.command"),
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find(name: str) -> Callable[[Sequence[str]], None]:
-    """Return the `main` of a command; nothing of it is imported before."""
+    """Import the program of a command and return its `main`."""
     if name == "prepare":
         from openchatkit.convert import from_hf
 
@@ -58,7 +58,7 @@ def find(name: str) -> Callable[[Sequence[str]], None]:
 
 
 def usage() -> str:
-    """Return what the command prints of itself."""
+    """Return the help of the command `openchatkit`."""
     lines = [f"  {name:10}  {what} ({script})" for name, (what, script, _) in COMMANDS.items()]
     head = "usage: openchatkit COMMAND [FLAGS]    (openchatkit COMMAND --help lists the flags)"
     return "\n".join([head, "", *lines])

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit statuses, and numbers checked as they are parsed."""
+"""Parts that every command shares: one-line errors, exit statuses, and argparse types that check their values."""
 
 import argparse
 import contextlib
@@ -38,22 +38,22 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     def wrapped(argv: Sequence[str] | None = None) -> None:
         _open_standard_streams()
         try:
-            with _noting_interrupts() as pressed:
+            with _note_interrupts() as interrupts:
                 _log_to_the_terminal()
                 versions.check_supported()
-                status = _called(main, argv, pressed)
+                status = _call(main, argv, interrupts)
                 sys.stdout.flush()
         except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             status = error.exit_status
         except KeyboardInterrupt:
-            # Whoever presses it again while threads and memory are being let go of wants to leave at once.
+            # A second Ctrl-C, while threads and memory are being released, ends the process at once.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             print("interrupted", file=sys.stderr, flush=True)
             status = INTERRUPTED
         except BrokenPipeError:
-            # The reader of our output has gone; keep the interpreter from complaining when it flushes at exit.
-            give_up(sys.stdout)
+            # The reader of our output has closed it; keep the interpreter from complaining when it flushes at exit.
+            discard_output(sys.stdout)
             status = 0
         sys.exit(status)
 
@@ -61,10 +61,10 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 
 
 def _open_standard_streams() -> None:
-    """Give a command that was started without one of the standard streams one that leads nowhere.
+    """Open /dev/null for each standard stream that the command was started without.
 
-    The next file that is opened would take its number, and be written to by whatever writes there. An input stays None,
-    since some commands cannot do without. What an output's encoding has no form for is written as its escape.
+    Otherwise the next opened file would take its number, and receive the output meant for it. A missing input stays
+    None, since some commands need one. Characters that an output's encoding lacks are written as escapes.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
@@ -79,7 +79,7 @@ def _open_standard_streams() -> None:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, on one line; what a terminal would obey, or cannot show, is written as its escape."""
+    """Return an error's message on one line, with escapes for characters that control a terminal or cannot be shown."""
     text = " ".join(str(error).split())
     if text.isprintable():
         return text
@@ -88,8 +88,8 @@ def one_line(error: BaseException | str) -> str:
     )
 
 
-def give_up(stream: IO) -> None:
-    """Let what is still in the buffer of a stream that cannot be written go nowhere: it would fail again at its end."""
+def discard_output(stream: IO[str]) -> None:
+    """Discard the buffer of a stream that cannot be written: it would fail again when the stream is closed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -139,7 +139,7 @@ def share(text: str) -> float:
 
 
 def text(given: str) -> str:
-    """An argparse type: any text, but bytes that are no UTF-8, which no tokenizer takes."""
+    """An argparse type: any text that is UTF-8, since tokenizers take no other."""
     try:
         given.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -148,7 +148,7 @@ def text(given: str) -> str:
 
 
 def truth(text: str) -> bool:
-    """An argparse type for flags the original kit spells `--flag true` or `--flag false`."""
+    """An argparse type for flags of the original kit of the form `--flag true` or `--flag false`."""
     value = parse_bool(text)
     if value is None:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
@@ -173,43 +173,43 @@ def _whole_number(text: str, *, minimum: int) -> int:
     return value
 
 
-def _called(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None, pressed: list[int]) -> int:
+def _call(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None, interrupts: list[int]) -> int:
     try:
         return main(argv) or 0
     except UserError:
         raise
     except Exception as error:
-        if pressed:
+        if interrupts:
             raise KeyboardInterrupt from error
         raise
 
 
 @contextlib.contextmanager
-def _noting_interrupts() -> Iterator[list[int]]:
+def _note_interrupts() -> Iterator[list[int]]:
     """Note Ctrl-C besides raising KeyboardInterrupt, which some libraries swallow as they are imported, to fail later.
 
-    Who goes on after Ctrl-C puts Python's own handler back, since what fails from then on fails for itself.
+    A command that continues after Ctrl-C restores Python's own handler, since later errors have other causes.
     """
-    pressed: list[int] = []
+    interrupts: list[int] = []
 
     def note(number: int, _: object) -> None:
-        pressed.append(number)
+        interrupts.append(number)
         raise KeyboardInterrupt
 
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield pressed
+        yield interrupts
         return
     signal.signal(signal.SIGINT, note)
     try:
-        yield pressed
+        yield interrupts
     finally:
         if signal.getsignal(signal.SIGINT) is note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _log_to_the_terminal() -> None:
-    """The log is for the person at the terminal: plain lines, above a progress bar if there is one."""
+    """Log plain lines for a person at a terminal, above the progress bar if there is one."""
     from loguru import logger
 
     from openchatkit import progress
@@ -225,6 +225,6 @@ def _interrupted(kind: type[BaseException], error: BaseException, traceback: Tra
         sys.__excepthook__(kind, error, traceback)
 
 
-# The one thing that this library does as it is imported, and only commands import this module, before all else: Ctrl-C
-# while they import the rest would be a traceback.
+# The one side effect of an import in this library. Only commands import this module, before all others: without it,
+# Ctrl-C during their further imports would print a traceback.
 sys.excepthook = _interrupted

@@ -1,4 +1,4 @@
-"""The one error a user is meant to see, and the exit statuses of every command."""
+"""The error that users see, and the exit statuses of every command."""
 
 DEFECT = 1
 USER_ERROR = 2
@@ -6,10 +6,10 @@ RESUMABLE = 75
 
 
 class UserError(Exception):
-    """Something the user or the data must change: what was given, what was expected, what to do next.
+    """An error that the user or the data causes: what was given, what was expected, what to do next.
 
-    Commands print its message as one line, without a traceback, and end with `exit_status`. `typed` is what is said
-    instead to a person at a chat's prompt, who can do something about it there.
+    Commands print its message as one line, without a traceback, and end with `exit_status`. `typed` is the message for a
+    person at a chat's prompt, who can act on it there.
     """
 
     exit_status = USER_ERROR
@@ -20,6 +20,6 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """Work stopped before its end that the same command resumes as it is."""
+    """Work that was stopped before its end; the same command resumes it."""
 
     exit_status = RESUMABLE

@@ -1,4 +1,4 @@
-"""One live line for long work: drawn on a terminal, silent elsewhere."""
+"""Progress bars for long work: drawn on a terminal, silent elsewhere."""
 
 import sys
 from typing import Any
@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 def bar(total: int | None, description: str, *, unit: str = "it", initial: int = 0, **options: Any) -> tqdm:
-    """A tqdm bar on stderr with rate and time left; nothing is drawn when stderr is no terminal."""
+    """Return a tqdm bar on stderr with rate and time left; nothing is drawn when stderr is not a terminal."""
     options.setdefault("disable", None)
     return tqdm(total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True, **options)
 
 
 def write(text: str) -> None:
-    """Print a line on stderr above the live line, if there is one."""
+    """Print a line on stderr above the progress bar, if there is one."""
     tqdm.write(text, file=sys.stderr, end="")

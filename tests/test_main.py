@@ -25,10 +25,10 @@ def test_every_program_is_its_script_s(name: str, capsys: pytest.CaptureFixture)
 
 def test_what_it_says_of_itself(capsys: pytest.CaptureFixture) -> None:
     assert run("--help") == 0
-    told = capsys.readouterr().out
-    assert all(f"\n  {name} " in told for name in COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in COMMANDS)
     assert run() == 0
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == printed
     assert run("--version") == 0
     assert capsys.readouterr().out == f"openchatkit {__version__}\n"
 

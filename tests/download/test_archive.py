@@ -151,7 +151,7 @@ def test_a_header_is_not_read_into_memory_whole(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_files_of_a_tar(tmp_path):
-    """Headers may lie anywhere in a large file: each is allowed for anew, and none is kept."""
+    """Headers may lie anywhere in a large file: each is allowed for by itself, and none is kept."""
     large = (member("large"), bytes(9_000_000))
     (tmp_path / "a.tar.gz").write_bytes(
         gzip.compress(tar_of(large, *[(member(f"d{n}", tarfile.DIRTYPE), b"") for n in range(5000)], large))

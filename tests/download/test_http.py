@@ -139,7 +139,7 @@ def test_nobody_is_there(tmp_path, retry, waits):
     assert len(waits) == 1
 
 
-def test_a_file_that_changed_begins_anew(server, address, tmp_path, retry):
+def test_a_file_that_changed_starts_over(server, address, tmp_path, retry):
     server.faults["/data.jsonl"] = [Fault(cut_after=HALF)] + [Fault(status=500)] * 50
     with pytest.raises(Interrupted):
         sources.fetch(address, tmp_path, retry=retry)

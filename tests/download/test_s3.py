@@ -156,7 +156,7 @@ def test_a_rerun_asks_for_the_missing_bytes_alone(faulty, tmp_path, retry):
     assert faulty.ranges("/data/a.jsonl") == [f"bytes={kept}-"]
 
 
-def test_an_object_that_changed_begins_anew(storage, tmp_path, retry):
+def test_an_object_that_changed_starts_over(storage, tmp_path, retry):
     (tmp_path / ".a.jsonl.part").write_bytes(b"old")
     (tmp_path / ".a.jsonl.part.json").write_text('{"version": "\\"of before\\"", "size": 9, "digests": []}')
     storage.put_object(Bucket="data", Key="a.jsonl", Body=BODY)

@@ -192,7 +192,7 @@ def test_a_home_that_is_not_there_yet_can_be_written_where_its_nearest_folder_ca
 
 
 @pytest.mark.parametrize("variable", ["HOME", "OPENCHATKIT_HOME"])
-def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch, variable):
+def test_an_error_names_the_variable_of_a_user_without_a_home_folder(monkeypatch, variable):
     monkeypatch.delenv("OPENCHATKIT_HOME")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user that the system knows not
     if variable != "HOME":

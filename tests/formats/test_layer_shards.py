@@ -271,7 +271,7 @@ def test_an_altered_small_file_is_mended(prepared):
     LayerShards.open(prepared).verify()
 
 
-def test_another_source_starts_anew(prepared):
+def test_another_source_starts_over(prepared):
     assert not shard_writer.ShardWriter(prepared, config_from_hf(NEOX), source=prepared, about={"seed": 1}).done
 
 

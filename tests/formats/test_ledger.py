@@ -62,7 +62,7 @@ def test_a_line_cut_by_a_kill_is_dropped(folder):
     assert ledger.read(folder) == ENTRIES
 
 
-def test_a_full_disk_is_told_and_not_told_again_by_closing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_once_and_not_again_on_closing(tmp_path, monkeypatch):
     writer = ledger.LedgerFile(tmp_path, 0)
     monkeypatch.setattr(writer, "_file", open("/dev/full", "a", buffering=1))  # noqa: SIM115 - closed by `close`
     with pytest.raises(OSError, match="No space left"):
@@ -70,7 +70,7 @@ def test_a_full_disk_is_told_and_not_told_again_by_closing(tmp_path, monkeypatch
     writer.close()
 
 
-def test_an_older_row_that_is_damaged_is_told(folder):
+def test_a_damaged_older_row_is_an_error(folder):
     path = folder / ledger.LEDGER
     path.write_bytes(path.read_bytes().replace(b'"step": 2,', b"\0\0\0\0\0\0\0\0\0\0"))
     with pytest.raises(UserError, match=r"ledger\.jsonl:2 is damaged"):

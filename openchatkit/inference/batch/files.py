@@ -1,7 +1,7 @@
-"""The two files of a batch: rows in, a line of JSON out for each, in their order, and how a stopped run goes on.
+"""The two files of a batch: rows in, a line of JSON out for each, in order, and the resuming of a stopped run.
 
 A line of the output carries the number of its row's line and a digest of the row and of the settings. A later run
-checks them against its own input and settings, cuts off a line that was not written to its end, and goes on there.
+checks them against its own input and settings, cuts off a line that was not written to its end, and resumes there.
 """
 
 import contextlib
@@ -10,26 +10,26 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from loguru import logger
 
 from openchatkit import cli, jsonl
 from openchatkit.errors import UserError
 from openchatkit.inference import report
-from openchatkit.inference.batch.rows import Row, read_row
+from openchatkit.inference.batch.questions import BatchRow, read_row
 from openchatkit.storage import try_lock
 
 _STANDARD = "-"
 _BEGINNING = b'{"line": '
 
 
-class Batch:
+class BatchFiles:
     """An input and an output, opened: `done` rows are in the output, `failed` of them with an error, of `total`.
 
-    `unaided` rows were answered though looking for passages failed. `total` is None for standard input. Raises
-    UserError for files that cannot be read or written, or that do not belong together. To be used in a `with`, which
-    lets go of the files.
+    `unaided` rows were answered although the search for passages failed. `total` is None for standard input. Raises
+    UserError for files that cannot be read or written, or that do not belong together. Use it in a `with`, which closes
+    the files.
     """
 
     def __init__(self, source: str, target: str, settings: Mapping[str, object]) -> None:
@@ -42,10 +42,10 @@ class Batch:
         with contextlib.ExitStack() as opened:
             self._in = _open_input(source, opened)
             self.total = None if source == _STANDARD else _count(self._in)
-            self._out = sys.stdout if target == _STANDARD else self._resume(Path(target), source, opened)
+            self._out: IO[Any] = sys.stdout if target == _STANDARD else self._resume(Path(target), source, opened)
             self._opened = opened.pop_all()
 
-    def __enter__(self) -> "Batch":
+    def __enter__(self) -> "BatchFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,40 +56,40 @@ class Batch:
         """Whether every row has its line."""
         return self.done == self.total
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[BatchRow]:
         """The rows that have no line in the output yet."""
         while row := read_row(self._in, self._line):
             self._line = row.number
             yield row
 
-    def write(self, row: Row, told: Mapping[str, object]) -> None:
+    def write(self, row: BatchRow, result: Mapping[str, object]) -> None:
         """Add the line of a row. Raises UserError when the disk is full."""
-        text = report.to_json({"line": row.number, "row": self._digest(row), **told})
+        text = report.to_json({"line": row.number, "row": self._digest(row), **result})
         try:
             self._out.write(text if self._out is sys.stdout else text.encode("utf-8"))
             self._out.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
-            cli.give_up(self._out)
+            cli.discard_output(self._out)
             if self._out is sys.stdout:
                 raise UserError(f"standard output cannot be written: {error.strerror}") from error
             raise UserError(f"{self._target} cannot be written: {error.strerror}; run again to go on") from error
         self.done += 1
-        self._count_faults(told)
+        self._count_faults(result)
 
     def conclude(self) -> None:
-        """UserError when rows could not be answered; rows for which nothing could be looked up are told of."""
+        """Raise UserError when rows could not be answered; warn of rows for which the search failed."""
         if self.unaided:
             logger.warning(f'for {self.unaided} of {self.done} rows passages are missing: see "note" in their lines')
         if self.failed:
             raise UserError(f'{self.failed} of {self.done} rows could not be answered: see "error" in their lines')
 
-    def _digest(self, row: Row) -> str:
+    def _digest(self, row: BatchRow) -> str:
         return hashlib.sha256(self._settings + b"\n" + row.data).hexdigest()[:16]
 
     def _resume(self, target: Path, source: str, opened: contextlib.ExitStack) -> BinaryIO:
-        """Open the output behind its last whole line, and the input behind the row of that line."""
+        """Open the output after its last whole line, and the input after the row of that line."""
         try:
             if source != _STANDARD and target.exists() and target.samefile(source):
                 raise UserError(f"--output {target} is the input: expected another file")
@@ -104,7 +104,7 @@ class Batch:
             while (line := file.readline()).endswith(b"\n"):
                 self._check(line, target)
                 end = file.tell()
-            # Only what this program began to write is cut off.
+            # Only an unfinished line of this program's own is cut off.
             if line and not (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
                 raise _foreign(self.done + 1, target)
             file.truncate(end)
@@ -115,15 +115,15 @@ class Batch:
 
     def _check(self, line: bytes, target: Path) -> None:
         row = next(self.rows(), None)
-        told = jsonl.parse_object(line) or {}
-        if row is None or told.get("line") != row.number or told.get("row") != self._digest(row):
+        result = jsonl.parse_object(line) or {}
+        if row is None or result.get("line") != row.number or result.get("row") != self._digest(row):
             raise _foreign(self.done + 1, target)
         self.done += 1
-        self._count_faults(told)
+        self._count_faults(result)
 
-    def _count_faults(self, told: Mapping[str, object]) -> None:
-        self.failed += "error" in told
-        self.unaided += "note" in told
+    def _count_faults(self, result: Mapping[str, object]) -> None:
+        self.failed += "error" in result
+        self.unaided += "note" in result
 
 
 def _foreign(line: int, target: Path) -> UserError:
@@ -143,7 +143,7 @@ def _open_input(source: str, opened: contextlib.ExitStack) -> BinaryIO:
 
 
 def _count(file: BinaryIO) -> int:
-    """How many rows a file has, read to its end and wound back."""
+    """Count the rows of a file, and rewind it."""
     try:
         count, line = 0, 0
         while row := read_row(file, line):
