@@ -1,4 +1,4 @@
-"""The launcher with tiny scripts as ranks: what it passes on, which failure it names, and that nothing outlives it."""
+"""The launcher with tiny scripts as ranks: passing on output, naming the failure, and leaving no process."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from openchatkit.distributed import launcher
 from openchatkit.errors import UserError
 from openchatkit.paths import ROOT
 
-# Every script starts with this: its own rank, a way to tell that it has come to a point, and lines written at once
-# (unbuffered, print writes a line and its end apart, and those of two ranks mix).
+# Every script starts with this: its own rank, files that mark how far it has come, and whole lines written at once
+# (unbuffered, print writes a line and its end separately, and those of two ranks mix).
 PRELUDE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -36,9 +36,9 @@ def fail(text, status): print(text, file=sys.stderr, flush=True); sys.exit(statu
 
 @pytest.fixture
 def start(tmp_path):
-    """Start the launcher on a script's body; whatever is left of it is killed at the end of the test."""
+    """Start the launcher on a script's body; processes that are left are killed at the end of the test."""
     started = []
-    # What nohup has processes ignore is inherited, and is for the launcher to respect: not in these tests.
+    # nohup makes processes ignore it, children inherit that, and the launcher respects it: not in these tests.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start_launcher(body: str, *flags: str, ranks: int = 3, arguments: tuple[str, ...] = (), **environment: str):
@@ -102,7 +102,7 @@ def test_each_rank_gets_its_numbers_and_one_thread(run):
     ]
 
 
-def test_threads_asked_for_are_kept(run):
+def test_a_given_number_of_threads_is_kept(run):
     _, out, _ = run("say(os.environ['OMP_NUM_THREADS'])", ranks=2, OMP_NUM_THREADS="3")
     assert out.split() == ["3", "3"]
 
@@ -119,7 +119,7 @@ def test_a_second_machine_starts_its_own_ranks_only(run):
     assert sorted(out.splitlines()) == ["--rank 2 --cuda-id 0 --world-size 8", "--rank 3 --cuda-id 1 --world-size 8"]
 
 
-def test_stderr_of_the_lead_is_untouched_and_of_the_others_marked(run):
+def test_stderr_of_the_lead_is_unchanged_and_of_the_others_marked(run):
     body = """
 if rank == 1: await_file("said")
 sys.stderr.write(f"line {rank}\\nlast {rank}" + "\\n" * (1 - rank))
@@ -130,7 +130,7 @@ if rank == 0: reached("said")
     assert (status, err) == (0, "line 0\nlast 0\n[rank 1] line 1\n[rank 1] last 1\n")
 
 
-def test_a_failing_rank_stops_its_siblings_and_is_named(run):
+def test_a_failing_rank_stops_the_others_and_is_named(run):
     body = """
 if rank == 1: fail("Traceback: it broke", 1)
 time.sleep(60)
@@ -143,13 +143,13 @@ time.sleep(60)
     ]
 
 
-def test_other_statuses_become_one(run):
+def test_other_statuses_become_status_1(run):
     status, _, err = run("if rank == 1: sys.exit(7)\ntime.sleep(60)", ranks=2)
     assert status == 1
     assert err == "error: rank 1 ended with status 7; the other ranks were stopped\n"
 
 
-def test_a_rank_killed_outranks_siblings_that_noticed_sooner(run):
+def test_a_killed_rank_is_named_before_those_that_noticed_sooner(run):
     body = """
 if rank == 2:
     await_file("noticed")
@@ -180,7 +180,7 @@ def test_a_mistake_that_all_ranks_find_is_one_line(run):
     assert (status, err) == (2, "error: --lr must be positive\n")
 
 
-def test_a_mistake_that_one_rank_finds_is_told(run):
+def test_a_mistake_that_one_rank_finds_is_printed(run):
     status, _, err = run("if rank == 1: fail('error: data.jsonl:3 is no object', 2)\ntime.sleep(60)")
     assert status == 2
     assert err.splitlines() == [
@@ -189,7 +189,7 @@ def test_a_mistake_that_one_rank_finds_is_told(run):
     ]
 
 
-def test_a_mistake_that_the_others_find_alike_is_told_once(run):
+def test_a_mistake_that_several_others_find_is_printed_once(run):
     body = "if rank: fail('error: no interface nope0', 2)\ntime.sleep(60)"
     status, _, err = run(body)
     assert status == 2
@@ -200,7 +200,7 @@ def test_an_error_line_of_a_run_that_ends_well_is_not_lost(run):
     assert run("if rank: fail('error: only talk', 0)", ranks=2) == (0, "", "[rank 1] error: only talk\n")
 
 
-def test_resumable_is_passed_on(run):
+def test_the_resumable_status_is_passed_on(run):
     body = "fail('error: lost a peer', 75)"
     status, _, err = run(body, ranks=2)
     assert status == 75
@@ -208,7 +208,7 @@ def test_resumable_is_passed_on(run):
     assert last.endswith("ended with status 75; the same command resumes from the newest checkpoint")
 
 
-def test_a_rank_deaf_to_sigterm_is_killed(run):
+def test_a_rank_that_ignores_sigterm_is_killed(run):
     body = """
 handle(signal.SIG_IGN)
 if rank == 1:
@@ -290,7 +290,7 @@ def test_no_rank_outlives_a_killed_launcher(start, tmp_path):
     wait_for(lambda: not any(alive(int(pid.read_text())) for pid in pids))
 
 
-def test_what_a_failed_rank_started_ends_with_it(run, tmp_path):
+def test_processes_started_by_a_failed_rank_end_with_it(run, tmp_path):
     body = """
 if rank == 1:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stderr=subprocess.DEVNULL)
@@ -302,18 +302,18 @@ if rank == 1:
     wait_for(lambda: not alive(int((tmp_path / "child").read_text())))
 
 
-def test_a_script_that_is_not_there():
+def test_a_missing_script():
     with pytest.raises(UserError, match=r"no script nowhere\.py: the launcher is given the training script"):
         launcher.launch(Path("nowhere.py"), [], world_size=2)
 
 
 @pytest.mark.parametrize("argument", ["--rank", "--cuda-id=1", "--world-size"])
-def test_flags_that_the_launcher_sets(argument):
+def test_flags_that_the_launcher_sets_are_refused(argument):
     with pytest.raises(UserError, match="but the launcher sets it for each rank: leave it out"):
         launcher.launch(Path(__file__), [argument, "1"], world_size=2)
 
 
 @pytest.mark.parametrize(("first", "here"), [(2, None), (1, 2)])
-def test_ranks_beyond_the_world(first, here):
+def test_ranks_beyond_the_world_are_refused(first, here):
     with pytest.raises(UserError, match="do not fit a world of 2: --first-rank plus --ranks-here"):
         launcher.launch(Path(__file__), [], world_size=2, first_rank=first, ranks_here=here)

@@ -1,4 +1,4 @@
-"""Small prepared models and conversations to train on, made once."""
+"""Small prepared models and conversations to train on, made once a session."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a run tells of its data: loss and tokens by source, and the ledger of what each step was fed."""
+"""`training/ledger_writer.py` and the losses by source of `training/step.py`: which data each step was trained on."""
 
 import itertools
 import json
@@ -26,22 +26,22 @@ from openchatkit.training.step import Schedule, Trainer
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory, flags, chats) -> dict[str, object]:
-    """Flags of a run on three sources, of which the third comes too seldom to be in every step."""
+    """Flags of a run on three sources, of which the third is too rare to be in every step."""
     folder = tmp_path_factory.mktemp("mixed")
-    for name in ("short", "seldom"):
+    for name in ("short", "rare"):
         rows = [f"<human>: Say {name} {i}.\n<bot>: {name} {i}\n" for i in range(40)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return {**flags, "task_name": f"{chats}:2,{folder / 'short.jsonl'}:1,{folder / 'seldom.jsonl'}:0.1"}
+    return {**flags, "task_name": f"{chats}:2,{folder / 'short.jsonl'}:1,{folder / 'rare.jsonl'}:0.1"}
 
 
 def dataset_of(path: Path) -> Dataset:
-    """The data set that a checkpoint says its run was on."""
+    """Return the data set of a checkpoint's run."""
     settings = checkpoint.read_state(path)["settings"]
     return build_dataset(settings["task_name"], options.from_settings(settings))
 
 
-def assert_proved(path: Path, samples: int) -> list[ledger.LedgerRow]:
-    """Each sample is in just one row, the rows hold what the data set says, and the checkpoint vouches for them."""
+def assert_proven(path: Path, samples: int) -> list[ledger.LedgerRow]:
+    """Each sample is in just one row, rows have the data set's digests, and the checkpoint has their chain."""
     entries, dataset = ledger.read(path.parent), dataset_of(path)
     assert [entry.step for entry in entries] == list(range(1, len(entries) + 1))
     assert entries[0].first == 0
@@ -92,14 +92,14 @@ def test_losses_by_source_are_those_of_a_plain_loss(tmp_path, mixed, change):
         tokens = row["evaluation_tokens" if prefix else "trained_tokens"]
         assert sum(source["trained_tokens"] for source in found) == tokens
         assert total / tokens == pytest.approx(row[f"{prefix}loss"], rel=1e-6)
-    assert_proved(path, 16)
+    assert_proven(path, 16)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_ledger_proves_a_run_that_was_killed_and_resumed_on_another_layout(tmp_path, flags, victim):
     interrupted(tmp_path, flags, signal.SIGKILL, [victim])
     step = int(checkpoint.latest(tmp_path / "ckpt").name.removeprefix("checkpoint_"))
-    assert_proved_up_to(tmp_path / "ckpt", step)
+    assert_proven_up_to(tmp_path / "ckpt", step)
     # As if the kill had hit the writing of a row.
     with open(tmp_path / "ckpt" / ledger.LEDGER, "a") as file:
         file.write('{"step": 17, "first": 1')
@@ -107,19 +107,19 @@ def test_the_ledger_proves_a_run_that_was_killed_and_resumed_on_another_layout(t
     ended = ranks.train(folder, flags, world_size=2)
     assert ended.statuses == [0, 0], ended.errors
     assert "is not the ledger" not in ended.errors[0]
-    entries = assert_proved(checkpoint.latest(tmp_path / "ckpt"), 60 * 8)
+    entries = assert_proven(checkpoint.latest(tmp_path / "ckpt"), 60 * 8)
     layouts = ["2 stages x 1 replica, batch 8 x 1"] * step + ["1 stage x 2 replicas, batch 4 x 1"] * (60 - step)
     assert [entry.layout for entry in entries] == layouts
 
 
-def assert_proved_up_to(folder: Path, step: int) -> None:
-    """A killed run's ledger goes at least to its last checkpoint, which vouches for it."""
+def assert_proven_up_to(folder: Path, step: int) -> None:
+    """A killed run's ledger goes at least to its last checkpoint, which has its chain."""
     entries = [entry for entry in ledger.read(folder) if entry.step <= step]
     assert len(entries) == step
     assert checkpoint.read_state(checkpoint.checkpoint_path(folder, step))["ledger"] == ledger.chain(entries)
 
 
-def test_a_lost_ledger_is_told_and_begun_anew(tmp_path, flags):
+def test_a_lost_ledger_is_a_warning_and_starts_again(tmp_path, flags):
     path = run(tmp_path, flags, total_steps=4, checkpoint_steps=2)
     (path.parent / ledger.LEDGER).unlink()
     (path.parent / "latest").write_text("2\n")
@@ -148,8 +148,8 @@ def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, caps
     assert found == ledger.chain(entries)
 
 
-def test_stages_that_are_fed_different_samples_do_not_take_the_step(flags, prepared):
-    """As on two machines whose token stores differ where no fingerprint looks."""
+def test_stages_with_different_samples_do_not_take_the_step(flags, prepared):
+    """As on two machines whose token stores differ in tokens that no fingerprint covers."""
     shards = LayerShards.open(prepared["neox"])
     stage = Stage(shards.config)
     for shard in stage.shards:
@@ -157,7 +157,7 @@ def test_stages_that_are_fed_different_samples_do_not_take_the_step(flags, prepa
     layout = Layout(0, 1, 1, torch.device("cpu"))
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
     trainer = Trainer(stage, layout, None, None, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place)
-    # Of two stages, with nobody to add the other's digest: it counts as 0.
+    # Of two stages; without a process group the other's digest counts as 0.
     trainer.layout = Layout(0, 2, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="was fed other samples than another stage"):
         trainer._sum_over_ranks(torch.zeros(()), False, 12345)

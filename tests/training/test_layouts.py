@@ -1,4 +1,4 @@
-"""Whatever the layout, schedule, micro-batches and accumulation: the same loss, gradients and, where promised, bits."""
+"""`training/step.py` and `training/pipeline.py`: the same loss, gradients and, where promised, bits in all layouts."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ REPLICAS = {"data_group_size": 2, "batch_size": 4}
 
 
 def run(folder: Path, flags: dict[str, object], **change: object) -> Path:
-    """Train and return the last checkpoint."""
+    """Train; returns the last checkpoint."""
     flags = {**flags, **change, "checkpoint_path": folder / "ckpt"}
     world_size = flags.get("pipeline_group_size", 1) * flags.get("data_group_size", 1)
     ended = ranks.train(folder, flags, world_size=world_size)
@@ -27,7 +27,7 @@ def run(folder: Path, flags: dict[str, object], **change: object) -> Path:
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All weights and optimizer tensors of a checkpoint."""
+    """Return all weights and optimizer tensors of a checkpoint."""
     found = {}
     for shard in shard_names(LayerShards(path).config.num_layers):
         found |= {f"{shard}/{name}": t for name, t in checkpoint.read_weights(path, shard).items()}
@@ -37,7 +37,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def gradients(path: Path) -> dict[str, torch.Tensor]:
-    """The (clipped) gradients of a run of one step: Adam's first moment is a tenth of them."""
+    """Return the (clipped) gradients of a run of one step: Adam's first moment is a tenth of them."""
     return {name: t.clone() * 10 for name, t in tensors(path).items() if name.endswith("exp_avg")}
 
 
@@ -73,7 +73,7 @@ def packed(tmp_path_factory, packed_flags):
 
 
 def first_batch(flags: dict[str, object], model: Path) -> Batch:
-    """The samples of the first step."""
+    """Return the samples of the first step."""
     from openchatkit.data.dataset import build_dataset
     from openchatkit.data.options import DataOptions
 
@@ -159,7 +159,7 @@ def test_same_micro_batches_give_the_same_bits(tmp_path, flags, one_process_long
     "change", [STAGES, {**STAGES, "pp_mode": "1f1b", "activation_checkpointing": "false"}], ids=str
 )
 def test_documents_that_share_rows_give_the_same_bits_over_stages(tmp_path, packed_flags, packed, change):
-    """Every stage knows of the documents, in training and in evaluation."""
+    """Every stage gets the document starts, in training and in evaluation."""
     path = run(tmp_path, packed_flags, **change)
     assert_same_bits(packed, path)
     losses = [metrics.read(one.parent)[-1]["evaluation_loss"] for one in (packed, path)]
@@ -214,8 +214,8 @@ def test_other_precisions_and_optimizers(tmp_path, flags, change):
     assert metrics.read(one.parent)[-1]["loss"] < metrics.read(one.parent)[0]["loss"]
 
 
-def test_the_precision_that_was_taken_is_recorded(tmp_path, flags):
-    """Whatever auto means on this processor, it is what a run gives that asks for it by name."""
+def test_the_chosen_precision_is_recorded(tmp_path, flags):
+    """auto gives the same bits as the precision that it chooses, given by name."""
     path = run(tmp_path, flags, precision="auto", **STAGES)
     taken = checkpoint.read_state(path)["precision"]
     assert taken in ("bfloat16", "float32")
@@ -228,8 +228,8 @@ def test_eight_bit_state_is_eight_bit(tmp_path, flags, prepared):
     assert entry["state1"].dtype == torch.uint8
 
 
-def test_overflow_is_everyones(tmp_path, flags):
-    """A loss scale that overflows float16 is no step of any stage, and falls until steps are taken."""
+def test_an_overflow_skips_the_step_on_all_ranks(tmp_path, flags):
+    """Where the loss scale overflows float16, no stage takes the step, and the scale falls until steps are taken."""
     start = {"initial_loss_scale": 2.0**24, "hysteresis": 1, "fp16": True, **STAGES}
     path = run(tmp_path, flags, total_steps=12, **start)
     rows = metrics.read(path.parent)
@@ -237,11 +237,11 @@ def test_overflow_is_everyones(tmp_path, flags):
     assert 0 < len(skipped) < len(rows)
     assert rows[0]["grad_norm"] is None
     assert rows[-1]["loss_scale"] == 2.0 ** (24 - len(skipped))
-    # A step that changes nothing has used its samples all the same, and its row says so.
+    # A skipped step has used its samples all the same, and its row says so.
     entries = ledger.read(path.parent)
     assert [entry.first for entry in entries] == list(range(0, 96, 8))
     assert [entry.step for entry in entries if not entry.applied] == [row["step"] for row in skipped]
-    # Adam counts the steps that it has taken: the others changed neither weights nor its state.
+    # Adam counts the steps taken: the others changed neither weights nor its state.
     steps = {tensor.item() for name, tensor in tensors(path).items() if name.endswith("/step")}
     assert steps == {len(rows) - len(skipped)}
 

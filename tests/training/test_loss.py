@@ -1,4 +1,4 @@
-"""The chunked loss against a float64 reference, with rows to ignore, chunks that do not divide, biases and scales."""
+"""`training/loss.py` against a float64 reference: ignored rows, chunks that do not divide, biases and scales."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_without_gradients_nothing_is_touched():
     assert projection.weight.grad is None
 
 
-def test_bfloat16_is_as_near_as_autocast():
+def test_bfloat16_is_as_exact_as_autocast():
     """Against float64, no further off than the same loss written with autocast and whole logits."""
     projection, hidden, labels = case(200, bias=False, ignored=0.3)
     expected, _, weight, _ = reference(projection, hidden, labels, 1.0)
@@ -119,7 +119,7 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_certain_and_hopeless_tokens_keep_their_digits(dtype):
+def test_certain_and_unlikely_tokens_keep_their_digits(dtype):
     """Logits are whole numbers, exact in every dtype, so what is left is the softmax: near p = 1 and near p = 0."""
     generator = torch.Generator().manual_seed(3)
     projection = nn.Linear(8, 64, bias=False)
@@ -178,7 +178,7 @@ def test_float16_gradients_do_not_overflow_before_the_loss_scale(loss_scale):
 
 
 @pytest.mark.usefixtures("products")
-def test_float16_keeps_what_only_the_loss_scale_lifts_into_its_range():
+def test_float16_keeps_entries_that_only_the_loss_scale_lifts_into_its_range():
     """Labels so certain that every other entry of p is below float16's smallest number, 6e-8."""
     projection, _, _ = case(1, bias=False, ignored=0.0)
     with torch.no_grad():

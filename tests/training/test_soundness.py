@@ -1,4 +1,4 @@
-"""Nothing wrong in silence: what cannot be trained on or with is named, and good checkpoints outlive bad steps."""
+"""`training/soundness.py`, and the warnings before a run: bad steps replace no good checkpoint, bad input is named."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def train(folder: Path, flags: dict, *, world_size: int = 1, **change: object) -
 
 @pytest.fixture
 def one_nan(tmp_path: Path, prepared: dict[str, Path]) -> Path:
-    """A model one of whose weights is NaN, as a folder of Hugging Face's."""
+    """A Hugging Face model one of whose weights is NaN."""
     source = tmp_path / "hf" / "broken"
     shutil.copytree(prepared["neox"].parent / "hf" / "neox", source)
     weights = load_file(source / "model.safetensors")
@@ -34,7 +34,7 @@ def one_nan(tmp_path: Path, prepared: dict[str, Path]) -> Path:
     return source
 
 
-def test_a_weight_that_is_no_number_is_named(tmp_path, flags, one_nan):
+def test_a_nan_weight_is_named(tmp_path, flags, one_nan):
     with pytest.raises(UserError, match=r"layers\.2\.mlp\.dense_4h_to_h\.weight holds NaN or infinite numbers"):
         prepare(str(one_nan), tmp_path / "strict")
     model = prepare(str(one_nan), tmp_path, finite=False)
@@ -46,7 +46,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path, flags, one_nan):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_weights_that_have_diverged_replace_no_good_checkpoint(tmp_path, flags, keep):
+def test_diverged_weights_replace_no_good_checkpoint(tmp_path, flags, keep):
     change = {"checkpoint_steps": 1, "keep_checkpoints": keep}
     run(tmp_path, flags, total_steps=6, **change)
     good = tensors(checkpoint.latest(tmp_path / "ckpt"))
@@ -66,7 +66,7 @@ def test_weights_that_have_diverged_replace_no_good_checkpoint(tmp_path, flags, 
     assert all(loss is not None for loss in losses)
 
 
-def test_an_end_whose_loss_is_no_number_is_not_saved(tmp_path, flags):
+def test_a_last_step_whose_loss_is_nan_is_not_saved(tmp_path, flags):
     run(tmp_path, flags, total_steps=4)
     ended = train(tmp_path, flags, total_steps=10, lr=1e30)
     assert ended.statuses == [2]
@@ -74,7 +74,7 @@ def test_an_end_whose_loss_is_no_number_is_not_saved(tmp_path, flags):
     assert checkpoint.list_steps(tmp_path / "ckpt") == [4]
 
 
-def test_a_checkpoint_that_no_step_was_taken_with_lets_none_go(tmp_path, flags):
+def test_the_last_proven_checkpoint_is_kept(tmp_path, flags):
     change = {"checkpoint_steps": 2, "keep_checkpoints": 1}
     run(tmp_path, flags, total_steps=6, **change)
     # Step 5 was taken with the weights of step 4; nothing has been with those of step 6.
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_no_step_was_taken_with_lets_none_go(tmp_path, flags):
     assert checkpoint.list_steps(tmp_path / "ckpt") == [6, 7]
 
 
-def test_a_loss_scale_far_too_high_is_halved_at_every_step(tmp_path, flags):
+def test_a_far_too_high_loss_scale_is_halved_at_every_step(tmp_path, flags):
     ended = train(tmp_path, flags, fp16=True, initial_loss_scale=2**36, total_steps=30)
     assert ended.statuses == [0], ended.errors
     rows = metrics.read(tmp_path / "ckpt")
@@ -92,11 +92,11 @@ def test_a_loss_scale_far_too_high_is_halved_at_every_step(tmp_path, flags):
     scales = [row["loss_scale"] for row in rows]
     first = applied.index(True)
     assert 5 < first < 25
-    # The first overflow is let pass, each one after it halves.
+    # The first overflow changes nothing, each one after it halves the scale.
     assert scales[: first + 1] == [2.0**36, *(2.0 ** (36 - n) for n in range(1, first)), 2.0 ** (36 - first + 1)]
 
 
-def test_no_step_that_changed_a_weight_is_no_success(tmp_path, flags):
+def test_a_run_that_changed_no_weight_fails(tmp_path, flags):
     ended = train(tmp_path, flags, fp16=True, initial_loss_scale=2**100, total_steps=3)
     assert ended.statuses == [2]
     assert "none of the steps 1 to 3 changed a weight" in ended.errors[0]
@@ -104,8 +104,8 @@ def test_no_step_that_changed_a_weight_is_no_success(tmp_path, flags):
 
 
 @pytest.mark.parametrize(("total_steps", "left"), [(6, 4), (40, 2)])
-def test_gradients_that_overflow_turn_few_steps_back(tmp_path, flags, total_steps, left):
-    """With a finite loss the newest checkpoint is as good as any, until the run has failed with it for long."""
+def test_overflowing_gradients_lose_few_steps(tmp_path, flags, total_steps, left):
+    """With a finite loss the newest checkpoint is as good as any, until too many steps with it were in vain."""
     change = {"fp16": True, "checkpoint_steps": 2, "keep_checkpoints": 3}
     run(tmp_path, flags, total_steps=4, loss_scale=1024.0, **change)
     assert checkpoint.read_state(tmp_path / "ckpt" / "checkpoint_4")["proven"] == 2
@@ -156,7 +156,7 @@ def test_rows_without_a_reply_are_counted_before_the_start(tmp_path, flags, few_
     assert ended.statuses == [0], ended.errors
 
 
-def test_a_resume_says_what_changed(tmp_path, flags):
+def test_a_resume_names_changed_settings(tmp_path, flags):
     run(tmp_path, flags, total_steps=2)
     ended = train(tmp_path, flags, total_steps=4, adam_beta2=0.95, weight_decay=0.1, optimizer="adam", warmup_steps=1)
     assert ended.statuses == [0]
@@ -171,7 +171,7 @@ def test_a_resume_says_what_changed(tmp_path, flags):
     assert "--lr was" not in ended.errors[0]
 
 
-def test_what_has_no_effect_is_said(tmp_path, flags, prepared, tiny_tokenizer):
+def test_settings_without_effect_are_warnings(tmp_path, flags, prepared, tiny_tokenizer):
     model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
     source = tmp_path / "hf" / "model"
     shutil.copytree(prepared["neox"].parent / "hf" / "neox", source)
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_made_is_one_line_of_every_rank(tmp_path, flags)
         assert "Traceback" not in errors
 
 
-def test_epochs_are_told_and_whole(tmp_path, flags):
+def test_epochs_are_logged_and_whole(tmp_path, flags):
     """408 rows in two files: each is trained on exactly once, whatever the sizes of the files."""
     for name, count in (("large", 400), ("small", 8)):
         rows = [{"text": f"<human>: What is {n}?\n<bot>: It is {n}.\n"} for n in range(count)]
