@@ -1,4 +1,4 @@
-"""What is told of a reply besides its text: as an object of JSON for programs, as a line of figures for people."""
+"""Reports on a reply besides its text: as a JSON object for programs, as a line of figures for people."""
 
 import json
 import re
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli
 
-if TYPE_CHECKING:  # both need torch, and a batch that is done does not
+if TYPE_CHECKING:  # these need torch, and a batch that is done does not
     from openchatkit.inference.engine.engine import Statistics
     from openchatkit.inference.responder import Reply
     from openchatkit.retrieval.passage import Passage
 
-# JSON escapes the control characters below space by itself; a terminal obeys these as well.
-_OBEYED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# JSON escapes the control characters below space by itself; a terminal executes these as well.
+_EXECUTED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def as_object(question: str, reply: "Reply") -> dict[str, object]:
     """A reply as the object that --json prints; seconds are of wall clock, `dropped` counts forgotten pairs."""
     took = reply.statistics
-    told: dict[str, object] = {
+    report: dict[str, object] = {
         "question": question,
         "reply": reply.text,
         "finish": reply.finish,
@@ -28,23 +28,23 @@ def as_object(question: str, reply: "Reply") -> dict[str, object]:
         "passages": list(reply.passages),
     }
     if reply.sources is not None:
-        told["sources"] = sources(reply)
+        report["sources"] = sources(reply)
     if reply.note:
-        told["note"] = reply.note
+        report["note"] = reply.note
     if verdict := reply.verdict:
-        told["moderation"] = {
+        report["moderation"] = {
             "allowed": verdict.allowed,
             "label": verdict.label,
             "probability": round(verdict.probability, 4),
             "action": verdict.action,
         }
-    return told
+    return report
 
 
 def sources(reply: "Reply") -> list[dict[str, object]]:
-    """Where the passages of a reply are from, in the order in which the model read them, numbered from 1.
+    """The sources of a reply's passages, in the order in which the model read them, numbered from 1.
 
-    Those that came with the question have neither title nor source; `score` means something within one reply alone.
+    Those that came with the question have neither title nor source; scores compare only within one reply.
     """
     return [
         {
@@ -61,29 +61,29 @@ def sources(reply: "Reply") -> list[dict[str, object]]:
 
 
 def citation(number: int, source: "Passage") -> str:
-    """One line that is safe on a terminal: a passage's number, title, place and source, and where else it stands."""
+    """One line that is safe on a terminal: a passage's number, title, place and source, and its other places."""
     where = ", ".join(part for part in map(cli.one_line, (source.title, source.place, source.source)) if part)
     also = f" (also {'; '.join(map(cli.one_line, source.also))})" if source.also else ""
     return f"[{number}] {where or 'given with the question'}{also}"
 
 
 def as_error(question: str, error: Exception) -> dict[str, object]:
-    """What stands in the place of a reply that did not come."""
+    """The object that takes the place of a reply that failed."""
     return {"question": question, "error": " ".join(str(error).split())}
 
 
-def to_json(told: dict[str, object]) -> str:
+def to_json(report: dict[str, object]) -> str:
     """One line of JSON in UTF-8 that is safe on a terminal too."""
-    # Half of a surrogate pair cannot be written as UTF-8; nothing that was said holds one.
-    text = json.dumps(told, ensure_ascii=False).encode("utf-8", "replace").decode()
-    return _OBEYED.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "\n"
+    # Half of a surrogate pair cannot be written as UTF-8.
+    text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return _EXECUTED.sub(lambda found: f"\\u{ord(found.group()):04x}", text) + "\n"
 
 
 def figures(took: "Statistics") -> str:
-    """One line: tokens, tokens a second behind the first, the wait for the first, what of the prompt was kept."""
+    """One line: tokens, tokens a second after the first, the wait for the first, the cached share of the prompt."""
     parts = [count(took.new_tokens, "token")]
     if took.new_tokens > 1 and took.seconds > took.first_token_seconds:
-        # The first token waits for the prompt to be read; how fast the others come is another figure.
+        # The first token waits for the prompt to be read; the speed of the others is another figure.
         parts.append(f"{(took.new_tokens - 1) / (took.seconds - took.first_token_seconds):.1f} tokens/s")
     parts.append(f"the first after {took.first_token_seconds:.2f} s")
     if took.prompt_tokens:
@@ -105,5 +105,5 @@ def sums(took: "Statistics") -> str:
 
 
 def count(number: int, what: str) -> str:
-    """So many of something, as people write it."""
+    """A number and its noun, as people write it."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")

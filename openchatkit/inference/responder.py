@@ -115,8 +115,10 @@ class Responder:
         judged, and its message takes the place of text that is not allowed (see `moderation_gate`); earlier questions
         that are not allowed are not read. Raises UserError: too long, out of memory, no number, no question.
         """
-        is_text = isinstance(subject, str)
-        prompt = self._text_prompt(subject) if is_text else self._chat_prompt(subject, sampling, retriever)
+        if isinstance(subject, str):
+            prompt = self._text_prompt(subject)
+        else:
+            prompt = self._chat_prompt(subject, sampling, retriever)
         stream = self._stream(prompt, stop)
         gate = ModerationGate(emit, self.moderator, prompt.question, system=prompt.system, begun=prompt.begun)
         limit = most_tokens(len(prompt.tokens), sampling.max_tokens, self.engine.context_length)

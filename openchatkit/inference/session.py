@@ -1,8 +1,8 @@
 """One chat with one model: questions in, replies out, as text.
 
-Owns what a turn does to the conversation: a reply that came, whole or interrupted, stays; a turn that failed, or whose
+Owns the effect of a turn on the conversation: a reply, whole or interrupted, stays; a turn that failed, or whose
 question was not allowed, leaves no trace. Owns the settings and their changes, and saved chats. Knows no terminal, so
-whatever else talks to a model can use it.
+any program that talks to a model can use it.
 """
 
 import json
@@ -34,8 +34,8 @@ _SEED_LIMIT = 1 << 63
 class Session:
     """A conversation with a model. `seed` makes its draws repeat, from the start and from each `reset`.
 
-    `retriever`, where there is one, finds passages for every question while `retrieval` is on. `model` is the name that
-    saved chats carry. `last` is the last reply that came, `totals` sums what all of them took.
+    `retriever`, if any, finds passages for every question while `retrieval` is on. `model` is the name that saved chats
+    carry. `last` is the last reply, `totals` are the summed figures of all replies.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Session:
         self._stop = tuple(stop)
         self.retriever = retriever
         self._retrieval = retriever is not None
-        # Where the passages of each question are from, which the conversation does not say.
+        # The sources of each question's passages, which the conversation does not have.
         self._sources: dict[tuple[str, ...], tuple[Passage, ...] | None] = {}
         self._model = model
         self._generator = torch.Generator()
@@ -109,7 +109,7 @@ class Session:
         return reply
 
     def prompt(self, text: str = "", passages: Sequence[str] = ()) -> str:
-        """The conversation as the model would read it; with `text`, as it would be sent if that were said next."""
+        """The conversation as the model would read it; with `text`, as if that were asked next."""
         if not text:
             return self.responder.rendering.text(self.conversation)
         asked = self.conversation.asked(text, passages)
@@ -121,7 +121,7 @@ class Session:
 
     @property
     def system(self) -> str:
-        """The system text, without date and time; setting it keeps the turns, "" takes it away."""
+        """The system text, without date and time; setting it keeps the turns, "" removes it."""
         return self.conversation.system
 
     @system.setter
@@ -130,7 +130,7 @@ class Session:
 
     @property
     def retrieval(self) -> bool:
-        """Whether passages are looked for; turning it on without an index to look in is a UserError."""
+        """Whether passages are looked for; turning it on without an index is a UserError."""
         return self._retrieval
 
     @retrieval.setter
@@ -142,29 +142,29 @@ class Session:
         self._retrieval = on
 
     def settings(self) -> dict[str, object]:
-        """The settings in use, by the names that `set` takes: those of the draw, `seed` and `stop`."""
+        """The settings in use, by the names that `set` takes: those of sampling, `seed` and `stop`."""
         return {**self.hyperparameters(), "stop": list(self._stop)}
 
     def hyperparameters(self) -> dict[str, object]:
-        """The settings of the draw, which the original kit printed, and the seed."""
+        """The settings of sampling, which the original kit printed, and the seed."""
         return {**asdict(self.sampling), "seed": self._seed}
 
     def set(self, name: str, text: str) -> None:
         """Change a setting, given as text. UserError, with nothing changed, when there is no such name or value.
 
-        `seed` takes a number, which starts the draws anew, or none. `stop` takes one string as it stands, or a JSON
-        string, or a JSON list of strings; none takes them away.
+        `seed` takes a number, which restarts the draws, or none. `stop` takes one string as it stands, or a JSON
+        string, or a JSON list of strings; none removes them.
         """
         name = name.replace("-", "_")
         if name == "seed":
-            self._seed = _seed(text)
+            self._seed = _parse_seed(text)
             self._seed_generator()
         elif name == "stop":
-            self._stop = _stop_strings(text)
+            self._stop = _parse_stop_strings(text)
         else:
             if name not in (names := [*asdict(self.sampling), "seed", "stop"]):
                 raise UserError(f"there is no setting {clean(name)[:40]!r}: there are {', '.join(names)}")
-            self.sampling = sampling.changed(self.sampling, name, text)
+            self.sampling = sampling.change(self.sampling, name, text)
 
     # -- saved chats
 
@@ -172,11 +172,11 @@ class Session:
         """Save the conversation and its settings; the file. UserError when there is none, or the name is taken."""
         if not self.conversation.turns:
             raise UserError("there is nothing to save yet: ask something first")
-        messages = _cleaned(self.conversation).messages()
+        messages = _clean(self.conversation).messages()
         return chat_file.write(name, messages, model=self._model, settings=self.settings(), overwrite=overwrite)
 
     def load(self, name: str) -> None:
-        """Go on with a saved chat: its turns and its system text, under today's date.
+        """Continue a saved chat: its turns and its system text, under today's date.
 
         The settings stay those in use. UserError, with everything as it was, when it cannot be read.
         """
@@ -200,10 +200,10 @@ class Session:
             total = getattr(self.totals, field.name) + getattr(reply.statistics, field.name)
             setattr(self.totals, field.name, total)
 
-    def _last_question(self, lacking: str) -> conversation.Turn:
+    def _last_question(self, problem: str) -> conversation.Turn:
         if question := self.conversation.last_question:
             return question
-        raise UserError(f"{lacking}: no question has been asked yet")
+        raise UserError(f"{problem}: no question has been asked yet")
 
     def _seed_generator(self) -> None:
         if self._seed is None:
@@ -212,8 +212,8 @@ class Session:
             self._generator.manual_seed(self._seed)
 
 
-def _cleaned(kept: Conversation) -> Conversation:
-    """A conversation without control characters, which a saved chat is not to hold."""
+def _clean(kept: Conversation) -> Conversation:
+    """A conversation without control characters, which a saved chat should not hold."""
     turns = [
         replace(turn, text=clean(turn.text), passages=tuple(clean(passage) for passage in turn.passages))
         for turn in kept.turns
@@ -221,7 +221,7 @@ def _cleaned(kept: Conversation) -> Conversation:
     return replace(kept, system=clean(kept.system), turns=tuple(turns))
 
 
-def _seed(text: str) -> int | None:
+def _parse_seed(text: str) -> int | None:
     text = text.strip()
     if text.lower() in ("none", "off"):
         return None
@@ -230,7 +230,7 @@ def _seed(text: str) -> int | None:
     return int(text)
 
 
-def _stop_strings(text: str) -> tuple[str, ...]:
+def _parse_stop_strings(text: str) -> tuple[str, ...]:
     if text.strip().lower() in ("none", "off"):
         return ()
     value: object = text

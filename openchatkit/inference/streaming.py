@@ -1,7 +1,7 @@
 """From token ids to text that is safe to show, as early as it is final.
 
-Owns what may be shown when: characters whose bytes are all there, nothing of a stop string, no control sequences, no
-white space around a reply but its first line's indentation. Each step costs the same however long the reply is.
+Owns what may be shown and when: characters whose bytes are complete, nothing of a stop string, no control sequences, no
+white space around a reply except its first line's indentation. Each step costs the same however long the reply is.
 """
 
 import re
@@ -22,31 +22,31 @@ _OPENERS = {"\x1b": "escape", "\x9b": "csi", **dict.fromkeys("\x90\x98\x9d\x9e\x
 class Detokeniser:
     """Text of tokens that arrive one at a time: `push` returns what has become final.
 
-    `before` are the tokens of a text that they go on from.
-    Characters can be spread over tokens, and some tokenizers write a token differently at the start of a text, so a
-    short window of tokens is decoded at each step and what it had before is taken off.
+    `before` are the tokens of a text that they continue. Characters can be spread over tokens, and some tokenizers
+    write a token differently at the start of a text, so a short window of tokens is decoded at each step, and the text
+    that it had before is cut off.
     """
 
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = list(before[-_UNFINISHED - 1 :])
-        self._finished = len(self._window)  # tokens at the window's start whose text is out to the last character
-        self._out = len(decode(self._window)) if before else 0  # characters of the window's text that are out
+        self._finished = len(self._window)  # tokens at the window's start whose text was returned to the last character
+        self._returned = len(decode(self._window)) if before else 0  # characters of its text that were returned
 
     def push(self, token: int) -> str:
-        """The characters that this token completes; none while a multi-byte character is unfinished."""
+        """Return the characters that this token completes; none while a multi-byte character is unfinished."""
         self._window.append(token)
         text = self._decode(self._window)
         final = len(text)
-        while final > max(self._out, len(text) - _UNFINISHED) and text[final - 1] == _REPLACEMENT:
+        while final > max(self._returned, len(text) - _UNFINISHED) and text[final - 1] == _REPLACEMENT:
             final -= 1
-        new = text[self._out : final]
-        self._out = final
+        new = text[self._returned : final]
+        self._returned = final
         if final == len(text):
             self._shorten(self._finished, keep_back=0)
             self._finished = len(self._window)
         elif len(self._window) - self._finished > 2 * _UNFINISHED:
-            # Bytes that never become characters: what stays must hold the unfinished sequence and a token before it.
+            # Bytes that never become characters: the window must hold the unfinished sequence and a token before it.
             self._shorten(len(self._window) - _UNFINISHED - 1, keep_back=len(text) - final)
             self._finished = 0
         return new
@@ -54,11 +54,11 @@ class Detokeniser:
     def _shorten(self, start: int, *, keep_back: int) -> None:
         if start:
             del self._window[:start]
-            self._out = max(0, len(self._decode(self._window)) - keep_back)
+            self._returned = max(0, len(self._decode(self._window)) - keep_back)
 
 
 class TerminalFilter:
-    """Takes out what a terminal would obey rather than show: control characters, escape sequences, text reordering.
+    """Removes what a terminal would execute rather than show: control characters, escape sequences, text reordering.
 
     A sequence may be spread over any number of pushes. A string sequence (a window title, say) that is never ended
     hides at most the rest of its line.
@@ -68,7 +68,7 @@ class TerminalFilter:
         self._state = "text"
 
     def push(self, text: str) -> str:
-        """What of `text` may be shown."""
+        """Return the part of `text` that may be shown."""
         if self._state == "text" and not _UNSAFE.search(text):
             return text
         return "".join(character for character in text if self._shows(character))
@@ -93,11 +93,11 @@ class TerminalFilter:
             return False
         if " " <= character <= "~":
             return False  # the final byte
-        return self._shows(character)  # no sequence after all: this character is text, or opens one
+        return self._shows(character)  # not a sequence after all: this character is text, or opens one
 
 
 class StopMatcher:
-    """Finds the first stop string, however it is cut into pieces, and lets nothing of it through."""
+    """Finds the first stop string, in whatever pieces it arrives, and lets nothing of it through."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = tuple(stop_strings)
@@ -106,7 +106,7 @@ class StopMatcher:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What cannot be part of a stop string any more; after one is found, what stood before it, then nothing."""
+        """Return text that cannot belong to a stop string; once one is found, the text before it, then nothing."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -122,16 +122,16 @@ class StopMatcher:
         return text[:cut]
 
     def flush(self) -> str:
-        """What was held back because it could have become a stop string and did not."""
+        """Return the text that was held back because it could have become a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class Trimmer:
-    """Takes empty lines and `separator` off the start of a text that arrives in pieces, and white space off its end.
+    """Strips empty lines and `separator` from the start of a text that arrives in pieces, and white space from its end.
 
-    Without a separator a single space at the start goes, too, which some models write by habit; more are indentation.
-    Nothing goes at the start of a text that is `begun` already.
+    Without a separator it strips a single space at the start, which some models write by habit; more are indentation.
+    Nothing is stripped at the start of a text that is `begun` already.
     """
 
     def __init__(self, separator: str, *, begun: bool = False) -> None:
@@ -140,7 +140,7 @@ class Trimmer:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """What is neither to go at the start nor, yet, white space at the end."""
+        """Return text that is neither stripped at the start nor, so far, white space at the end."""
         body = text.rstrip()
         if not body:
             self._held += text
@@ -161,9 +161,9 @@ class Trimmer:
 
 
 class ReplyStream:
-    """The steps above in their order, for one reply; `text` is what has been let through so far.
+    """The steps above in their order, for one reply; `text` is the text let through so far.
 
-    `before` are the tokens of the text that the reply goes on from, if it does.
+    `before` are the tokens of the text that the reply continues, if any.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class ReplyStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
+        """Whether a stop string was found."""
         return self._matcher.stopped
 
     @property
@@ -191,11 +191,11 @@ class ReplyStream:
         return "".join(self._shown)
 
     def push(self, token: int) -> str:
-        """What this token adds to the shown text."""
+        """Return what this token adds to the shown text."""
         return self._show(self._matcher.push(self._filter.push(self._detokeniser.push(token))))
 
     def flush(self) -> str:
-        """The rest of the shown text. Bytes of a character that was never finished are dropped."""
+        """Return the rest of the shown text. Bytes of a character that was never finished are dropped."""
         return self._show(self._matcher.flush())
 
     def _show(self, text: str) -> str:
@@ -207,5 +207,5 @@ class ReplyStream:
 
 
 def clean(text: str) -> str:
-    """A whole text as `TerminalFilter` lets it through."""
+    """Return a whole text as `TerminalFilter` lets it through."""
     return TerminalFilter().push(text)

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from openchatkit.inference.batch import rows
+from openchatkit.errors import UserError
+from openchatkit.inference.batch import questions
 from openchatkit.paths import ROOT
 from openchatkit.storage import try_lock
 
@@ -84,8 +85,8 @@ def test_each_row_is_answered_by_itself_and_in_order(batch, trained_model):
 )
 def test_a_row_that_asks_nothing_is_refused(row, message):
     data = row if isinstance(row, bytes) else json.dumps(row).encode()
-    with pytest.raises(rows.UserError) as refused:
-        rows.question(rows.decode(rows.Row(1, data)))
+    with pytest.raises(UserError) as refused:
+        questions.parse_question(questions.decode(questions.BatchRow(1, data)))
     assert str(refused.value).startswith(message)
 
 
@@ -103,7 +104,7 @@ def test_a_bad_row_is_an_error_in_its_line_and_the_others_are_done(batch, traine
 
 
 def test_a_row_beyond_the_limit_is_an_error_and_the_next_is_read(batch, trained_model, monkeypatch):
-    monkeypatch.setattr(rows, "SIZE_LIMIT", 100)
+    monkeypatch.setattr(questions, "SIZE_LIMIT", 100)
     _, lines = batch([{"prompt": "x" * 350}, {"prompt": "hello"}], trained_model, *GREEDY)
     assert lines[0]["error"] == "the row is too long: expected at most 100 bytes"
     assert (lines[1]["line"], lines[1]["reply"]) == (2, "first")

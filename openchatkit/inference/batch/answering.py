@@ -1,4 +1,4 @@
-"""Going through a batch: each row is a conversation of its own, and no row's failure is another's."""
+"""Answering a batch: each row is a conversation of its own, and a row that fails stops no other."""
 
 import hashlib
 from dataclasses import replace
@@ -8,16 +8,16 @@ import torch
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.inference import report
-from openchatkit.inference.batch import rows
-from openchatkit.inference.batch.files import Batch
-from openchatkit.inference.batch.rows import Row
+from openchatkit.inference.batch import questions
+from openchatkit.inference.batch.files import BatchFiles
+from openchatkit.inference.batch.questions import BatchRow
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.retrieval.retriever import Retriever
 
 
 def answer(
-    batch: Batch,
+    batch: BatchFiles,
     responder: Responder,
     sampling: Sampling,
     *,
@@ -27,17 +27,17 @@ def answer(
 ) -> None:
     """Answer the rows that have no line yet, with passages from the `retriever` if there is one.
 
-    With a `seed`, what is drawn for a row depends on it and on the number of the row's line alone, so it does not
-    matter where a run was stopped. Raises KeyboardInterrupt after Ctrl-C; the row it came in will be answered anew.
+    With a `seed`, the draws for a row depend only on it and on the row's line number, so it does not matter where a run
+    was stopped. Raises KeyboardInterrupt after Ctrl-C; the next run answers the interrupted row again.
     """
     with progress.bar(batch.total, "replies", unit="row", initial=batch.done) as bar:
         for row in batch.rows():
-            batch.write(row, _told(row, responder, sampling, seed, system, retriever))
+            batch.write(row, _answer_row(row, responder, sampling, seed, system, retriever))
             bar.update()
 
 
-def _told(
-    row: Row,
+def _answer_row(
+    row: BatchRow,
     responder: Responder,
     sampling: Sampling,
     seed: int | None,
@@ -48,9 +48,9 @@ def _told(
     name: dict[str, object] = {}
     text = ""
     try:
-        given = rows.decode(row)
+        given = questions.decode(row)
         name = {"id": given["id"]} if isinstance(given.get("id"), str | int) else {}
-        asked = rows.question(given, system=system)
+        asked = questions.parse_question(given, system=system)
         text = asked.conversation.turns[-1].text
         wanted = sampling if asked.max_tokens is None else replace(sampling, max_tokens=asked.max_tokens)
         generator = _generator(seed, row.number)

@@ -1,12 +1,12 @@
-"""What of a conversation fits into the model's context.
+"""The part of a conversation that fits into the model's context.
 
 The system text and the last turn always stay; the oldest question and its reply go first, as soon as less than a
 quarter of the context, or than `max_tokens`, is left for the reply. A longer reply ends where the context does, since
 most replies are much shorter than they may be.
 
-More goes than has to: the cut moves in strides of a quarter of the room, so that most turns only add to what the model
-has read already and its caches stay of use. The cut is a function of the conversation alone, the same for a shell and
-for a server that keeps nothing between two requests.
+More is dropped than necessary: the cut moves in strides of a quarter of the room, so that most turns only add to the
+text that the model has read already, and its caches stay useful. The cut is a function of the conversation alone,
+the same for a shell and for a server that keeps nothing between two requests.
 """
 
 import itertools
@@ -22,12 +22,12 @@ RESERVE = 4  # a reply is kept at most this part of the context free
 
 
 class TooLong(UserError):
-    """What the model would have to read at once is more than it can."""
+    """The prompt is longer than the model can read at once."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A conversation that fits, its prompt's token ids, and how many oldest pairs of turns had to go.
+    """A conversation that fits, its prompt's token ids, and how many of the oldest pairs of turns were dropped.
 
     `roomy` says whether the reply has all the room that is reserved for one.
     """
@@ -48,7 +48,7 @@ def fit(
 ) -> Fitted:
     """Drop oldest pairs until the prompt leaves the reply its `reserve` of `context_length` tokens.
 
-    `sizes` says about how many tokens of the prompt each of some turns takes, without passages. A `context_length` of
+    `sizes` estimates the tokens of the prompt that each of some turns takes, without passages. A `context_length` of
     None means that the model sets no limit. A last turn that is long may leave less; UserError when it leaves nothing.
     """
     tokens = encode(conversation)
@@ -58,7 +58,7 @@ def fit(
     if len(tokens) <= room:
         return Fitted(conversation, tokens, 0)
     pairs = conversation.exchanges()
-    # What the whole takes is known, so the texts of the pairs are measured once and no cut is tried in vain.
+    # The whole is measured, so the texts of the pairs are measured only once and no cut is tried in vain.
     turns = iter(sizes([turn for pair in pairs[:-1] for turn in pair]))
     weights = [sum(itertools.islice(turns, len(pair))) for pair in pairs[:-1]]
     stride = max(1, room // STRIDES)
@@ -79,7 +79,7 @@ def reserve(max_tokens: int, context_length: int) -> int:
 
 
 def check(prompt: int, context_length: int | None) -> None:
-    """Raise TooLong unless a prompt of so many tokens, which cannot be made shorter, leaves room for a reply."""
+    """Raise TooLong unless a prompt of this many tokens, which cannot be shortened, leaves room for a reply."""
     if context_length is not None and prompt >= context_length:
         raise TooLong(
             f"this needs {prompt} tokens and leaves none of the {context_length} that this model reads at once for a "
@@ -88,7 +88,7 @@ def check(prompt: int, context_length: int | None) -> None:
 
 
 def _cut(weights: list[int], least: int) -> int:
-    """How many pairs, oldest first, weigh at least so many tokens together; all of them if they do not."""
+    """How many of the oldest pairs hold at least `least` tokens together; all of them if they hold fewer."""
     together = 0
     for count, weight in enumerate(weights, 1):
         together += weight

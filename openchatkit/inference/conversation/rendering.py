@@ -12,10 +12,10 @@ from openchatkit.inference.conversation.conversation import Conversation
 
 
 class Rendering(Protocol):
-    """How a conversation is written for a model. No text in it can forge a turn.
+    """The written form of conversations for a model. No text in it can forge a turn.
 
-    `stop_strings`, and the ids of special tokens in `stop_ids`, end a reply; `separator` is what a model writes before
-    one that is no part of it.
+    `stop_strings`, and the ids of special tokens in `stop_ids`, end a reply; `separator` is text that a model writes
+    before a reply and that is not part of it.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Rendering(Protocol):
         """The prompt's token ids. UserError when this conversation cannot be written in this form."""
 
     def sizes(self, turns: Sequence[Turn]) -> list[int]:
-        """About how many tokens each of these turns takes when it is no longer the last."""
+        """Estimate the tokens that each of these turns takes when it is no longer the last."""
 
 
 class KitRendering:
@@ -41,7 +41,7 @@ class KitRendering:
 
     name = "kit"
     separator = " "
-    stop_strings = chat.STOP_STRINGS
+    stop_strings: tuple[str, ...] = chat.STOP_STRINGS
     stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -60,10 +60,10 @@ class KitRendering:
 
 
 def choose(name: str, tokenizer: Tokenizer, folder: Path) -> Rendering:
-    """The rendering that `name` means for the model in `folder`.
+    """Return the rendering that `name` means for the model in `folder`.
 
     "kit" is this kit's form, "model" the model's own chat template. "auto" is the model's, unless it has none or one
-    that this kit wrote, which says the same as the kit's form. UserError where the template is missing or broken.
+    that this kit wrote, which is equal to the kit's form. UserError where the template is missing or broken.
     """
     assert name in ("auto", "kit", "model"), name
     own = tokenizer.chat_template
@@ -82,7 +82,7 @@ def encode(tokenizer: Tokenizer, segments: Sequence[chat.Segment]) -> list[int]:
 
 
 def begun_text(text: str) -> str:
-    """How a reply begins, as it stands in a turn; the white space at its end stays, since a model goes on from it."""
+    """The beginning of a reply as in a turn, but with the white space at its end, since a model continues it."""
     return chat.content(text) + text[len(text.rstrip()) :] if text.strip() else ""
 
 

@@ -2,7 +2,7 @@
 
 A template is a program that anyone may have written, so it never sees the texts: it gets placeholders, and its output
 is cut at them. Special tokens are tokens in the template's parts alone; in questions, replies, passages and system
-texts they are characters. Marks of turns that a template writes in plain characters, such as [INST], are disarmed there.
+texts they are characters. Marks of turns that a template writes in plain characters, [INST] say, are disarmed there.
 
 A template's changes to a text itself are not applied, with two exceptions: white space around it is stripped, and a
 model's thoughts before an earlier reply are removed where its template removes them. The date preamble belongs to the

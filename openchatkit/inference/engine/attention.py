@@ -1,14 +1,15 @@
-"""Attention for one text on the CPU, hung into transformers' models by their official interfaces.
+"""Attention for one text on the CPU, registered for transformers' models through their official interfaces.
 
-Owns how it is computed there, not what is computed: that is transformers' `sdpa` and `eager` attention, which the tests
+Owns how it is computed there, not the result: that is transformers' `sdpa` and `eager` attention, which the tests
 compare it with. Nothing here keeps a mask for the whole square of queries and keys: one query needs none, and several
-behind a text that was read before take it in pieces.
+queries after a text that was read before take it in blocks.
 
 torch's CPU kernel is slow for a single query in bfloat16, so keys and values are best kept in float32
 (`CACHE_DTYPE`), whatever the model computes in; the products are then computed in float32 too.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ _BLOCK = 256
 
 
 def use(model: PreTrainedModel) -> bool:
-    """Let `model` attend by this module if its family is one that is known; whether it does."""
+    """Let `model` attend by this module if its family is a known one; return whether it does."""
     if model.config.model_type == "gptj" and (modules := hf_transformers.gptj_attentions(model)):
-        # They take no interface: each computes in a method, which takes the mask from the model.
+        # They take no interface: each computes in a method, which gets the mask from the model.
+        module: Any
         for module in modules:
             module._attn = functools.partial(_gptj_attention, float(module.scale_attn))
         return True
@@ -40,8 +42,8 @@ def use(model: PreTrainedModel) -> bool:
     return False
 
 
-def mask(*, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **options: object) -> Tensor | None:
-    """None for plain causality, that is when the last query is at the last key's place; else transformers' mask."""
+def mask(*, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **options: Any) -> Tensor | None:
+    """None for plain causal attention, where the last query is at the last key's position; else transformers' mask."""
     padding = options.get("attention_mask")
     plain = (
         options.get("mask_function", causal_mask_function) is causal_mask_function
@@ -67,7 +69,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' interface: query [batch, heads, queries, size], key and value [batch, fewer heads, keys, size].
 
-    Without a mask the queries stand at the last places of the keys and see no later ones. Returns [batch, queries,
+    Without a mask the queries are at the last positions of the keys and see no later ones. Returns [batch, queries,
     heads, size] in the query's precision; it is computed in the key's.
     """
     dtype, query = query.dtype, query.to(key.dtype)
@@ -75,7 +77,7 @@ def attention(
         attend = functools.partial(scaled_dot_product_attention, attn_mask=attention_mask, enable_gqa=True)
         output = attend(query, key, value, scale=scaling)
     elif query.shape[2] == 1:
-        # The queries that share a head of keys can stand in a row, since all see every key.
+        # The queries that share a head of keys can form one sequence, since all see every key.
         packed = query.reshape(*key.shape[:2], -1, query.shape[-1])
         output = scaled_dot_product_attention(packed, key, value, scale=scaling).reshape(query.shape)
     else:

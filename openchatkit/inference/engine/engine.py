@@ -10,7 +10,7 @@ regenerating and editing need no call, and a turn costs its own tokens.
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from openchatkit.errors import UserError
-from openchatkit.inference.engine.prefix_cache import KVSlot, PrefixCache
+from openchatkit.inference.engine.prefix_cache import Cancelled, KVSlot, PrefixCache
 from openchatkit.inference.engine.runner import CompiledRunner, ModelRunner, can_compile
 from openchatkit.inference.engine.sampling import Sampling, check_finite, choose, mark_seen
 from openchatkit.inference.engine.speculation import PromptLookup, Speculation
@@ -92,7 +92,7 @@ class Engine:
         statistics: Statistics | None = None,
         lookup: bool = False,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Yield at most `sampling.max_tokens` new token ids; end-of-text ends them and is not yielded.
 
         The context's end ends them too. `generator` is a CPU generator, so that a seed means the same draws on every
@@ -110,9 +110,10 @@ class Engine:
         limit = most_tokens(len(prompt), sampling.max_tokens, self.context_length)
         text = PromptLookup(prompt, length=self.runner.draft_length) if lookup and self.runner.croppable else None
         speculation = Speculation()
-        with self._freeing_memory():
-            logits = slot.prefill(prompt, cancelled=cancelled)  # [1 + draft, vocabulary]
-        if logits is None:
+        try:
+            with self._freeing_memory():
+                logits = slot.prefill(prompt, cancelled=cancelled)  # [1 + draft, vocabulary]
+        except Cancelled:
             return
         seen = None if sampling.repetition_penalty == 1 else mark_seen(prompt, logits)
         while True:

@@ -37,9 +37,10 @@ class GrowingLayer(CacheLayerMixin):
         """Append keys and values; return all that are held, as views."""
         new = key_states.shape[-2]
         start, end = self._length, self._length + new
-        if self._buffers is None or end > self._buffers[0].shape[-2]:
-            self._grow(end, key_states, value_states)
-        keys, values = self._buffers
+        buffers = self._buffers
+        if buffers is None or end > buffers[0].shape[-2]:
+            buffers = self._buffers = self._grow(end, key_states, value_states)
+        keys, values = buffers
         keys.narrow(2, start, new).copy_(key_states)
         values.narrow(2, start, new).copy_(value_states)
         self._length = end
@@ -67,7 +68,7 @@ class GrowingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: the first update makes the buffers, since it knows how much it needs."""
 
-    def _grow(self, needed: int, *states: torch.Tensor) -> None:
+    def _grow(self, needed: int, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # By half each time, so that a token costs the copying of a few, however long the text becomes.
         capacity = max(needed + needed // 2, MIN_CAPACITY)
         if self._limit is not None:
@@ -76,10 +77,10 @@ class GrowingLayer(CacheLayerMixin):
         for index, state in enumerate(states):
             shape = (*state.shape[:2], capacity, state.shape[3])
             buffer = torch.empty(shape, dtype=self._dtype or state.dtype, device=state.device)
-            if self._length:
+            if self._buffers is not None:
                 buffer.narrow(2, 0, self._length).copy_(self._buffers[index].narrow(2, 0, self._length))
             grown.append(buffer)
-        self._buffers = (grown[0], grown[1])
+        return grown[0], grown[1]
 
 
 class GrowingCache(Cache):
@@ -91,6 +92,7 @@ class GrowingCache(Cache):
     def truncate(self, length: int) -> None:
         """Hold only the first `length` tokens, in every layer."""
         for layer in self.layers:
+            assert isinstance(layer, GrowingLayer), layer
             layer.truncate(length)
 
 

@@ -1,9 +1,9 @@
 """Linear layers for inference: with weights of 8 bits, and with weights in the form that this processor reads fastest.
 
-Owns the choice; the operators of torch are `libraries.pytorch`'s. A reply is made one token at a time, and reading the
-weights is then what takes the time: 8 bits are half the bytes of bfloat16. A prompt is read many tokens at once, and
-arithmetic is what takes it: in 16 bits that is slow where the processor has no instructions for them, so that weights
-are widened to float32 there, a block at a time.
+Owns the choice; the operators of torch are `libraries.pytorch`'s. A reply is generated one token at a time, and reading
+the weights then takes most of the time: 8 bits are half the bytes of bfloat16. A prompt is read many tokens at once,
+and arithmetic then takes most of it: in 16 bits that is slow where the processor has no instructions for them, so there
+weights are widened to float32, a block at a time.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class Int8Linear(nn.Module):
     is made on `device`, whatever holds the original. Symmetric and weight-only, as in gpt-fast.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         weight, scale = quantise(linear.weight.detach(), device=device, scale_dtype=step_dtype(dtype))
@@ -55,7 +60,7 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> "Int8Linear":
-        """The layer of weights that were quantised before, where they are."""
+        """The layer of weights that were quantised before, on their device."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._hold(weight, scale, bias, dtype)
@@ -78,6 +83,8 @@ class Int8Linear(nn.Module):
 class PackedLinear(nn.Module):
     """nn.Linear in `dtype` with its weights copied into oneDNN's own layout; equal up to the order of additions."""
 
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -93,6 +100,9 @@ class NarrowLinear(nn.Module):
 
     The weights stay where they are if they are of `dtype`: in a mapped file, or shared.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -145,7 +155,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, room: float) -> None:
 
 
 def convert(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> None:
-    """Bring what parameters are left to a precision; buffers, as those of angles, keep theirs."""
+    """Convert the remaining parameters to a precision; buffers, such as those of angles, keep theirs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
 
@@ -178,7 +188,9 @@ def linear_names(model: nn.Module) -> list[str]:
     """
     modules = dict(model.named_modules())
     read = {
-        f"{name}.{path}".removeprefix(".") for name, module in modules.items() for path in _weights_read(type(module))
+        f"{name}.{path}".removeprefix(".")
+        for name, module in modules.items()
+        for path in _weights_read(type(module))  # type: ignore[arg-type]  # a class is hashable
     }
     return [name for name, module in modules.items() if type(module) is nn.Linear and name not in read]
 
@@ -196,17 +208,17 @@ def _weights_read(kind: type) -> frozenset[str]:
 
 def linear_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """The size in `dtype` of the weights of these layers, one that shares the embedding's included."""
-    return sum(model.get_submodule(name).weight.numel() for name in linear_names(model)) * dtype.itemsize
+    return sum(model.get_parameter(f"{name}.weight").numel() for name in linear_names(model)) * dtype.itemsize
 
 
 def replace(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module], description: str) -> None:
-    """Put what `make` makes of its name and itself in the place of the linear layers, one after the other.
+    """Replace each linear layer by `make` of its name and itself, one after the other.
 
-    Each original goes before the next is looked at, so that two models are never in memory. An embedding that the
+    Each original is freed before the next is replaced, so that two models are never in memory. An embedding that the
     output layer shares stays as it is.
     """
     names = linear_names(model)
     with bar(len(names), description, unit="layer", leave=False, delay=1) as progress:
         for name in names:
-            model.set_submodule(name, make(name, model.get_submodule(name)))
+            model.set_submodule(name, make(name, cast(nn.Linear, model.get_submodule(name))))
             progress.update()

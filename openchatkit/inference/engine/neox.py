@@ -1,15 +1,16 @@
 """GPT-NeoX's forward pass for one text on the CPU, in few operators.
 
-Owns how it is computed, not what: transformers' own forward is the test's oracle, and still runs for anything but the
-next tokens of one text over a `GrowingCache`. At one token a pass, starting operators takes as long as the small ones
-compute, so rotary positions are applied to queries and keys together, from a table that is made once, and modules are
-looked up once.
+Owns how it is computed, not the result: transformers' own forward is the tests' oracle, and still runs for anything but
+the next tokens of one text over a `GrowingCache`. At one token a pass, starting a small operator takes as long as
+computing it, so rotary positions are applied to queries and keys together, from a table that is made once, and modules
+are looked up once.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +27,26 @@ _Map = Callable[[Tensor], Tensor]  # [tokens, width] -> [tokens, another width]
 
 
 def use(model: PreTrainedModel) -> bool:
-    """Let a GPT-NeoX whose parts are known be run by this module; whether it does.
+    """Let this module run a GPT-NeoX whose parts are known; return whether it does.
 
-    Call it when linear layers are in their places and packed: those that are replaced later are not seen.
+    Call it when linear layers have been replaced and packed: it does not see those that are replaced later.
     """
     name = hf_transformers.cache_argument(model)
     if model.config.model_type != "gpt_neox" or name is None or not _positions_are_plain(model):
         return False
     try:
         step = _Step(model)
-    except AttributeError:  # a release of transformers that calls the parts otherwise
+    except AttributeError:  # a release of transformers with other names for the parts
         return False
     original, known = model.forward, {"input_ids", "use_cache", "logits_to_keep", name}
 
     @functools.wraps(original)
-    def forward(*args: object, **options: object) -> object:
+    def forward(*args: Any, **options: Any) -> Any:
         cache, ids = options.get(name), options.get("input_ids")
-        if args or options.keys() - known or not isinstance(cache, GrowingCache) or len(ids) != 1 or model.training:
+        one_text = isinstance(cache, GrowingCache) and ids is not None and len(ids) == 1
+        if args or options.keys() - known or not one_text or model.training:
             return original(*args, **options)
-        return SimpleNamespace(logits=step(ids[0], cache, options.get("logits_to_keep", 0)))
+        return SimpleNamespace(logits=step(options["input_ids"][0], options[name], options.get("logits_to_keep", 0)))
 
     model.forward = forward
     return True
@@ -69,7 +71,7 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's parts. Attribute look-ups of modules are slow: 260 a token took as long as the norms compute."""
+    """One layer's parts. Attribute look-ups of modules are slow: 260 a token took as long as computing the norms."""
 
     attention: nn.Module
     scale: float
@@ -81,7 +83,7 @@ class _Layer:
     narrow: _Map
 
     @classmethod
-    def of(cls, layer: nn.Module) -> "_Layer":
+    def of(cls, layer: Any) -> "_Layer":
         attend, mlp = layer.attention, layer.mlp
         return cls(
             attention=attend,
@@ -102,7 +104,7 @@ class _Step:
     """The next tokens of a text through the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        body = model.gpt_neox
+        body: Any = model.gpt_neox
         self._embed = body.embed_in.forward
         self._layers = [_Layer.of(layer) for layer in body.layers]
         self._norm = _norm(body.final_layer_norm)
@@ -112,11 +114,11 @@ class _Step:
         self._parallel = model.config.use_parallel_residual
 
     def __call__(self, ids: Tensor, cache: GrowingCache, keep: int) -> Tensor:
-        """Logits [1, keep, vocabulary] behind the last `keep` of `ids` [tokens]; all of them where it is 0."""
+        """Logits [1, keep, vocabulary] after the last `keep` of `ids` [tokens]; after all of them where it is 0."""
         start = cache.get_seq_length()
         cos, sin = self._rotary(start, start + len(ids))
         x = self._embed(ids)  # [tokens, width]
-        for layer, held in zip(self._layers, cache.layers, strict=True):
+        for layer, held in zip(self._layers, cast(list[GrowingLayer], cache.layers), strict=True):
             attended = self._attend(layer, layer.norms[0](x), held, cos, sin)
             if self._parallel:
                 x = layer.mlp(x).add_(attended).add_(x)
@@ -126,7 +128,7 @@ class _Step:
         return self._head(self._norm(x[-keep:]))[None]
 
     def _attend(self, layer: _Layer, x: Tensor, held: GrowingLayer, cos: Tensor, sin: Tensor) -> Tensor:
-        """Self-attention of x [tokens, width] over what `held` holds and x itself."""
+        """Self-attention of x [tokens, width] over x and the tokens in `held`."""
         qkv = layer.query_key_value(x).view(len(x), self._heads, 3, -1).float()
         rotated = qkv[..., :2, : cos.shape[-1]]  # of queries and keys, [tokens, heads, 2, rotated]
         first, second = rotated.chunk(2, dim=-1)
@@ -144,5 +146,5 @@ def _norm(layer: nn.LayerNorm) -> _Map:
 
 
 def _positions_are_plain(model: PreTrainedModel) -> bool:
-    """Whether positions are turned by angles that do not depend on how long the text is."""
+    """Whether the rotary angles of a position do not depend on the length of the text."""
     return (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in ("default", "linear")

@@ -18,6 +18,10 @@ CHUNK = 512
 MAX_SINGLE_STEPS = 32
 
 
+class Cancelled(Exception):
+    """The reading of a prompt was cancelled."""
+
+
 class KVSlot:
     """One text's KV cache, and the tokens that it holds."""
 
@@ -54,20 +58,19 @@ class KVSlot:
             self._runner.truncate(self._cache, length)
         self._uncertain = False
 
-    def prefill(self, prompt: Sequence[int], *, cancelled: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+    def prefill(self, prompt: Sequence[int], *, cancelled: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Read the part of `prompt` that is not held; the logits after its last token, float32 [1, vocabulary].
 
-        `cancelled` is called before each chunk; once it is true, the chunks read so far are kept and None is returned.
+        `cancelled` is called before each chunk. Once it is true, Cancelled is raised, and the chunks read are kept.
         """
         size = CHUNK if not self._runner.recurrent else 1 if self.tokens else len(prompt)
-        logits = None
+        assert len(self.tokens) < len(prompt), f"a prompt of {len(prompt)} tokens, all of them held"
         for start in range(len(self.tokens), len(prompt), size):
             if cancelled():
-                return None
+                raise Cancelled
             chunk = prompt[start : start + size]
             with self._appending(chunk) as cache:
                 logits = self._runner.forward(cache, chunk, 1, held=start)
-        assert logits is not None, f"a prompt of {len(prompt)} tokens, all of them held"
         return logits
 
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:

@@ -58,7 +58,7 @@ class ModelRunner:
         cache.truncate(length)
 
     @torch.inference_mode()
-    def forward(self, cache: Cache, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
+    def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
         """Append tokens to a cache that holds `held`; logits after the last `keep` of them, [keep, vocabulary]."""
         return self._model(**self._inputs(cache, tokens, keep)).logits[0, -keep:].float()
 
@@ -83,6 +83,7 @@ class CompiledRunner(ModelRunner):
         limit: int,
         options: dict[str, Any] | None = None,
     ) -> None:
+        self._static_length = limit
         super().__init__(model, device=device, limit=limit)
         # With dynamic shapes, the second shape would make a graph that cannot be recorded.
         options = {"mode": "reduce-overhead"} if options is None else options
@@ -91,7 +92,7 @@ class CompiledRunner(ModelRunner):
         )
 
     def new_cache(self) -> Cache:
-        return StaticCache(config=self._model.config, max_cache_len=self._limit)
+        return StaticCache(config=self._model.config, max_cache_len=self._static_length)
 
     @torch.no_grad()
     def truncate(self, cache: Any, length: int) -> None:
@@ -101,7 +102,7 @@ class CompiledRunner(ModelRunner):
 
     # Not inference_mode: its tensors and those of a compiled graph may not be mixed.
     @torch.no_grad()
-    def forward(self, cache: Cache, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
+    def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
         """As `ModelRunner.forward`."""
         inputs = self._inputs(cache, tokens, keep)
         # The first tokens go through the plain model, which makes the buffers.

@@ -1,7 +1,7 @@
-"""How the next token is chosen from the model's logits: the settings, what they may be, and the draw.
+"""The choice of the next token from the model's logits: the settings, their valid values, and the draw.
 
-The filters and their order are those of transformers' logits processors, so that a setting means here what it means
-there: repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al.
+The filters and their order are those of transformers' logits processors, so that a setting means the
+same here: repetition penalty (Keskar et al. 2019, CTRL), temperature, top-k (Fan et al. 2018), top-p (Holtzman et al.
 2019), min-p (Nguyen et al. 2024).
 """
 
@@ -38,17 +38,17 @@ class Sampling:
 
 
 def check(sampling: Sampling) -> None:
-    """UserError, naming the setting, what was given and what is expected, unless every setting makes sense."""
+    """Raise UserError, with the setting, its value and the expected ones, unless every setting is valid."""
     for name, (kind, allowed, expected) in _RULES.items():
         value = getattr(sampling, name)
         # A bool is an int to Python, and numbers from JSON may be ints where a fraction is meant.
         right = isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
         if not (right and allowed(value)):
-            raise _refused(name, value, expected)
+            raise _invalid(name, value, expected)
 
 
-def changed(sampling: Sampling, name: str, text: str) -> Sampling:
-    """The settings with one of them, named as the field, read from what a user typed; UserError as `check`'s."""
+def change(sampling: Sampling, name: str, text: str) -> Sampling:
+    """Return the settings with the field `name` read from what a user typed; UserError as `check`'s."""
     name = name.replace("-", "_")
     if name not in _RULES:
         raise UserError(f"there is no setting {name!r}: expected one of {', '.join(_RULES)}")
@@ -58,7 +58,7 @@ def changed(sampling: Sampling, name: str, text: str) -> Sampling:
     except ValueError:
         value = None
     if value is None:
-        raise _refused(name, text, expected)
+        raise _invalid(name, text, expected)
     new = replace(sampling, **{name: value})
     check(new)
     return new
@@ -84,14 +84,14 @@ def choose(
         check_finite(best.item())
         return int(token)
     tokens, weights = _candidates(logits, sampling)
-    drawn = torch.multinomial(weights, 1, generator=generator).item()
+    drawn = int(torch.multinomial(weights, 1, generator=generator))
     return drawn if tokens is None else int(tokens[drawn])
 
 
 def mark_seen(tokens: Iterable[int], logits: torch.Tensor) -> torch.Tensor:
-    """What `choose` calls `seen` for logits [..., vocabulary], on their device."""
+    """The argument `seen` of `choose` for logits [..., vocabulary], on their device."""
     size = logits.shape[-1]
-    # Some models have embeddings for more tokens than they can say.
+    # Some models have embeddings for more tokens than they have logits.
     ids = sorted(token for token in set(tokens) if token < size)
     return (
         torch.zeros(size, dtype=torch.bool).index_fill_(0, torch.tensor(ids, dtype=torch.long), True).to(logits.device)
@@ -99,7 +99,7 @@ def mark_seen(tokens: Iterable[int], logits: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The ids of the kept tokens (None: each stands at its own place) and their weights, float64 on the CPU."""
+    """The ids of the kept tokens (None: every id, in order) and their weights, float64 on the CPU."""
     count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     tokens = None
     if count < logits.shape[-1] or sampling.top_p < 1:
@@ -107,7 +107,7 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor 
     values = logits.cpu().double()
     largest = values[0] if tokens is not None else values.max()
     check_finite(largest.item())
-    # The largest is taken off first, in float64: a tiny temperature must make no infinities and no zero to divide by.
+    # The largest is subtracted first, in float64: a tiny temperature must make no infinities and no zero to divide by.
     weights = torch.softmax((values - largest) / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         before = weights.cumsum(dim=-1) - weights
@@ -127,12 +127,12 @@ def check_finite(largest: float) -> None:
         )
 
 
-def _refused(name: str, given: object, expected: str) -> UserError:
+def _invalid(name: str, given: object, expected: str) -> UserError:
     shown = repr(given)
     return UserError(f"{name} {shown if len(shown) <= 40 else shown[:40] + '...'}: expected {expected}")
 
 
-# Comparisons with not-a-number are false, so it is refused wherever a bound is asked for.
+# Comparisons with not-a-number are false, so any bound refuses it.
 _RULES: dict[str, tuple[type, Callable[..., bool], str]] = {
     "max_tokens": (int, lambda value: value >= 1, "a whole number of at least 1"),
     "sample": (bool, lambda value: True, "yes or no"),

@@ -1,6 +1,6 @@
 """A loaded model's linear layers in 8 bits, quantised once: the next time they are mapped from the disk.
 
-Owns what is kept; how a weight is quantised is `linear`'s, where it is kept `formats.int8_cache`'s.
+Owns what is cached; how a weight is quantised is `linear`'s, where it is cached `formats.int8_cache`'s.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ from openchatkit.formats import int8_cache
 from openchatkit.inference.engine import linear
 from openchatkit.inference.engine.linear import Int8Linear
 
-# Of fewer numbers than this, making them costs less than finding them again.
+# Fewer weights than this are quantised faster than their cache is found.
 SMALLEST = 10**6
+_PARTS = ("weight", "scale")
 
 
 def quantise(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -28,7 +29,7 @@ def quantise(model: nn.Module, folder: Path, device: torch.device, dtype: torch.
     if kept is not None and _fits(kept, model, linear.step_dtype(dtype)):
 
         def make(name: str, layer: nn.Linear) -> Int8Linear:
-            weight, scale = (kept[f"{name}.{part}"].to(device) for part in ("weight", "scale"))
+            weight, scale = (kept[f"{name}.{part}"].to(device) for part in _PARTS)
             bias = None if layer.bias is None else layer.bias.detach().to(device, dtype)
             return Int8Linear.of(weight, scale, bias, dtype=dtype)
 
@@ -38,8 +39,8 @@ def quantise(model: nn.Module, folder: Path, device: torch.device, dtype: torch.
         linear.replace(model, lambda _, layer: Int8Linear(layer, device=device, dtype=dtype), "loading")
         if path:
             layers = {name: model.get_submodule(name) for name in names}
-            parts = {f"{name}.weight": layer.weight for name, layer in layers.items()}
-            int8_cache.write(path, parts | {f"{name}.scale": layer.scale for name, layer in layers.items()})
+            parts = {f"{name}.{part}": layer.get_buffer(part) for name, layer in layers.items() for part in _PARTS}
+            int8_cache.write(path, parts)
     linear.convert(model, dtype, device)
     model.to(device)
 
@@ -58,7 +59,7 @@ def _fits(kept: Mapping[str, Tensor], model: nn.Module, step_dtype: torch.dtype)
     """Whether tensors are those of the model's linear layers."""
     expected = {}
     for name in linear.linear_names(model):
-        shape = model.get_submodule(name).weight.shape
+        shape = model.get_parameter(f"{name}.weight").shape
         expected[f"{name}.weight"] = (torch.int8, shape)
         expected[f"{name}.scale"] = (step_dtype, shape[:1])
     return expected == {name: (tensor.dtype, tensor.shape) for name, tensor in kept.items()}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
@@ -104,7 +105,7 @@ def load(
                 # Copies of weights in mapped files free nothing, so they need room; a fifth is left for the rest.
                 linear.prepare(model, precision, room=0.8 * placement.available_memory())
             elif not options:
-                model.to(device)
+                nn.Module.to(model, device)
     # A model spread over several devices keeps its own attention.
     fast = device.type == "cpu" and attention.use(model)
     if fast:
@@ -135,7 +136,7 @@ def _find_folder(name: str) -> Path:
 def _load_model(folder: Path, dtype: torch.dtype | str, options: Mapping[str, Any]) -> PreTrainedModel:
     """The model as transformers loads it: without `options`, mapped if it is stored in `dtype` ("auto" is that)."""
     with _one_line_errors(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -144,6 +145,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str, options: Mapping[str, An
             ignore_mismatched_sizes=True,  # to name the tensor below
             **options,
         )
+    model, info = loaded
     if mismatched := sorted(info["mismatched_keys"]):
         key, stored, expected = mismatched[0]
         raise UserError(

@@ -1,11 +1,12 @@
-"""Where a model's weights go and how precise they are: devices, shares of memory, bitsandbytes.
+"""The placement and precision of a model's weights: devices, shares of memory, bitsandbytes.
 
-Owns the choice, and refusing what cannot be; `loader` carries it out.
+Owns the choice, and refuses combinations that cannot work; `loader` carries it out.
 """
 
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def choose_device(gpu_id: int, gpu_gib: Mapping[int, float] | None) -> torch.dev
 def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
     """Return the precision that `name` means to compute in.
 
-    "int8" is of the weights alone: it computes as "auto" does, on the CPU in bfloat16, which its operator is made for.
+    "int8" applies to the weights alone: it computes as "auto" does, but on the CPU in bfloat16, as its operator needs.
     """
     if name == "int8" and device.type == "cpu":
         return torch.bfloat16
@@ -41,14 +42,14 @@ def choose_dtype(name: str, device: torch.device, parameters: int) -> torch.dtyp
 
 
 def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib: float | None) -> dict[str, object]:
-    """The options of `from_pretrained` that put weights where they belong; none leaves them in main memory."""
+    """The options of `from_pretrained` that put weights where they belong; an empty dict leaves them in main memory."""
     has_accelerate = importlib.util.find_spec("accelerate") is not None
     if gpu_gib is None and cpu_gib is None:
         # Straight to the GPU, so that main memory need not hold the model too.
         return {"device_map": {"": device}} if device.type == "cuda" and has_accelerate else {}
     if not has_accelerate:
         raise UserError("-g and -r need accelerate, which is not installed: pip install accelerate")
-    import psutil  # accelerate needs it, so it is there
+    import psutil  # type: ignore[import-untyped]  # accelerate needs it, so it is there
 
     limits: dict[int | str, int] = {number: int(gib * GIB) for number, gib in (gpu_gib or {}).items()}
     if gpu_gib is None and device.type == "cuda":
@@ -101,7 +102,7 @@ def check_combination(dtype: str, bits: int | None, gpu_gib: Mapping[int, float]
 
 def check_four_bits(model: nn.Module, device: torch.device) -> None:
     """UserError where bitsandbytes would fail at the first token: on the CPU it packs 64 inputs by 32 outputs."""
-    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     odd = [layer for layer in layers if layer.in_features % 64 or layer.out_features % 32]
     if device.type == "cpu" and odd:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The flags that let a chat look things up, and the index that they name."""
+"""The flags of retrieval in a chat, and opening the index that they name."""
 
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ DEFAULT_K = 3  # passages
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """--retrieval and what goes with it."""
+    """Add --retrieval and the flags that go with it."""
     flags.add_argument(
         "--retrieval",
         nargs="?",
@@ -52,41 +52,41 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Retriever | None":
     """Open the index that the flags name, and load its encoder; None when they name none.
 
-    UserError when it is not there, or is not whole, or its encoder cannot be had.
+    UserError when it is missing or incomplete, or its encoder is missing.
     """
     if given.retrieval is None:
         return None
     from openchatkit.inference.retrieval.retriever import Retriever
     from openchatkit.retrieval.reloading_index import ReloadingIndex
 
-    folder, wikipedia = _named(given)
+    folder, wikipedia = _find_index(given)
     if wikipedia:
-        searcher = _wikipedia(folder, given.retrieval_encoder, given.retrieval_device, announce)
+        searcher = _open_wikipedia(folder, given.retrieval_encoder, given.retrieval_device, announce)
     else:
-        searcher = _own(folder, given.retrieval_encoder, given.retrieval_device, announce)
-        if not getattr(given, "batch", None):  # whose rows are all answered from one generation: see `contents`
+        searcher = _open_index(folder, given.retrieval_encoder, given.retrieval_device, announce)
+        if not getattr(given, "batch", None):  # whose rows are all answered from one snapshot: see `contents_digest`
             searcher = ReloadingIndex(searcher)
     if given.retrieval_reranker:
-        searcher = _reranked(searcher, given.retrieval_reranker, given.retrieval_device, announce)
+        searcher = _add_reranker(searcher, given.retrieval_reranker, given.retrieval_device, announce)
     return Retriever(searcher, k=given.retrieval_k)
 
 
-def contents(given: argparse.Namespace) -> str | None:
-    """A digest of what the index that the flags name holds, wherever it lies; None when they name none.
+def contents_digest(given: argparse.Namespace) -> str | None:
+    """A digest of the contents of the index that the flags name, whatever its folder; None when they name none.
 
-    UserError when there is none.
+    UserError when it is missing.
     """
     if given.retrieval is None:
         return None
     from openchatkit.formats import manifest, retrieval_index, wikipedia_index
 
-    folder, wikipedia = _named(given)
+    folder, wikipedia = _find_index(given)
     (wikipedia_index.check if wikipedia else retrieval_index.read)(folder)  # says what is missing
     digests = sorted(file.sha256 for file in manifest.read(folder).files.values())
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def _named(given: argparse.Namespace) -> tuple[Path, bool]:
+def _find_index(given: argparse.Namespace) -> tuple[Path, bool]:
     """The folder of the index that the flags name, and whether it is Wikipedia's."""
     from openchatkit.formats import wikipedia_index
 
@@ -96,7 +96,7 @@ def _named(given: argparse.Namespace) -> tuple[Path, bool]:
     return folder, wikipedia_index.is_one(folder)
 
 
-def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> "Index":
+def _open_index(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> "Index":
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.index import Index
 
@@ -105,14 +105,14 @@ def _own(folder: Path, encoder: str | None, device: str, announce: Callable[[str
         index.close()
         loaded = Encoder(encoder or made_with.name, device, made_with.max_tokens)
         announce(f"loading {loaded.name} to look things up in {folder}")
-        _fetch(loaded, folder)
+        _check_encoder(loaded, folder)
         index = Index.open(folder, loaded, device=device)
         index.encode("ready?")
         index.to_gpus()
     return index
 
 
-def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Searcher:
+def _open_wikipedia(folder: Path, encoder: str | None, device: str, announce: Callable[[str], None]) -> Searcher:
     from openchatkit.inference.retrieval.retriever import WikipediaSearcher
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.wikipedia.index import ENCODER, WikipediaIndex
@@ -120,12 +120,12 @@ def _wikipedia(folder: Path, encoder: str | None, device: str, announce: Callabl
     loaded = Encoder(encoder or ENCODER, device)
     index = WikipediaIndex(folder, loaded)
     announce(f"loading {loaded.name} to look things up in Wikipedia")
-    _fetch(loaded, folder)
+    _check_encoder(loaded, folder)
     index.encoder.encode(["ready?"], query=True)
     return WikipediaSearcher(index)
 
 
-def _reranked(searcher: Searcher, name: str, device: str, announce: Callable[[str], None]) -> Searcher:
+def _add_reranker(searcher: Searcher, name: str, device: str, announce: Callable[[str], None]) -> Searcher:
     from openchatkit.retrieval.rerank import Reranked, Reranker
 
     reranker = Reranker(name, device)
@@ -134,7 +134,7 @@ def _reranked(searcher: Searcher, name: str, device: str, announce: Callable[[st
     return Reranked(searcher, reranker)
 
 
-def _fetch(encoder: "Encoder", folder: Path) -> None:
+def _check_encoder(encoder: "Encoder", folder: Path) -> None:
     try:
         _ = encoder.folder
     except UserError as error:

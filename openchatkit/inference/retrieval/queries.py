@@ -1,14 +1,14 @@
-"""What to search for when a question is asked in a conversation.
+"""Search queries for a question that is asked in a conversation.
 
-The rules are few and of English words; a question in another language is searched for as it stands. They say what is
-tried first, and not whether a question has an answer: that "fine" and "mine" are what a question is about, no list of
-words can tell, and the index, which knows how near is near enough, finds nothing for small talk.
+The rules are few and of English words; a question in another language is searched for as it stands. They order the
+queries, and do not judge whether a question has an answer: no list of words can tell that a question is about "fine" or
+"mine", and the index, which knows how near is near enough, finds nothing for small talk.
 
 - A mere greeting ("hello", "thank you") is not searched for.
-- A question that says nothing by itself ("why?", "tell me more") is searched for behind the last question that says
-  something, then as it stands; one that is short and points back ("who built it?"), behind that question alone.
-- One with words of small talk and no others that say something ("that's fine"), is searched for as it stands.
-- Any other is searched for as it stands; a short one for which nothing is found, then behind the last, too.
+- A question without telling words ("why?", "tell me more") is searched for after the last question with some, then as
+  it stands; one that is short and points back ("who built it?"), only after that question.
+- One with words of small talk and no telling words ("that's fine") is searched for as it stands.
+- Any other is searched for as it stands; a short one for which nothing is found, then after the last question, too.
 """
 
 import re
@@ -16,12 +16,12 @@ from collections.abc import Sequence
 
 from openchatkit.formats.chat import Turn
 
-SHORT = 3  # words that say something
-_WORD = re.compile(r"(?<![\w'\u2019])[^\W_]\w*")  # of "isn't" and "it's", what stands before the apostrophe
+SHORT = 3  # telling words
+_WORD = re.compile(r"(?<![\w'\u2019])[^\W_]\w*")  # of "isn't" and "it's", the part before the apostrophe
 
 
 def queries(turns: Sequence[Turn]) -> list[str]:
-    """What to search for, in this order until something is found; `turns` end with the question."""
+    """Queries to try in this order until something is found; `turns` end with the question."""
     *before, question = turns
     all_words = _WORD.findall(question.text.lower())
     telling = telling_words(question.text)
@@ -41,7 +41,7 @@ def queries(turns: Sequence[Turn]) -> list[str]:
 
 
 def telling_words(text: str) -> list[str]:
-    """The words that say what a text is about."""
+    """The words that tell what a text is about."""
     return [word for word in _WORD.findall(text.lower()) if word not in _EMPTY]
 
 

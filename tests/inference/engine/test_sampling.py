@@ -16,7 +16,7 @@ from transformers import (
 
 from openchatkit.errors import UserError
 from openchatkit.inference.engine import sampling as settings
-from openchatkit.inference.engine.sampling import Sampling, changed, check, choose, mark_seen
+from openchatkit.inference.engine.sampling import Sampling, change, check, choose, mark_seen
 
 VOCABULARY = 200
 SEEN = [3, 5, 5, 199, 40]
@@ -141,7 +141,7 @@ def test_a_setting_that_makes_no_sense_is_named(name, value, expected):
 )
 def test_a_setting_is_changed_by_its_name(name, text, value):
     before = Sampling(max_tokens=9, top_p=0.5)
-    after = changed(before, name, text)
+    after = change(before, name, text)
     field = name.replace("-", "_")
     assert getattr(after, field) == value
     assert after == Sampling(**{"max_tokens": 9, "top_p": 0.5, field: value})
@@ -160,5 +160,5 @@ def test_a_setting_is_changed_by_its_name(name, text, value):
 )
 def test_what_cannot_be_set_is_said_in_one_line(name, text, said):
     with pytest.raises(UserError, match=said) as refused:
-        changed(Sampling(), name, text)
+        change(Sampling(), name, text)
     assert len(str(refused.value)) < 200

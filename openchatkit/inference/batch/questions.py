@@ -3,8 +3,8 @@
     {"prompt": "...", "passages": ["..."], "system": "...", "max_tokens": 64, "id": "..."}
     {"messages": [{"role": "user", "content": "..."}, ...], "id": 7}
 
-All but the question is optional. Keys that are none of these are refused, since a setting that is silently not heeded
-would be found out much too late.
+All but the question is optional. Other keys are refused, since a setting that is silently ignored would be noticed much
+too late.
 """
 
 import json
@@ -21,7 +21,7 @@ _KEYS = ("prompt", "messages", "passages", "system", "max_tokens", "id")
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """A line of the input that is not empty: its number, from 1, and its bytes; those of one too long are cut."""
 
     number: int
@@ -29,15 +29,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a row asks. `max_tokens` None means as the flags say."""
+class BatchQuestion:
+    """The conversation that a row asks about. `max_tokens` None means as the flags say."""
 
     conversation: Conversation
     max_tokens: int | None
 
 
-def read_row(file: BinaryIO, before: int) -> Row | None:
-    """The next row behind line `before`, or None at the end."""
+def read_row(file: BinaryIO, before: int) -> BatchRow | None:
+    """Return the next row after line `before`, or None at the end."""
     number = before
     while line := file.readline(SIZE_LIMIT + 1):
         number += 1
@@ -45,12 +45,12 @@ def read_row(file: BinaryIO, before: int) -> Row | None:
             pass
         data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if data.strip():
-            return Row(number, data.strip())
+            return BatchRow(number, data.strip())
     return None
 
 
-def decode(row: Row) -> dict[str, object]:
-    """A row's object. UserError says why it is none."""
+def decode(row: BatchRow) -> dict[str, object]:
+    """Return a row's object. UserError says why it is not one."""
     if len(row.data) > SIZE_LIMIT:
         raise UserError(f"the row is too long: expected at most {SIZE_LIMIT} bytes")
     try:
@@ -67,8 +67,8 @@ def decode(row: Row) -> dict[str, object]:
     return value
 
 
-def question(row: Mapping[str, object], *, system: str = "") -> Question:
-    """What a decoded row asks; `system` is the system text of rows without one. UserError names what is wrong."""
+def parse_question(row: Mapping[str, object], *, system: str = "") -> BatchQuestion:
+    """Return the question of a decoded row; `system` is the system text of rows without one. UserError if malformed."""
     if unknown := [key for key in row if key not in _KEYS]:
         raise UserError(f"unknown key {unknown[0][:40]!r}: expected {', '.join(_KEYS)}")
     if ("prompt" in row) == ("messages" in row):
@@ -90,7 +90,7 @@ def question(row: Mapping[str, object], *, system: str = "") -> Question:
         asked = asked.with_system(row["system"])
     elif not asked.system:
         asked = asked.with_system(system)
-    return Question(asked, _max_tokens(row.get("max_tokens")))
+    return BatchQuestion(asked, _max_tokens(row.get("max_tokens")))
 
 
 def _prompt(prompt: object) -> Conversation:
