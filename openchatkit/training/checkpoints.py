@@ -31,6 +31,8 @@ from openchatkit.training.optimizer import own_parameters
 
 WeightSource = LayerShards | Path
 
+_EIGHT_BIT = "8bit-adam"  # keeps its state in another form than the other optimizers
+
 
 def list_source_shards(stage: Stage) -> list[str]:
     """Return the shards to fill a stage from: its own, and for the projection of a tied model the embedding."""
@@ -134,18 +136,23 @@ def find_newest(root: Path, layout: Layout) -> Path | None:
     return layout.together(lambda: checkpoint.latest(root) if layout.rank == 0 else None)[0]
 
 
-def check_resume(state: dict[str, Any], *, path: Path, batch_size: int, batches_a_step: int, data: str) -> None:
-    """Raise UserError if going on from `state` would change the global batch; warn if the data changed.
-
-    `batches_a_step` is accumulation x replicas.
-    """
-    recorded, given = state["global_batch"], batch_size * batches_a_step
+def check_resume(state: dict[str, Any], settings: Settings, *, path: Path, data: str) -> None:
+    """Raise UserError if `state` cannot be resumed with these settings; warn if the data changed."""
+    batches_a_step = settings.gradient_accumulate_step * settings.data_group_size
+    recorded, given = state["global_batch"], settings.batch_size * batches_a_step
     if recorded != given:
         fits = recorded % batches_a_step == 0
         advice = f"give --batch-size {recorded // batches_a_step}" if fits else "no --batch-size makes that here"
         raise UserError(
-            f"{path} was trained with {recorded} rows a step; --batch-size {batch_size} x --gradient-accumulate-step x "
-            f"--data-group-size makes {given}: {advice}, or start a new run in another --checkpoint-path"
+            f"{path} was trained with {recorded} rows a step; --batch-size {settings.batch_size} x "
+            f"--gradient-accumulate-step x --data-group-size makes {given}: {advice}, or start a new run in another "
+            "--checkpoint-path"
+        )
+    before, now = state.get("settings", {}).get("optimizer", settings.optimizer), settings.optimizer
+    if before != now and _EIGHT_BIT in (before, now):
+        raise UserError(
+            f"{path} was trained with --optimizer {before}, whose state --optimizer {now} cannot use: give --optimizer "
+            f"{before}, or start a new run in another --checkpoint-path"
         )
     if state["data"] != data:
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)

@@ -215,14 +215,7 @@ def _find_checkpoint(settings: Settings, run: RunInputs, layout: Layout) -> Path
             "give another --checkpoint-path or move them away"
         )
     checkpoints.check_same_model(newest, run.shards.config)
-    state = checkpoint.read_state(newest)
-    checkpoints.check_resume(
-        state,
-        path=newest,
-        batch_size=settings.batch_size,
-        batches_a_step=settings.gradient_accumulate_step * layout.replicas,
-        data=run.dataset.fingerprint,
-    )
+    checkpoints.check_resume(checkpoint.read_state(newest), settings, path=newest, data=run.dataset.fingerprint)
     return newest
 
 

@@ -215,6 +215,15 @@ def test_resume_with_another_global_batch(tmp_path, flags):
     assert sorted(path.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("before", "now"), [("adamw", "8bit-adam"), ("8bit-adam", "adam")])
+def test_resume_with_an_optimizer_whose_state_has_another_form(tmp_path, flags, before, now):
+    path = run(tmp_path, flags, optimizer=before)
+    ended = ranks.train(tmp_path, {**flags, "checkpoint_path": path.parent, "total_steps": 2, "optimizer": now})
+    assert ended.statuses == [2], ended.errors
+    assert f"{path} was trained with --optimizer {before}, whose state --optimizer {now} cannot use" in ended.errors[0]
+    assert f"give --optimizer {before}" in ended.errors[0]
+
+
 def test_resume_of_another_model(tmp_path, flags, prepared):
     path = run(tmp_path, flags)
     flags = {**flags, "checkpoint_path": path.parent, "total_steps": 2}
