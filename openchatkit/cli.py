@@ -218,7 +218,7 @@ def _log_to_the_terminal() -> None:
     logger.add(progress.write, format="{message}", level="INFO")
 
 
-def _interrupted(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _print_interrupted(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
     else:
@@ -227,4 +227,4 @@ def _interrupted(kind: type[BaseException], error: BaseException, traceback: Tra
 
 # The one side effect of an import in this library. Only commands import this module, before all others: without it,
 # Ctrl-C during their further imports would print a traceback.
-sys.excepthook = _interrupted
+sys.excepthook = _print_interrupted

@@ -2,9 +2,11 @@
 
 import ast
 import importlib.metadata
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from openchatkit.paths import ROOT
 
 # A part may import itself and parts of a lower level; those of level 0 may import each other.
 LEVELS = {
-    **dict.fromkeys(("errors", "paths", "storage", "jsonl", "texts", "cli", "settings", "progress", "download", "libraries"), 0),
+    **dict.fromkeys(
+        ("errors", "paths", "storage", "jsonl", "texts", "cli", "settings", "progress", "download", "libraries"), 0
+    ),
     "models": 1,
     **dict.fromkeys(("distributed", "formats"), 2),
     "loading": 3,
@@ -207,3 +211,101 @@ def test_architecture_has_every_room():
         for room in re.findall(r"`(\w+)`", rooms)
     }
     assert named == LEVELS
+
+
+# Words that a stranger stumbles over, in what is written for readers: docstrings, comments and messages.
+ODD = re.compile(r"\b(anew|meanwhile|whoever|told|spelt|be had|for want of)\b", re.IGNORECASE)
+# A participle as a function's name says what came out; a verb says what the function does.
+PARTICIPLE = re.compile(r"_*(\w+ed|written|taken|given|chosen|seen|broken|frozen)(_(up|in|on|out|off))?")
+# Verbs that end like participles, and a format's name.
+VERBS = ("embed", "feed", "seed", "speed", "need", "restructured")
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Every docstring, comment and message of a source: (line, text)."""
+    text = path.read_text(encoding="utf-8")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def definitions(path: Path) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def test_prose_is_plain_english():
+    wrong = [
+        f"{relative(path)}:{line} {found[0]!r}"
+        for path in MODULES
+        for line, text in prose(path)
+        if " " in text and len(text) < 4000 and (found := ODD.search(text))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    wrong = []
+    for path in MODULES:
+        docstrings = [(1, ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))]
+        docstrings += [(node.lineno, ast.get_docstring(node)) for node in definitions(path)]
+        wrong += [
+            f"{relative(path)}:{line}" for line, text in docstrings if re.match(r"(What|Who|Whoever)\b", text or "")
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_are_verbs():
+    wrong = []
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not (node.returns and ast.unparse(node.returns) == "bool"):
+                if (found := PARTICIPLE.fullmatch(node.name)) and "_" not in found[1] and found[1] not in VERBS:
+                    wrong.append(f"{relative(path)}:{node.lineno} {node.name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_class_name_stands_for_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(relative(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_docstrings_and_comments_name_modules_that_exist():
+    modules = {".".join(path.relative_to(ROOT / "openchatkit").with_suffix("").parts) for path in MODULES}
+    modules = {name.removesuffix(".__init__") for name in modules}
+    wrong = []
+    for path in MODULES:
+        for line, text in prose(path):
+            for name in re.findall(r"`(?:openchatkit\.)?([a-z_0-9]+(?:\.\w+)+)`", text):
+                first, *_, last = name.split(".")
+                is_file_or_variable = last in ("json", "jsonl") or first == "progress"
+                if first in LEVELS and not is_file_or_variable and not is_defined(name, modules):
+                    wrong.append(f"{relative(path)}:{line} {name}")
+            for name in re.findall(
+                r"\b(?:openchatkit|tests|tools|training|inference|retrieval|data)/[\w/-]+\.py\b", text
+            ):
+                if not (ROOT / name).exists():
+                    wrong.append(f"{relative(path)}:{line} {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def is_defined(name: str, modules: set[str]) -> bool:
+    """Whether a dotted name is a module of the library, or a name in one."""
+    if name in modules:
+        return True
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:count])
+        if module in modules:
+            path = ROOT / "openchatkit" / Path(*parts[:count])
+            source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            return bool(re.search(rf"\b{parts[count]}\b", source.read_text(encoding="utf-8")))
+    return False

@@ -54,7 +54,7 @@ def latest(root: Path) -> Path | None:
     A `latest` that names no folder is ignored. UserError when there are checkpoints and none of them is whole:
     starting from scratch would be a silent loss.
     """
-    if (step := _named(root)) is not None and (path := find(root, step)):
+    if (step := _read_latest(root)) is not None and (path := find(root, step)):
         return path
     steps = list_steps(root)
     for step in reversed(steps):
@@ -146,7 +146,7 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _named(root: Path) -> int | None:
+def _read_latest(root: Path) -> int | None:
     try:
         return parse_step((root / LATEST).read_text(encoding="utf-8").strip())
     except (OSError, ValueError):

@@ -72,7 +72,7 @@ def read(folder: Path, *, name: str = MANIFEST) -> Manifest:
 def check_sizes(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """DamagedError for the first of `names` (default: all files) that is missing or has another size."""
     for name in manifest.files if names is None else names:
-        path, expected = folder / name, _expected(folder, manifest, name)
+        path, expected = folder / name, _look_up(folder, manifest, name)
         if not path.is_file():
             raise DamagedError(f"{path} is missing")
         if (found := path.stat().st_size) != expected.size:
@@ -104,7 +104,7 @@ def advise(what: str) -> Iterator[None]:
         raise DamagedError(f"{error}; {what}") from error
 
 
-def _expected(folder: Path, manifest: Manifest, name: str) -> FileRecord:
+def _look_up(folder: Path, manifest: Manifest, name: str) -> FileRecord:
     if name not in manifest.files:
         raise DamagedError(f"{folder / name} is not listed in {MANIFEST}")
     return manifest.files[name]
