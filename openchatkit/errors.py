@@ -8,8 +8,8 @@ RESUMABLE = 75
 class UserError(Exception):
     """An error that the user or the data causes: what was given, what was expected, what to do next.
 
-    Commands print its message as one line, without a traceback, and end with `exit_status`. `typed` is the message for a
-    person at a chat's prompt, who can act on it there.
+    Commands print its message as one line, without a traceback, and end with `exit_status`. `typed` is the message for
+    a person at a chat's prompt, who can act on it there.
     """
 
     exit_status = USER_ERROR

@@ -263,9 +263,10 @@ def test_functions_are_verbs():
     wrong = []
     for path in MODULES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and not (node.returns and ast.unparse(node.returns) == "bool"):
-                if (found := PARTICIPLE.fullmatch(node.name)) and "_" not in found[1] and found[1] not in VERBS:
-                    wrong.append(f"{relative(path)}:{node.lineno} {node.name}")
+            if not isinstance(node, ast.FunctionDef) or (node.returns and ast.unparse(node.returns) == "bool"):
+                continue
+            if (found := PARTICIPLE.fullmatch(node.name)) and "_" not in found[1] and found[1] not in VERBS:
+                wrong.append(f"{relative(path)}:{node.lineno} {node.name}")
     assert not wrong, "\n".join(wrong)
 
 
