@@ -1,4 +1,4 @@
-"""Unpacking what strangers packed: whole or not at all, and never outside the folder."""
+"""Unpacking untrusted files (`archive`, `zstandard_stream`): whole or not at all, and never outside the folder."""
 
 import gzip
 import io

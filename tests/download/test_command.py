@@ -1,4 +1,4 @@
-"""The commands that fetch data, as a user runs them: where files land, what is printed, and what never is."""
+"""The commands that fetch data (`command`, `sources`, `local`): where files land, what is printed, what never is."""
 
 import gzip
 import io

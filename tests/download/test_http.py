@@ -1,4 +1,4 @@
-"""http and https: what is broken is mended by resuming, what cannot be is refused, and no name is given too soon."""
+"""Downloads by http and https (`http`, `transfer`, `retry`, `sidecar`): resumed, checked, refused, named when whole."""
 
 import base64
 import datetime

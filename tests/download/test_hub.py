@@ -1,4 +1,4 @@
-"""The hub, asked by its real client: what comes is checked before it has a name, and every refusal says what to do."""
+"""Downloads from the hub (`hub`), by its real client: checked before they get a name; refusals say what to do."""
 
 import gzip
 import hashlib

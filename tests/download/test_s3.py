@@ -1,4 +1,4 @@
-"""S3-compatible storage, by the real client: moto's server for what is stored, ours for what breaks."""
+"""S3-compatible storage (`s3`), by the real client: moto's server for contents, ours for faults."""
 
 import base64
 import hashlib

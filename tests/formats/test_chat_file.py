@@ -1,4 +1,4 @@
-"""Saved chats: where they are, what may be their names, and that only what we wrote is read."""
+"""Saved chats: their folder, their names, and files of other programs, which are refused."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Hugging Face folders in every form, without transformers; pickles that hold more than tensors; broken ones."""
+"""Hugging Face folders (`hf_model`, `pickled`) in every form, without transformers; pickles with code; damage."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prepared folders: what can be read, and what is said when something is missing, cut, altered or foreign."""
+"""Prepared folders (`layer_shards`, `shard_writer`, `legacy`): read, resumed; missing, cut, altered, foreign files."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Manifests: what they promise, and that no flipped bit, cut or missing file goes unseen."""
+"""Manifests, by which every flipped bit, cut and missing file is found."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The `.bin/.idx` store against bytes packed by hand, and what is said of stores that are no good."""
+"""The `.bin/.idx` store against bytes packed by hand, and errors for damaged stores."""
 
 import os
 import struct

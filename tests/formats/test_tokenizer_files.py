@@ -1,4 +1,4 @@
-"""What a tokenizer's files say without being loaded, in every form that models on the hub have."""
+"""A tokenizer's files, read without loading it, in every form that models on the hub have."""
 
 import json
 
