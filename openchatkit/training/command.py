@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openchatkit.cli import command
 from openchatkit.distributed import network
@@ -49,21 +49,13 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         _warn_of_ignored_flags(settings)
     if settings.deterministic:
         device.make_deterministic()
-    rank, timeout = settings.rank, timedelta(seconds=settings.timeout)
-    own_device = device.choose_device(settings)
+    place: dict[str, Any] = {"rank": settings.rank, "timeout": timedelta(seconds=settings.timeout)}
+    place["device"] = device.choose_device(settings)
     inputs = setup.prepare_run(settings)
     try:
         if settings.world_size > 1:
-            rendezvous.connect(
-                settings.dist_url, rank=rank, world_size=settings.world_size, device=own_device, timeout=timeout
-            )
-        layout = make_layout(
-            rank=rank,
-            stages=settings.pipeline_group_size,
-            replicas=settings.data_group_size,
-            device=own_device,
-            timeout=timeout,
-        )
+            rendezvous.connect(settings.dist_url, world_size=settings.world_size, **place)
+        layout = make_layout(stages=settings.pipeline_group_size, replicas=settings.data_group_size, **place)
         with checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
             trainer, progress = setup.build_trainer(settings, inputs, layout)

@@ -1,7 +1,4 @@
-"""The device of this rank: which one it is, how memory is given out there, and whether a run gives the same bits twice.
-
-Some of it is set before torch is imported, so this module imports torch where it uses it.
-"""
+"""The device of this rank: choice, memory, determinism, profile. Some of it is set before torch is imported."""
 
 import contextlib
 import ctypes

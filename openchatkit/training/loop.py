@@ -5,7 +5,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
 
 from loguru import logger
 
@@ -39,10 +38,10 @@ class Loop:
             if self.trainer.layout.rank == 0:
                 logger.info("all {} steps are done: {}", self.total_steps, self.settings.checkpoint_path)
             return 0
-        with self._open_records(), StopRequest() as request, profiler(self.settings) as profile:
+        with self._open_records(), stop_requests() as requests, profiler(self.settings) as profile:
             while self.progress.step < self.total_steps:
                 started = time.perf_counter()
-                result = self.trainer.step(self.progress.step, self.inputs.dataset, stop=request.received)
+                result = self.trainer.step(self.progress.step, self.inputs.dataset, stop=bool(requests))
                 self._record(result, time.perf_counter() - started)
                 if profile is not None:
                     profile.step()
@@ -151,27 +150,24 @@ class Loop:
             self._ledger.close()
 
 
-class StopRequest:
-    """SIGTERM or Ctrl-C in this context: finish the step, save, stop. A second one kills."""
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C, which ask to finish the step, save and stop. A second one kills."""
+    received: list[int] = []
+    first = math.inf  # in seconds of time.monotonic()
 
-    def __init__(self) -> None:
-        self.received = False
-        self._when = math.inf  # in seconds of time.monotonic()
-
-    def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(number: int, _: object) -> None:
+        nonlocal first
         # A signal to all processes of a job reaches a rank twice: directly, and through the launcher.
-        if time.monotonic() - self._when > ECHO_SECONDS:
+        if time.monotonic() - first > ECHO_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._when = min(self._when, time.monotonic())
-        self.received = True
+        first = min(first, time.monotonic())
+        received.append(number)
+
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

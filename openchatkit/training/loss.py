@@ -88,10 +88,7 @@ class VocabularyLoss:
 
 
 class _LossWithGradientsInForward(torch.autograd.Function):
-    """The summed loss and each token's, by one pass over chunks whose forward computes all gradients too.
-
-    Backward only hands on the gradient of `hidden`.
-    """
+    """The summed loss and each token's; forward computes all gradients too, backward hands on that of `hidden`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Which weights are sound: those that a step was taken with. No checkpoint of others takes the place of theirs."""
+"""Sound weights are those that a step was taken with: no checkpoint of others takes the place of theirs."""
 
 import math
 from pathlib import Path
@@ -90,7 +90,5 @@ class Soundness:
             return f"nothing in {self.root} is known to be good"
         if self.layout.rank == 0 and saved != proven:
             checkpoint.point_to(self.root, proven)
-        return (
-            f"the same command goes on from {checkpoint.checkpoint_path(self.root, proven)}, the last one known to be "
-            "good"
-        )
+        path = checkpoint.checkpoint_path(self.root, proven)
+        return f"the same command goes on from {path}, the last one known to be good"

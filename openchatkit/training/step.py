@@ -153,12 +153,8 @@ class Trainer:
         grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
         finite = math.isfinite(grad_norm)
         applied = finite and trained_tokens > 0
-        lr = learning_rate(
-            number,
-            peak=self.schedule.peak_lr,
-            warmup_steps=self.schedule.warmup_steps,
-            total_steps=self.schedule.total_steps,
-        )
+        peak, warmup_steps, total_steps = self.schedule.peak_lr, self.schedule.warmup_steps, self.schedule.total_steps
+        lr = learning_rate(number, peak=peak, warmup_steps=warmup_steps, total_steps=total_steps)
         if applied:
             self._update(grad_norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,8 +189,8 @@ class Trainer:
             self.layout.sum_over_stages,
         )
         counts = [int(count) for count in sums["trained"].tolist()]
-        sources = tuple(map(SourceLoss, sums["source_losses"].tolist(), counts))
-        return Evaluation(sums["loss"].item() / sum(counts) if sum(counts) else math.nan, sum(counts), sources)
+        mean = sums["loss"].item() / sum(counts) if sum(counts) else math.nan
+        return Evaluation(mean, sum(counts), tuple(map(SourceLoss, sums["source_losses"].tolist(), counts)))
 
     def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
         """Return this replica's rows of a step's part. Replicas take turns by the batch, so rows follow each other."""
@@ -203,10 +199,7 @@ class Trainer:
         return dataset.batch(start, size)
 
     def _place(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return a batch's tokens and document starts on the device, and between them its target, on the CPU.
-
-        `VocabularyLoss` says why the target stays there.
-        """
+        """Return tokens, target, document starts for the pipeline; the target stays on the CPU for `VocabularyLoss`."""
         moved = batch.to(self.layout.device)
         return moved.tokens, _target(batch), moved.document_starts
 
@@ -250,13 +243,10 @@ class Trainer:
         Only the last stage has losses, and a shard's norm only the stage that has the shard: adding zeros is exact.
         """
         end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of stages
-
-        def number(value: float) -> Tensor:
-            return torch.tensor(value, dtype=torch.float64, device=loss.device)
-
-        shares = {"loss": loss.double(), "stops": number(stop), "source_losses": self._source_losses}
+        loss = loss.double()
+        shares = {"loss": loss, "stops": loss.new_tensor(stop), "source_losses": self._source_losses}
         sums = self._add_up(shares, self.layout.sum_over_replicas)
-        shares = {"squared_norms": squared_norms(self.stage), "ends_of_digests": number(end_of_digest), **sums}
+        shares = {"squared_norms": squared_norms(self.stage), "ends_of_digests": loss.new_tensor(end_of_digest), **sums}
         sums = self._add_up(shares, self.layout.sum_over_stages)
         if sums["ends_of_digests"].item() != end_of_digest * self.layout.stages:
             raise UserError(
@@ -271,10 +261,7 @@ class Trainer:
         )
 
     def _add_up(self, shares: Mapping[str, Tensor], *all_reduces: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Sum named tensors over ranks, by one call of each all-reduce for all of them; returns the sums, flat.
-
-        The tensors have one dtype and are on one device, whichever it is.
-        """
+        """Sum named tensors of one dtype, on one device, by one call of each all-reduce; returns the sums, flat."""
         flat = torch.cat([share.flatten() for share in shares.values()]).to(self.layout.device)
         for all_reduce in all_reduces:
             all_reduce(flat)

@@ -1,4 +1,4 @@
-"""Killed, stopped or moved to another layout, a run ends as if nothing had happened."""
+"""checkpoints.py: a run that is killed, stopped or moved to another layout ends with the same bits."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from openchatkit.formats import checkpoint, metrics
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.training import checkpoints, config
 from openchatkit.training.config import OptimizationSettings
-from openchatkit.training.loop import StopRequest
+from openchatkit.training.loop import stop_requests
 
 STAGES = {"pipeline_group_size": 2, "pp_mode": "1f1b"}
 LONG = {"total_steps": 60, "checkpoint_steps": 7}
@@ -36,7 +36,7 @@ def interrupted(folder: Path, flags: dict, sign: int, victims: list[int], *, aft
     processes = ranks.start(folder, flags, world_size=2)
     limit = time.monotonic() + 60
     while not any(row["step"] >= after for row in metrics.read(folder / "ckpt")):
-        assert time.monotonic() < limit, "the run did not come so far within a minute"
+        assert time.monotonic() < limit, "the run did not reach that step within a minute"
         time.sleep(0.002)
     for victim in victims:
         os.kill(processes[victim].pid, sign)
@@ -79,7 +79,7 @@ def test_no_rank_waits_longer_for_a_frozen_one_than_the_timeout(tmp_path, flags)
     [(signal.SIGTERM, [0]), (signal.SIGTERM, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1])],
     ids=str,
 )
-def test_asked_to_stop_all_ranks_save_the_same_step(tmp_path, flags, unstopped, sign, victims):
+def test_all_ranks_save_the_same_step_when_asked_to_stop(tmp_path, flags, unstopped, sign, victims):
     ended = interrupted(tmp_path, flags, sign, victims)
     assert ended.statuses == [75, 75], ended.errors
     step = int(checkpoint.latest(tmp_path / "ckpt").name.removeprefix("checkpoint_"))
@@ -88,12 +88,12 @@ def test_asked_to_stop_all_ranks_save_the_same_step(tmp_path, flags, unstopped, 
     assert_same_bits(unstopped, run(tmp_path, flags, **LONG, **STAGES))
 
 
-def test_a_request_that_comes_twice_at_once_is_one():
+def test_a_signal_that_arrives_twice_at_once_counts_once():
     """A signal to all processes of a job reaches each rank a second time, through the launcher."""
-    with StopRequest() as request:
+    with stop_requests() as requests:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # without the rule, this ends the test's own process
-    assert request.received
+    assert requests
 
 
 @pytest.mark.parametrize(
