@@ -1,4 +1,4 @@
-"""What only a GPU would notice, shown without one: copies in main memory, waits for values, its libraries' settings."""
+"""device.py, and what only a GPU would notice, tested without one: copies in main memory, waits, library settings."""
 
 import contextlib
 import os
@@ -63,7 +63,7 @@ def test_optimizer_state_goes_to_a_device_tensor_by_tensor(tmp_path, flags, prep
     assert sum(sizes) > 4 * max(sizes)
 
 
-def test_what_was_loaded_is_not_the_file(tmp_path, flags):
+def test_loaded_optimizer_state_is_a_copy_of_the_file(tmp_path, flags):
     """The optimizer writes to its state, which must not show in what another reader of the checkpoint sees."""
     path = run(tmp_path, flags)
     stage = Stage(read_config(path)[1])
@@ -79,8 +79,8 @@ def test_what_was_loaded_is_not_the_file(tmp_path, flags):
     checkpoint.verify(path)
 
 
-def test_a_step_asks_the_device_for_nothing_between_its_two_reductions(flags, prepared, monkeypatch):
-    """The meta device has no values: whatever would wait for a GPU's, as for the number of trained tokens, fails."""
+def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flags, prepared, monkeypatch):
+    """The meta device has no values, so that code that waits for one, such as the number of trained tokens, fails."""
     stage = Stage(LayerShards.open(prepared["neox"]).config).to("meta")
     layout = Layout(0, 1, 1, torch.device("meta"))
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
@@ -123,7 +123,7 @@ def default_kernels(monkeypatch):
 
 
 @pytest.mark.usefixtures("default_kernels")
-def test_the_flag_asks_every_library_for_kernels_that_keep_their_order():
+def test_deterministic_asks_every_library_for_kernels_that_keep_their_order():
     make_deterministic()
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()

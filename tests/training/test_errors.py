@@ -70,7 +70,7 @@ def test_flags(argv, message, monkeypatch):
         config.parse(argv if "required" in message else BASE + argv)
 
 
-def test_torchrun_decides_what_was_not_given(monkeypatch):
+def test_torchrun_numbers_ranks_where_no_flag_does(monkeypatch):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     flags = [*BASE, "--total-steps", "1", "--pipeline-group-size", "4", "--pp-mode", "gpipe"]
@@ -118,7 +118,7 @@ def test_a_checkpoint_records_settings_that_make_the_same_run(tmp_path, flags):
     assert differing <= {"checkpoint_path", "dist_url"}
 
 
-def test_flags_of_the_original_that_do_nothing_are_said_to(tmp_path, flags):
+def test_flags_of_the_original_kit_without_effect_get_a_warning(tmp_path, flags):
     ended = ranks.train(tmp_path, {**flags, "checkpoint_path": tmp_path / "c", "num_heads": 4, "debug_mem": "true"})
     assert ended.statuses == [0]
     assert "--num-heads has no effect: config.json says how many heads there are" in ended.errors[0]
@@ -173,13 +173,13 @@ def test_port_taken(tmp_path, flags):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        # Rank 0 alone: torch's client waits without end for whoever listens there to speak.
+        # Rank 0 alone: torch's client waits without end for an answer from the listener.
         message = refused(tmp_path, {**flags, "world_size": 2}, dist_url=url, pipeline_group_size=2, timeout=3)
     assert "cannot listen on 127.0.0.1" in message
     assert "--dist-url" in message
 
 
-def test_a_rank_that_does_not_come(tmp_path, flags):
+def test_a_missing_rank(tmp_path, flags):
     message = refused(tmp_path, {**flags, "world_size": 2}, pipeline_group_size=2, timeout=2)
     assert "rank 0 did not meet all of the 2 ranks" in message
 
@@ -243,8 +243,8 @@ def test_ranks_with_different_data(tmp_path, flags):
     assert all("error: rank 1 found other data than rank 0" in error for error in ended.errors)
 
 
-def test_data_that_cannot_be_used_ends_every_rank(tmp_path, flags):
-    """Each finds it out for itself, one after the other, before they would meet."""
+def test_unusable_data_ends_every_rank(tmp_path, flags):
+    """Each rank finds it by itself, before the ranks meet."""
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": 7}\n')
     ended = ranks.train(
@@ -268,7 +268,7 @@ def test_two_runs_in_one_folder(tmp_path, flags):
     assert "is in use by another run" in second.errors[0]
 
 
-def test_changed_data_is_said(tmp_path, flags, chats):
+def test_changed_data_gets_a_warning(tmp_path, flags, chats):
     path = run(tmp_path, flags)
     flags = {**flags, "checkpoint_path": path.parent, "total_steps": 2, "seed": 9}
     ended = ranks.train(tmp_path, flags)

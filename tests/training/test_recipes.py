@@ -1,4 +1,4 @@
-"""The recipes as a shell runs them: with a Python that only says what it was given, parsed by the trainer's parser."""
+"""The recipes as a shell runs them, with a stand-in for Python that prints its arguments; and the README's flags."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def given(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_one_that_the_trainer_takes(given, recipe):
+def test_the_trainer_accepts_every_recipe(given, recipe):
     launcher_flags, arguments = given(recipe)
     settings = config.parse([*arguments, "--rank", "0", "--cuda-id", "0", *launcher_flags])
     assert launcher_flags == ["--world-size", str(settings.pipeline_group_size * settings.data_group_size)]
@@ -91,7 +91,7 @@ def test_the_original_recipes_keep_its_hyper_parameters(given, recipe, model_nam
 
 
 @pytest.mark.parametrize("recipe", ["finetune_GPT-JT-Moderation-6B.sh", "finetune_Pythia-Moderation-1.4B.sh"])
-def test_moderation_models_are_trained_on_labels_as_the_published_one_was(given, recipe):
+def test_moderation_recipes_train_on_labels_as_the_published_model_was(given, recipe):
     _, arguments = given(recipe)
     settings = config.parse(arguments)
     assert settings.batch_size * settings.data_group_size * settings.gradient_accumulate_step == 64
