@@ -4,6 +4,7 @@ A model is copied in pieces of a few megabytes, so memory does not grow with it.
 killed resumes: every shard gets its name only when it is whole, and a journal lists the shards that have one.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,27 +93,16 @@ def plan_shards(model: "HFModel") -> ShardPlan:
     """Plan the shards: {shard: {name in the shard: Hugging Face key}}, in the order of the files."""
     from openchatkit.convert.streams import digest
     from openchatkit.formats.layer_shards import check_shard
+    from openchatkit.loading.stages import shard_keys
     from openchatkit.models.registry import family
-    from openchatkit.models.shards import EMBED, HEAD, shard_names
+    from openchatkit.models.shards import EMBED, HEAD
 
     kind = family(model.config)
-    plan: ShardPlan = {shard: {} for shard in shard_names(model.config.num_layers)}
-    for key, spec in model.specs.items():
-        try:
-            place = kind.from_hf_key(key)
-        except KeyError:
-            place = ("", key)
-        if place is None:
-            continue
-        shard, name = place
-        if shard not in plan or name in plan[shard]:
-            raise UserError(
-                f"{model.path} holds {key}, for which a {kind.name} model of {len(plan) - 2} layers has no place; "
-                "is config.json this model's?"
-            )
-        if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
-            raise UserError(f"{model.path}: {key} is stored as {spec.dtype}; a model that is not quantised is expected")
-        plan[shard][name] = key
+    plan = shard_keys(model)
+    for key in itertools.chain.from_iterable(keys.values() for keys in plan.values()):
+        dtype = model.specs[key].dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise UserError(f"{model.path}: {key} is stored as {dtype}; a model that is not quantised is expected")
     if model.config.tie_embeddings and kind.tied_weight in plan[HEAD]:
         tied, embedding = plan[HEAD].pop(kind.tied_weight), plan[EMBED].get(kind.embedding_weight)
         if embedding and digest(model.chunks(tied)) != digest(model.chunks(embedding)):

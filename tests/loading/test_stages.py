@@ -91,7 +91,10 @@ def test_a_hugging_face_model_with_a_tensor_too_many_or_too_few(tmp_path):
     state = reference.state_dict()
     for change, message in (
         ({"gpt_neox.layers.0.mlp.more.weight": torch.ones(1)}, r"layer_00000 holds mlp\.more\.weight"),
-        ({"model.layers.0.q_proj.weight": torch.ones(1)}, "holds model.layers.0.q_proj.weight, which a gpt_neox model"),
+        (
+            {"model.layers.0.q_proj.weight": torch.ones(1)},
+            "holds model.layers.0.q_proj.weight, for which a gpt_neox model of 3 layers has no place",
+        ),
         ({"gpt_neox.layers.2.mlp.dense_h_to_4h.bias": None}, r"layer_00002 lacks mlp\.dense_h_to_4h\.bias"),
     ):
         changed = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}

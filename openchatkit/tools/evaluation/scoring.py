@@ -6,7 +6,7 @@ convert a model first to sample from it.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # lm-eval's own default for tasks that do not say how much to generate.
 MAX_NEW_TOKENS = 256
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class StageScorer:
@@ -38,21 +40,21 @@ class StageScorer:
         Returns the log-likelihood of each continuation, and whether greedy decoding gives it. Pairs longer than the
         model's context lose tokens from the left.
         """
-        scored: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
 
-        def score_batch(numbers: Sequence[int]) -> None:
-            rows = [[*pairs[number][0], *pairs[number][1]][-(self.max_length + 1) :] for number in numbers]
+        def score_batch(batch: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+            rows = [[*context, *continuation][-(self.max_length + 1) :] for context, continuation in batch]
             hidden = self._hidden([row[:-1] for row in rows])
-            for place, (number, row) in enumerate(zip(numbers, rows, strict=True)):
-                count = min(len(pairs[number][1]), len(row) - 1)
+            scored = []
+            for place, (row, (_, continuation)) in enumerate(zip(rows, batch, strict=True)):
+                count = min(len(continuation), len(row) - 1)
                 # Only these positions are projected: logits of whole rows would fill more memory than the model.
                 logits = self.stage.logits(hidden[place, len(row) - 1 - count : len(row) - 1]).float()
                 target = torch.tensor(row[-count:], device=self.device)
                 values = logits.log_softmax(-1).gather(1, target.unsqueeze(1))
-                scored[number] = (values.sum().item(), bool((logits.argmax(-1) == target).all()))
+                scored.append((values.sum().item(), bool((logits.argmax(-1) == target).all())))
+            return scored
 
-        self._run_batches([len(context) + len(rest) for context, rest in pairs], score_batch, "scoring")
-        return scored
+        return self._in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), score_batch, "scoring")
 
     @torch.inference_mode()
     def generate(
@@ -70,16 +72,13 @@ class StageScorer:
                 f"a task generates {max_new_tokens} tokens, the model's context is {self.max_length}: leave that task "
                 "out, or set max_gen_toks in a task file of your own"
             )
-        written: list[list[int]] = [[] for _ in contexts]
-
-        def generate_batch(numbers: Sequence[int]) -> None:
-            prompts = [contexts[number][-room:] for number in numbers]
-            rows = greedy(self.stage, prompts, max_new_tokens=max_new_tokens, eos_ids=(end_of_text,), is_done=is_done)
-            for number, row in zip(numbers, rows, strict=True):
-                written[number] = row
-
-        self._run_batches([len(context) for context in contexts], generate_batch, "generating")
-        return written
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": (end_of_text,), "is_done": is_done}
+        return self._in_batches(
+            contexts,
+            len,
+            lambda batch: greedy(self.stage, [context[-room:] for context in batch], **options),
+            "generating",
+        )
 
     def _hidden(self, rows: Sequence[list[int]]) -> Tensor:
         """Return hidden states [rows, longest, hidden_size]. Padding goes to the right, where no token sees it."""
@@ -87,13 +86,18 @@ class StageScorer:
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
         return self.stage(padded)
 
-    def _run_batches(self, lengths: Sequence[int], action: Callable[[Sequence[int]], None], name: str) -> None:
-        """Call `action` with numbers of rows of like length, the longest first: a batch that is too big fails early."""
-        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    def _in_batches(
+        self, rows: Sequence[_T], length: Callable[[_T], int], action: Callable[[list[_T]], list[_R]], name: str
+    ) -> list[_R]:
+        """Call `action` with batches of rows of like length, the longest first: a batch that is too big fails early."""
+        order = sorted(range(len(rows)), key=lambda number: -length(rows[number]))
+        results: dict[int, _R] = {}
         with bar(len(order), name, unit="row") as progress:
             for first in range(0, len(order), self.batch_size):
-                action(order[first : first + self.batch_size])
-                progress.update(len(order[first : first + self.batch_size]))
+                numbers = order[first : first + self.batch_size]
+                results.update(zip(numbers, action([rows[number] for number in numbers]), strict=True))
+                progress.update(len(numbers))
+        return [results[number] for number in range(len(rows))]
 
 
 def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":

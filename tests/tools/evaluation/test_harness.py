@@ -254,7 +254,7 @@ def test_few_shots_come_before_the_question(forms, command, tmp_path):
     [
         (("--tasks", "own_choise"), "unknown task 'own_choise': did you mean own_choice"),
         (("--tasks", ","), "--tasks names none"),
-        (("--tasks", "own_choice", "--include-path", "/nowhere"), "--include-path /nowhere is no folder"),
+        (("--tasks", "own_choice", "--include-path", "/nowhere"), "--include-path /nowhere is not a folder"),
         (("--tasks", "own_choice", "--model", "/no/model"), "/no/model: no such folder"),
         (("--tasks", "own_choice", "--model", "{tasks}"), "holds no model: neither GPT-NeoX"),
         (("--tasks", "own_choice", "--tokenizer", "{tasks}"), "holds no tokenizer: pass --tokenizer"),
@@ -303,13 +303,13 @@ def test_a_damaged_model_is_refused(form, forms, command, tmp_path):
     assert str(copy) in noted
 
 
-def test_a_misspelt_task_is_told_what_is_near_with_all_tasks(forms, command):
+def test_a_misspelt_task_is_answered_with_similar_names_with_all_tasks(forms, command):
     status, _, noted = command("--model", forms["neox"]["shards"], "--tasks", "piqa,lambada_opena")
     assert (status, len(noted.splitlines())) == (2, 1)
     assert "unknown task 'lambada_opena': did you mean lambada_openai" in noted
 
 
-def test_a_task_whose_data_is_missing_is_one_line(forms, tasks, command):
+def test_missing_data_of_a_task_is_one_line(forms, tasks, command):
     (tasks / "broken.yaml").write_text(CHOICE.format(folder="/nowhere").replace("own_choice", "broken"))
     status, _, noted = command("--model", forms["neox"]["shards"], "--tasks", "broken")
     (tasks / "broken.yaml").unlink()
