@@ -1,4 +1,4 @@
-"""A batch: some samples in a row, as training takes them."""
+"""A batch: consecutive samples, as training takes them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Batch:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
@@ -40,9 +40,9 @@ class Batch:
         return Batch(self.first, move(self.tokens), move(self.labels), document_starts, move(self.sources))
 
     def digest(self) -> int:
-        """A sum over the rows, modulo 2^64, of the first 64 bits of BLAKE2b of a sample's number and all its content.
+        """Return the sum over the rows, modulo 2^64, of 64 bits of BLAKE2b of a sample's number and all its content.
 
-        Being a sum, it is the same however samples were dealt to batches and batches to replicas. CPU tensors only.
+        A sum does not depend on how samples were dealt to batches and batches to replicas. CPU tensors only.
         """
         content = (
             [self.tokens, self.labels]

@@ -18,7 +18,7 @@ _GROUP = 64  # sizes between two kept sums: an eighth of a byte for each
 assert CHUNK % _GROUP == 0
 
 
-def shuffled(arrays: Arrays, name: str, epoch: int, length: int, *, seed: Sequence[int]) -> np.ndarray:
+def shuffle_numbers(arrays: Arrays, name: str, epoch: int, length: int, *, seed: Sequence[int]) -> np.ndarray:
     """Return the numbers below `length` in the epoch's order: uint32, or int64 where that is too small."""
 
     def shuffle(order: np.ndarray) -> None:

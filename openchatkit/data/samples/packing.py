@@ -19,7 +19,7 @@ from loguru import logger
 
 from openchatkit.data.batch import IGNORE
 from openchatkit.data.samples.best_fit import best_fit_decreasing
-from openchatkit.data.samples.order import RunningSums, chunks, number_type, shuffled
+from openchatkit.data.samples.order import RunningSums, chunks, number_type, shuffle_numbers
 from openchatkit.data.samples.source import MixtureSource
 from openchatkit.errors import UserError
 
@@ -236,7 +236,7 @@ class WholeDocuments:
 
     def _order_rows(self, epoch: int) -> np.ndarray:
         seed = [*self._source.seed, epoch, 1]  # one number more than the seed of an order of documents
-        return shuffled(self._source.arrays, f"rows-{self._seq_length}", epoch, self.samples, seed=seed)
+        return shuffle_numbers(self._source.arrays, f"rows-{self._seq_length}", epoch, self.samples, seed=seed)
 
     def _group_by_rest(self, epoch: int) -> np.ndarray:
         """Return the documents that have a rest, grouped by its size, each group in the epoch's order."""

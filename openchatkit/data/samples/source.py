@@ -147,7 +147,7 @@ class MixtureSource:
             yield self._contents[number], places[those], ordered[those] - self._firsts[number]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return order.shuffled(self.arrays, "order", epoch, self.documents, seed=[*self.seed, epoch])
+        return order.shuffle_numbers(self.arrays, "order", epoch, self.documents, seed=[*self.seed, epoch])
 
     def _check_mask(self) -> None:
         for content in self._contents:

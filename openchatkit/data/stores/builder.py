@@ -1,7 +1,7 @@
 """The files of one or several token stores that are built together, and how far they are known to be on disk.
 
 Every so often the files are forced to disk and a note says how far they reach. The next build drops what lies after
-that and goes on, so the files come out the same, byte for byte, however often a build was killed. Rows that cannot be
+that and continues, so the files come out the same, byte for byte, however often a build was killed. Rows that cannot be
 used stop it, or are listed, each with its line and the reason. The callers, `data.stores.build` and
 `tools.preprocess.work_folder`, choose the folder and the form of the note, and make documents of rows.
 """
@@ -48,8 +48,8 @@ def is_resumable(error: BaseException) -> bool:
 class StoreBuilder:
     """A context manager that holds open the stores `folder / key` for each of `keys`, complete when it is left.
 
-    `progress` is what they hold. They go on at `resume`, or from scratch where that is None or the files hold less than
-    it says; then everything else in the folder is deleted. `write_note` keeps the progress that `save` hands it, in the
+    `progress` is what they hold. They continue at `resume`; where that is None or the files hold less, everything in
+    the folder is deleted and they start from scratch. `write_note` keeps the progress that `save` hands it, in the
     folder. After Ctrl-C, or the death of a worker, the progress is saved.
     """
 
@@ -80,7 +80,7 @@ class StoreBuilder:
 
     @property
     def input(self) -> StoreProgress:
-        """How far the input has been taken in: the fields that all stores share."""
+        """The progress in the input: the fields that all stores share."""
         return next(iter(self.progress.values()))
 
     @property
@@ -117,7 +117,7 @@ class StoreBuilder:
     ) -> None:
         """Append what the next `rows` rows became; `bad` are those that cannot be used, as (file, line, reason).
 
-        `mark` and `position` say where the input stands after them. BadRowsError at a bad row if none may be.
+        `mark` and `position` are the place in the input then. BadRowsError at a bad row unless such are set aside.
         """
         if bad and self._bad_rows == "error":
             raise bad_row_error(*bad[0])
@@ -151,7 +151,7 @@ class StoreBuilder:
         }
 
     def is_save_due(self) -> bool:
-        """Return whether so much is new, or the last save so long ago, that it is time for one."""
+        """Return whether enough is new, or the last save long enough ago, for another one."""
         return self._tokens - self._saved_tokens >= SAVE_TOKENS or time.monotonic() >= self._save_at
 
     def save(self) -> None:

@@ -46,7 +46,7 @@ def cached_store(
     UserError: a record that cannot be read (file and line), a full disk, a cache that cannot be written or is damaged.
     """
     source, cache_dir = Path(source), Path(cache_dir)
-    with storage.storage_errors(f"tokens to {cache_dir}", "it goes on where it stopped", every=True):
+    with storage.storage_errors(f"tokens to {cache_dir}", "it continues where it stopped", every=True):
         cache_dir.mkdir(parents=True, exist_ok=True)
         stamps = _stamps(source)
         key = _key(content_hash(source, cache_dir), tokenizer, separator)
@@ -75,8 +75,8 @@ def cached_store(
         logger.warning("{}: {:,} of {:,} rows set aside, listed in {}", source, record.quarantined, record.rows, listed)
     if record.spelled:
         logger.warning(
-            "{}: {:,} of {:,} documents have {} in their text, which is learnt as characters: take it out, what ends a "
-            "document is added by itself",
+            "{}: {:,} of {:,} documents have {} in their text, which is learnt as characters: take it out, the end of "
+            "a document is added automatically",
             source,
             record.spelled,
             record.documents,

@@ -71,7 +71,7 @@ def in_order(
     except BrokenProcessPool as error:
         raise Interrupted(
             "a worker process was killed, most likely for lack of memory: free some, or allow fewer cores (taskset), "
-            "and run the same command again, it goes on where it stopped"
+            "and run the same command again, it continues where it stopped"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

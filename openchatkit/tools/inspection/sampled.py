@@ -93,8 +93,10 @@ def read_sample(dataset: Dataset, number: int, tokenizer: Tokenizer, *, ends: in
 
 
 def visible(text: str) -> str:
-    """Spell out every character of `text` but newlines that hides or reorders text or controls a terminal, so that data
-    can neither drive a terminal nor look like something else in a page."""
+    """Spell out the characters of `text` that hide or reorder text or control a terminal, newlines excepted.
+
+    Data can then neither drive a terminal nor look like something else in a page.
+    """
     return _SUSPECT.sub(lambda match: _spell_out(match[0]), text)
 
 

@@ -36,7 +36,7 @@ class LedgerRun:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved: steps 1 to `steps` trained on samples 0 to `samples` - 1, each once, in these runs.
+    """A proof: steps 1 to `steps` trained on samples 0 to `samples` - 1, each once, in these runs.
 
     `trained_tokens` of their labels counted in the loss. `unused` of the samples changed no weight, because the
     gradient of their steps was not finite. `later` rows of the ledger come after the checkpoint. `changed`: the data

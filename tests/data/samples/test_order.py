@@ -16,7 +16,7 @@ from loguru import logger
 
 from openchatkit.data.samples import arrays, order
 from openchatkit.data.samples.arrays import Arrays
-from openchatkit.data.samples.order import RunningSums, shuffled
+from openchatkit.data.samples.order import RunningSums, shuffle_numbers
 from openchatkit.errors import UserError
 
 SEED = [7, 0, 3]
@@ -45,7 +45,7 @@ def plain(length: int) -> list[int]:
 def test_orders_are_the_same_in_memory_and_in_files(tmp_path: Path, in_memory: int) -> None:
     kept = Arrays(tmp_path, 1000, in_memory=in_memory)
     for _ in range(2):
-        values = shuffled(kept, "order", 3, 1000, seed=SEED)
+        values = shuffle_numbers(kept, "order", 3, 1000, seed=SEED)
         assert (values.dtype, values.tolist()) == (np.uint32, plain(1000))
     files = [path.name for path in tmp_path.iterdir() if path.suffix == ".npy"]
     assert files == ([] if in_memory == 1000 else ["order-epoch-3.npy"])
@@ -56,13 +56,13 @@ def test_orders_are_the_same_in_memory_and_in_files(tmp_path: Path, in_memory: i
 
 def test_orders_do_not_change_between_releases(tmp_path: Path) -> None:
     """Runs that were started years ago go on by them, whatever numpy has become."""
-    values = shuffled(Arrays(tmp_path, 20), "order", 3, 20, seed=SEED)
+    values = shuffle_numbers(Arrays(tmp_path, 20), "order", 3, 20, seed=SEED)
     assert values.tolist() == [12, 15, 14, 3, 7, 17, 18, 10, 1, 2, 0, 16, 5, 4, 19, 13, 9, 11, 8, 6]
 
 
 def test_a_file_is_read_and_not_made_again(tmp_path: Path) -> None:
-    shuffled(Arrays(tmp_path, 300, in_memory=0), "order", 3, 300, seed=SEED)
-    values = shuffled(Arrays(tmp_path, 300, in_memory=0), "order", 3, 300, seed=[1])
+    shuffle_numbers(Arrays(tmp_path, 300, in_memory=0), "order", 3, 300, seed=SEED)
+    values = shuffle_numbers(Arrays(tmp_path, 300, in_memory=0), "order", 3, 300, seed=[1])
     assert values.tolist() == plain(300)
 
 
@@ -71,11 +71,11 @@ def test_a_file_is_read_and_not_made_again(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_built_again(tmp_path: Path, messages: list[str], damage: str) -> None:
     kept = Arrays(tmp_path, 300, in_memory=0)
-    shuffled(kept, "order", 3, 300, seed=SEED)
+    shuffle_numbers(kept, "order", 3, 300, seed=SEED)
     path = tmp_path / "order-epoch-3.npy"
     whole = path.read_bytes()
     if damage == "other length":
-        shuffled(kept, "order", 3, 299, seed=SEED)
+        shuffle_numbers(kept, "order", 3, 299, seed=SEED)
     elif damage == "other type":
         kept.make("order", 3, 300, np.int64, [np.arange(300)])
     else:
@@ -83,14 +83,14 @@ def test_a_damaged_file_is_built_again(tmp_path: Path, messages: list[str], dama
         flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
         path.write_bytes({"cut": whole[:-9], "empty": b"", "longer": whole + b"1"}.get(damage, flipped))
     messages.clear()
-    assert shuffled(kept, "order", 3, 300, seed=SEED).tolist() == plain(300)
+    assert shuffle_numbers(kept, "order", 3, 300, seed=SEED).tolist() == plain(300)
     assert path.read_bytes() == whole
     assert messages == [f"{path} is damaged: building it again\n"]
 
 
 def test_only_two_epochs_are_kept(tmp_path: Path) -> None:
     kept = Arrays(tmp_path, 300, in_memory=0)
-    first = shuffled(kept, "order", 0, 300, seed=SEED)
+    first = shuffle_numbers(kept, "order", 0, 300, seed=SEED)
     for epoch in (0, 1, 2, 9, 3):
         for name in ("order", "rows-128"):
             kept.make(name, epoch, 300, np.int64, [np.full(300, epoch)])
@@ -134,12 +134,12 @@ BUILD = """
 import sys, time
 from pathlib import Path
 from openchatkit.data.samples.arrays import Arrays
-from openchatkit.data.samples.order import shuffled
+from openchatkit.data.samples.order import shuffle_numbers
 kept = Arrays(Path(sys.argv[1]), 200_000, in_memory=0)
 print(flush=True)
 sys.stdin.readline()
 for epoch in range(3):
-    values = shuffled(kept, "order", epoch, 200_000, seed=[7, 0, 3])
+    values = shuffle_numbers(kept, "order", epoch, 200_000, seed=[7, 0, 3])
     print(values[:5].tolist(), int(values[::7].sum(dtype="int64")))
 """
 

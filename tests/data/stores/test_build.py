@@ -200,7 +200,7 @@ def saved_row(cache: Path) -> int:
 
 
 def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was tokenised is kept, though no save was due, and the next build says that it goes on."""
+    """What was tokenised is kept, though no save was due, and the next build logs that it continues."""
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
     tokenizer = Bytes()
     monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)

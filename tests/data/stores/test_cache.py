@@ -256,7 +256,7 @@ def test_a_source_changed_during_the_build(source: Path, tokenizer: Bytes, monke
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, r"cannot write tokens to .*cache: the disk is full: make room, then run .* again: it goes on"),
+        (errno.ENOSPC, r"cannot write tokens to .*cache: the disk is full: make room, then run .* again: it continues"),
         (errno.EIO, r"cannot write tokens to .*cache: the disk reports an error"),
     ],
 )

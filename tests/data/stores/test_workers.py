@@ -28,7 +28,7 @@ def test_a_killed_worker_is_an_error(tiny_tokenizer: Path, monkeypatch: pytest.M
     parts = tokenise_all(rows(map(str, range(10**6))), Tokenizer(tiny_tokenizer), separator="end-of-text", processes=2)
     next(parts)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(Interrupted, match=r"killed, most likely for lack of memory: .* goes on where it stopped"):
+    with pytest.raises(Interrupted, match=r"killed, most likely for lack of memory: .* continues where it stopped"):
         list(parts)
 
 
