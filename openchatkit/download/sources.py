@@ -20,8 +20,6 @@ from openchatkit.download.transfer import Remote, download_file, missing_bytes
 from openchatkit.errors import UserError
 from openchatkit.storage import check_room, hold_lock, storage_errors
 
-__all__ = ["RetryPolicy", "fetch", "fetch_dataset", "fetch_model", "fetch_source", "unpack"]
-
 _RETRY = RetryPolicy()
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_DATASET = re.compile(r"https://(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+?)(?:\.git)?/?")

@@ -61,7 +61,6 @@ __all__ = [
     "locate",
     "newest_verified",
     "open_weights",
-    "optimizer_file",
     "parse_step",
     "point_to",
     "prune",
@@ -74,11 +73,11 @@ __all__ = [
     "write_weights",
 ]
 
-OptimizerState = Mapping[str, Mapping[str, Any]]
+_OptimizerState = Mapping[str, Mapping[str, Any]]
 _VALUES = "values"
 
 
-def optimizer_file(shard: str) -> str:
+def _optimizer_file(shard: str) -> str:
     """Return the name of the file with the optimizer's state of a shard's parameters."""
     return f"{shard}.optimizer.safetensors"
 
@@ -103,11 +102,11 @@ def write_weights(temporary: Path, shard: str, tensors: Mapping[str, Tensor]) ->
     return write_tensors(temporary / shard_file(shard), tensors)
 
 
-def write_optimizer(temporary: Path, shard: str, state: OptimizerState) -> FileRecord:
+def write_optimizer(temporary: Path, shard: str, state: _OptimizerState) -> FileRecord:
     """Write the optimizer's state, {parameter's name in the shard: {key: tensor or JSON value}}; return its record."""
     tensors = {f"{name}/{key}": v for name, entry in state.items() for key, v in entry.items() if isinstance(v, Tensor)}
     values = {name: {k: v for k, v in entry.items() if not isinstance(v, Tensor)} for name, entry in state.items()}
-    return write_tensors(temporary / optimizer_file(shard), tensors, metadata={_VALUES: json.dumps(values)})
+    return write_tensors(temporary / _optimizer_file(shard), tensors, metadata={_VALUES: json.dumps(values)})
 
 
 def finish(
@@ -152,7 +151,7 @@ def verify(path: Path, shards: Iterable[str] | None = None) -> None:
         names = None
         if shards is not None:
             wanted = list(shards)
-            optional = (STATE, CONFIG, *TOKENIZER_FILES, *map(optimizer_file, wanted))
+            optional = (STATE, CONFIG, *TOKENIZER_FILES, *map(_optimizer_file, wanted))
             names = [*map(shard_file, wanted), *(name for name in optional if name in listed.files)]
         manifest.verify(path, names, manifest=listed)
 
@@ -192,7 +191,7 @@ def read_weights(path: Path, shard: str) -> dict[str, Tensor]:
 def read_optimizer(path: Path, shard: str) -> dict[str, dict[str, Any]]:
     """Return what `write_optimizer` was given for a shard, its tensors memory-mapped."""
     with _advice(path):
-        file = TensorFile(path / optimizer_file(shard))
+        file = TensorFile(path / _optimizer_file(shard))
     state: dict[str, dict[str, Any]] = json.loads(file.metadata[_VALUES])
     for stored, tensor in file.read(file.specs).items():
         name, _, key = stored.rpartition("/")

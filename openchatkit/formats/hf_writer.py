@@ -14,7 +14,7 @@ from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, add_chat_templa
 from openchatkit.models.config import ModelConfig
 from openchatkit.storage import write_text
 
-MAX_SHARD_BYTES = 5_000_000_000
+_MAX_SHARD_BYTES = 5_000_000_000
 _FIXED_NAMES = (CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX)
 
 
@@ -23,7 +23,7 @@ def write_weights(
     specs: Mapping[str, TensorSpec],
     chunks: Callable[[str], Iterable[memoryview]],
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors in the order of `specs`, into one file where they fit, else into numbered ones with an index."""
     groups: list[dict[str, TensorSpec]] = [{}]

@@ -145,7 +145,7 @@ def _reranker(command: cli.Parser) -> None:
 
 
 def _build(given: argparse.Namespace) -> None:
-    settings = {name: getattr(given, name) for name in asdict(operations.Settings())}
+    settings = {name: getattr(given, name) for name in asdict(operations.BuildSettings())}
     with ranks.join() as all_ranks, _silence_all_but_first(all_ranks):
         operations.build(
             given.paths,

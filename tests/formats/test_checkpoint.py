@@ -1,4 +1,4 @@
-"""Checkpoints (`checkpoint`, `checkpoint_folders`): the same bytes back, nothing torn or altered trusted, nothing deleted too early."""
+"""Checkpoints (`checkpoint`, `checkpoint_folders`): the same bytes back, no damage trusted, nothing lost too early."""
 
 import json
 import os

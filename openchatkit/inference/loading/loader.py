@@ -95,7 +95,7 @@ def load(
             int8.quantise(model, folder, device, precision)
     else:
         spread = placement.placement(device, gpu_gib, cpu_gib) if bits is None else {}
-        options = placement.quantised(bits, precision, device, gpu_gib) if bits else spread
+        options = placement.quantisation_options(bits, precision, device, gpu_gib) if bits else spread
         on_cpu = device.type == "cpu" and not options
         model = _load_model(folder, "auto" if on_cpu else precision, options)
         if bits == 4:

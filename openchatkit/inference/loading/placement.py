@@ -59,7 +59,7 @@ def placement(device: torch.device, gpu_gib: Mapping[int, float] | None, cpu_gib
     return {"device_map": "sequential", "max_memory": limits, "offload_folder": None}
 
 
-def quantised(
+def quantisation_options(
     bits: int, dtype: torch.dtype, device: torch.device, gpu_gib: Mapping[int, float] | None
 ) -> dict[str, object]:
     """The options of `from_pretrained` that make bitsandbytes quantise to 8 or 4 `bits`; `gpu_gib` spreads over GPUs.

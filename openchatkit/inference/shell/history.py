@@ -1,7 +1,7 @@
-"""The lines that were typed, kept from one run to the next: one an entry, so that any number of shells can append.
+"""The history of typed lines over runs: one entry a line, so that any number of shells can append.
 
-Backslashes and line ends within an entry are written as `\\\\` and `\\n`. The file is its owner's alone, and is cut to
-its newer half when it becomes too large.
+Backslashes and line ends within an entry are written as `\\\\` and `\\n`. Only the owner can read the file. It is
+cut to its newer half when it becomes too large.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from typing import BinaryIO
 from openchatkit.storage import atomic_path, lock_open_file
 
 SIZE_LIMIT = 1 << 20  # bytes
-ENTRY_LIMIT = 10_000  # bytes; what is longer was pasted, and is not kept
+ENTRY_LIMIT = 10_000  # bytes; a longer entry was pasted, and is not kept
 
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _ESCAPED = {escape: character for character, escape in _ESCAPES.items()}
 
 
 def read(path: Path) -> list[str]:
-    """The entries, the oldest first; none where there is no file. Raises OSError."""
+    """Return the entries, the oldest first; none without a file. Raises OSError."""
     try:
-        with _plain_file(path, os.O_RDONLY) as file:
+        with _open_regular(path, os.O_RDONLY) as file:
             data = file.read(2 * SIZE_LIMIT)
     except FileNotFoundError:
         return []
-    # What follows the last line end was not written to its end. A crash of the machine can leave zeros, which no line
-    # editor takes.
+    # Text after the last line end was not written completely. A crash of the machine can leave zeros, which no line
+    # editor accepts.
     lines = data.replace(b"\0", b"").decode("utf-8", "replace").split("\n")[:-1]
     return [re.sub(r"\\[\\nr]", lambda found: _ESCAPED[found.group()], line) for line in lines]
 
@@ -41,7 +41,7 @@ def append(path: Path, text: str) -> None:
     if len(entry) > ENTRY_LIMIT:
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path) as file:
+    with _lock(path) as file:
         end = file.seek(0, os.SEEK_END)
         if end + len(entry) <= SIZE_LIMIT:
             file.write(entry)
@@ -54,21 +54,21 @@ def append(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def _lock(path: Path) -> Iterator[BinaryIO]:
     while True:
-        with _plain_file(path, os.O_RDWR | os.O_CREAT) as file:
-            # Another shell may have put a shorter file in its place while we waited.
+        with _open_regular(path, os.O_RDWR | os.O_CREAT) as file:
+            # While this shell waited, another may have replaced the file by a shorter one.
             if lock_open_file(file, path):
                 yield file
                 return
 
 
 @contextlib.contextmanager
-def _plain_file(path: Path, flags: int) -> Iterator[BinaryIO]:
+def _open_regular(path: Path, flags: int) -> Iterator[BinaryIO]:
     # A pipe under this name must not keep the shell waiting.
     descriptor = os.open(path, flags | os.O_NONBLOCK, 0o600)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(0, "it is no plain file", str(path))
+        raise OSError(0, "it is not a regular file", str(path))
     with open(descriptor, "r+b" if flags & os.O_RDWR else "rb") as file:
         yield file

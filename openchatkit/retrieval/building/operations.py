@@ -17,13 +17,13 @@ from openchatkit.retrieval import chunks
 from openchatkit.retrieval.building import plan
 from openchatkit.retrieval.building.assembly import carry_out
 from openchatkit.retrieval.building.current_snapshot import CurrentSnapshot
-from openchatkit.retrieval.building.plan import BuildPlan, NewSource, Settings
+from openchatkit.retrieval.building.plan import BuildPlan, BuildSettings, NewSource
 from openchatkit.retrieval.building.ranks import Ranks
 from openchatkit.retrieval.encoder import Encoder
 from openchatkit.retrieval.reading import discovery
 from openchatkit.retrieval.tokenization import estimate_tokens
 
-__all__ = ["DEFAULT_ENCODER", "NO_ENCODER", "Ranks", "Settings", "add", "build", "build_rows", "delete", "update"]
+__all__ = ["DEFAULT_ENCODER", "NO_ENCODER", "BuildSettings", "Ranks", "add", "build", "build_rows", "delete", "update"]
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 NO_ENCODER = "none"  # instead of the name of an encoder: the index is searched by words alone
@@ -42,7 +42,7 @@ def build(
 ) -> IndexRecord | None:
     """Make the index `folder` of `paths` and nothing else; return its record (None except in process 0).
 
-    `settings` overrides defaults of `Settings`. An existing index keeps what has not changed; a damaged one is made
+    `settings` overrides `BuildSettings`. An existing index keeps what has not changed; a damaged one is made
     again. UserError: the index was made with another `encoder` or other `settings` than are given, there is nothing to
     read, or `folder` is something else.
     """
@@ -158,7 +158,7 @@ class _Tools:
     """The encoder and settings that an index is made with."""
 
     encoder: Encoder | None
-    settings: Settings
+    settings: BuildSettings
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the tokens of each text, estimated if there is no encoder."""
@@ -195,7 +195,7 @@ def _plan_whole(
     )
 
 
-def _find(roots: Sequence[str], folder: Path, settings: Settings) -> tuple[list[Path], list[Skipped]]:
+def _find(roots: Sequence[str], folder: Path, settings: BuildSettings) -> tuple[list[Path], list[Skipped]]:
     paths = [Path(root) for root in roots]
     return discovery.find(paths, exclude=[folder], include_ignored=settings.include_ignored)
 
@@ -221,7 +221,9 @@ def _choose_tools(
         made = None if name == NO_ENCODER else Encoder(name, device, max_tokens)
         return _Tools(made, _new_settings(made, given))
     record = layout.read(folder)[0]
-    settings = Settings(**{name: record.chunking[name] for name in asdict(Settings()) if name in record.chunking})
+    settings = BuildSettings(
+        **{name: record.chunking[name] for name in asdict(BuildSettings()) if name in record.chunking}
+    )
     held = asdict(settings)
     differing = [f"{_flag(name)} {held[name]}, not {value}" for name, value in given.items() if held[name] != value]
     made_with = record.encoder.name if record.encoder is not None else NO_ENCODER
@@ -241,13 +243,13 @@ def _flag(setting: str) -> str:
     return "--chunk-tokens" if setting == "tokens" else f"--{setting.replace('_', '-')}"
 
 
-def _new_settings(encoder: Encoder | None, given: Mapping[str, Any]) -> Settings:
+def _new_settings(encoder: Encoder | None, given: Mapping[str, Any]) -> BuildSettings:
     """Return settings for a new index; by default, chunks fit the encoder."""
     limit = encoder.max_tokens - _SPECIAL if encoder is not None else None
     tokens = given.get("tokens") or min(chunks.DEFAULT_TOKENS, limit or chunks.DEFAULT_TOKENS)
     overlap = given.get("overlap")
     overlap = min(chunks.DEFAULT_OVERLAP, tokens // 4) if overlap is None else overlap
-    settings = Settings(**{**given, "tokens": tokens, "overlap": overlap})
+    settings = BuildSettings(**{**given, "tokens": tokens, "overlap": overlap})
     settings.chunking.check(limit or tokens)
     return settings
 
@@ -258,7 +260,7 @@ def _is_same_encoder(encoder: str, record: IndexRecord, device: str) -> bool:
     return Encoder(encoder, device).digest == record.encoder.digest
 
 
-def _about(settings: Settings, roots: Sequence[str], excluded: Sequence[str]) -> dict[str, Any]:
+def _about(settings: BuildSettings, roots: Sequence[str], excluded: Sequence[str]) -> dict[str, Any]:
     """Return the facts for the manifest: settings, paths, and what was deleted."""
     return {**asdict(settings), "roots": list(roots), "left_out": list(excluded)}
 

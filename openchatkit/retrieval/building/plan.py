@@ -22,7 +22,7 @@ from openchatkit.retrieval.table import PassageRow
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """How files become passages: how texts are cut, how rows and files are read; stored in the manifest."""
 
     tokens: int = chunks.DEFAULT_TOKENS
@@ -74,7 +74,7 @@ class BuildPlan:
 
 
 def compare(
-    files: Iterable[Path], before: Sequence[SourceRecord], settings: Settings, count: Count
+    files: Iterable[Path], before: Sequence[SourceRecord], settings: BuildSettings, count: Count
 ) -> tuple[list[SourceRecord], list[NewSource], list[Skipped]]:
     """Return (unchanged, new, skipped) of these files; `before` are the sources of the index to compare with."""
     known = {record.source: record for record in before}
@@ -124,7 +124,7 @@ def make_row(text: str, title: str, source: str, place: str, document: int, posi
 
 
 def _compare_file(
-    path: Path, before: SourceRecord | None, settings: Settings, count: Count
+    path: Path, before: SourceRecord | None, settings: BuildSettings, count: Count
 ) -> SourceRecord | NewSource:
     stamp = _stamp(path)
     if before is not None and before.changed_ns and stamp == before.stamp:
@@ -142,7 +142,7 @@ def _make_record(source: str, digest: str, stamp: storage.Stamp, first: int, row
 
 
 def _read_rows(
-    path: Path, stamp: storage.Stamp, settings: Settings, count: Count, notes: list[str]
+    path: Path, stamp: storage.Stamp, settings: BuildSettings, count: Count, notes: list[str]
 ) -> Iterator[PassageRow]:
     """Yield the passages of a file. Unreadable: possibly only after the last of them."""
     options = settings.options(notes)

@@ -60,7 +60,7 @@ def test_a_model_is_loaded_with_its_tokenizer_and_its_end(random_models, no_gpu,
     assert loaded.tokenizer.encode(["a"])[0]
 
 
-def test_the_ends_of_a_reply_are_those_of_the_generation_config(copy):
+def test_eos_ids_are_those_of_the_generation_config(copy):
     config = copy / hf_model.GENERATION_CONFIG
     for given, expected in ((7, {7}), ([7, 9], {7, 9}), (None, {0})):
         config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": given}))
@@ -96,7 +96,7 @@ def test_the_size_of_a_model_is_known_before_it_is_loaded(random_models):
 @pytest.mark.parametrize(
     ("number", "said"), [(999_999, "999,999"), (123_456_789, "123.5 million"), (20_554_567_680, "20.6 billion")]
 )
-def test_the_size_of_a_model_is_said_in_few_digits(number, said):
+def test_the_number_of_parameters_is_rounded(number, said):
     assert loader._round(number) == said
 
 
@@ -279,14 +279,14 @@ def test_ways_to_quantise_and_to_spread_that_do_not_go_together(random_models):
 def test_quantising_without_bitsandbytes(random_models, monkeypatch):
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--load-8bit needs bitsandbytes, which is not installed: pip install bitsand"):
-        placement.quantised(8, torch.float32, CPU, None)
+        placement.quantisation_options(8, torch.float32, CPU, None)
 
 
 def test_quantised_models_are_spread_over_the_gpus_alone():
-    options = placement.quantised(4, torch.float16, GPU, {0: 1.0, 1: 2.0})
+    options = placement.quantisation_options(4, torch.float16, GPU, {0: 1.0, 1: 2.0})
     assert options["max_memory"] == {0: 1 << 30, 1: 2 << 30}
     assert options["quantization_config"].bnb_4bit_compute_dtype == torch.float16
-    assert placement.quantised(8, torch.float16, GPU, None)["device_map"] == {"": GPU}
+    assert placement.quantisation_options(8, torch.float16, GPU, None)["device_map"] == {"": GPU}
 
 
 def test_the_memory_that_is_left_is_what_the_system_or_the_container_says(monkeypatch):
@@ -327,9 +327,11 @@ def test_a_file(random_models):
 def test_an_empty_folder_and_one_that_lacks_its_weights(tmp_path, copy):
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, f"--model {empty} is no Hugging Face model: config.json is missing, found nothing; pass a folder")
+    refused(empty, f"--model {empty} is not a Hugging Face model: config.json is missing, found nothing; pass a folder")
     (copy / hf_model.WEIGHTS).unlink()
-    refused(copy, "is no Hugging Face model: model.safetensors is missing, found config.json, generation_config.json")
+    refused(
+        copy, "is not a Hugging Face model: model.safetensors is missing, found config.json, generation_config.json"
+    )
 
 
 @pytest.mark.parametrize("file", [layer_shards.shard_file("embed"), legacy.shard_file("embed")])
@@ -429,7 +431,7 @@ def test_a_shard_that_is_missing(copy):
     refused(copy, f"the model in {copy} cannot be loaded: .*model-00001-of-00001.safetensors")
 
 
-def test_a_config_that_is_no_json_or_makes_no_sense_is_not_said_to_be_the_tokenizers(copy):
+def test_a_damaged_config_is_not_reported_as_the_tokenizers(copy):
     (copy / layer_shards.CONFIG).write_text("{")
     refused(copy, f"the model in {copy} cannot be loaded: ")
     config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 5}
@@ -443,7 +445,7 @@ def test_a_config_without_a_vocabulary(copy):
 
 
 @pytest.mark.parametrize("ids", ["x", [[1]], [1, None], 1.5, True])
-def test_ends_of_a_reply_that_are_no_ids(copy, ids):
+def test_eos_ids_that_are_not_ids(copy, ids):
     config = copy / hf_model.GENERATION_CONFIG
     config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": ids}))
     refused(copy, f"eos_token_id of the model in {copy} is .*: expected a token id or a list of them")
