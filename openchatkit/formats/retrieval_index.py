@@ -204,7 +204,7 @@ def check_own(folder: Path) -> None:
     ours = [name for name in entries if _OURS.fullmatch(name)]
     others = [name for name in entries if name not in ours and not (name == MANIFEST and ours)]
     if others:
-        raise UserError(f"{folder} is no index and holds other files, such as {others[0]}: pass --index a new folder")
+        raise UserError(f"{folder} is not an index and holds other files, such as {others[0]}: pass --index a new folder")
 
 
 def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> IndexRecord:

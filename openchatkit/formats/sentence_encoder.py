@@ -16,9 +16,9 @@ from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, read_json, toke
 from openchatkit.storage import sha256
 
 MODULES = "modules.json"
-SETTINGS = "config_sentence_transformers.json"
+_SETTINGS = "config_sentence_transformers.json"
 _VOCABULARIES = ("vocab.txt", "sentencepiece.bpe.model", "spiece.model")
-_SMALL = ("config.json", *TOKENIZER_FILES, MODULES, SETTINGS, "sentence_bert_config.json", *_VOCABULARIES)
+_SMALL = ("config.json", *TOKENIZER_FILES, MODULES, _SETTINGS, "sentence_bert_config.json", *_VOCABULARIES)
 _MODULE_FILES = ("[0-9]_*/*.json", "[0-9]_*/*.safetensors")
 # The modules of a folder may come from here; others would be code that came with it.
 _PACKAGE = "sentence_transformers."
@@ -59,7 +59,7 @@ def similarity(folder: Path) -> str:
     """Return how vectors are compared: as the settings say, by default cosine, dot for a plain model."""
     if not (folder / MODULES).is_file():
         return "dot"
-    return read_json(folder / SETTINGS, default={}).get("similarity_fn_name") or "cosine"
+    return read_json(folder / _SETTINGS, default={}).get("similarity_fn_name") or "cosine"
 
 
 def vocabulary(folder: Path) -> Path | None:

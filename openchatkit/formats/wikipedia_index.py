@@ -25,7 +25,7 @@ DIGESTS = {
     PUBLISHED: "506a18aa48e928f3d47d76a948943ef72ca804d7f8d5817fd0b224b81d849ba5",
 }
 _FORMAT = "openchatkit Wikipedia index"
-_ADVICE = f"python {SCRIPT} checks every file and makes what is not whole anew"
+_ADVICE = f"python {SCRIPT} checks every file and rebuilds what is damaged"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from openchatkit.retrieval import vector_store
 
 FLAT, LISTS, CODES = "IndexScalarQuantizer", "IndexIVFScalarQuantizer", "IndexIVFPQ"
 MAX_FLAT = 50_000  # rows; one core compares these, of 384 numbers, in 1 to 2 ms
-MIN_CODES = 20_000_000  # rows
+_MIN_CODES = 20_000_000  # rows
 RECALL = 0.97
 _MIN_CANDIDATES = 100
 _SAMPLE = 200  # vectors for measuring the search
@@ -47,7 +47,7 @@ def import_faiss() -> ModuleType:
 
 def kind_for(rows: int) -> str:
     """Return the faiss type that is built for this many rows."""
-    return FLAT if rows <= MAX_FLAT else LISTS if rows < MIN_CODES else CODES
+    return FLAT if rows <= MAX_FLAT else LISTS if rows < _MIN_CODES else CODES
 
 
 def build(

@@ -19,11 +19,11 @@ from openchatkit.retrieval.index import Index, Mode
 from openchatkit.retrieval.passage import Hit, Passage
 from openchatkit.retrieval.rerank import DEPTH, Reranker
 
-DEPTHS = (1, 5, 10)
-_MOST = max(DEPTHS)
+_DEPTHS = (1, 5, 10)
+_MOST = max(_DEPTHS)
 # The rows of a report: the parts of the index that are searched.
 MODES: dict[str, Mode] = {"BM25": "sparse", "dense": "dense", "fused": "fused"}
-RERANKED = "reranked"
+_RERANKED = "reranked"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def evaluate(
     modes = {name: mode for name, mode in MODES.items() if index.record.encoder is not None or mode == "sparse"}
     ways: dict[str, tuple[Mode, Reranker | None]] = {name: (mode, None) for name, mode in modes.items()}
     if reranker is not None:
-        ways[RERANKED] = (list(modes.values())[-1], reranker)
+        ways[_RERANKED] = (list(modes.values())[-1], reranker)
     found: dict[str, list[list[int]]] = {name: [] for name in ways}
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ways}
     for mode, judge in ways.values():
@@ -146,10 +146,10 @@ def evaluate(
 def table(figures: Mapping[str, SearchMetrics]) -> str:
     """Return a report as a Markdown table: shares in percent, times in milliseconds as 50th / 99th percentile."""
     parts = list(dict.fromkeys(part for each in figures.values() for part in each.milliseconds))
-    head = ["", *(f"R@{k}" for k in DEPTHS), f"MRR@{_MOST}", f"nDCG@{_MOST}", *(f"{part} ms" for part in parts)]
+    head = ["", *(f"R@{k}" for k in _DEPTHS), f"MRR@{_MOST}", f"nDCG@{_MOST}", *(f"{part} ms" for part in parts)]
     lines = [f"| {' | '.join(head)} |", f"|{'-|' * len(head)}"]
     for name, each in figures.items():
-        shares = [f"{100 * each.recall[k]:.1f}" for k in DEPTHS]
+        shares = [f"{100 * each.recall[k]:.1f}" for k in _DEPTHS]
         cells = [name, *shares, f"{each.mrr:.3f}", f"{each.ndcg:.3f}"]
         cells += ["{:.1f} / {:.1f}".format(*each.milliseconds[p]) if p in each.milliseconds else "" for p in parts]
         lines.append(f"| {' | '.join(cells)} |")
@@ -185,7 +185,7 @@ def _summarize(found: list[list[int]], targets: list[int], times: dict[str, list
     pairs = list(zip(found, targets, strict=True))
     return SearchMetrics(
         len(pairs),
-        {k: float(np.mean([recall(gain, count, k) for gain, count in pairs])) for k in DEPTHS},
+        {k: float(np.mean([recall(gain, count, k) for gain, count in pairs])) for k in _DEPTHS},
         float(np.mean([reciprocal_rank(gain, _MOST) for gain, _ in pairs])),
         float(np.mean([ndcg(gain, count, _MOST) for gain, count in pairs])),
         {part: tuple(np.percentile(values, (50, 99)).tolist()) for part, values in times.items()},
@@ -204,5 +204,5 @@ def _parse_question(row: dict[str, Any]) -> EvaluationQuestion:
     if not isinstance(query, str) or not query.strip() or not targets:
         raise ValueError("it names no question or no target")
     if not all(value and isinstance(value, str) for each in several for value in {**given, **each}.values()):
-        raise ValueError("a target is no text")
+        raise ValueError("a target is not text")
     return EvaluationQuestion(query, tuple(dict.fromkeys(targets)))

@@ -1,7 +1,7 @@
 """A passage, and the protocol of everything that finds passages for a question."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,6 +63,6 @@ def merge_copies(hits: Iterable[Hit], k: int) -> list[Hit]:
 class Searcher(Protocol):
     """An index or anything else that finds passages."""
 
-    def search(self, query: str, k: int) -> list[Passage]:
+    def search(self, query: str, k: int) -> Sequence[Passage]:
         """Return at most `k` passages for a question, the best first; none if nothing fits."""
         ...

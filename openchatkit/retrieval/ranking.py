@@ -38,7 +38,7 @@ DEPTH = 100  # candidates of each kind of search
 
 
 class QueryEncoder(Protocol):
-    """What an index needs of an encoder of questions."""
+    """The part of an encoder that an index needs for questions."""
 
     @property
     def name(self) -> str: ...

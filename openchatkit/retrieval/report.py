@@ -26,7 +26,7 @@ def print_hits(hits: Sequence[Hit]) -> None:
         table.add_column(name, justify="right", no_wrap=True, style="cyan")
     table.add_column("passage", ratio=1, overflow="fold")
     for number, hit in enumerate(hits, 1):
-        where = Text(escape_name("; also ".join([hit.where, *hit.also[:_COPIES]])), style="green")
+        where = Text(_escape_name("; also ".join([hit.where, *hit.also[:_COPIES]])), style="green")
         where.append(f" and {len(hit.also) - _COPIES:,} more" if len(hit.also) > _COPIES else "")
         title = Text(hit.title, style="bold")
         text = " ".join(hit.text.split())
@@ -58,12 +58,12 @@ def print_skipped(skipped: Sequence[Skipped], most: int) -> None:
     if skipped:
         print(f"{len(skipped):,} left out, in part or whole:", file=sys.stderr)
     for each in skipped[:most]:
-        print(f"  {escape_name(each.source)}: {each.reason}", file=sys.stderr)
+        print(f"  {_escape_name(each.source)}: {each.reason}", file=sys.stderr)
     if len(skipped) > most:
         print("  ... (all of them: info --skipped)", file=sys.stderr)
 
 
-def escape_name(name: str) -> str:
+def _escape_name(name: str) -> str:
     """Return the name of a file with control and unprintable characters escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
@@ -74,16 +74,16 @@ def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_format_value(each)}" for name, each in value.items() if each not in (None, [], ""))
     if isinstance(value, list):
-        return "\n".join(escape_name(each) if isinstance(each, str) else _format_entry(each) for each in value)
+        return "\n".join(_escape_name(each) if isinstance(each, str) else _format_entry(each) for each in value)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
-    return f"{value:,}" if isinstance(value, int) else escape_name(str(value))
+    return f"{value:,}" if isinstance(value, int) else _escape_name(str(value))
 
 
 def _format_entry(entry: Mapping[str, Any]) -> str:
     """Format a source or an excluded file: its name, then its passages or the reason."""
     rows = f"{entry['rows']:,} passages" if "rows" in entry else entry["reason"]
-    return f"{escape_name(entry['source'])}: {rows}"
+    return f"{_escape_name(entry['source'])}: {rows}"
 
 
 def _format_score(value: float | None, digits: int) -> str:

@@ -38,11 +38,11 @@ def lock_for_writing(folder: Path) -> Iterator[None]:
     with storage.hold_lock(
         layout.lock_path(folder), f"{folder} is being written to by another process: waiting for it"
     ):
-        remove_stale_files(folder)
+        _remove_stale_files(folder)
         yield
 
 
-def remove_stale_files(folder: Path) -> None:
+def _remove_stale_files(folder: Path) -> None:
     """Remove files of snapshots that the manifest does not name. Processes that have them open keep them."""
     for path in layout.stale_files(folder):
         path.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def write_snapshot(
         )
         return _publish(folder, record)
     finally:
-        remove_stale_files(folder)  # of the previous snapshot or, after a failure, of this one
+        _remove_stale_files(folder)  # of the previous snapshot or, after a failure, of this one
 
 
 def rewrite_sources(
@@ -118,7 +118,7 @@ def rewrite_sources(
         record = dataclasses.replace(record, sources=counts["sources"], skipped=counts["skipped"])
         return _publish(folder, record, known)
     finally:
-        remove_stale_files(folder)
+        _remove_stale_files(folder)
 
 
 def _path(folder: Path, role: str, record: IndexRecord) -> Path:

@@ -22,21 +22,21 @@ _UNSPACED = (
     "\U00020000-\U0003ffff"
 )
 # Korean separates words, but attaches particles and endings to them.
-HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3"
-PAIRED = _UNSPACED + HANGUL
+_HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3"
+_PAIRED = _UNSPACED + _HANGUL
 # Vowels and tones on a letter, from Hebrew to Khmer: not letters to `re`, but parts of words.
 MARKS = "".join(chr(code) for code in range(0x300, 0x1800) if unicodedata.category(chr(code)).startswith("M"))
-_TOKENS = re.compile(rf"[{PAIRED}]|[^\W{PAIRED}]+|[^\w\s]")
-_UNSPACED_CHARACTER = re.compile(f"[{PAIRED}]")
+_TOKENS = re.compile(rf"[{_PAIRED}]|[^\W{_PAIRED}]+|[^\w\s]")
+_UNSPACED_CHARACTER = re.compile(f"[{_PAIRED}]")
 _LETTERS = 3  # of scripts other than Latin, that make about one token
 LONGEST = 64  # characters; anything longer is not a word but, say, an encoded file
 # Letters and digits; the first group is part of a name: joined to others by a dot, a colon or an underscore.
 _RUN = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
 _RUNS = re.compile(rf"((?<=[\w.:][._:]){_RUN}|{_RUN}(?=[._:]+[^\W_]))|{_RUN}")
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_PAIRED = re.compile(f"([{PAIRED}][{PAIRED}{MARKS}]*)")
+_PAIRED_RUN = re.compile(f"([{_PAIRED}][{_PAIRED}{MARKS}]*)")
 _LETTER = re.compile(f".[{MARKS}]*")
-_SYLLABLES = re.compile(f"[{HANGUL}]{{2}}")
+_SYLLABLES = re.compile(f"[{_HANGUL}]{{2}}")
 _POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670]")
 _FUNCTION_WORDS = """
 a about am an and are as at be been but by can could d did do does for from had has have he her his how i if in into is
@@ -173,10 +173,10 @@ def estimate_tokens(text: str) -> int:
 
 def content_words(text: str) -> list[str]:
     """Return the words that say what a text is about, each once; all of a name such as `json.load`."""
-    return list(dict.fromkeys(word for word, in_name in _terms(text) if in_name or not is_stop_word(word)))
+    return list(dict.fromkeys(word for word, in_name in _terms(text) if in_name or not _is_stop_word(word)))
 
 
-def is_stop_word(term: str) -> bool:
+def _is_stop_word(term: str) -> bool:
     """Whether a term of `tokenize` says too little for a passage to be found by it alone."""
     if not term.isascii():
         return term in _stop_words() or _GRAMMAR.search(term) is not None
@@ -200,8 +200,8 @@ def _split_ascii(run: str, in_name: bool) -> list[str]:
 
 def _split_other(run: str) -> list[str]:
     found = []
-    for piece in _PAIRED.split(run):
-        if _PAIRED.fullmatch(piece):
+    for piece in _PAIRED_RUN.split(run):
+        if _PAIRED_RUN.fullmatch(piece):
             letters = _LETTER.findall(piece)
             found += ["".join(letters[at : at + 2]) for at in range(max(1, len(letters) - 1))]
             if _SYLLABLES.fullmatch(piece):

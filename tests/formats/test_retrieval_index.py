@@ -1,4 +1,4 @@
-"""The manifest of a retrieval index: what it promises, and what is no litter."""
+"""The manifest of a retrieval index, and stale files."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def altered(folder, **changes):
     manifest.write(folder, read.files.values(), about={**read.about, **changes})
 
 
-def test_it_says_what_was_written(folder):
+def test_a_written_record_is_read_back(folder):
     record, files = layout.read(folder)
     assert {**vars(record), "time_stamps": {}} == vars(RECORD)
     assert set(record.time_stamps) == set(files) == {path.name for path in folder.iterdir()} - {layout.MANIFEST}
@@ -59,7 +59,7 @@ def test_it_says_what_was_written(folder):
     assert layout.read_skipped(folder, record) == [Skipped("b.pdf", "encrypted")]
 
 
-def test_an_index_without_an_encoder_has_no_files_of_vectors():
+def test_an_index_without_an_encoder_has_no_vector_files():
     roles = layout.roles(IndexRecord(1, 1, 1, 0, None, None, RECORD.sparse, RECORD.score_threshold))
     assert "vectors" not in roles
     assert "dense" not in roles
@@ -98,7 +98,7 @@ def test_other_facts_are_refused(folder, changes, message):
         layout.read(folder)
 
 
-def test_no_manifest_leads_out_of_its_folder(folder):
+def test_a_manifest_that_points_out_of_its_folder_is_refused(folder):
     read = manifest.read(folder)
     stamps = {"../elsewhere": 0, **read.about["time_stamps"]}
     files = [manifest.FileRecord("../elsewhere", 1, "0" * 64), *read.files.values()]
@@ -107,14 +107,14 @@ def test_no_manifest_leads_out_of_its_folder(folder):
         layout.read(folder)
 
 
-def test_a_folder_without_a_manifest_is_no_index(tmp_path):
+def test_a_folder_without_a_manifest_is_not_an_index(tmp_path):
     with pytest.raises(UserError, match=r"has no manifest\.json: expected a retrieval index"):
         layout.read(tmp_path)
     with pytest.raises(UserError, match="is not a folder: expected a retrieval index"):
         layout.read(tmp_path / "none")
 
 
-def test_litter_is_what_only_a_writer_of_indices_can_have_left(folder):
+def test_stale_files_are_only_those_of_an_index_writer(folder):
     left = ["table-000002.arrow", "dense-000004.faiss", "spill-000004.bin", ".manifest.json.x8.tmp"]
     for name in [*left, "notes.txt", "table.arrow", "table-2024.csv"]:
         (folder / name).write_bytes(b"")
@@ -131,7 +131,7 @@ def test_damaged_lines_are_named(folder):
         layout.read_skipped(folder, RECORD)
 
 
-def test_lists_that_a_writer_has_replaced_meanwhile_are_told(folder):
+def test_a_missing_list_of_sources_is_named(folder):
     record = layout.read(folder)[0]
     (folder / layout.file_name("sources", 3)).unlink()
     with pytest.raises(DamagedError, match=r"sources.* cannot be read: No such file.*; if the index was being written"):

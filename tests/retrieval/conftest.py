@@ -1,4 +1,4 @@
-"""A small index with an encoder that needs no network, and what is warned of."""
+"""A small index with an encoder that needs no network, and the warnings that are logged."""
 
 import pytest
 from index_maker import WordEncoder, make

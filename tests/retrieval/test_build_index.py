@@ -1,4 +1,4 @@
-"""The command `retrieval/build_index.py`, as it is run: what it prints, where, and with which status it ends."""
+"""The command `retrieval/build_index.py` (`command`, `report`): its output and exit status."""
 
 import json
 import os
@@ -104,14 +104,14 @@ def test_a_search_names_the_other_places_of_a_text(capsys, tmp_path):
     assert "and2more" in "".join(out.split())
 
 
-def test_there_are_colours_on_a_terminal_alone(index):
+def test_colours_are_only_for_a_terminal(index):
     outer, inner = pty.openpty()
     with open(outer, "rb", buffering=0) as terminal:
         subprocess.run([sys.executable, SCRIPT, "search", "old king", "--index", index], stdout=inner, check=True)
         assert b"\x1b[" in terminal.read(4096)
 
 
-def test_what_nothing_is_about_is_told_aside(capsys, index):
+def test_a_search_without_hits_says_so_on_stderr(capsys, index):
     status, out, err = call(capsys, "search", "hello", "--index", index, "--mode", "sparse")
     assert (status, out) == (0, "")
     assert "nothing in the index is about that" in err
@@ -179,7 +179,7 @@ def test_an_evaluation_of_a_set(capsys, encoder, tmp_path, monkeypatch):
         (["build", ".", "--index", "i", "--encoder", "none", "--overlap", "150"], "expected at most half of"),
     ],
 )
-def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, arguments, says):
+def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     status, _, err = call(capsys, *arguments)
     assert status == 2
@@ -188,7 +188,7 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, arguments,
     assert not (tmp_path / "i").exists()
 
 
-def test_names_that_a_terminal_would_obey_or_cannot_show_are_escaped(tmp_path):
+def test_unprintable_characters_of_file_names_are_escaped(tmp_path):
     (tmp_path / "docs").mkdir()
     for name in (b"a.txt", b"red\x1b[31m.txt", b"two\nlines.txt", b"caf\xe9.txt"):
         Path(os.fsdecode(os.fsencode(tmp_path / "docs") + b"/" + name)).write_text("text", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Indices made from files: what is read again and what is not, what is left out, and what a kill leaves behind."""
+"""`building`: which files are read again, which are excluded, and what remains after a kill."""
 
 import contextlib
 import dataclasses
@@ -88,7 +88,7 @@ def check(folder: Path, encoder: str) -> None:
     assert not layout.partial_folder(folder).exists()
 
 
-def test_the_floor_is_measured_where_passages_are_embedded_and_kept_where_none_are(docs, tmp_path, encoder):
+def test_the_score_threshold_is_measured_only_where_passages_are_embedded(docs, tmp_path, encoder):
     def measured():
         with Index.open(tmp_path / "index") as index:
             return ranking.measure_threshold(Encoder(encoder), index.vectors)
@@ -143,7 +143,7 @@ def test_building_again_changes_nothing_and_loads_no_encoder(docs, tmp_path, enc
 
 @pytest.mark.parametrize("changed", ["time of change", "no time of change"])
 def test_another_file_with_the_old_one_s_times(docs, tmp_path, encoder, monkeypatch, changed):
-    """tar, rsync and git set times of modification: an equal size and an equal time are no proof of an equal file."""
+    """tar, rsync and git set times of modification: equal sizes and times do not prove that the file is equal."""
     plain = storage.stamp
     monkeypatch.setattr(storage, "SETTLED_SECONDS", -3600.0)
     if changed == "no time of change":
@@ -178,7 +178,7 @@ def test_a_file_that_has_become_unreadable_is_gone(docs, tmp_path, encoder):
     assert files_of(index) == {"rows.jsonl": 2}
     reasons = {Path(each.source).name: each.reason for each in layout.read_skipped(index, record)}
     assert reasons["kitchen.md"] == "holds no text"
-    assert "no UTF-8" in reasons["sea.txt"]
+    assert "not UTF-8" in reasons["sea.txt"]
 
 
 def test_add_and_delete(docs, tmp_path, encoder, embeddings):
@@ -198,7 +198,7 @@ def test_add_and_delete(docs, tmp_path, encoder, embeddings):
     operations.add([docs / "more"], index)
     operations.update(index)
     assert files_of(index)["rows.jsonl"] == 2
-    # What was left out is still told of.
+    # The excluded file is still listed.
     assert len(layout.read_skipped(index, layout.read(index)[0])) == 1
 
 
@@ -210,7 +210,7 @@ def test_building_from_other_paths_leaves_nothing_of_the_first(docs, tmp_path, e
     assert layout.read_skipped(index, layout.read(index)[0]) == []
 
 
-def test_what_is_left_out_is_told_where_no_passage_changes(docs, tmp_path, encoder):
+def test_excluded_files_are_recorded_even_if_no_passage_changes(docs, tmp_path, encoder):
     index, bad = tmp_path / "index", write(tmp_path / "more.pdf", b"%PDF-1.4")
     operations.build([docs], index, encoder=encoder)
     record = operations.add([bad], index)
@@ -227,7 +227,7 @@ def test_what_is_left_out_is_told_where_no_passage_changes(docs, tmp_path, encod
         opened.verify()
 
 
-def test_a_folder_that_is_added_while_it_is_empty_is_looked_at_later(docs, tmp_path, encoder):
+def test_a_folder_that_was_added_empty_is_read_by_a_later_update(docs, tmp_path, encoder):
     index, later = tmp_path / "index", tmp_path / "later"
     operations.build([docs], index, encoder=encoder)
     later.mkdir()
@@ -241,12 +241,12 @@ def test_a_folder_that_is_added_while_it_is_empty_is_looked_at_later(docs, tmp_p
 def test_a_folder_of_something_else_is_not_taken_for_an_index(docs, tmp_path, name):
     folder = tmp_path / "mine"
     write(folder / name, '{"name": "an extension", "about": {}}')
-    with pytest.raises(UserError, match=r"mine is no index and holds other files, such as .*: pass --index a new"):
+    with pytest.raises(UserError, match=r"mine is not an index and holds other files, such as .*: pass --index a new"):
         operations.build([docs], folder, encoder=operations.NO_ENCODER)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == [Path(name).name]
 
 
-def test_an_index_of_another_version_is_not_made_anew(docs, tmp_path):
+def test_an_index_of_another_version_is_not_replaced(docs, tmp_path):
     index = tmp_path / "index"
     operations.build([docs], index, encoder=operations.NO_ENCODER)
     about = json.loads((index / layout.MANIFEST).read_text())
@@ -291,7 +291,7 @@ def test_what_a_project_ignores_is_read_if_the_index_was_made_so(tmp_path):
         operations.build([tmp_path / "docs"], tmp_path / "without", settings={"include_ignored": True})
 
 
-def test_an_index_is_named_by_dots_and_links_too(docs, tmp_path, monkeypatch):
+def test_an_index_can_be_named_by_relative_paths_and_links(docs, tmp_path, monkeypatch):
     index = tmp_path / "index"
     index.mkdir()
     monkeypatch.chdir(index)
@@ -301,7 +301,7 @@ def test_an_index_is_named_by_dots_and_links_too(docs, tmp_path, monkeypatch):
     assert layout.lock_path(Path(".")) == layout.lock_path(tmp_path / "link") == layout.lock_path(index)
 
 
-def test_what_is_made_while_a_writer_waits_is_not_taken_for_what_it_wants(docs, tmp_path, encoder, monkeypatch):
+def test_settings_are_compared_after_waiting_for_another_writer(docs, tmp_path, encoder, monkeypatch):
     index, writing = tmp_path / "index", assembly.snapshot.lock_for_writing
 
     @contextlib.contextmanager
@@ -332,7 +332,7 @@ def test_an_index_of_files_is_not_replaced_by_a_set_of_rows(docs, tmp_path):
     assert operations.build_rows(changed, tmp_path / "set", encoder=None).snapshot == 2
 
 
-def test_an_index_inside_of_what_is_read_is_not_read(docs, encoder):
+def test_an_index_inside_a_source_folder_is_not_read(docs, encoder):
     operations.build([docs], docs / "index", encoder=encoder)
     record = operations.build([docs], docs / "index")
     assert record.snapshot == 1
@@ -378,13 +378,13 @@ def test_an_encoder_that_has_changed_is_refused(docs, tmp_path):
         operations.update(tmp_path / "index")
 
 
-def test_nothing_to_read_is_told(tmp_path, docs, encoder):
+def test_nothing_to_read_is_an_error(tmp_path, docs, encoder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no file to read there: expected files of these kinds: \.txt"):
         operations.build([tmp_path / "empty"], tmp_path / "index", encoder=encoder)
     assert not (tmp_path / "index").exists()
     with pytest.raises(
-        UserError, match=r"no text to make an index of; 1 files .* were left out: .*broken\.pdf \(broken"
+        UserError, match=r"no text to make an index of; 1 files .* were excluded: .*broken\.pdf \(broken"
     ):
         operations.build([docs / "broken.pdf"], tmp_path / "index", encoder=encoder)
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
@@ -395,7 +395,7 @@ def test_nothing_to_read_is_told(tmp_path, docs, encoder):
             change()
 
 
-def test_deleting_what_is_not_there_or_all_is_told(docs, tmp_path, encoder):
+def test_deleting_unknown_paths_or_everything_is_an_error(docs, tmp_path, encoder):
     operations.build([docs], tmp_path / "index", encoder=encoder)
     with pytest.raises(UserError, match=r"nothing: the index holds nothing from there; it holds .*kitchen\.md"):
         operations.delete([str(docs / "nothing")], tmp_path / "index")
@@ -403,7 +403,7 @@ def test_deleting_what_is_not_there_or_all_is_told(docs, tmp_path, encoder):
         operations.delete([str(docs)], tmp_path / "index")
 
 
-def test_a_root_that_is_gone_is_not_an_empty_one(docs, tmp_path, encoder):
+def test_a_missing_source_folder_is_an_error_not_an_empty_one(docs, tmp_path, encoder):
     operations.build([docs], tmp_path / "index", encoder=encoder)
     docs.rename(tmp_path / "away")
     with pytest.raises(UserError, match="docs is not there any more: bring it back, or delete it"):
@@ -411,7 +411,7 @@ def test_a_root_that_is_gone_is_not_an_empty_one(docs, tmp_path, encoder):
     assert len(files_of(tmp_path / "index")) == 3
 
 
-def test_a_damaged_index_is_made_anew_by_build_alone(docs, tmp_path, encoder):
+def test_only_build_replaces_a_damaged_index(docs, tmp_path, encoder):
     index = tmp_path / "index"
     operations.build([docs], index, encoder=encoder)
     with open(index / layout.file_name("table", 1), "ab") as file:
@@ -425,7 +425,7 @@ def test_a_damaged_index_is_made_anew_by_build_alone(docs, tmp_path, encoder):
     check(index, encoder)
 
 
-def test_a_file_that_changes_while_it_is_read_is_left_out(docs, tmp_path, encoder, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_skipped(docs, tmp_path, encoder, monkeypatch):
     stage = assembly.plan.read_all
 
     def change_first(*args: object) -> object:
@@ -438,7 +438,7 @@ def test_a_file_that_changes_while_it_is_read_is_left_out(docs, tmp_path, encode
     assert any("changed while it was read" in each.reason for each in layout.read_skipped(tmp_path / "index", record))
 
 
-def test_a_file_that_goes_while_it_is_read_is_left_out(docs, tmp_path, encoder, monkeypatch):
+def test_a_file_that_disappears_while_it_is_read_is_skipped(docs, tmp_path, encoder, monkeypatch):
     read = reader.read
 
     def read_and_remove(path: Path, options: object) -> object:
@@ -463,7 +463,7 @@ def test_vectors_are_found_by_digest_and_the_first_counts():
     assert found.take(rows[:3]).tolist() == [[1, 2], [3, 4], [7, 8]]
 
 
-def test_what_was_cut_in_the_middle_of_a_vector_does_not_count(tmp_path, encoder):
+def test_an_incomplete_vector_does_not_count(tmp_path, encoder):
     record = Encoder(encoder).record()
     vector_cache.start(tmp_path / "partial", record)
     with vector_cache.VectorWriter(tmp_path / "partial", 0, 32) as writer:
@@ -481,7 +481,7 @@ def test_what_was_cut_in_the_middle_of_a_vector_does_not_count(tmp_path, encoder
 
 
 class TestKills:
-    """SIGKILL in the middle: the index before still answers, and the same command goes on."""
+    """SIGKILL in the middle: the previous index still answers, and the same command resumes."""
 
     SLOW = """
 import sys, time
@@ -506,7 +506,7 @@ operations.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
         path = layout.partial_folder(index) / "keys-0.bin"
         return path.stat().st_size // vector_cache.SIZE if path.exists() else 0
 
-    def test_embedding_goes_on_where_it_was_killed(self, tmp_path, encoder, embeddings):
+    def test_embedding_resumes_after_a_kill(self, tmp_path, encoder, embeddings):
         docs, index = tmp_path / "docs", tmp_path / "index"
         write(docs / "old.txt", "the old text")
         operations.build([docs], index, encoder=encoder)
@@ -529,7 +529,7 @@ operations.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
         assert len(embeddings) == 200 - kept
         check(index, encoder)
 
-    def test_vectors_of_another_encoder_are_not_gone_on_with(self, tmp_path, encoder, embeddings):
+    def test_vectors_of_another_encoder_are_not_reused(self, tmp_path, encoder, embeddings):
         partial = layout.partial_folder(tmp_path / "index")
         vector_cache.start(partial, Encoder(encoder).record())
         with vector_cache.VectorWriter(partial, 0, 32) as writer:
@@ -541,7 +541,7 @@ operations.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
 
 
 class TestSeveralProcesses:
-    """The command under torchrun: each process embeds its part, and none is left hanging."""
+    """The command under torchrun: each process embeds its part, and none hangs."""
 
     def run(self, *arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
         script = Path(__file__).parents[2] / "retrieval" / "build_index.py"
@@ -561,7 +561,7 @@ class TestSeveralProcesses:
         assert rows_of(alone) == rows_of(together)
         check(together, encoder)
 
-    def test_who_fails_takes_the_others_along(self, docs, tmp_path, encoder):
+    def test_a_failure_of_one_process_stops_all(self, docs, tmp_path, encoder):
         code = f"""
 import os, sys
 from openchatkit.retrieval.encoder import Encoder
@@ -580,14 +580,14 @@ main(["build", {str(docs)!r}, "--index", {str(tmp_path / "index")!r}, "--encoder
         assert "error: process 1 stopped: no more memory" in result.stderr
         assert not layout.exists(tmp_path / "index")
 
-    def test_what_the_first_cannot_read_all_hear_of(self, tmp_path, encoder):
+    def test_a_failure_of_the_first_process_stops_all(self, tmp_path, encoder):
         (tmp_path / "empty").mkdir()
         result = self.run("build", tmp_path / "empty", "--index", tmp_path / "index", "--encoder", encoder)
         assert result.returncode != 0
         assert "error: no file to read there" in result.stderr
 
 
-def test_a_second_writer_waits_and_says_so(docs, tmp_path, encoder):
+def test_a_second_writer_waits_with_a_message(docs, tmp_path, encoder):
     index = tmp_path / "index"
     holder = f"""
 import sys, time

@@ -1,4 +1,4 @@
-"""Chunks: where a text is cut, what they say of their place, and that none is longer than it may be."""
+"""`chunks`: where a text is cut, places of chunks, and their greatest length."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -72,7 +72,7 @@ def test_the_last_sentences_are_repeated(tmp_path):
     ]
 
 
-def test_code_stays_whole_where_it_fits_and_is_cut_between_lines(tmp_path):
+def test_code_stays_whole_if_it_fits_or_is_cut_between_lines(tmp_path):
     text = "Run it. Now.\n\n```\na = 1\n\nb = 2\n```\n\nmore\n"
     assert [each.text for each in cut(text, tmp_path, 7, name="n.md")] == ["Run it. Now.", "a = 1\n\nb = 2", "more"]
     text = "```\n" + "x = 1\n" * 5 + "```\n"
@@ -111,7 +111,7 @@ def test_only_a_word_too_long_alone_is_cut(tmp_path):
     assert max(len(each.text) for each in rest) <= 8 * 16
 
 
-def test_chinese_is_cut_behind_its_full_stops(tmp_path):
+def test_chinese_is_cut_after_its_full_stops(tmp_path):
     def characters(texts: Sequence[str]) -> list[int]:
         return [len(text) for text in texts]
 

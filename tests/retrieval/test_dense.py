@@ -1,4 +1,4 @@
-"""Searching vectors with faiss: what is found, what is built for how many rows, and what is not read."""
+"""Searching vectors with faiss: results, types of indices, and refused files."""
 
 import dataclasses
 import errno
@@ -38,7 +38,7 @@ def test_the_nearest_rows_are_found_with_their_products(tmp_path, vectors, kind)
 
 
 @pytest.mark.parametrize("kind", [dense.FLAT, dense.LISTS])
-def test_more_rows_are_asked_for_than_there_are(tmp_path, vectors, kind):
+def test_k_may_exceed_the_number_of_rows(tmp_path, vectors, kind):
     record = dense.build(vectors[:50], tmp_path / "d", kind=kind)
     opened = dense.Dense.open(tmp_path / "d", record, vectors[:50])
     rows = opened.search(vectors[3].astype(np.float32), 1000)[1]
@@ -53,7 +53,7 @@ def test_one_row_is_enough(tmp_path, vectors):
         assert opened.search(vectors[0].astype(np.float32), 5)[1].tolist() == [0]
 
 
-def test_the_kind_goes_by_the_number_of_rows():
+def test_the_index_type_depends_on_the_number_of_rows():
     sizes = (1, 50_000, 50_001, 19_999_999, 20_000_000)
     assert [dense.kind_for(rows) for rows in sizes] == [dense.FLAT] * 2 + [dense.LISTS] * 2 + [dense.CODES]
 
@@ -75,7 +75,7 @@ def test_an_index_of_another_shape_than_the_record_says_is_refused(tmp_path, vec
         dense.Dense.open(tmp_path / "d", record, vectors)
 
 
-def test_types_within_an_index_are_looked_at_too(tmp_path):
+def test_types_of_inner_indices_are_checked_too(tmp_path):
     path = tmp_path / "d"
     faiss.write_index(faiss.index_factory(32, "IDMap,HNSW8,Flat"), str(path))
     with pytest.raises(UserError, match="is a faiss IndexHNSWFlat"):
@@ -94,10 +94,10 @@ def test_a_cut_file_is_refused_by_name(tmp_path, vectors):
             with pytest.raises(UserError, match="faiss cannot read"):
                 dense.Dense.open(path, record, vectors)
     limit = faiss.get_deserialization_vector_byte_limit()
-    assert limit > 1 << 30, "the limit of one file stayed behind"
+    assert limit > 1 << 30, "the limit of one file was not reset"
 
 
-def test_threads_that_open_indices_leave_no_limit_behind(tmp_path, vectors):
+def test_opening_from_threads_restores_the_byte_limit(tmp_path, vectors):
     records = [dense.build(vectors[:rows], tmp_path / str(rows), kind=dense.LISTS) for rows in (50, 600)]
     limit = faiss.get_deserialization_vector_byte_limit()
 
@@ -112,7 +112,7 @@ def test_threads_that_open_indices_leave_no_limit_behind(tmp_path, vectors):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
 @pytest.mark.parametrize("kind", [dense.FLAT, dense.LISTS])
-def test_a_full_disk_is_told_as_one(vectors, kind):
+def test_a_full_disk_is_reported_as_such(vectors, kind):
     with pytest.raises(OSError, match="No space left") as caught:
         dense.build(vectors, Path("/dev/full"), kind=kind)
     assert caught.value.errno == errno.ENOSPC
@@ -139,7 +139,7 @@ def test_gpus_find_what_the_cpu_finds(tmp_path, vectors, monkeypatch, warnings, 
     assert warnings == []
 
 
-def test_what_gpus_do_not_do_the_cpu_does(tmp_path, monkeypatch, warnings):
+def test_the_cpu_searches_beyond_the_limits_of_gpus(tmp_path, monkeypatch, warnings):
     many = np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float16)
     record = dense.build(many, tmp_path / "d", kind=dense.LISTS, lists=4)
     opened = dense.Dense.open(tmp_path / "d", dataclasses.replace(record, candidates=100), many)
@@ -152,7 +152,7 @@ def test_what_gpus_do_not_do_the_cpu_does(tmp_path, monkeypatch, warnings):
     assert warnings == []
 
 
-def test_gpus_that_do_not_take_the_index_are_told_of_and_not_needed(tmp_path, vectors, monkeypatch, warnings):
+def test_a_gpu_failure_is_warned_of_and_the_cpu_searches(tmp_path, vectors, monkeypatch, warnings):
     record = dense.build(vectors, tmp_path / "d", kind=dense.LISTS)
     opened = dense.Dense.open(tmp_path / "d", record, vectors)
     query = vectors[7].astype(np.float32)

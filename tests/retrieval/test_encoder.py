@@ -1,4 +1,4 @@
-"""Encoders: what they make of texts, what they say of themselves, and what is refused."""
+"""Encoders: vectors of texts, records, and refused folders."""
 
 import json
 import os
@@ -22,11 +22,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_texts_with_the_same_words_are_near_each_other(folder):
     texts = ["old cat of the garden", "cat in an old garden", "salt water", "bread from the oven " * 9]
-    told = []
-    vectors = Encoder(folder).encode(texts, progress=told.append)
+    done = []
+    vectors = Encoder(folder).encode(texts, progress=done.append)
     assert vectors.shape == (4, 32)
     assert vectors.dtype == np.float32
-    assert sum(told) == 4
+    assert sum(done) == 4
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     near = vectors @ vectors.T
     assert near[0, 1] > 0.5 > near[0, 2]
@@ -38,7 +38,7 @@ def test_no_text_gives_no_vector(folder):
     assert Encoder(folder).encode([]).shape == (0, 32)
 
 
-def test_a_record_says_what_an_index_must_know(folder):
+def test_the_record_describes_the_encoder(folder):
     record = Encoder(folder).record()
     assert (record.name, record.dimension, record.metric) == (str(folder), 32, "cosine")
     assert (record.max_tokens, record.pooling) == (64, "mean")
@@ -60,7 +60,7 @@ def test_a_plain_bert_is_the_mean_over_tokens_compared_by_inner_product(tmp_path
     np.testing.assert_allclose(encoder.encode(texts), expected.numpy(), atol=1e-5)
 
 
-def test_what_is_put_before_questions_is_not_put_before_passages(tmp_path):
+def test_the_prefix_of_questions_is_not_put_before_passages(tmp_path):
     folder = make_encoder(tmp_path / "asking")
     settings = {"prompts": {"query": "red wolf: ", "document": ""}}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -80,7 +80,7 @@ print(Encoder({str(folder)!r}).count(["the cat", "", "zz cat"]), "sentence_trans
     assert result.stdout == "[2, 0, 3] False\n"
 
 
-def test_tokens_are_counted_as_well_where_there_is_only_a_vocabulary(folder, tmp_path):
+def test_tokens_are_counted_with_only_a_vocabulary_file(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "old")
     vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     (tmp_path / "old" / "tokenizer.json").unlink()
@@ -108,7 +108,7 @@ def test_a_digest_changes_with_all_that_vectors_depend_on(folder, tmp_path, name
     assert Encoder(tmp_path / "copy").digest != Encoder(folder).digest
 
 
-def test_weights_that_make_no_numbers_are_told(tmp_path):
+def test_weights_that_give_vectors_that_are_not_finite_are_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = make_encoder(tmp_path / "damaged")
@@ -128,7 +128,7 @@ def test_code_of_an_encoder_is_not_run(folder, tmp_path):
         Encoder(tmp_path / "copy").count(["ice"])
 
 
-def test_what_is_no_encoder_is_refused(tmp_path, folder):
+def test_folders_without_an_encoder_are_refused(tmp_path, folder):
     with pytest.raises(UserError, match="no such folder"):
         Encoder(str(tmp_path / "nothing")).count(["ice"])
     with pytest.raises(UserError, match=r"holds no encoder: config\.json is missing"):
@@ -152,7 +152,7 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "nonsense", ""])
-def test_a_device_that_is_not_there_is_told_as_that(tmp_path, device):
+def test_a_missing_device_is_named(tmp_path, device):
     folder = make_encoder(tmp_path / "encoder")
     with pytest.raises(UserError, match=f"--device {device}: there is no such device here .*: expected auto, cpu"):
         Encoder(folder, device=device).encode(["old king"])

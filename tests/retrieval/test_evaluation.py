@@ -1,4 +1,4 @@
-"""Measures held against cases counted by hand, sets of questions, and the reports made of them."""
+"""`evaluation` against cases counted by hand, `question_sets`, and reports."""
 
 import math
 import zipfile
@@ -51,7 +51,7 @@ def test_questions_of_a_file(tmp_path):
     ]
 
 
-def test_what_stands_beside_a_list_is_true_of_each_target(tmp_path):
+def test_fields_beside_a_list_apply_to_each_target(tmp_path):
     path = tmp_path / "q.jsonl"
     row = '{"query": "a\u2028b", "source": "x.pdf", "place": ["page 1", "page 2"], "title": null}'
     path.write_bytes(b"\xef\xbb\xbf" + row.encode())  # as some editors begin a file
@@ -73,14 +73,14 @@ def test_what_stands_beside_a_list_is_true_of_each_target(tmp_path):
         '{"query": "a", "text": ["b"], "source": ["c"]}',
     ],
 )
-def test_a_row_that_is_no_question_is_told(tmp_path, row):
+def test_a_row_that_is_not_a_question_is_named(tmp_path, row):
     path = tmp_path / "q.jsonl"
     path.write_text(f'{{"query": "a", "source": "x"}}\n{row}\n')
     with pytest.raises(UserError, match=r'q\.jsonl:2 is no question \(.*expected \{"query": "\.\.\.", "source"'):
         evaluation.read_questions(path)
 
 
-def test_a_file_without_questions_is_told(tmp_path):
+def test_a_file_without_questions_is_an_error(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         evaluation.read_questions(tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text("\n")
@@ -119,7 +119,7 @@ def test_an_index_of_a_set_is_made_once_and_its_passages_found(index, examples):
     assert all(low <= high for low, high in figures["fused"].milliseconds.values())
 
 
-def test_another_set_takes_the_place_of_the_first(index, examples, tmp_path):
+def test_another_set_replaces_the_first(index, examples, tmp_path):
     encoder = make_encoder(tmp_path / "encoder")
     for count in (5, 7):
         source = question_sets.source("set", examples[:count])

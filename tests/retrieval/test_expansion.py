@@ -1,4 +1,4 @@
-"""Neighbours are taken in as long as they are about the same, within the article and the table."""
+"""`wikipedia.expansion`: neighbours about the same subject, within the article and the table."""
 
 import numpy as np
 import pytest
@@ -88,7 +88,7 @@ def reference(table: list[tuple[int, str]], vectors: np.ndarray, row: int, width
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_it_is_what_a_plain_reference_makes_of_articles_of_any_length(seed):
+def test_expansion_matches_a_plain_reference(seed):
     random = np.random.default_rng(seed)
     table = [(article, f"{article}") for article in range(30) for _ in range(random.integers(1, 9))]
     about = random.normal(size=(len(table), 6))

@@ -1,4 +1,4 @@
-"""An index from writing to searching: what is found, what survives a kill, and what is not read."""
+"""`index`, `snapshot` and `passage`: searching, kills while writing, and damaged files."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("mode", ["fused", "dense", "sparse"])
-def test_the_passage_about_it_is_found_with_its_place(folder, encoder, mode):
+def test_a_passage_is_found_with_its_place(folder, encoder, mode):
     with Index.open(folder, encoder) as index:
         hit = index.search("sourdough bread", 3, mode=mode, score_threshold=False)[0]
     assert (hit.text, hit.title, hit.source, hit.place, hit.id) == (TEXTS[3], "title 3", "notes.txt", "line 4", 3)
@@ -64,7 +64,7 @@ def test_a_rare_word_of_a_question_finds_its_passage_by_title_or_text(tmp_path, 
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 12])
-def test_a_word_is_found_in_a_small_index_even_if_all_passages_hold_it(tmp_path, count):
+def test_a_word_is_found_in_a_small_index_even_if_all_passages_contain_it(tmp_path, count):
     make(tmp_path, [f"Part {at} of the gizmo is made of {what}." for at, what in enumerate(["tin"] * count)])
     with Index.open(tmp_path) as index:
         assert len(index.search("What is the gizmo?", 3)) == min(count, 3)
@@ -72,7 +72,7 @@ def test_a_word_is_found_in_a_small_index_even_if_all_passages_hold_it(tmp_path,
 
 
 @pytest.mark.parametrize("with_vectors", [True, False])
-def test_everyday_words_and_one_word_of_many_find_nothing(tmp_path, encoder, with_vectors):
+def test_stop_words_and_one_word_of_many_find_nothing(tmp_path, encoder, with_vectors):
     encoder = encoder if with_vectors else None
     said = ["Hello and welcome, have a nice day.", "Tell me a joke, I am bored.", "Danke, bis morgen!", "你好,谢谢。"]
     make(tmp_path, [*said, *ERRORS], encoder=encoder)
@@ -85,7 +85,7 @@ def test_everyday_words_and_one_word_of_many_find_nothing(tmp_path, encoder, wit
         assert index.search(question) == []
 
 
-def test_the_floor_is_the_index_s_own_unless_another_is_given(tmp_path, encoder):
+def test_the_score_threshold_defaults_to_that_of_the_index(tmp_path, encoder):
     high = layout.ScoreThreshold(cosine=2, weak_cosine=2, strength=9, strength_alone=9)
     make(tmp_path, encoder=encoder, score_threshold=high)
     with Index.open(tmp_path, encoder) as index:
@@ -94,7 +94,7 @@ def test_the_floor_is_the_index_s_own_unless_another_is_given(tmp_path, encoder)
         assert index.search("sourdough bread", score_threshold=layout.ScoreThreshold(0.3, 0, 1, 1))
 
 
-def test_k_may_be_more_than_there_are_or_nothing(folder, encoder):
+def test_k_may_exceed_the_number_of_rows_or_be_0(folder, encoder):
     with Index.open(folder, encoder) as index:
         assert len(index.search("sourdough bread", 1000, score_threshold=False)) == len(TEXTS)
         assert index.search("sourdough bread", 0) == []
@@ -125,7 +125,7 @@ NAMES = ["json", "json.dumps", "json.dump", "json.load", "json.loads", "json.too
 SENTENCES = ["Encode.", "Write json as json text.", "Write json.", "Read json.", "Read json text.", "Check json."]
 
 
-def test_by_words_alone_a_passage_that_is_named_whole_comes_first_and_is_found(tmp_path):
+def test_without_vectors_a_passage_named_by_its_whole_title_comes_first(tmp_path):
     make(tmp_path, [f"{name}: {said}" for name, said in zip(NAMES, SENTENCES, strict=True)], titles=NAMES)
     with Index.open(tmp_path) as index:
         for name in NAMES:
@@ -135,7 +135,7 @@ def test_by_words_alone_a_passage_that_is_named_whole_comes_first_and_is_found(t
         assert index.search("What does json.nothing do?") == []
 
 
-def test_the_floor_asks_each_passage_by_its_own_scores(folder, encoder):
+def test_the_score_threshold_applies_to_each_passage(folder, encoder):
     with Index.open(folder, encoder) as index:
         # By meaning alone the second of these would be the first.
         first, second, *_ = index.search("three boils twice object zebra", 5, score_threshold=False)
@@ -146,7 +146,7 @@ def test_the_floor_asks_each_passage_by_its_own_scores(folder, encoder):
 
 
 @pytest.mark.parametrize("with_vectors", [True, False])
-def test_a_text_in_several_files_takes_one_place_and_names_the_others(tmp_path, encoder, with_vectors):
+def test_copies_of_a_text_are_one_hit_with_all_places(tmp_path, encoder, with_vectors):
     encoder = encoder if with_vectors else None
     texts = [*["Sourdough bread rises\n overnight.", "Sourdough bread rises overnight."] * 60, "Sourdough needs salt."]
     rows = [PassageRow(text, f"t{at}", f"{at}.txt", "line 1", bytes([at]), at) for at, text in enumerate(texts)]
@@ -175,7 +175,7 @@ def test_another_encoder_is_refused(folder, encoder):
         Index.open(folder, encoder)
 
 
-def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened(folder, encoder):
+def test_a_new_snapshot_replaces_the_old_one_and_open_readers_keep_theirs(folder, encoder):
     with Index.open(folder, encoder) as old:
         record = make(folder, [*TEXTS, "A violin has four strings."], encoder=encoder)
         assert record.snapshot == 2
@@ -188,7 +188,7 @@ def test_a_new_generation_replaces_the_old_one_and_a_reader_keeps_what_it_opened
         assert new.info()["generation"] == 2
 
 
-def test_a_generation_may_be_made_from_the_one_before(folder, encoder):
+def test_a_snapshot_may_be_made_from_the_previous_one(folder, encoder):
     with Index.open(folder, encoder) as old, snapshot.lock_for_writing(folder):
         rows, kept = list(old.table.rows(1)), old.vectors[1:]
         options = {"encoder": old.record.encoder, "score_threshold": old.record.score_threshold}
@@ -216,7 +216,7 @@ def test_a_failure_at_any_step_leaves_the_old_index_and_nothing_else(folder, enc
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_killed_writer_leaves_the_old_index_and_the_next_one_clears_up(folder, encoder):
+def test_a_killed_writer_leaves_the_old_index_and_the_next_one_cleans_up(folder, encoder):
     code = f"""
 import os, pathlib, signal
 from index_maker import WordEncoder, make
@@ -235,7 +235,7 @@ make(pathlib.Path({str(folder)!r}), ["something else"], encoder=WordEncoder())
         assert index.search("violin strings")[0].id == 0
 
 
-def test_what_a_kill_left_is_removed_by_the_next_writer(folder, encoder):
+def test_the_next_writer_removes_stale_files(folder, encoder):
     (folder / layout.file_name("table", 2)).write_bytes(b"half")
     layout.temporary_path(folder, 2).write_bytes(b"half")
     with Index.open(folder, encoder) as index:
@@ -268,7 +268,7 @@ def test_two_writers_wait_for_each_other(tmp_path, encoder):
     Index.open(tmp_path / "index", encoder).close()
 
 
-def test_opening_while_generations_are_written_finds_a_whole_one(folder, encoder):
+def test_opening_while_snapshots_are_written_finds_a_complete_one(folder, encoder):
     stop = threading.Event()
 
     def write():
@@ -302,7 +302,7 @@ def test_any_change_to_any_file_is_refused_by_name(folder, encoder, role):
             verify(folder)
 
 
-def test_a_copy_is_opened_once_it_was_verified(folder, encoder):
+def test_a_copy_opens_after_it_was_verified(folder, encoder):
     path = folder / layout.file_name("vectors", 1)
     os.utime(path, ns=(1, 1))
     with pytest.raises(UserError, match=r"vectors-000001\.npy was written to or copied"):
@@ -313,16 +313,16 @@ def test_a_copy_is_opened_once_it_was_verified(folder, encoder):
         assert index.search("sourdough bread")
 
 
-def test_verifying_while_another_generation_is_written_is_no_damage(folder, encoder, monkeypatch):
+def test_a_snapshot_written_during_verify_is_not_damage(folder, encoder, monkeypatch):
     sha256, done = storage.sha256, []
 
-    def meanwhile(path):
+    def write_first(path):
         if not done:
             done.append(path)
             make(folder, encoder=encoder)
         return sha256(path)
 
-    monkeypatch.setattr("openchatkit.retrieval.index.storage.sha256", meanwhile)
+    monkeypatch.setattr("openchatkit.retrieval.index.storage.sha256", write_first)
     verify(folder)
     assert layout.read(folder)[0].snapshot == 2
     (folder / layout.file_name("table", 2)).unlink()
@@ -330,7 +330,7 @@ def test_verifying_while_another_generation_is_written_is_no_damage(folder, enco
         verify(folder)
 
 
-def test_the_size_of_all_files_is_told(folder, encoder):
+def test_info_has_the_size_of_all_files(folder, encoder):
     with Index.open(folder, encoder) as index:
         info = index.info()
     sizes = [path.stat().st_size for path in folder.iterdir() if path.name != layout.MANIFEST]

@@ -1,4 +1,4 @@
-"""A long-lived reader of an index: what it takes up while others write, and what it keeps."""
+"""A long-lived reader of an index while others write snapshots."""
 
 import shutil
 import threading
@@ -20,7 +20,7 @@ def found(live, query="violin strings"):
     return [hit.text for hit in live.search(query, 1)]
 
 
-def test_what_is_written_meanwhile_is_found_and_the_files_before_are_let_go_of(folder, encoder, warnings):
+def test_a_new_snapshot_is_found_and_the_old_files_are_released(folder, encoder, warnings):
     live = ReloadingIndex(Index.open(folder, encoder))
     assert found(live) == []
     make(folder, [*TEXTS, VIOLIN], encoder=encoder)
@@ -34,27 +34,27 @@ def test_what_is_written_meanwhile_is_found_and_the_files_before_are_let_go_of(f
         assert not [line for line in mapped if "(deleted)" in line]
 
 
-def test_what_is_written_before_the_first_question_is_found(folder, encoder):
+def test_a_snapshot_written_before_the_first_question_is_found(folder, encoder):
     live = ReloadingIndex(Index.open(folder, encoder))
     make(folder, [VIOLIN], encoder=encoder)
     assert found(live) == [VIOLIN]
 
 
-def test_an_index_that_stays_is_looked_at_once(folder, encoder, monkeypatch):
+def test_an_unchanged_manifest_is_read_once(folder, encoder, monkeypatch):
     live = ReloadingIndex(Index.open(folder, encoder))
     opened = live.newest()
     monkeypatch.setattr(layout, "read", lambda folder: pytest.fail("the manifest was read again"))
     assert live.newest() is opened
 
 
-def test_an_index_of_words_is_followed_too(tmp_path):
+def test_an_index_without_vectors_is_reloaded_too(tmp_path):
     make(tmp_path / "index")
     live = ReloadingIndex(Index.open(tmp_path / "index"))
     make(tmp_path / "index", [*TEXTS, VIOLIN])
     assert found(live) == [VIOLIN]
 
 
-def test_one_that_cannot_be_opened_is_told_of_once_and_taken_up_when_it_can(folder, encoder, warnings):
+def test_a_snapshot_that_cannot_be_opened_is_warned_of_once_and_used_when_it_can(folder, encoder, warnings):
     live = ReloadingIndex(Index.open(folder, encoder))
     make(folder, [*TEXTS, VIOLIN], encoder=encoder)
     hidden = folder / layout.file_name("postings", 2)
@@ -69,7 +69,7 @@ def test_one_that_cannot_be_opened_is_told_of_once_and_taken_up_when_it_can(fold
     assert len(warnings) == 1
 
 
-def test_an_index_that_is_gone_answers_on_until_there_is_one_again(folder, encoder, warnings):
+def test_a_removed_index_answers_until_there_is_one_again(folder, encoder, warnings):
     live = ReloadingIndex(Index.open(folder, encoder))
     assert found(live, "sourdough bread") == [TEXTS[3]]
     shutil.rmtree(folder)
@@ -81,7 +81,7 @@ def test_an_index_that_is_gone_answers_on_until_there_is_one_again(folder, encod
 
 
 @pytest.mark.parametrize("other", [WordEncoder(), None])
-def test_one_with_another_encoder_is_told_of_and_left(folder, encoder, warnings, other):
+def test_a_snapshot_with_another_encoder_is_warned_of_and_not_used(folder, encoder, warnings, other):
     live = ReloadingIndex(Index.open(folder, encoder))
     if other:
         other.digest = "e" * 64
@@ -89,11 +89,11 @@ def test_one_with_another_encoder_is_told_of_and_left(folder, encoder, warnings,
     for _ in range(2):
         assert found(live) == []
         assert found(live, "sourdough bread") == [TEXTS[3]]
-    (told,) = warnings
-    assert "it has another encoder now, which is loaded when this program is started again" in told
+    (warning,) = warnings
+    assert "it has another encoder now, which is loaded when this program is started again" in warning
 
 
-def test_it_goes_to_gpus_again(folder, encoder, monkeypatch):
+def test_a_new_snapshot_is_searched_on_gpus_too(folder, encoder, monkeypatch):
     from fake_gpus import FakeGpus
 
     gpus = FakeGpus(monkeypatch)
@@ -103,7 +103,7 @@ def test_it_goes_to_gpus_again(folder, encoder, monkeypatch):
     assert gpus.searches
 
 
-def test_threads_search_while_generations_come_and_go(folder, encoder, warnings):
+def test_threads_search_while_snapshots_change(folder, encoder, warnings):
     live, stop = ReloadingIndex(Index.open(folder, encoder)), threading.Event()
 
     def ask():

@@ -1,4 +1,4 @@
-"""Reranking: what a cross-encoder makes of what an index has found."""
+"""Reordering the hits of an index by a cross-encoder."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def test_passages_come_in_the_order_of_their_scores(tmp_path):
     assert Reranker(folder).rerank("the fox", [], 2) == []
 
 
-def test_a_search_is_ordered_again_from_more_than_was_asked_for(tmp_path):
+def test_reranking_starts_from_more_passages_than_k(tmp_path):
     asked = []
 
     class Found:
@@ -42,7 +42,7 @@ def test_a_search_is_ordered_again_from_more_than_was_asked_for(tmp_path):
     assert asked == [("the fox", DEPTH), ("the fox", DEPTH + 1)]
 
 
-def test_what_is_no_cross_encoder_is_told(tmp_path):
+def test_folders_without_a_cross_encoder_are_refused(tmp_path):
     with pytest.raises(UserError, match="gives 3 scores a passage: expected a cross-encoder with one"):
         Reranker(make_cross_encoder(tmp_path / "three", labels=3)).rerank("fox", HITS, 2)
     with pytest.raises(UserError, match="no such folder"):
@@ -53,7 +53,7 @@ def test_what_is_no_cross_encoder_is_told(tmp_path):
         Reranker(folder).rerank("fox", HITS, 2)
 
 
-def test_scores_that_are_no_numbers_are_told(tmp_path):
+def test_scores_that_are_not_finite_are_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = make_cross_encoder(tmp_path / "damaged")

@@ -1,4 +1,4 @@
-"""BM25 against bm25s, which reckons the same in another way; and files that are refused."""
+"""BM25 against bm25s, which computes the same in another way; and refused files."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_rows_are_scored_in_the_order_given_and_without_a_common_word_as_0(paths
 
 
 @pytest.mark.parametrize("texts", [[""], ["...", "the"]])
-def test_texts_without_words_can_be_kept_and_find_nothing(paths, texts):
+def test_texts_without_words_can_be_indexed_and_find_nothing(paths, texts):
     index = build(texts, paths)
     assert len(index.search("the apple", 5)[1]) == 0
     assert index.scores("apple", np.arange(len(texts))).tolist() == [0.0] * len(texts)
@@ -95,7 +95,7 @@ def test_the_temporary_file_is_removed(paths, monkeypatch):
     assert not paths.scores.with_name("spill").exists()
 
 
-def test_the_room_of_an_array_is_taken_before_it_is_mapped(tmp_path):
+def test_disk_space_is_allocated_before_an_array_is_mapped(tmp_path):
     array = sparse._create(tmp_path / "array.npy", np.dtype("<f4"), 1_000_000)
     assert (tmp_path / "array.npy").stat().st_blocks * 512 >= array.nbytes == 4_000_000
     array[-1] = 5

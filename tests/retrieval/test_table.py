@@ -46,7 +46,7 @@ def test_neighbours_are_of_one_document_and_in_range(tmp_path, small_blocks):
         assert list(opened.neighbours(5, 0)) == [5]
 
 
-def test_what_is_no_table_of_so_many_rows_is_refused(tmp_path):
+def test_other_files_and_numbers_of_rows_are_refused(tmp_path):
     path = tmp_path / "t"
     table.write(path, rows(5))
     with pytest.raises(UserError, match="it holds 5 rows, the manifest says 6"):

@@ -1,4 +1,4 @@
-"""What counts as a word."""
+"""Words, content words, and titles in questions."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ from openchatkit.retrieval.tokenization import LONGEST, content_words, is_named_
         ("\0 \n", []),
     ],
 )
-def test_texts_are_cut_into_words(text, expected):
+def test_texts_are_split_into_words(text, expected):
     assert tokenize(text) == expected
 
 
@@ -45,7 +45,7 @@ def test_texts_are_cut_into_words(text, expected):
         *[("access", "access"), ("status", "status"), ("zombies", "zomby"), ("aies", "aie"), ("tag", "tag")],
     ],
 )
-def test_of_plurals_the_singular_counts(word, expected):
+def test_plurals_count_as_their_singular(word, expected):
     assert strip_plural(word) == expected
     assert tokenize(word) == tokenize(word.upper()) == [expected]
 
@@ -72,7 +72,7 @@ def test_words_do_not_depend_on_case_of_plain_words_or_on_what_is_between(text):
         ("", "What?", False),
     ],
 )
-def test_a_title_stands_in_a_question_whole_or_not_at_all(title, question, expected):
+def test_a_title_is_named_whole_or_not_at_all(title, question, expected):
     assert is_named_in(title, question) is expected
 
 
@@ -95,5 +95,5 @@ def test_a_title_stands_in_a_question_whole_or_not_at_all(title, question, expec
         ("図書館はどこですか", ["図書", "書館", "館は"]),
     ],
 )
-def test_everyday_words_tell_nothing(question, expected):
+def test_stop_words_are_not_content_words(question, expected):
     assert content_words(question) == expected

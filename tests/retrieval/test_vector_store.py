@@ -1,4 +1,4 @@
-"""Kept vectors: their length, their order, and numbers that are refused."""
+"""Stored vectors: their length, their order, and refused numbers."""
 
 import numpy as np
 import pytest

@@ -75,7 +75,7 @@ def test_it_is_fetched_from_the_hub_and_converted_once(hub, files, tmp_path, enc
     assert len(hub.requests) == asked
 
 
-def test_the_published_table_may_go_once_it_is_converted(copy, files, tmp_path):
+def test_the_published_table_may_be_removed_after_conversion(copy, files, tmp_path):
     (copy / PUBLISHED).unlink()
     os.utime(copy / INDEX)
     source = maker.write(tmp_path / "source", {INDEX: files[INDEX]})
@@ -89,14 +89,14 @@ def test_the_published_table_may_go_once_it_is_converted(copy, files, tmp_path):
     WikipediaIndex(copy).close()
 
 
-def test_another_file_than_was_published_is_refused(hub, files, tmp_path):
+def test_a_file_that_differs_from_the_published_one_is_refused(hub, files, tmp_path):
     hub.add(maker.REPOSITORY, files)
     wrong = digests(files) | {INDEX: "0" * 64}
     with pytest.raises(UserError, match=r"knn\.index is not the file that was published: .*expected 0000"):
         prepare(tmp_path / "files", digests=wrong)
 
 
-def test_a_download_that_was_cut_goes_on(hub, files, tmp_path, monkeypatch):
+def test_a_download_that_was_cut_resumes(hub, files, tmp_path, monkeypatch):
     from hub_server import Fault
 
     hub.add(maker.REPOSITORY, files)
@@ -128,7 +128,7 @@ def test_a_kill_while_converting_leaves_no_table_and_the_next_run_makes_it(files
     assert prepare(folder, source=str(source), digests=digests(files)).rows == len(FLAT)
 
 
-def test_what_a_kill_left_is_removed_by_the_next_run(files, tmp_path):
+def test_stale_files_are_removed_by_the_next_run(files, tmp_path):
     import subprocess
 
     source = maker.write(tmp_path / "source", files)
@@ -148,7 +148,7 @@ def test_what_a_kill_left_is_removed_by_the_next_run(files, tmp_path):
     ("columns", "articles_by"),
     [((), ()), (("id",), ()), (("article_id", "id"), ("article_id",)), (("title", "id"), ("title",))],
 )
-def test_articles_are_told_apart_by_whatever_there_is(tmp_path, monkeypatch, columns, articles_by):
+def test_articles_are_separated_by_any_suitable_column(tmp_path, monkeypatch, columns, articles_by):
     monkeypatch.setattr(wikipedia_table, "_PIECE", 7)
     monkeypatch.setattr(blocks, "BLOCK", 16)
     path = maker.write(tmp_path, {PUBLISHED: maker.parquet(TEXTS, columns=columns)}) / PUBLISHED
@@ -162,8 +162,8 @@ def test_articles_are_told_apart_by_whatever_there_is(tmp_path, monkeypatch, col
     assert table.title(20) == ("Article 3" if "title" in columns else "")
 
 
-def test_titles_part_articles_of_one_snippet_each_way_round(tmp_path):
-    """Positions that rise from one article into the next are no proof that it is one."""
+def test_titles_separate_articles_of_one_snippet(tmp_path):
+    """Positions that rise from one article into the next do not prove that it is one article."""
     table = pa.table(
         {"text_snippet": ["a", "b", "c", None], "position_in_source_text": [0, 5, 9, None], "title": list("xxyy")}
     )
@@ -187,14 +187,14 @@ def test_a_table_without_the_columns_or_no_table(tmp_path):
         wikipedia_table.convert(tmp_path / PUBLISHED, tmp_path / TABLE)
 
 
-def test_no_room_for_the_table(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_converting(tmp_path, monkeypatch):
     path = maker.write(tmp_path, {PUBLISHED: maker.parquet(TEXTS)}) / PUBLISHED
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match=r"wikipedia-en-sentences\.arrow: .* are needed"):
         wikipedia_table.convert(path, tmp_path / TABLE)
 
 
-def test_a_snippet_comes_with_those_around_it_from_its_article(ready, encoder):
+def test_a_snippet_is_extended_by_neighbours_of_its_article(ready, encoder):
     with WikipediaIndex(ready, encoder) as index:
         whole = index.search(FLAT[8], w=5, w_th=-1)
         assert whole == [" ".join(TEXTS[1])]
@@ -208,7 +208,7 @@ def test_a_snippet_comes_with_those_around_it_from_its_article(ready, encoder):
         assert index.search("  ") == []
 
 
-def test_rows_that_are_not_there_are_dropped(ready, encoder):
+def test_missing_rows_are_dropped(ready, encoder):
     with WikipediaIndex(ready, encoder, probes=1) as index:
         found = index.passages(FLAT[8], k=len(FLAT), w=0)
         assert 0 < len(found) < len(FLAT)
@@ -216,7 +216,7 @@ def test_rows_that_are_not_there_are_dropped(ready, encoder):
 
 
 @pytest.mark.parametrize(("w", "w_th"), [(5, 0.5), (1, 0.5), (3, 0.95), (20, 0.97), (0, -1), (5, -1)])
-def test_search_is_what_a_plain_reference_makes_of_the_published_texts(ready, encoder, w, w_th):
+def test_search_matches_a_plain_reference(ready, encoder, w, w_th):
     vectors = encoder.encode(FLAT).astype(np.float64)
     lengths = np.sqrt((vectors**2).sum(axis=1))
 
@@ -241,7 +241,7 @@ def test_search_is_what_a_plain_reference_makes_of_the_published_texts(ready, en
 
 
 class Drawn:
-    """A faiss index that finds what it is told to."""
+    """A faiss index with given results."""
 
     d, ntotal = 32, len(FLAT)
 
@@ -252,7 +252,7 @@ class Drawn:
         return self._found
 
 
-def test_what_has_no_row_or_no_number_is_left_out(ready, encoder):
+def test_results_without_a_row_or_a_finite_score_are_dropped(ready, encoder):
     with WikipediaIndex(ready, encoder) as index:
         index._index = Drawn([7, 20, 7, -1, 30], [0.9, np.nan, 0.8, -np.inf, np.inf])
         assert [passage.id for passage in index.passages("bread", 5, w=0)] == [7]
@@ -261,7 +261,7 @@ def test_what_has_no_row_or_no_number_is_left_out(ready, encoder):
             index.search("bread")
 
 
-def test_texts_that_are_to_be_apart_share_no_snippet(ready, encoder):
+def test_disjoint_passages_share_no_snippet(ready, encoder):
     with WikipediaIndex(ready, encoder) as index:
         index._index = Drawn([8, 9, 11, 2], [0.9, 0.8, 0.7, 0.6])
         found = index.passages("bread", 4, w=2, w_th=-1, disjoint=True)
@@ -320,7 +320,7 @@ def test_a_file_that_was_cut_or_altered(copy, name):
         WikipediaIndex(copy)
 
 
-def test_of_a_copy_that_is_whole_the_time_stamps_are_taken(copy, capsys):
+def test_verify_takes_the_time_stamps_of_an_intact_copy(copy, capsys):
     for name in (INDEX, TABLE):
         os.utime(copy / name)
     with pytest.raises(DamagedError, match="time stamp"):

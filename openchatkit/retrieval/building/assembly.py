@@ -194,7 +194,7 @@ def _explain_nothing(wanted: BuildPlan) -> str:
     if not excluded:
         return f"no file to read there: expected files of these kinds: {', '.join(reader.READABLE)}, or code"
     some = "; ".join(f"{each.source} ({each.reason})" for each in excluded[:3])
-    return f"no text to make an index of; {len(excluded):,} files and folders were left out: {some}"
+    return f"no text to make an index of; {len(excluded):,} files and folders were excluded: {some}"
 
 
 def _find_missing(digests: np.ndarray, records: list[SourceRecord], known: KnownVectors) -> np.ndarray:

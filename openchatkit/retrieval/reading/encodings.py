@@ -59,11 +59,11 @@ def guess(sample: bytes, name: str) -> Encoding:
         text = "\ufffd"
     few = 2 * text.count("\ufffd") <= len(text) - sum(map(str.isascii, text))
     if not (few if of_zeros else 20 * len(_CONTROLS.findall(sample)) <= len(sample) and b"\0" not in sample):
-        raise Unreadable(f"holds bytes that are no {shown_name}: save it as UTF-8")
+        raise Unreadable(f"holds bytes that are not {shown_name}: save it as UTF-8")
     if few:
-        return Encoding(name, f"some bytes are no {shown_name}: \ufffd stands in their place")
+        return Encoding(name, f"some bytes are not {shown_name}: \ufffd replaces them")
     found = _guess_legacy(sample[:_SAMPLE])
-    return Encoding(found, f"is no {shown_name}: read as {'Windows-1252' if found == _WESTERN else found}")
+    return Encoding(found, f"is not {shown_name}: read as {'Windows-1252' if found == _WESTERN else found}")
 
 
 def _guess_legacy(sample: bytes) -> str:
@@ -71,7 +71,7 @@ def _guess_legacy(sample: bytes) -> str:
     try:
         import charset_normalizer
     except ImportError:
-        raise Unreadable("is no UTF-8, and reading it needs a package: pip install charset-normalizer") from None
+        raise Unreadable("is not UTF-8, and reading it needs a package: pip install charset-normalizer") from None
     others = sum(byte > 127 for byte in sample)
     excluded = _OF_MANY_BYTES if others < min(_FEW, _LATIN_SHARE * len(sample)) else []
     found = charset_normalizer.from_bytes(sample, cp_exclusion=[*_NO_GUESS, *excluded])

@@ -62,7 +62,7 @@ def read_rules(folder: Path, above: Rules | None) -> tuple[Rules, list[Skipped]]
 
             spec = pathspec.GitIgnoreSpec.from_lines(path.read_text(encoding="utf-8", errors="replace").splitlines())
         except ImportError:
-            problems = [Skipped(str(path), "not heeded, which needs a package: pip install pathspec")]
+            problems = [Skipped(str(path), "not used, which needs a package: pip install pathspec")]
         except (OSError, ValueError) as error:
-            problems = [Skipped(str(path), f"not heeded: {error}")]
+            problems = [Skipped(str(path), f"not used: {error}")]
     return Rules(folder, spec, above), problems

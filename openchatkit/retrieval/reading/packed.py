@@ -77,7 +77,7 @@ def epub(path: Path, options: ReadOptions) -> Iterator[Document]:
     with _check_archive(path, options), zipfile.ZipFile(path) as archive:
         entry = ElementTree.fromstring(archive.read(_CONTAINER)).find(f".//{_ROOT}rootfile")
         if entry is None:
-            raise Unreadable("is no book: it names no list of chapters")
+            raise Unreadable("is not a book: it has no list of chapters")
         name = entry.get("full-path", "")
         package = ElementTree.fromstring(archive.read(name))
         files = {item.get("id"): item.get("href", "") for item in package.iter(f"{_PACKAGE}item")}

@@ -18,7 +18,7 @@ from openchatkit.retrieval.reading import encodings
 from openchatkit.retrieval.reading.document import Unreadable
 from openchatkit.retrieval.reading.encodings import Encoding
 
-GZIP = ".gz"
+_GZIP = ".gz"
 LINE_LIMIT = 1 << 14  # characters; a longer line comes in pieces
 ROW_LIMIT = 1 << 24
 _PIECE = 1 << 20
@@ -29,7 +29,7 @@ def digest(path: Path, *, text: bool) -> str:
     """Return the SHA-256 of a file on disk. Unreadable: it cannot be opened, or is not text although `text`."""
     try:
         if text:
-            detect_encoding(path)
+            _detect_encoding(path)
         return storage.sha256(path)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
@@ -42,7 +42,7 @@ def lines(path: Path, notes: list[str], *, whole_rows: bool = False) -> Iterator
     """
     limit = ROW_LIMIT if whole_rows else LINE_LIMIT
     number, held = 1, ""
-    found = detect_encoding(path)
+    found = _detect_encoding(path)
     notes += [found.note] if found.note else []
     with _open(path) as file, _reject_damaged(), _text(file, found) as text:
         while (line := held + text.readline(limit - len(held))) != held or held:
@@ -65,7 +65,7 @@ def whole(path: Path, limit: int) -> bytes:
     return data
 
 
-def detect_encoding(path: Path) -> Encoding:
+def _detect_encoding(path: Path) -> Encoding:
     """Return the encoding of a text file: by its byte order mark, UTF-8, or guessed. Unreadable: it is not text."""
     with _open(path) as file, _reject_damaged():
         name = encodings.detect_mark(file.read(3)) or "utf-8"
@@ -74,7 +74,7 @@ def detect_encoding(path: Path) -> Encoding:
             with _text(file, Encoding(name)) as text:
                 while piece := text.read(_PIECE):
                     if "\0" in piece:
-                        raise Unreadable("holds zero bytes, so it is no text")
+                        raise Unreadable("holds zero bytes, so it is not text")
             return Encoding(name)
         except UnicodeDecodeError:
             file.seek(0)
@@ -88,7 +88,7 @@ def stem(path: Path) -> str:
 
 def plain_name(path: Path) -> str:
     """Return the name of a file without the ending of gzip, which may be in capitals like all endings."""
-    return path.name[: -len(GZIP)] if path.name.lower().endswith(GZIP) else path.name
+    return path.name[: -len(_GZIP)] if path.name.lower().endswith(_GZIP) else path.name
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -60,7 +60,7 @@ def table(path: Path, options: ReadOptions) -> Iterator[Document]:
     try:
         yield from of_cells(path, filter(None, reader), options)
     except csv.Error as error:
-        raise Unreadable(f"line {reader.line_num} is no row of a table: {error}") from error
+        raise Unreadable(f"line {reader.line_num} is not a row of a table: {error}") from error
 
 
 def of_cells(path: Path, cells: Iterator[list[str]], options: ReadOptions) -> Iterator[Document]:

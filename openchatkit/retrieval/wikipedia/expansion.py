@@ -1,7 +1,7 @@
 """A found snippet with its neighbours about the same subject, shown instead of three sentences.
 
 From the snippet outwards, in each direction, neighbours are added as long as the cosine of their vector to that of the
-snippet is above a threshold, as in `wikiindexquery.py` of the original kit. Unlike there, neighbours of all snippets are
+snippet is above a threshold, as in the original kit's `wikiindexquery.py`. Unlike there, neighbours of all snippets are
 embedded together, and none is from another article or beyond the ends of the table.
 """
 

@@ -1,4 +1,4 @@
-"""Files as documents: what each kind gives, with titles and places, and what is skipped and why."""
+"""`reading`: documents of each kind of file, with titles and places; skipped files and reasons."""
 
 import gzip
 import os
@@ -36,7 +36,7 @@ def test_text_is_cut_at_empty_lines(tmp_path):
     assert documents(path) == [("note", [Block("one\ntwo [31m", 1, 2), Block("  three", 6, 6)])]
 
 
-def test_a_text_may_begin_with_the_mark_of_its_encoding(tmp_path):
+def test_a_byte_order_mark_gives_the_encoding(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         path = write(tmp_path / f"{encoding}.txt", "ein Gruß".encode(encoding))
         reader.digest(path)
@@ -52,11 +52,11 @@ JAPANESE = "図書館は朝八時に開きます。本は五冊まで借りら�
 @pytest.mark.parametrize(
     ("text", "encoding", "note"),
     [
-        ("ein Café", "cp1252", "is no UTF-8: read as Windows-1252"),
-        (FRENCH, "cp1252", "is no UTF-8: read as Windows-1252"),
-        (RUSSIAN, "cp1251", "is no UTF-8: read as cp1251"),
-        (POLISH, "cp1250", "is no UTF-8: read as cp1250"),
-        (JAPANESE, "shift_jis", "is no UTF-8: read as cp932"),
+        ("ein Café", "cp1252", "is not UTF-8: read as Windows-1252"),
+        (FRENCH, "cp1252", "is not UTF-8: read as Windows-1252"),
+        (RUSSIAN, "cp1251", "is not UTF-8: read as cp1251"),
+        (POLISH, "cp1250", "is not UTF-8: read as cp1250"),
+        (JAPANESE, "shift_jis", "is not UTF-8: read as cp932"),
     ],
 )
 def test_text_in_another_encoding_is_read_and_noted(tmp_path, text, encoding, note):
@@ -77,10 +77,10 @@ def test_one_bad_byte_among_others_does_not_make_it_another_encoding(tmp_path):
         path = write(tmp_path / "a.txt", "Grüße, привет: 5 €".encode(encoding) + bad)
         reader.digest(path)
         assert documents(path, options)[0][1] == [Block("Grüße, привет: 5 €\ufffd", 1, 1)]
-        assert options.notes == [f"some bytes are no {name}: \ufffd stands in their place"]
+        assert options.notes == [f"some bytes are not {name}: \ufffd replaces them"]
 
 
-def test_a_missing_package_that_tells_encodings_is_noted(tmp_path, monkeypatch):
+def test_a_missing_package_for_encodings_is_noted(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "charset_normalizer", None)
     assert "reading it needs a package: pip install charset-normalizer" in unreadable(
         write(tmp_path / "a.txt", b"caf\xe9")
@@ -246,9 +246,9 @@ def test_html_says_its_own_encoding(tmp_path):
     page = '<meta charset="{}"><p>Gruß</p>'
     assert documents(write(tmp_path / "a.htm", page.format("latin-1").encode("latin-1")))[0][1][0].text == "Gruß"
     for name, written, notes in (
-        ("utf-8", "latin-1", ["is no UTF-8: read as Windows-1252"]),
+        ("utf-8", "latin-1", ["is not UTF-8: read as Windows-1252"]),
         ("klingon", "utf-8", ["names an encoding that is not known, klingon"]),
-        ("undefined", "latin-1", ["is no UNDEFINED: read as Windows-1252"]),
+        ("undefined", "latin-1", ["is not UNDEFINED: read as Windows-1252"]),
     ):
         options = ReadOptions()
         path = write(tmp_path / "b.htm", page.format(name).encode(written))
@@ -256,14 +256,14 @@ def test_html_says_its_own_encoding(tmp_path):
         assert options.notes == notes
 
 
-def test_names_of_encodings_mean_in_html_what_browsers_take_them_for(tmp_path):
+def test_names_of_encodings_in_html_mean_what_they_mean_to_browsers(tmp_path):
     page = '<meta charset="{}"><p>“Gruß” …</p>'
     for name, written in (("iso-8859-1", "cp1252"), ("us-ascii", "cp1252"), ("utf-16", "utf-8")):
         path = write(tmp_path / "a.htm", page.format(name).encode(written))
         assert documents(path)[0][1][0].text == "“Gruß” …"
 
 
-def test_declarations_that_html_does_not_know_are_passed_over(tmp_path):
+def test_unknown_declarations_in_html_are_skipped(tmp_path):
     text = "<p>one</p><![foo]><p>two</p><![ ><![if !x]><p>three</p><![endif]><!x y>"
     assert [block.text for block in documents(write(tmp_path / "a.html", text))[0][1]] == ["one", "two", "three"]
 
@@ -369,7 +369,7 @@ def test_a_row_without_end_is_not_held(tmp_path, monkeypatch):
     assert unreadable(path) == "line 2 is longer than 64 characters"
 
 
-def test_what_is_packed_is_read_too(tmp_path):
+def test_compressed_files_are_read_too(tmp_path):
     path = write(tmp_path / "a.MD.gz", gzip.compress(b"# Kit\n\ntext\n"))
     assert documents(path) == [("Kit", [Block("Kit", 1, 1, level=1), Block("text", 3, 3)])]
     whole = path.read_bytes()
@@ -382,15 +382,15 @@ def test_what_is_packed_is_read_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.txt", b"\xff\xfe\x01", "holds bytes that are no UTF-16: save it as UTF-8"),
-        ("a.txt", b"\x80\x01\x02\x9f\x10 etc.", "holds bytes that are no UTF-8: save it as UTF-8"),
-        ("a.md", b"a\0b", "holds zero bytes, so it is no text"),
+        ("a.txt", b"\xff\xfe\x01", "holds bytes that are not UTF-16: save it as UTF-8"),
+        ("a.txt", b"\x80\x01\x02\x9f\x10 etc.", "holds bytes that are not UTF-8: save it as UTF-8"),
+        ("a.md", b"a\0b", "holds zero bytes, so it is not text"),
         ("a.bin", b"text", "of no kind that is read"),
         ("a.pdf.gz", b"", "of no kind that is read"),
         ("a.pdf", b"%PDF-1.4\nno more", "broken: "),
     ],
 )
-def test_what_cannot_be_read_is_told(tmp_path, name, data, reason):
+def test_unreadable_files_have_a_reason(tmp_path, name, data, reason):
     assert unreadable(write(tmp_path / name, data)).startswith(reason)
 
 
@@ -540,7 +540,7 @@ class TestPDF:
         assert (document.title, document.unit) == ("Report of pages", "page")
         assert list(document.blocks) == [Block("First page", 1, 1), Block("Third page", 3, 3)]
 
-    def test_a_password_is_asked_for_by_nobody(self, tmp_path):
+    def test_an_encrypted_file_is_skipped(self, tmp_path):
         assert unreadable(self.make(tmp_path / "a.pdf", ["x"], password="secret")).startswith("encrypted: ")
         assert documents(self.make(tmp_path / "b.pdf", ["open"], password="")) == [("b", [Block("open", 1, 1)])]
 
@@ -611,9 +611,9 @@ class TestPDF:
 
 
 class TestWalk:
-    """Which files lie under a folder."""
+    """`discovery` and `ignored`: the files of a folder."""
 
-    def test_files_come_sorted_and_what_is_left_out_is_listed(self, tmp_path):
+    def test_files_are_sorted_and_skipped_ones_listed(self, tmp_path):
         root = tmp_path / "root"
         outside = write(tmp_path / "outside.txt", "x")
         kept = [write(root / name, "x") for name in ("b.txt", "sub/a.txt", "a.txt")]
@@ -639,7 +639,7 @@ class TestWalk:
             ("ring", "a link to what is met there itself"),
         ]
 
-    def test_what_a_project_ignores_is_left_out_unless_it_is_asked_for(self, tmp_path):
+    def test_ignored_files_are_skipped_unless_asked_for(self, tmp_path):
         root = tmp_path / "repository"
         kept = ["a.txt", "docs/keep.log", "docs/a.txt", "docs/deep/out/a.txt", "logs.txt"]
         ignored = ["b.log", "docs/b.log", "out/a.txt", "docs/deep/tmp.txt"]
@@ -673,9 +673,9 @@ class TestWalk:
         monkeypatch.setitem(__import__("sys").modules, "pathspec", None)
         files, skipped = discovery.find([tmp_path])
         assert files == [path]
-        assert "not heeded, which needs a package: pip install pathspec" in [each.reason for each in skipped]
+        assert "not used, which needs a package: pip install pathspec" in [each.reason for each in skipped]
 
-    def test_a_file_that_goes_while_the_folder_is_read_is_left_out(self, tmp_path, monkeypatch):
+    def test_a_file_that_disappears_while_the_folder_is_read_is_skipped(self, tmp_path, monkeypatch):
         write(tmp_path / "a.txt", "x")
 
         scan = os.scandir
@@ -689,14 +689,14 @@ class TestWalk:
         files, [skipped] = discovery.find([tmp_path])
         assert (files, skipped.reason) == ([], "cannot be read: No such file or directory")
 
-    def test_a_name_that_no_text_can_hold_is_refused(self, tmp_path):
+    def test_a_file_name_that_is_not_utf_8_is_refused(self, tmp_path):
         path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
         Path(path).write_text("x")
         with pytest.raises(UserError, match="its name is not in UTF-8: rename it"):
             discovery.find([Path(path)])
         assert [each.reason for each in discovery.find([tmp_path])[1]] == ["its name cannot be shown"]
 
-    def test_what_is_named_itself_is_taken_once(self, tmp_path):
+    def test_a_file_named_itself_is_read_once(self, tmp_path):
         hidden = write(tmp_path / ".notes.txt", "x")
         (tmp_path / "link.txt").symlink_to(hidden)
         assert discovery.find([hidden, tmp_path / "link.txt"]) == ([hidden], [])
