@@ -1,19 +1,24 @@
-"""The flags that say which model to load and how to draw from it, for every command that talks to a model."""
+"""The flags of a model and of sampling, for every command that talks to a model."""
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.inference.moderation import flags as moderation
 from openchatkit.paths import HUGGINGFACE_MODELS
 
+if TYPE_CHECKING:
+    from openchatkit.inference.engine.sampling import Sampling
+    from openchatkit.inference.responder import Responder
+
 DEFAULT_MODEL = HUGGINGFACE_MODELS / "GPT-NeoXT-Chat-Base-20B"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def add_model_flags(flags: argparse.ArgumentParser) -> None:
-    """--model and what goes with it: where to, how precise, in which form it reads a chat; and who moderates it."""
+    """Add --model and the flags of its device, precision, chat template and moderation."""
     flags.add_argument(
         "--model",
         default=str(DEFAULT_MODEL),
@@ -35,7 +40,7 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(flags: argparse.ArgumentParser, *, max_tokens: int | None = 128) -> None:
-    """--max-tokens, --seed and the rest: how replies are drawn. `sampling` checks what the parser cannot.
+    """Add --max-tokens, --seed and the other flags of sampling. `sampling` checks what the parser cannot.
 
     `max_tokens` is the default of --max-tokens; None leaves it to the command.
     """
@@ -55,12 +60,12 @@ def add_sampling_flags(flags: argparse.ArgumentParser, *, max_tokens: int | None
     flags.add_argument("--seed", type=_seed, help="makes the draws repeat, from the start and from each /reset")
 
 
-def sampling(given: argparse.Namespace) -> "Sampling":  # noqa: F821
-    """The settings that the flags ask for; UserError, naming the flag, for one that makes no sense."""
-    from openchatkit.inference.engine import sampling
+def sampling(given: argparse.Namespace) -> "Sampling":
+    """Return the settings of the flags; UserError, with the name of the flag, if one is out of range."""
+    from openchatkit.inference.engine.sampling import Sampling, check
 
-    settings = sampling.Sampling(
-        max_tokens=given.max_tokens or sampling.Sampling.max_tokens,
+    settings = Sampling(
+        max_tokens=given.max_tokens or Sampling.max_tokens,
         sample=given.sample,
         temperature=given.temperature,
         top_k=given.top_k,
@@ -68,14 +73,14 @@ def sampling(given: argparse.Namespace) -> "Sampling":  # noqa: F821
         min_p=given.min_p,
         repetition_penalty=given.repetition_penalty,
     )
-    sampling.check(settings)
+    check(settings)
     return settings
 
 
-def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slots: int = 1) -> "Responder":  # noqa: F821
-    """Load the models that the flags name; `announce` is told in one line what is being loaded.
+def responder(given: argparse.Namespace, announce: Callable[[str], None], *, slots: int = 1) -> "Responder":
+    """Load the models that the flags name; `announce` gets one line on each.
 
-    `slots` is how many conversations the engine keeps what it read of. Raises UserError for flags that make no sense,
+    `slots` is the number of conversations whose keys and values are kept. Raises UserError for flags out of range
     before anything is loaded, and as `loader.load`, `rendering.choose` and `moderation.flags.load_moderator` do.
     """
     sampling(given)
@@ -130,7 +135,7 @@ _GPU_VRAM = "GiB of each GPU to fill with the model, in the order of their numbe
 _CPU_RAM = "GiB of main memory for what the GPUs do not hold; what is left stays on disk"
 
 
-# Beyond these, numbers are mistakes, and the libraries fail on them.
+# Larger numbers are mistakes, on which the libraries fail.
 _MOST_GIB = 1 << 20
 _MOST_THREADS = 1024
 

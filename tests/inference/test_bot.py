@@ -1,4 +1,4 @@
-"""The command's flags and ways to use it other than by typing; that its README is true."""
+"""The command's flags, its use without a terminal, and its README."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from openchatkit.inference import bot, report
 from openchatkit.inference.shell.commands import Shell
-from openchatkit.inference.shell.lines import MAX_LINE
+from openchatkit.inference.shell.line_reader import MAX_LINE
 from openchatkit.paths import ROOT
 
 BOT = ROOT / "inference" / "bot.py"
@@ -50,7 +50,7 @@ BOT = ROOT / "inference" / "bot.py"
         (["--prom\x1bpt"], "unrecognized arguments: --prom\\x1bpt"),
     ],
 )
-def test_a_flag_that_cannot_be_is_one_line_and_status_2(piped, trained_model, flags, message):
+def test_an_invalid_flag_is_one_line_and_status_2(piped, trained_model, flags, message):
     done = piped("hello\n", trained_model, *flags)
     assert done.stderr.decode().startswith(f"error: {message}")
     assert len(done.notes) == 1
@@ -122,13 +122,13 @@ def test_one_question_that_cannot_be_answered_is_status_2(piped, trained_model):
     assert done.notes == [f"error: the piped text is too long: expected at most {MAX_LINE} characters"]
 
 
-def test_a_question_goes_on_with_a_saved_chat(piped, trained_model):
+def test_a_question_continues_a_saved_chat(piped, trained_model):
     flags = ("--no-sample", "--no-date")
     piped("hello\n/save a\n", trained_model, *flags)
     assert piped("", trained_model, *flags, "--load", "a", "--prompt", "hello").lines == ["again"]
 
 
-def test_piped_text_that_is_no_utf8_is_mended_and_told_of(piped, trained_model):
+def test_piped_bytes_that_are_not_utf8_are_replaced_with_a_note(piped, trained_model):
     done = piped(b"\xef\xbb\xbfre\xffd", trained_model, "--no-date", "--json", "--prompt", "say it")
     assert json.loads(done.stdout)["passages"] == ["re\ufffdd"]
     assert done.notes == ["note: the piped text is not all UTF-8; what is not was replaced by \ufffd"]

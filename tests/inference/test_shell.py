@@ -1,4 +1,4 @@
-"""What each line does: through a pipe into the real command, and in this process for the many small cases."""
+"""The shell's commands: piped into the real command, and in this process for the many small cases."""
 
 import io
 import json
@@ -13,9 +13,9 @@ from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Reply
 from openchatkit.inference.session import Session
-from openchatkit.inference.shell import keys
+from openchatkit.inference.shell import editing
 from openchatkit.inference.shell.commands import Shell
-from openchatkit.inference.shell.lines import MAX_LINE
+from openchatkit.inference.shell.line_reader import MAX_LINE
 from openchatkit.inference.shell.output import Output
 from openchatkit.paths import ROOT
 
@@ -24,7 +24,7 @@ COMMANDS = (
     "chats edit help hyperparameters load passage quit raw_prompt raw_say regen reset retrieval save say set show "
     "sources stats system undo"
 )
-LISTED = "/help lists the commands, /say TEXT says a text with a slash"
+LISTED = "/help lists the commands, /say TEXT asks a question that begins with a slash"
 
 
 def test_a_pipe_gets_replies_and_nothing_else(pipe, trained_model):
@@ -85,7 +85,7 @@ def test_a_question_without_a_reply_leaves_an_empty_line_and_status_2(piped, tra
     assert done.status == 2
 
 
-def test_a_reply_that_meets_the_end_of_the_context_says_so(piped, random_models):
+def test_a_reply_cut_at_the_end_of_the_context_has_a_note(piped, random_models):
     done = piped("word " * 60 + "\n", random_models["neox"], "--max-tokens", "4000", "--seed", "1", "--no-date")
     assert done.notes == ["note: the reply was cut: it reached the end of what the model reads at once"]
     assert done.status == 0
@@ -94,15 +94,15 @@ def test_a_reply_that_meets_the_end_of_the_context_says_so(piped, random_models)
 @pytest.mark.parametrize(
     ("line", "text", "note"),
     [
-        ("and?", "It g", "what came is kept, /undo takes it back"),
+        ("and?", "It g", "the text so far is kept, /undo takes it back"),
         ("and?", "", "the question was not kept"),
         ("/raw_say It", " g", "the conversation is as it was"),
         ("/raw_say It", "", "the conversation is as it was"),
-        ("/regen", "It g", "what came takes the place of the old reply"),
+        ("/regen", "It g", "the text so far replaces the old reply"),
         ("/regen", "", "the old reply stays"),
     ],
 )
-def test_what_an_interrupted_reply_leaves_is_said(line, text, note):
+def test_a_note_says_what_remains_of_an_interrupted_reply(line, text, note):
     class Interrupted:
         """A responder whose replies are interrupted."""
 
@@ -133,7 +133,7 @@ def test_a_line_of_a_megabyte_and_one_beyond_the_limit(piped, trained_model):
     assert done.status == 2
 
 
-def test_bytes_that_are_no_utf8_are_replaced_and_told_of(pipe, trained_model):
+def test_bytes_that_are_not_utf8_are_replaced_with_a_note(pipe, trained_model):
     done = pipe(b"hel\xfflo \xe6\x97\n/raw_prompt\n/reset\nhello\n", trained_model, "--no-sample", "--no-date")
     assert done.stderr.decode() == "note: line 1 of the input is not all UTF-8; what is not was replaced by \ufffd\n"
     assert "<human>: hel\ufffdlo \ufffd" in done.stdout.decode()
@@ -154,9 +154,9 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_question(piped,
         ("/__class__", f"unknown command /__class__: {LISTED}"),
         ("/rest", f"unknown command /rest: did you mean /reset? {LISTED}"),
         ("/e\x1b[31mvil", f"unknown command /evil: {LISTED}"),
-        ("/say", "/say needs a text behind it"),
-        ("/passage", "/passage needs a text behind it"),
-        ("/raw_say  ", "/raw_say needs a text behind it"),
+        ("/say", "/say needs a text after it"),
+        ("/passage", "/passage needs a text after it"),
+        ("/raw_say  ", "/raw_say needs a text after it"),
         (f"/raw_say {'word ' * 300}", "this needs "),
         ("/set temprature 1", "unknown setting temprature: did you mean temperature? there are max_tokens, sample, "),
         ("/set temperature nan", "temperature nan: expected a number from 0"),
@@ -174,7 +174,7 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_question(piped,
         ("/retrieval maybe", "/retrieval 'maybe': expected on or off"),
     ],
 )
-def test_a_command_that_cannot_be_obeyed_is_one_line_and_the_shell_lives_on(piped, trained_model, line, message):
+def test_a_command_that_fails_is_one_line_and_the_shell_goes_on(piped, trained_model, line, message):
     done = piped(f"{line}\nhello\n", trained_model, "--no-sample", "--no-date")
     assert done.stderr.decode().startswith(f"error: {message}")
     assert len(done.notes) == 1
@@ -204,7 +204,7 @@ def test_a_disk_that_refuses_a_chat_is_one_line(piped, trained_model, chat_home)
     assert done.notes[0].startswith("error: the chat cannot be saved as ")
 
 
-def test_out_of_memory_undoes_the_turn_and_the_shell_lives_on(piped, trained_model, monkeypatch):
+def test_out_of_memory_undoes_the_turn_and_the_shell_goes_on(piped, trained_model, monkeypatch):
     forward = torch.nn.Embedding.forward
     prompts = []
 
@@ -244,7 +244,7 @@ def test_the_other_commands(piped, trained_model):
     assert done.status == 0
 
 
-def test_settings_are_changed_shown_and_heeded(piped, trained_model):
+def test_settings_are_changed_shown_and_used(piped, trained_model):
     script = (
         '/set\n/set top-k 7\n/set top_k\n/set stop ["o"]\n/set sample off\n/set stop\nlines\n/reset\n'
         "/set stop none\nlines\n/reset\n/set max_tokens 1\nlines\n"
@@ -264,7 +264,7 @@ def test_the_system_text_opens_the_conversation_and_goes(piped, trained_model):
     assert piped("/system", trained_model, "--system", "At first.").stdout == b"At first.\n"
 
 
-def test_a_chat_is_saved_listed_and_gone_on_with(piped, trained_model, chat_home):
+def test_a_chat_is_saved_listed_and_continued(piped, trained_model, chat_home):
     flags = ("--no-sample", "--no-date")
     done = piped("hello\n/save a\n/save a\n/save a!\n/save b\n/chats\n", trained_model, *flags)
     assert done.lines == ["first", "a", "b"]
@@ -352,16 +352,16 @@ def test_an_editor_is_for_a_terminal(piped, trained_model, monkeypatch):
             asked.append(conversation.turns[-1].text)
             return Reply("yes", (), "end")
 
-    monkeypatch.setattr(keys, "edited", lambda text: f"{text}\nmore\n")
+    monkeypatch.setattr(editing, "edit_text", lambda text: f"{text}\nmore\n")
     output = Output(io.StringIO(), io.StringIO(), interactive=True)
     shell = Shell(Session(Silent(), Sampling(), date=False), output, stdin=None, stdout=io.StringIO())
     shell.onecmd("/edit begun")
-    monkeypatch.setattr(keys, "edited", lambda text: " \n")
+    monkeypatch.setattr(editing, "edit_text", lambda text: " \n")
     shell.onecmd("/edit")
     assert asked == ["begun\n\nmore"]
 
 
-def test_the_date_opens_the_chat_unless_told_not_to(piped, random_models):
+def test_the_date_opens_the_chat_unless_turned_off(piped, random_models):
     done = piped("/raw_prompt hi\n", random_models["neox"])
     assert re.fullmatch(
         r"Current Date: \d{4}-\d\d-\d\d\nCurrent Time: .+\n\n<human>: hi\n<bot>:\n", done.stdout.decode()

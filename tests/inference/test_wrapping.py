@@ -1,4 +1,4 @@
-"""Replies at a terminal's edge, and the keys that are pressed meanwhile."""
+"""Wrapping (wrapping.py), typing during a reply (terminal.py), and the user's editor (editing.py)."""
 
 import contextlib
 import os
@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openchatkit.errors import UserError
-from openchatkit.inference.shell import keys
-from openchatkit.inference.shell.wrapping import Wrapper, columns_of
+from openchatkit.inference.shell.editing import edit_text
+from openchatkit.inference.shell.terminal import columns_of, no_echo
+from openchatkit.inference.shell.wrapping import LineWrapper
 
 
 def wrapped(text: str, columns: int | None = 20, size: int = 1) -> str:
-    wrapper = Wrapper(columns)
+    wrapper = LineWrapper(columns)
     return "".join([wrapper.push(text[at : at + size]) for at in range(0, len(text), size)]) + wrapper.flush()
 
 
@@ -43,7 +44,7 @@ def test_lines_break_between_words_however_the_text_comes(text, expected, size):
 
 
 @given(st.text("ab \n\t\u65e5\u0301-", max_size=80), st.integers(2, 30), st.integers(1, 9))
-def test_nothing_but_white_space_changes_and_pieces_do_not_matter(text, columns, size):
+def test_only_white_space_changes_and_pieces_do_not_matter(text, columns, size):
     assert wrapped(text, columns, size) == wrapped(text, columns, 1000)
     assert "".join(wrapped(text, columns).split()) == "".join(text.split())
     assert wrapped(text, None, size) == text
@@ -54,19 +55,19 @@ def test_plain_words_break_as_textwrap_breaks_them(words):
     assert wrapped(" ".join(words)) == textwrap.fill(" ".join(words), 20)
 
 
-def test_keys_are_not_echoed_meanwhile_and_are_again_afterwards():
+def test_typing_is_not_echoed_during_a_reply_and_is_afterwards():
     import termios
 
     outer, inner = pty.openpty()
     with os.fdopen(inner, "r") as stream, os.fdopen(outer, "rb"):
-        with contextlib.suppress(KeyboardInterrupt), keys.unechoed(stream):
+        with contextlib.suppress(KeyboardInterrupt), no_echo(stream):
             assert not termios.tcgetattr(inner)[3] & termios.ECHO
             raise KeyboardInterrupt
         assert termios.tcgetattr(inner)[3] & termios.ECHO
         termios.tcsetwinsize(inner, (24, 57))
         assert columns_of(stream) == 57
     with open(os.devnull) as stream:
-        with keys.unechoed(stream), keys.unechoed(None):
+        with no_echo(stream), no_echo(None):
             pass
         assert columns_of(stream) is None
 
@@ -77,14 +78,14 @@ def test_a_text_is_written_in_the_editor_that_the_environment_names(monkeypatch,
     editor.chmod(0o755)
     monkeypatch.delenv("VISUAL", raising=False)
     monkeypatch.setenv("EDITOR", f"'{editor}' 'and so'")
-    assert keys.edited("begun\n") == "begun\nso and so\n"
+    assert edit_text("begun\n") == "begun\nso and so\n"
     monkeypatch.setenv("VISUAL", "false")
     with pytest.raises(UserError, match="the editor false ended with status 1: nothing was asked"):
-        keys.edited("")
+        edit_text("")
     monkeypatch.setenv("VISUAL", "/nowhere/editor")
     with pytest.raises(UserError, match="the editor /nowhere/editor cannot be run: No such file or directory; EDITOR"):
-        keys.edited("")
+        edit_text("")
     for name in ("VISUAL", "EDITOR"):
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match="no editor is known: set EDITOR"):
-        keys.edited("")
+        edit_text("")

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file
@@ -24,9 +24,6 @@ from openchatkit.inference.shell.terminal import Style, no_echo
 from openchatkit.inference.streaming import clean
 from openchatkit.retrieval.passage import Passage
 from openchatkit.texts import parse_bool, shorten
-
-if TYPE_CHECKING:
-    from openchatkit.inference.shell.editing import LineEditor
 
 # Names of commands in other shells.
 _ALIASES = {"?": "help", "bye": "quit", "exit": "quit", "clear": "reset"}
@@ -49,7 +46,7 @@ class Shell(cmd.Cmd):
         self._about = about
         self._session = session
         self._output = output
-        self._editor: LineEditor | None = None
+        self._editor = None
         if output.interactive and stdout.isatty():
             path = None if chat_file.unwritable_reason() else chat_file.history_path()
             from openchatkit.inference.shell.editing import LineEditor

@@ -1,4 +1,4 @@
-"""The file of typed lines."""
+"""The history file of the shell."""
 
 import os
 import stat
@@ -66,11 +66,11 @@ def test_shells_that_append_at_once_lose_nothing(tmp_path):
         assert [entry for entry in kept if entry[0] == name] == [f"{name} {number}" for number in range(50)]
 
 
-def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
+def test_a_pipe_or_folder_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "folder"):
-        with pytest.raises(OSError, match=r"plain file|directory"):
+        with pytest.raises(OSError, match=r"regular file|directory"):
             history.read(tmp_path / name)
-        with pytest.raises(OSError, match=r"plain file|directory"):
+        with pytest.raises(OSError, match=r"regular file|directory"):
             history.append(tmp_path / name, "hello")
