@@ -1,7 +1,7 @@
 """A whole `Stage` from any folder: layer shards, a training checkpoint, a Hugging Face or a GPT-NeoX model.
 
 Owns which of these a folder is, and filling the network one layer at a time; nothing is converted on the way. Stages
-that are a part of a model, to be trained, are filled by `training/checkpoints.py`.
+that are a part of a model, to be trained, are filled by `training.checkpoints`.
 """
 
 from collections.abc import Mapping

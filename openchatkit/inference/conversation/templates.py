@@ -148,7 +148,7 @@ class TemplateRendering:
 
 
 def _marks(tokenizer: Tokenizer, pieces: Sequence[str | int]) -> re.Pattern[str] | None:
-    """What would open or close a turn if a text could write it, special tokens aside, which it cannot."""
+    """Return a pattern of the texts that open or close a turn, except special tokens, which no text can write."""
     plain = [
         part
         for piece in pieces

@@ -36,7 +36,7 @@ class WindowScores:
 
 
 class LikelihoodEngine(Protocol):
-    """The part of `inference.engine.Engine` that a scorer needs."""
+    """The part of `inference.engine.engine.Engine` that a scorer needs."""
 
     @property
     def context_length(self) -> int | None: ...
