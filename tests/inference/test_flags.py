@@ -64,7 +64,7 @@ def test_a_model_is_made_ready_to_answer(random_models, monkeypatch):
     name = str(random_models["neox"])
     given = parse("--model", name, "--dtype", "int8", "--threads", "3", "--max-tokens", "4", "--template", "kit")
     responder = flags.responder(given, said.append, slots=2)
-    assert threads == [3]
+    assert threads[0] == 3  # measuring the processor may change it for a moment, and restores it
     assert len(said) == 1
     assert responder.rendering.name == "kit"
     assert responder.moderator is None
