@@ -58,23 +58,23 @@ def test_each_row_is_answered_by_itself_and_in_order(batch, trained_model):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b"{", "the row is no JSON: "),
-        (b"[" * 100_000, "the row is no JSON: "),
-        (b"7", "the row is no JSON object: expected one with prompt or messages"),
+        (b"{", "the row is not JSON: "),
+        (b"[" * 100_000, "the row is not JSON: "),
+        (b"7", "the row is not a JSON object: expected one with prompt or messages"),
         (b'{"prompt": "\xff"}', "byte 13 of the row is not UTF-8"),
-        (rb'{"prompt": "\ud800"}', "the row holds half of a surrogate pair, which is no character"),
-        ({"prompt": " "}, "prompt is no text, or an empty one"),
-        ({"prompt": 1}, "prompt is no text, or an empty one"),
+        (rb'{"prompt": "\ud800"}', "the row holds half of a surrogate pair, which is not a character"),
+        ({"prompt": " "}, "prompt is not text, or is empty"),
+        ({"prompt": 1}, "prompt is not text, or is empty"),
         ({}, "expected either prompt or messages"),
         ({"prompt": "a", "messages": []}, "expected either prompt or messages"),
         ({"prompt": "a", "temprature": 1}, "unknown key 'temprature': expected prompt, messages, passages, system, "),
-        ({"prompt": "a", "passages": "b"}, "passages is no list of texts"),
-        ({"prompt": "a", "system": 1}, "system is no text"),
+        ({"prompt": "a", "passages": "b"}, "passages is not a list of strings"),
+        ({"prompt": "a", "system": 1}, "system is not text"),
         ({"prompt": "a", "id": 1.5}, "id is neither a text nor a whole number"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens 0: expected a whole number of at least 1"),
         ({"prompt": "a", "max_tokens": True}, "max_tokens True: expected a whole number of at least 1"),
         ({"prompt": "a", "max_tokens": float("nan")}, "max_tokens nan: expected a whole number of at least 1"),
-        ({"messages": "a"}, "messages is no list"),
+        ({"messages": "a"}, "messages is not a list"),
         ({"messages": []}, "the messages have no question to answer: expected a text of the role user"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "message 1 has the role 'robot': expected system, user,"),
         (
@@ -160,7 +160,7 @@ def test_an_output_of_something_else_is_refused_and_kept(batch, piped, trained_m
     ):
         done, _ = batch(changed, trained_model, *flags)
         assert done.notes[0].startswith("error: line ")
-        assert "is no reply to this input with these settings: give the input and flags that it was" in done.notes[0]
+        assert "is not a reply to this input with these settings: give the input and flags that it was" in done.notes[0]
         assert (done.status, out.read_bytes()) == (2, kept)
     for diary in (b"a diary\n", b"a diary", kept + b"and notes"):
         out.write_bytes(diary)
@@ -181,7 +181,7 @@ def test_files_that_cannot_be_are_one_line_each(batch, piped, trained_model, tmp
     done, _ = batch(given, trained_model, output=tmp_path / "nosuch" / "out.jsonl")
     assert done.notes == [f"error: --output {tmp_path}/nosuch/out.jsonl cannot be written: No such file or directory"]
     done, _ = batch(given, trained_model, output=tmp_path)
-    assert done.notes == [f"error: --output {tmp_path} is no plain file: expected one, or - for standard output"]
+    assert done.notes == [f"error: --output {tmp_path} is not a plain file: expected one, or - for standard output"]
     done = piped("", trained_model, "--batch", str(tmp_path / "none"), "--output", "-")
     assert done.notes == [f"error: --batch {tmp_path}/none cannot be read: No such file or directory"]
     done = piped("", trained_model, "--batch", str(tmp_path), "--output", "-")

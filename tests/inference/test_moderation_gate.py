@@ -1,4 +1,4 @@
-"""What of a reply is shown when a moderator judges it: nothing before it is judged, nothing after it is not allowed."""
+"""The moderation gate: no text before its verdict, and none after one that is not allowed."""
 
 import pytest
 

@@ -22,7 +22,7 @@ HELLO = Conversation().asked("hello")
 
 
 class Script:
-    """An engine that says what it is told, token by token, and knows whether it was closed."""
+    """An engine that yields given tokens, and records whether it was closed."""
 
     context_length = None
 
@@ -172,7 +172,7 @@ def test_a_conversation_that_ends_with_a_reply_cannot_be_answered(says):
         says("one").answer("", GREEDY)
 
 
-def test_passages_are_told_and_looked_up(says):
+def test_passages_are_reported_and_turn_lookup_on(says):
     responder = says("one")
     reply = responder.answer(HELLO.answered("yes").asked("and?", ["p"]), LONG)
     assert reply.passages == ("p",)

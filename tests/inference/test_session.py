@@ -1,4 +1,4 @@
-"""What a turn does to the conversation: kept when it came, without a trace when it failed."""
+"""The effect of a turn on the conversation: a reply stays, and a turn that fails leaves no trace."""
 
 from dataclasses import asdict
 
@@ -41,7 +41,7 @@ class Blue:
 
 
 class Moderator:
-    """Allows what has not the word in it; fails when it is told to."""
+    """Allows what has not the word in it; fails when asked to."""
 
     def check(self, question: str, answer: str | None = None) -> Verdict:
         return Verdict("say it" not in (question if answer is None else answer), "label", "Not this.")
@@ -153,7 +153,7 @@ def test_a_turn_that_runs_out_of_memory_leaves_no_trace(session, monkeypatch):
     assert session.say("hello").text == "again"
 
 
-def test_ctrl_c_ends_the_reply_and_keeps_what_was_said(session):
+def test_ctrl_c_ends_the_reply_and_keeps_its_text(session):
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 

@@ -94,7 +94,7 @@ class BatchFiles:
             if source != _STANDARD and target.exists() and target.samefile(source):
                 raise UserError(f"--output {target} is the input: expected another file")
             if target.exists() and not target.is_file():
-                raise UserError(f"--output {target} is no plain file: expected one, or - for standard output")
+                raise UserError(f"--output {target} is not a plain file: expected one, or - for standard output")
             lock = try_lock(target)
             if lock is None:
                 raise UserError(f"another run is writing {target}: wait for it, or give another --output")
@@ -128,7 +128,7 @@ class BatchFiles:
 
 def _foreign(line: int, target: Path) -> UserError:
     return UserError(
-        f"line {line} of {target} is no reply to this input with these settings: give the input and flags that it was "
+        f"line {line} of {target} is not a reply to this input with these settings: give the input and flags that it was "
         "made with, and the same index, or another --output"
     )
 

@@ -59,11 +59,11 @@ def decode(row: BatchRow) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise UserError(f"byte {error.start + 1} of the row is not UTF-8") from error
     except UnicodeEncodeError as error:
-        raise UserError("the row holds half of a surrogate pair, which is no character") from error
+        raise UserError("the row holds half of a surrogate pair, which is not a character") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the row is no JSON: {error}") from error
+        raise UserError(f"the row is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError("the row is no JSON object: expected one with prompt or messages")
+        raise UserError("the row is not a JSON object: expected one with prompt or messages")
     return value
 
 
@@ -78,7 +78,7 @@ def parse_question(row: Mapping[str, object], *, system: str = "") -> BatchQuest
     asked = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
     passages = row.get("passages", [])
     if not isinstance(passages, list) or not all(isinstance(passage, str) for passage in passages):
-        raise UserError("passages is no list of texts")
+        raise UserError("passages is not a list of strings")
     if passages:
         last = asked.turns[-1]
         asked = asked.undone().asked(last.text, (*last.passages, *passages))
@@ -86,7 +86,7 @@ def parse_question(row: Mapping[str, object], *, system: str = "") -> BatchQuest
         if asked.system:
             raise UserError("there is a system text twice: expected it in system or in messages")
         if not isinstance(row["system"], str):
-            raise UserError("system is no text")
+            raise UserError("system is not text")
         asked = asked.with_system(row["system"])
     elif not asked.system:
         asked = asked.with_system(system)
@@ -95,13 +95,13 @@ def parse_question(row: Mapping[str, object], *, system: str = "") -> BatchQuest
 
 def _prompt(prompt: object) -> Conversation:
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError("prompt is no text, or an empty one")
+        raise UserError("prompt is not text, or is empty")
     return Conversation().asked(prompt)
 
 
 def _messages(messages: object) -> Conversation:
     if not isinstance(messages, list):
-        raise UserError("messages is no list")
+        raise UserError("messages is not a list")
     return conversation.to_answer(messages)
 
 

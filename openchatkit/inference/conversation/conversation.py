@@ -130,12 +130,12 @@ def from_messages(messages: Sequence[object], *, preamble: str = "") -> Conversa
     turns: list[Turn] = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise UserError(f"message {number} is no object: expected one with a role and a content")
+            raise UserError(f"message {number} is not an object: expected one with a role and a content")
         role, content = message.get("role"), message.get("content")
         if content is None and role == "assistant" and has_calls(message):
             content = ""
         if not isinstance(content, str):
-            raise UserError(f"the content of message {number} is no text: expected a string")
+            raise UserError(f"the content of message {number} is not text: expected a string")
         if role in _SYSTEM:
             system += [content] if content.strip() else []
         elif role in TOOL_ROLES:
@@ -179,7 +179,7 @@ def _passages(passages: object, role: str, number: int) -> tuple[str, ...]:
     if role != "user":
         raise UserError(f"message {number} of the {role} has passages: only a user's can")
     if not isinstance(passages, list | tuple) or not all(isinstance(passage, str) for passage in passages):
-        raise UserError(f"the passages of message {number} are no list of strings")
+        raise UserError(f"the passages of message {number} are not a list of strings")
     return tuple(passages)
 
 
@@ -209,7 +209,7 @@ def _calls(message: Mapping[str, object], number: int) -> Iterator[tuple[object,
     if function := message.get("function_call"):
         calls = [{"function": function}]
     if not isinstance(calls, list):
-        raise UserError(f"the tool_calls of message {number} are no list")
+        raise UserError(f"the tool_calls of message {number} are not a list")
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
         function = function if isinstance(function, Mapping) else {}

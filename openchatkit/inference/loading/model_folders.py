@@ -50,7 +50,7 @@ def check_folder(path: Path) -> None:
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
     lacking = weights[0] if (path / layer_shards.CONFIG).is_file() else layer_shards.CONFIG
     raise UserError(
-        f"--model {path} is no Hugging Face model: {lacking} is missing, found {found}; pass a folder that "
+        f"--model {path} is not a Hugging Face model: {lacking} is missing, found {found}; pass a folder that "
         f"tools/convert_to_hf_gptneox.py wrote, or a hub name such as {EXAMPLE}"
     )
 

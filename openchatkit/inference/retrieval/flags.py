@@ -60,12 +60,13 @@ def retriever(given: argparse.Namespace, announce: Callable[[str], None]) -> "Re
     from openchatkit.retrieval.reloading_index import ReloadingIndex
 
     folder, wikipedia = _find_index(given)
+    searcher: Searcher
     if wikipedia:
         searcher = _open_wikipedia(folder, given.retrieval_encoder, given.retrieval_device, announce)
     else:
-        searcher = _open_index(folder, given.retrieval_encoder, given.retrieval_device, announce)
-        if not getattr(given, "batch", None):  # whose rows are all answered from one snapshot: see `contents_digest`
-            searcher = ReloadingIndex(searcher)
+        index = _open_index(folder, given.retrieval_encoder, given.retrieval_device, announce)
+        # A batch answers all its rows from one snapshot: see `contents_digest`.
+        searcher = index if getattr(given, "batch", None) else ReloadingIndex(index)
     if given.retrieval_reranker:
         searcher = _add_reranker(searcher, given.retrieval_reranker, given.retrieval_device, announce)
     return Retriever(searcher, k=given.retrieval_k)

@@ -61,7 +61,7 @@ class Retriever:
     def _search(self, asked: Conversation) -> list[Passage]:
         for query in queries(asked.turns):
             if found := self.searcher.search(query, self.k):
-                return found
+                return list(found)
         return []
 
 

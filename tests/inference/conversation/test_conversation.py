@@ -37,7 +37,7 @@ def long_chat() -> Conversation:
     return talk.asked("the last question", ["a passage"])
 
 
-def test_a_conversation_opens_with_the_date_unless_told_not_to():
+def test_a_conversation_opens_with_the_date_by_default():
     assert re.fullmatch(
         r"Current Date: \d{4}-\d\d-\d\d\nCurrent Time: \d\d:\d\d:\d\d [AP]M \S+\n\n", conversation.begin().preamble
     )
@@ -114,18 +114,18 @@ def test_messages_that_do_not_alternate_are_turns_of_their_own_but_for_templates
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ("hi", "message 2 is no object"),
-        ({"role": "user"}, "the content of message 2 is no text"),
-        ({"role": "user", "content": [{"type": "text", "text": "hi"}]}, "the content of message 2 is no text"),
+        ("hi", "message 2 is not an object"),
+        ({"role": "user"}, "the content of message 2 is not text"),
+        ({"role": "user", "content": [{"type": "text", "text": "hi"}]}, "the content of message 2 is not text"),
         ({"role": "robot", "content": ""}, "message 2 has the role 'robot': expected system, user, assistant or tool"),
-        ({"role": "assistant", "content": "", "tool_calls": {"a": 1}}, "the tool_calls of message 2 are no list"),
+        ({"role": "assistant", "content": "", "tool_calls": {"a": 1}}, "the tool_calls of message 2 are not a list"),
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}, "a tool call of message 2 is not"),
-        ({"role": "assistant", "content": None}, "the content of message 2 is no text"),
+        ({"role": "assistant", "content": None}, "the content of message 2 is not text"),
         ({"role": ["user"], "content": ""}, "message 2 has the role"),
         ({"content": ""}, "message 2 has the role 'None'"),
         ({"role": "assistant", "content": "", "passages": ["p"]}, "message 2 of the assistant has passages"),
-        ({"role": "user", "content": "", "passages": "p"}, "the passages of message 2 are no list of strings"),
-        ({"role": "user", "content": "", "passages": [None]}, "the passages of message 2 are no list of strings"),
+        ({"role": "user", "content": "", "passages": "p"}, "the passages of message 2 are not a list of strings"),
+        ({"role": "user", "content": "", "passages": [None]}, "the passages of message 2 are not a list of strings"),
     ],
 )
 def test_messages_that_are_none_are_named(message, error):

@@ -261,7 +261,7 @@ def test_a_broken_template_is_one_line(made, template, message):
         TemplateRendering(made(template))
 
 
-def test_what_a_template_refuses_or_leaves_out_is_said(made):
+def test_a_message_that_a_template_refuses_or_leaves_out_is_an_error(made):
     with pytest.raises(
         UserError, match=r"does not take this conversation \(roles must alternate\): use --template kit"
     ):

@@ -33,7 +33,7 @@ def make(family: str):
 
 
 class Upcast(DynamicCache):
-    """Keys and values kept in float32, whatever they come in."""
+    """Keys and values kept in float32, whatever their dtype."""
 
     def update(self, key, value, *args, **options):
         return super().update(key.float(), value.float(), *args, **options)

@@ -53,7 +53,7 @@ def test_end_of_text_ends_the_reply_and_is_no_part_of_it(model):
     assert list(engine(model, eos_ids=[end, 383]).generate(PROMPT, GREEDY)) == expected
 
 
-def test_no_more_tokens_than_asked_for_and_no_forward_pass_in_vain(model, monkeypatch):
+def test_max_tokens_bounds_tokens_and_forward_passes(model, monkeypatch):
     passes = []
     forward = model.forward
 
@@ -93,18 +93,18 @@ def test_draws_follow_the_probabilities_of_the_largest_few():
     "sampling",
     [Sampling(sample=False), Sampling(temperature=0), Sampling(top_k=1), Sampling(temperature=1e-300, top_k=5)],
 )
-def test_without_chance_the_most_probable_token_is_taken(sampling):
+def test_greedy_settings_take_the_most_probable_token(sampling):
     logits = torch.tensor([0.0, 2.0, 1.0, 1.9999])
     assert {choose(logits, sampling) for _ in range(20)} == {1}
 
 
-def test_more_candidates_than_words_are_all_the_words():
+def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it():
     assert choose(torch.zeros(3), Sampling(top_k=1000)) in (0, 1, 2)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(sample=False)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_model_that_gives_no_numbers_is_told_of(sampling, value):
+def test_logits_that_are_not_numbers_are_an_error(sampling, value):
     with pytest.raises(UserError, match=r"output is (nan|inf), not a number: .*try --dtype"):
         choose(torch.tensor([0.0, value, 1.0]), sampling)
 
@@ -118,7 +118,7 @@ def test_a_model_that_gives_no_numbers_is_told_of(sampling, value):
         MemoryError(),
     ],
 )
-def test_out_of_memory_is_told_apart_from_defects(random_models, monkeypatch, error):
+def test_out_of_memory_is_not_taken_for_a_defect(random_models, monkeypatch, error):
     model = AutoModelForCausalLM.from_pretrained(random_models["neox"])
     running = engine(model)
 

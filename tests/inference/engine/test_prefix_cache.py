@@ -1,4 +1,4 @@
-"""What an engine keeps between replies: never a different token, and no token read twice without need."""
+"""The prefix cache of an engine: never a different token, and no token read twice without need."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def oracle(model, prompt) -> list[int]:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "llama"])
-def test_turns_undone_regenerated_and_edited_are_read_from_where_they_part(models, name):
+def test_undone_regenerated_and_edited_turns_are_read_from_where_they_differ(models, name):
     # generate() may not end a reply early here, so it may not say token 0, which ends one; nor does this model want to.
     model = models[name]
     running = engine(model)
@@ -137,7 +137,7 @@ def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypa
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "sliding"])
-def test_a_long_prompt_that_is_given_up_is_read_no_further_and_gone_on_from(models, name, monkeypatch):
+def test_a_cancelled_prefill_stops_and_is_resumed(models, name, monkeypatch):
     model, prompt = models[name], [2 + number % 381 for number in range(200)]
     monkeypatch.setattr(prefix_cache, "CHUNK", 64)
     running, statistics, asked = engine(model), Statistics(), []
@@ -194,7 +194,7 @@ def test_any_other_error_in_a_pass_drops_what_was_kept(models, monkeypatch):
     assert say(running, prompt) == (fresh(model, prompt), 0)
 
 
-def test_where_memory_ends_all_that_is_kept_is_freed_first(models, monkeypatch):
+def test_running_out_of_memory_frees_every_slot(models, monkeypatch):
     model, prompts = models["neox"], ([3] * 9, [4] * 9)
     running = engine(model, slots=2)
     for prompt in prompts:

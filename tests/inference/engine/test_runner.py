@@ -13,7 +13,7 @@ GREEDY = Sampling(max_tokens=20, sample=False)
 
 
 @pytest.fixture(autouse=True)
-def compile_anew():
+def compile_from_scratch():
     """The forward pass of a family is one code object to the compiler, which counts its compilations."""
     torch._dynamo.reset()
     yield
@@ -79,7 +79,7 @@ def runs_and_fails(graph, inputs):
 
 
 @pytest.mark.parametrize("broken", [no_compiler, runs_and_fails])
-def test_where_compiling_fails_the_model_runs_as_it_is_and_says_so(random_models, capsys, broken):
+def test_where_compiling_fails_the_model_runs_uncompiled_with_a_warning(random_models, capsys, broken):
     compiled, plain = engines(random_models["neox"], broken)
     for prompt in ([5, 6, 7], [5, 6, 7, 8]):
         assert list(compiled.generate(prompt, GREEDY)) == list(plain.generate(prompt, GREEDY))
@@ -104,7 +104,7 @@ def test_ctrl_c_while_it_compiles_leaves_the_cache_right(random_models, monkeypa
     assert statistics.cached_tokens == 3
 
 
-def test_only_what_suits_is_compiled_and_by_itself_only_on_a_gpu(random_models, capsys):
+def test_only_models_that_can_compile_are_compiled_and_by_default_only_on_a_gpu(random_models, capsys):
     model = AutoModelForCausalLM.from_pretrained(random_models["neox"]).eval()
     assert can_compile(model, 512)
     assert not can_compile(model, None)

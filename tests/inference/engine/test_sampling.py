@@ -158,7 +158,7 @@ def test_a_setting_is_changed_by_its_name(name, text, value):
         ("sample", "perhaps", "sample 'perhaps': expected yes or no"),
     ],
 )
-def test_what_cannot_be_set_is_said_in_one_line(name, text, said):
+def test_an_invalid_setting_is_one_line(name, text, said):
     with pytest.raises(UserError, match=said) as refused:
         change(Sampling(), name, text)
     assert len(str(refused.value)) < 200

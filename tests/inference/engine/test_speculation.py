@@ -1,4 +1,4 @@
-"""Guesses from the text, and replies that are the same with and without them."""
+"""Speculation by prompt lookup, and replies that are the same with and without it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.engine.speculation import CREDIT, MAX_DRAFT, MAX_RUN, PromptLookup, Speculation
 
 
-def test_it_goes_on_as_the_text_did_where_its_end_stood_before():
+def test_a_draft_continues_as_the_text_did_after_an_earlier_equal_run():
     assert PromptLookup([1, 2, 3, 4, 5, 9, 1, 2]).guess(3).draft == [3, 4, 5]
     assert PromptLookup([1, 2, 3, 4, 5, 9, 1, 2]).guess(100).draft == [3, 4, 5, 9, 1]
     assert not PromptLookup([1, 2, 3, 1, 2]).guess(0).draft
@@ -25,7 +25,7 @@ def test_the_longest_run_decides_then_the_nearest():
     assert MAX_RUN >= 3
 
 
-def test_a_text_that_repeats_itself_is_guessed_beyond_its_end():
+def test_a_draft_of_a_repeating_text_continues_beyond_its_end():
     assert PromptLookup([4, 4, 4]).guess(5).draft == [4, 4, 4, 4, 4]
     assert PromptLookup([1, 2, 3, 1, 2, 3]).guess(5).draft == [1, 2, 3, 1, 2]
 
@@ -37,7 +37,7 @@ def test_tokens_of_the_reply_are_found_too():
     assert lookup.guess(1).draft == [5]
 
 
-def test_drafts_follow_how_many_were_right_and_end_where_none_are():
+def test_drafts_grow_with_accepted_guesses_and_end_without_any():
     lookup = PromptLookup([1, 2] * 20)
     lookup.learn(Speculation([0] * (MAX_DRAFT // 2), MAX_DRAFT // 2))
     assert len(lookup.guess(100).draft) == MAX_DRAFT

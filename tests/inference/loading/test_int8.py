@@ -1,4 +1,4 @@
-"""Quantised once: what is kept is what is made, and whatever is wrong with it, it is made again."""
+"""The cache of int8 weights: equal to new ones, and made again if anything is wrong with it."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ TOKENS = torch.arange(2, 40)[None]
 
 @pytest.fixture
 def folder(random_models, tmp_path, monkeypatch):
-    """A copy of the small GPT-NeoX, for which something is kept however small it is."""
+    """A copy of the small GPT-NeoX, whose weights are cached however small it is."""
     monkeypatch.setattr(int8, "SMALLEST", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return shutil.copytree(random_models["neox"], tmp_path / "model")

@@ -110,7 +110,7 @@ def test_a_blocked_answer_is_not_shown(piped, trained_model, moderation_model, p
             r"--moderation-model .* does not judge: its labels together have a probab",
         ),
         (("--moderation-model", "{chat}"), "the moderation model: this model reads 192 tokens at once, of which"),
-        (("--moderation-model", "{empty}"), "the moderation model: .* is no Hugging Face model"),
+        (("--moderation-model", "{empty}"), "the moderation model: .* is not a Hugging Face model"),
         (("--moderation-policy", "{empty}"), "--moderation-policy needs --moderation-model, which is not given"),
         (("--moderation-gpu-id", "0"), "--moderation-gpu-id needs --moderation-model"),
         (("--moderation-model", "{chat}", "--moderation-policy", "{empty}"), "cannot be read: Is a directory"),

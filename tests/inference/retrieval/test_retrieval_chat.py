@@ -129,7 +129,7 @@ def test_a_batch_goes_on_with_the_index_that_it_began_with_wherever_that_lies(pi
     (tmp_path / "more.txt").write_text("A kettle stands in the harbour.\n")
     operations.add([tmp_path / "more.txt"], tmp_path / "moved")
     done = piped("", *command, "--retrieval", str(tmp_path / "moved"))
-    assert done.notes[0].startswith(f"error: line 1 of {out} is no reply to this input with these settings: ")
+    assert done.notes[0].startswith(f"error: line 1 of {out} is not a reply to this input with these settings: ")
     assert (done.status, out.read_bytes()) == (2, one)
 
 
