@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from loguru import logger
 
@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_file(file: IO) -> None:
+def sync_file(file: IO[Any]) -> None:
     """Force to disk what was written to an open file."""
     file.flush()
     os.fsync(file.fileno())
@@ -156,7 +156,7 @@ def hold_lock(lock: Path, waiting: str) -> Iterator[None]:
         file.close()
 
 
-def lock_open_file(file: IO, path: Path) -> bool:
+def lock_open_file(file: IO[Any], path: Path) -> bool:
     """Wait for the lock of an open file; return whether it still is the file at `path`.
 
     The holder before may have removed or replaced it: the next process would lock another one.
