@@ -204,7 +204,9 @@ def check_own(folder: Path) -> None:
     ours = [name for name in entries if _OURS.fullmatch(name)]
     others = [name for name in entries if name not in ours and not (name == MANIFEST and ours)]
     if others:
-        raise UserError(f"{folder} is not an index and holds other files, such as {others[0]}: pass --index a new folder")
+        raise UserError(
+            f"{folder} is not an index and holds other files, such as {others[0]}: pass --index a new folder"
+        )
 
 
 def write(folder: Path, record: IndexRecord, files: Iterable[FileRecord]) -> IndexRecord:
@@ -295,15 +297,9 @@ def _facts(folder: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
 
 
 def _record(about: dict[str, Any]) -> IndexRecord:
-    values = {**about, **{name: about[key] for name, key in _KEYS.items()}}
-    for key in _KEYS.values():
-        del values[key]
-    nested = {
-        "encoder": EncoderRecord,
-        "dense": DenseRecord,
-        "sparse": SparseRecord,
-        "score_threshold": ScoreThreshold,
-    }
+    names = {key: name for name, key in _KEYS.items()}
+    values = {names.get(key, key): value for key, value in about.items()}
+    nested = {"encoder": EncoderRecord, "dense": DenseRecord, "sparse": SparseRecord, "score_threshold": ScoreThreshold}
     parts = {name: kind(**values[name]) if values[name] is not None else None for name, kind in nested.items()}
     record = IndexRecord(**{**values, **parts})
     if record.sparse is None or record.score_threshold is None or (record.encoder is None) != (record.dense is None):

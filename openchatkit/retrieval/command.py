@@ -148,12 +148,7 @@ def _build(given: argparse.Namespace) -> None:
     settings = {name: getattr(given, name) for name in asdict(operations.BuildSettings())}
     with ranks.join() as all_ranks, _silence_all_but_first(all_ranks):
         operations.build(
-            given.paths,
-            given.index,
-            encoder=given.encoder,
-            device=given.device,
-            settings=settings,
-            ranks=all_ranks,
+            given.paths, given.index, encoder=given.encoder, device=given.device, settings=settings, ranks=all_ranks
         )
         _report_skipped(given.index, all_ranks)
 

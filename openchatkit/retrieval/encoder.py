@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -51,9 +51,7 @@ class Encoder:
     @property
     def dimension(self) -> int:
         """Numbers in a vector."""
-        found = self._model.get_embedding_dimension()
-        assert found is not None, self.name
-        return found
+        return cast(int, self._model.get_embedding_dimension())
 
     @functools.cached_property
     def metric(self) -> str:
@@ -66,9 +64,7 @@ class Encoder:
     @property
     def max_tokens(self) -> int:
         """The most tokens of a text, special ones included; the rest is cut."""
-        found = self._model.max_seq_length
-        assert found is not None, self.name
-        return found
+        return cast(int, self._model.max_seq_length)  # `_model` has set it
 
     @property
     def pooling(self) -> str:

@@ -26,6 +26,7 @@ from openchatkit.retrieval.table import Table
 from openchatkit.retrieval.tokenization import is_named_in
 
 Mode = Literal["fused", "dense", "sparse"]
+_Threshold = ScoreThreshold | bool  # True: that of the index; False: none
 _TITLES = 20  # the best rows whose titles are compared with the question
 _ATTEMPTS = 5  # a writer may replace the snapshot while it is being opened
 
@@ -105,9 +106,7 @@ class Index:
             return False
         return self.dense.to_gpus(self.device)
 
-    def search(
-        self, query: str, k: int = 5, *, mode: Mode = "fused", score_threshold: ScoreThreshold | bool = True
-    ) -> list[Hit]:
+    def search(self, query: str, k: int = 5, *, mode: Mode = "fused", score_threshold: _Threshold = True) -> list[Hit]:
         """Return the best k passages for a question, each text once; none if nothing in the index is about it.
 
         `mode`: by meaning (dense), by words (sparse), or both. `score_threshold` defaults to the one of the index;
@@ -129,13 +128,7 @@ class Index:
         return self._prepare(np.asarray(self.encoder.encode([query], query=True)))[0]
 
     def rank(
-        self,
-        query: str,
-        vector: np.ndarray | None,
-        k: int,
-        *,
-        mode: Mode = "fused",
-        score_threshold: ScoreThreshold | bool = True,
+        self, query: str, vector: np.ndarray | None, k: int, *, mode: Mode = "fused", score_threshold: _Threshold = True
     ) -> Ranking:
         """Return the rows of `search` for an encoded question; `vector` is None to search by words alone."""
         if mode not in ("fused", "dense", "sparse"):

@@ -34,6 +34,7 @@ from openchatkit.storage import storage_errors
 _WINDOW = 1 << 14  # texts that are sorted by length together
 _SLICE = 512  # texts embedded between two writes: a kill loses at most these
 _BLOCK = 1 << 14  # vectors copied at a time
+_MakePlan = Callable[[CurrentSnapshot | None], BuildPlan]
 _TABLE, _MISSING = "staged.arrow", "missing.npy"
 _ALONE = Ranks()
 _ADVICE = "what has been embedded is kept"
@@ -70,12 +71,7 @@ class _EmbeddingWork:
 
 
 def carry_out(
-    folder: Path,
-    make_plan: Callable[[CurrentSnapshot | None], BuildPlan],
-    *,
-    device: str = "cpu",
-    ranks: Ranks = _ALONE,
-    replace: bool = False,
+    folder: Path, make_plan: _MakePlan, *, device: str = "cpu", ranks: Ranks = _ALONE, replace: bool = False
 ) -> IndexRecord | None:
     """Write the snapshot that `make_plan` describes; return the record of the index, None except in the first process.
 
@@ -105,11 +101,7 @@ def carry_out(
 
 
 def _lead(
-    folder: Path,
-    device: str,
-    ranks: Ranks,
-    present: CurrentSnapshot | None,
-    make_plan: Callable[[CurrentSnapshot | None], BuildPlan],
+    folder: Path, device: str, ranks: Ranks, present: CurrentSnapshot | None, make_plan: _MakePlan
 ) -> IndexRecord:
     partial = layout.partial_folder(folder)
     with contextlib.ExitStack() as stack:

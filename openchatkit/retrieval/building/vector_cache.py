@@ -91,10 +91,7 @@ def read_parts(folder: Path, dimension: int) -> Iterator[tuple[np.ndarray, np.nd
         vectors = path.with_name(path.name.replace("keys", "vectors"))
         count = _count_complete(path, vectors, dimension)
         if count:
-            yield (
-                np.fromfile(path, KEYS, count),
-                np.memmap(vectors, _VECTORS, "r", shape=(count, dimension)),
-            )
+            yield (np.fromfile(path, KEYS, count), np.memmap(vectors, _VECTORS, "r", shape=(count, dimension)))
 
 
 class VectorWriter:

@@ -10,7 +10,7 @@ from openchatkit.retrieval.reading import encodings, streams
 from openchatkit.retrieval.reading.document import Block, Document, ReadOptions, clean, one_line, pieces
 
 _DROPPED = {
-    *("canvas", "iframe", "math", "noscript", "object", "script", "select", "style", "svg", "template", "textarea"),
+    *("canvas", "iframe", "math", "noscript", "object", "script", "select", "style", "svg", "template", "textarea")
 }
 _INLINE = {
     *("a", "abbr", "acronym", "b", "bdi", "bdo", "big", "button", "cite", "code", "data", "del", "dfn", "em", "font"),

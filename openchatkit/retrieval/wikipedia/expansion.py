@@ -22,12 +22,7 @@ class Snippets(Protocol):
 
 
 def expand(
-    table: Snippets,
-    rows: Sequence[int],
-    embed: Callable[[list[str]], np.ndarray],
-    *,
-    width: int,
-    threshold: float,
+    table: Snippets, rows: Sequence[int], embed: Callable[[list[str]], np.ndarray], *, width: int, threshold: float
 ) -> list[range]:
     """Return the rows to show for each row: itself, and at most `width` neighbours on each side.
 
