@@ -279,7 +279,8 @@ def test_a_terminal_shows_the_sources_that_were_found(monkeypatch, citations, ex
     output = Output(Terminal(), stderr, interactive=True, citations=citations)
     found = Passage("text", "A title\x1b[31m", "notes/bread.txt", "lines 1-2", 0.5, 1)
     reply = Reply("bread", (), "end", passages=("given", "text"), sources=(Passage("given"), found), note="one\nline")
-    output.answer("question", lambda emit: reply, max_tokens=5)
+    with output.replying("question", max_tokens=5) as printer:
+        printer.reply = reply
     lines = stderr.getvalue().splitlines()
     assert [line for line in lines if "[2]" in line] == [
         "\x1b[2m[2] A title\\x1b[31m, lines 1-2, notes/bread.txt\x1b[0m"
