@@ -169,6 +169,12 @@ for name in {names}:
     assert result.returncode == 0, result.stderr
 
 
+def test_no_two_test_files_share_a_name():
+    """Tests are no package, so that pytest and child processes know a file by its name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
 @pytest.mark.parametrize("path", READMES, ids=relative)
 def test_links_lead_somewhere(path):
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)

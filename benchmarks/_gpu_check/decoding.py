@@ -59,7 +59,7 @@ def decode(
     dtype = torch.bfloat16 if context.cuda else torch.float32
     model = make_model(config, device, dtype)
     if way == INT8:
-        replace(model, lambda linear: Int8Linear(linear, device=device, dtype=dtype), "int8")
+        replace(model, lambda _, linear: Int8Linear(linear, device=device, dtype=dtype), "int8")
     options = None if context.cuda else {"backend": "aot_eager"}
     engine = Engine(model, eos_ids=(), device=device, compile=way != GROWING, compile_options=options)
     prompt_tokens, new_tokens = context.pick((32, 16), (256, 128))

@@ -20,7 +20,7 @@ from openchatkit.download.transfer import Answer, Remote
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
-    from botocore.client import BaseClient  # type: ignore[import-untyped]
+    from botocore.client import BaseClient
 
 SCHEME = "s3://"
 ID_VARIABLE, SECRET_VARIABLE = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
@@ -92,14 +92,14 @@ def _digests(head: dict[str, Any]) -> tuple[Digest, ...]:
 
 def _client() -> "BaseClient":
     try:
-        import boto3  # type: ignore[import-untyped]
-        from botocore.config import Config  # type: ignore[import-untyped]
+        import boto3
+        from botocore.config import Config
     except ImportError as error:
         raise UserError("s3:// needs boto3: pip install 'openchatkit[s3]'") from error
     names = (ID_VARIABLE, SECRET_VARIABLE)
     if absent := [name for name in names if not os.environ.get(name)]:
         raise UserError(f"s3:// needs the environment variables {' and '.join(names)}: {' and '.join(absent)} not set")
-    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+    from botocore.exceptions import BotoCoreError
 
     try:
         return boto3.session.Session(
@@ -124,7 +124,7 @@ def _client() -> "BaseClient":
 @contextlib.contextmanager
 def _errors(address: str, client: "BaseClient | None" = None, bucket: str = "") -> Iterator[None]:
     """Turn errors of boto3 about `address` into UserError or TransientError."""
-    from botocore import exceptions  # type: ignore[import-untyped]
+    from botocore import exceptions
 
     try:
         yield
@@ -160,7 +160,7 @@ def _explain(error: Any, address: str, client: "BaseClient | None", bucket: str)
 
 
 def _bucket_exists(client: "BaseClient", bucket: str) -> bool:
-    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         client.head_bucket(Bucket=bucket)

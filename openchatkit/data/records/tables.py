@@ -14,7 +14,7 @@ from openchatkit.errors import UserError
 from openchatkit.texts import reason_of
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch, Table  # type: ignore[import-untyped]
+    from pyarrow import RecordBatch, Table
 
 PARQUET = ".parquet"
 _BATCH = 256  # rows
@@ -81,7 +81,7 @@ class SavedDataset:
     """The rows of a data set's folder, memory-mapped; of several splits, `train`."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
 
         self._path = path
         self._row = 0

@@ -128,8 +128,8 @@ class BatchFiles:
 
 def _foreign(line: int, target: Path) -> UserError:
     return UserError(
-        f"line {line} of {target} is not a reply to this input with these settings: give the input and flags that it was "
-        "made with, and the same index, or another --output"
+        f"line {line} of {target} is not a reply to this input with these settings: give the input and flags that it "
+        "was made with, and the same index, or another --output"
     )
 
 

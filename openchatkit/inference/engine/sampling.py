@@ -14,6 +14,8 @@ import torch
 from openchatkit.errors import UserError
 from openchatkit.texts import parse_bool
 
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100.0  # of a repetition
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -144,5 +146,9 @@ _RULES: dict[str, tuple[type, Callable[..., bool], str]] = {
     "top_k": (int, lambda value: value >= 0, "a whole number of at least 0; 0 keeps all tokens"),
     "top_p": (float, lambda value: 0 < value <= 1, "a number above 0 and at most 1; 1 keeps all tokens"),
     "min_p": (float, lambda value: 0 <= value <= 1, "a number from 0 to 1; 0 keeps all tokens"),
-    "repetition_penalty": (float, lambda value: 0.01 <= value <= 100, "a number from 0.01 to 100; 1 changes nothing"),
+    "repetition_penalty": (
+        float,
+        lambda value: LEAST_PENALTY <= value <= MOST_PENALTY,
+        f"a number from {LEAST_PENALTY:g} to {MOST_PENALTY:g}; 1 changes nothing",
+    ),
 }

@@ -11,14 +11,13 @@ from typing import Any
 from openchatkit.errors import UserError
 from openchatkit.inference.conversation import conversation
 from openchatkit.inference.conversation.conversation import Conversation, to_answer
-from openchatkit.inference.engine.sampling import Sampling
+from openchatkit.inference.engine.sampling import LEAST_PENALTY, MOST_PENALTY, Sampling
 from openchatkit.inference.server.fields import Fields, check_text, check_texts, invalid, preview
 from openchatkit.inference.server.responses import ApiError
 
 MOST_MESSAGES = 1000
 MOST_PASSAGES = 100
 MOST_STOPS = 64
-MOST_PENALTY = 100
 
 # Fields that name, group, speed up or price a request, or set what models here do not have.
 _IGNORED = (
@@ -232,7 +231,7 @@ def _sampling(fields: Fields, served: ServedModel, lengths: Sequence[str]) -> Sa
         "top_p": fields.number("top_p", 0, 1, above=True),
         "top_k": _top_k(fields),
         "min_p": fields.number("min_p", 0, 1),
-        "repetition_penalty": fields.number("repetition_penalty", 0, MOST_PENALTY, above=True),
+        "repetition_penalty": fields.number("repetition_penalty", LEAST_PENALTY, MOST_PENALTY),
     }
     if asked["temperature"] is not None:
         asked["sample"] = True  # whatever the server's own default is

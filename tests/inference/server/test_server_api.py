@@ -251,7 +251,7 @@ def test_errors_are_of_the_clients_own_classes(trained):
         ({"top_p": 0}, "top_p is 0: expected a number above 0 to 1"),
         ({"min_p": 2}, "min_p is 2: expected a number from 0 to 1"),
         ({"top_k": 1.5}, "top_k is 1.5: expected a whole number from -1 to 2147483647"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0: expected a number above 0 to 100"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0: expected a number from 0.01 to 100"),
         ({"max_tokens": 0}, "max_tokens is 0: expected a whole number of at least 1, or -1 for no limit"),
         ({"max_tokens": -2}, "max_tokens is -2: expected a whole number of at least 1, or -1 for no limit"),
         ({"max_tokens": True}, "max_tokens is true: expected a whole number of at least 1, or -1 for no limit"),
