@@ -31,7 +31,8 @@ case "$*" in
         mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/ruff" ;;
     *"import pip"*) exit "${FAKE_NO_PIP:-0}" ;;
     "-m pip "*) echo "$@" >>"$LOG"; echo "${FAKE_PIP_SAYS:-}" >&2; exit "${FAKE_PIP_STATUS:-0}" ;;
-    "-m pytest "*) echo "$@" >>"$LOG"; exit 5 ;;
+    "-m mypy") echo "Found 1 error"; exit "${FAKE_MYPY_STATUS:-0}" ;;
+    "-m pytest "*) echo "$@" >>"$LOG"; exit "${FAKE_PYTEST_STATUS:-0}" ;;
     "- "*) exec "$REAL_PYTHON" "$@" ;;
     *.py*)
         echo "$@" >>"$LOG"
@@ -180,7 +181,7 @@ def test_no_room_for_the_installation_is_said_before_anything_is_fetched(checkou
     )
     df.write_text(f"#!{shutil.which('bash')}\nprintf '{free.format(7_000_000)}'\n")
     narrow = checkout.run()
-    assert narrow.status == 5
+    assert narrow.status == 0
     if sys.platform == "linux":
         assert narrow.err.startswith("note: 7 GB are free; torch with CUDA takes about 12 GB, without it 4 GB:")
 
@@ -193,9 +194,25 @@ def test_an_installation_that_failed_is_tried_again(checkout):
 
 
 def test_arguments_go_to_pytest_and_its_status_comes_back(checkout):
-    result = checkout.run("--long", "-k", "two words")
+    result = checkout.run("--long", "-k", "two words", FAKE_PYTEST_STATUS="5")
     assert result.calls[-1] == "-m pytest -n 3 --dist worksteal -k two words"
     assert result.status == 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "status", "said"),
+    [
+        ({"FAKE_MYPY_STATUS": "0"}, 0, ""),
+        ({"FAKE_MYPY_STATUS": "1"}, 1, "error: types do not fit:\nFound 1 error\n"),
+        ({"FAKE_MYPY_STATUS": "1", "OPENCHATKIT_CONSTRAINTS": ""}, 0, ""),
+        ({"FAKE_MYPY_STATUS": "1", "FAKE_VERSION": "3.10.4"}, 0, ""),
+    ],
+    ids=["right", "wrong", "other versions", "Python 3.10"],
+)
+def test_types_are_checked_with_the_locked_versions(checkout, environment, status, said):
+    checkout.run(**environment)
+    result = checkout.run(**environment)
+    assert (result.status, result.err) == (status, said)
 
 
 @pytest.mark.parametrize("version", ["2.7.18", "3.9.18", "3.14.0", "4.0.0"])
@@ -218,7 +235,7 @@ def test_the_first_python_that_fits_is_taken(checkout):
     programs = checkout.root.parent / "programs"
     (programs / "python3.11").write_text(STAND_IN.replace("$FAKE_VERSION", "3.11.4"))
     (programs / "python3.11").chmod(0o755)
-    assert checkout.run(FAKE_VERSION="3.9.6").status == 5
+    assert checkout.run(FAKE_VERSION="3.9.6").status == 0
     assert "3.11.4" in (checkout.root / ".venv" / "bin" / "python").read_text()
 
 
