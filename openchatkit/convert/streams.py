@@ -13,7 +13,7 @@ from tqdm import tqdm
 from openchatkit.errors import UserError
 from openchatkit.formats.tensor_file import cast
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 _counting = threading.Lock()
 
 
@@ -59,7 +59,7 @@ def digest(chunks: Iterable[memoryview]) -> bytes:
     return made.digest()
 
 
-def run_parallel(function: Callable[[Item], object], items: Iterable[Item], *, workers: int | None = None) -> None:
+def run_parallel(function: Callable[[_Item], object], items: Iterable[_Item], *, workers: int | None = None) -> None:
     """Call `function` on every item, several at a time: hashing and disks then overlap. The first error ends it."""
     pool = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LegacyDefaults:
+class _LegacyDefaults:
     """Defaults of the flags that describe a checkpoint of the original kit."""
 
     config_name: str
@@ -31,7 +31,7 @@ def convert_command(
     script: str, *, family: str | None, config_name: str, stages: int, layers_per_stage: int
 ) -> Callable[..., None]:
     """Return the command of a `tools/convert_to_hf_*.py`; the last three are for checkpoints of the original kit."""
-    original = LegacyDefaults(config_name, stages, layers_per_stage)
+    original = _LegacyDefaults(config_name, stages, layers_per_stage)
     ours = "not needed for this kit's checkpoints; for the original's"
 
     @cli.command
@@ -71,7 +71,7 @@ def convert(
     ckpt_path: Path,
     save_path: Path,
     *,
-    original: LegacyDefaults | None = None,
+    original: _LegacyDefaults | None = None,
     config_name: str | None = None,
     stages: int | None = None,
     layers_per_stage: int | None = None,
@@ -113,7 +113,7 @@ def convert(
 
 def _open_source(
     path: Path,
-    original: LegacyDefaults | None,
+    original: _LegacyDefaults | None,
     config_name: str | None,
     stages: int | None,
     layers_per_stage: int | None,
@@ -124,7 +124,7 @@ def _open_source(
     path = checkpoint.locate(path)
     if not checkpoint.is_legacy(path):
         return CheckpointSource(path, config_name=config_name, flags=StageFlags(stages, layers_per_stage))
-    defaults = original or LegacyDefaults(config_name or "", stages or 0, layers_per_stage or 0)
+    defaults = original or _LegacyDefaults(config_name or "", stages or 0, layers_per_stage or 0)
     return LegacySource(
         path,
         config_name=config_name or defaults.config_name,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from openchatkit.inference.engine.sampling import Sampling
     from openchatkit.inference.responder import Responder
 
-DEFAULT_MODEL = HUGGINGFACE_MODELS / "GPT-NeoXT-Chat-Base-20B"
+_DEFAULT_MODEL = HUGGINGFACE_MODELS / "GPT-NeoXT-Chat-Base-20B"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
@@ -21,7 +21,7 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     """Add --model and the flags of its device, precision, chat template and moderation."""
     flags.add_argument(
         "--model",
-        default=str(DEFAULT_MODEL),
+        default=str(_DEFAULT_MODEL),
         help="folder or hub name of a Hugging Face model; the default is the one that the original kit documents",
     )
     flags.add_argument("--gpu-id", type=cli.natural, default=0, help="the GPU to run on, where there is one")

@@ -27,7 +27,7 @@ from openchatkit.retrieval.passage import Passage
 if TYPE_CHECKING:
     from openchatkit.inference.retrieval.retriever import Retriever
 
-STOP_LIMIT = 16
+_STOP_LIMIT = 16
 _SEED_LIMIT = 1 << 63
 
 
@@ -242,6 +242,6 @@ def _parse_stop_strings(text: str) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
         raise UserError(f'stop {clean(text)[:40]}: expected strings, as in ["\\n\\n", "END"]')
-    if not all(strings) or len(strings) > STOP_LIMIT:
-        raise UserError(f"stop {clean(text)[:40]}: expected at most {STOP_LIMIT} strings, none of them empty")
+    if not all(strings) or len(strings) > _STOP_LIMIT:
+        raise UserError(f"stop {clean(text)[:40]}: expected at most {_STOP_LIMIT} strings, none of them empty")
     return tuple(strings)

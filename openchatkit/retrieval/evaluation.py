@@ -22,7 +22,7 @@ from openchatkit.retrieval.rerank import DEPTH, Reranker
 _DEPTHS = (1, 5, 10)
 _MOST = max(_DEPTHS)
 # The rows of a report: the parts of the index that are searched.
-MODES: dict[str, Mode] = {"BM25": "sparse", "dense": "dense", "fused": "fused"}
+_MODES: dict[str, Mode] = {"BM25": "sparse", "dense": "dense", "fused": "fused"}
 _RERANKED = "reranked"
 
 
@@ -125,7 +125,7 @@ def evaluate(
 
     No score threshold is used.
     """
-    modes = {name: mode for name, mode in MODES.items() if index.record.encoder is not None or mode == "sparse"}
+    modes = {name: mode for name, mode in _MODES.items() if index.record.encoder is not None or mode == "sparse"}
     ways: dict[str, tuple[Mode, Reranker | None]] = {name: (mode, None) for name, mode in modes.items()}
     if reranker is not None:
         ways[_RERANKED] = (list(modes.values())[-1], reranker)

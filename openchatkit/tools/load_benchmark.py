@@ -23,7 +23,7 @@ from openchatkit.storage import write_text
 if TYPE_CHECKING:
     import torch
 
-MIB = 1 << 20
+_MIB = 1 << 20
 PROMPT = "<human>: Hello, how are you today?\n<bot>:"
 _T = TypeVar("_T")
 
@@ -72,9 +72,9 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
         "tokenizer_load_sec": tokenizer_load,
         "model_download_sec": model_download,
         "model_load_to_ram_sec": load_to_ram,
-        "model_main_memory_MB": main_memory / MIB,
+        "model_main_memory_MB": main_memory / _MIB,
         "model_transfer_to_gpu_sec": transfer,
-        "model_gpu_memory_MB": gpu_memory / MIB,
+        "model_gpu_memory_MB": gpu_memory / _MIB,
         "inference_sec": first,
         "inference_warm_sec": warm / repeat,
         "total_sec": time.perf_counter() - begun,
@@ -99,7 +99,7 @@ def benchmark(models: dict[str, str], output: Path, *, device: str, repeat: int)
     return results
 
 
-def read_models(path: Path) -> dict[str, str]:
+def _read_models(path: Path) -> dict[str, str]:
     """Read the input file, {name: path or hub name}; UserError when it holds anything else."""
     try:
         models = json.loads(path.read_text(encoding="utf-8"))
@@ -235,4 +235,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder: expected the name of a file to write")
-    _print_table(benchmark(read_models(args.input), args.output, device=args.device, repeat=args.repeat_infer))
+    _print_table(benchmark(_read_models(args.input), args.output, device=args.device, repeat=args.repeat_infer))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
-NORMALIZERS = ("none", "nfkc")
+_NORMALIZERS = ("none", "nfkc")
 _BYTES = 256
 _HELD_OUT = 100  # one record in so many is held out
 _HELD_OUT_CHARACTERS = 1 << 24  # a limit, so that memory stays flat
@@ -75,7 +75,7 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("--tokenizer-type", "--tokenizer_type", choices=["BPE"], default="BPE", help="the only one")
     parser.add_argument("-v", "--vocab-size", "--vocab_size", type=cli.positive_int, default=52000, help="tokens")
-    parser.add_argument("--normalizer", choices=NORMALIZERS, default="none", help="nfkc folds compatibility forms")
+    parser.add_argument("--normalizer", choices=_NORMALIZERS, default="none", help="nfkc folds compatibility forms")
     parser.add_argument("--add-prefix-space", action="store_true", help="begin every text with a space")
     parser.add_argument("--gpt-neox", action="store_true", help="both as GPT-NeoX: nfkc, and a space in front")
     parser.add_argument("--records-per-file", type=cli.positive_int, help="read no more than these of each file")
@@ -95,7 +95,7 @@ def train(
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    assert normalizer in NORMALIZERS, normalizer
+    assert normalizer in _NORMALIZERS, normalizer
     smallest = _BYTES + 2
     if vocab_size < smallest:
         raise UserError(f"--vocab-size {vocab_size}: expected at least {smallest}, all bytes and two special tokens")

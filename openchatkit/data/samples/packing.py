@@ -38,11 +38,11 @@ class Packed(Protocol):
 def pack(source: MixtureSource, seq_length: int, *, packing: str, padding: int) -> Packed:
     """Return the samples of a source. UserError: a source too small, or without anything to train on."""
     if packing == "concat":
-        return Concatenated(source, seq_length)
-    return (WholeDocuments if packing == "documents" else OnePerRow)(source, seq_length, padding=padding)
+        return _Concatenated(source, seq_length)
+    return (_WholeDocuments if packing == "documents" else _OnePerRow)(source, seq_length, padding=padding)
 
 
-class Concatenated:
+class _Concatenated:
     """Samples cut from all documents one after another, epoch after epoch, at a stride of `seq_length`.
 
     A window has `seq_length` + 1 tokens, of which the last is only predicted, so every token after the very first is
@@ -92,7 +92,7 @@ class Concatenated:
         )
 
 
-class OnePerRow:
+class _OnePerRow:
     """One document a sample, cut after `seq_length` + 1 tokens or padded; padding is not trained on."""
 
     def __init__(self, source: MixtureSource, seq_length: int, *, padding: int) -> None:
@@ -156,7 +156,7 @@ def _trains_within(source: MixtureSource, size: int) -> bool:
     return False
 
 
-class WholeDocuments:
+class _WholeDocuments:
     """Whole documents packed into rows by best fit, the largest first in each row, none attending to another.
 
     A document of s tokens takes s - 1 places: its last token is only predicted, never fed. One that needs more than a

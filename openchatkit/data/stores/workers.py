@@ -25,8 +25,8 @@ from loguru import logger
 
 from openchatkit.errors import Interrupted
 
-Kept = TypeVar("Kept")
-Sent = TypeVar("Sent")
+_Kept = TypeVar("_Kept")
+_Sent = TypeVar("_Sent")
 Result = TypeVar("Result")
 
 SMALL = 4 << 20  # bytes of input: one process tokenises them before workers have started
@@ -40,13 +40,13 @@ def cores() -> int:
 
 
 def in_order(
-    batches: Iterable[tuple[Kept, Sent]],
+    batches: Iterable[tuple[_Kept, _Sent]],
     *,
     processes: int,
-    make: Callable[..., Callable[[Sent], Result]],
+    make: Callable[..., Callable[[_Sent], Result]],
     arguments: tuple[object, ...] = (),
-    here: Callable[[Sent], Result],
-) -> Generator[tuple[Kept, Result], None, None]:
+    here: Callable[[_Sent], Result],
+) -> Generator[tuple[_Kept, Result], None, None]:
     """Yield what is kept here of each batch, with the result of what was sent, in order; a few batches a worker a time.
 
     `make(*arguments)`, called once in each worker, gives the function that is applied; it is a function of a module.
@@ -57,7 +57,7 @@ def in_order(
         for kept, sent in batches:
             yield kept, here(sent)
         return
-    pending: deque[tuple[Kept, Future[Result]]] = deque()
+    pending: deque[tuple[_Kept, Future[Result]]] = deque()
     pool = ProcessPoolExecutor(processes, _Context(), _prepare, (make, arguments))
     try:
         for kept, sent in batches:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from openchatkit.errors import UserError
 from openchatkit.inference.conversation.conversation import Conversation, Turn
 
-STRIDES = 4  # a stride is this part of the room
-RESERVE = 4  # a reply is kept at most this part of the context free
+_STRIDES = 4  # a stride is this part of the room
+_RESERVE = 4  # a reply is kept at most this part of the context free
 
 
 class TooLong(UserError):
@@ -61,7 +61,7 @@ def fit(
     # The whole is measured, so the texts of the pairs are measured only once and no cut is tried in vain.
     turns = iter(sizes([turn for pair in pairs[:-1] for turn in pair]))
     weights = [sum(itertools.islice(turns, len(pair))) for pair in pairs[:-1]]
-    stride = max(1, room // STRIDES)
+    stride = max(1, room // _STRIDES)
     rest, dropped = conversation, _cut(weights, math.ceil((len(tokens) - room) / stride) * stride)
     while dropped < len(pairs):
         rest = conversation.without_oldest(dropped)
@@ -75,7 +75,7 @@ def fit(
 
 def reserve(max_tokens: int, context_length: int) -> int:
     """Return the number of tokens that are kept free for a reply of up to `max_tokens`."""
-    return min(max_tokens, max(1, context_length // RESERVE))
+    return min(max_tokens, max(1, context_length // _RESERVE))
 
 
 def check(prompt: int, context_length: int | None) -> None:

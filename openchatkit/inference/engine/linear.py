@@ -71,7 +71,7 @@ class Int8Linear(nn.Module):
             y = pytorch.multiply_int8(x.reshape(-1, self.in_features), self.weight, self.scale)
             y = y.view(*x.shape[:-1], self.out_features)
         elif self._widens:
-            y = (multiply_widened(x, self.weight).mul_(self.scale)).to(x.dtype)
+            y = (_multiply_widened(x, self.weight).mul_(self.scale)).to(x.dtype)
         elif x.dtype == torch.float16:
             # The steps first: sums of products with numbers up to 127 would not fit into float16.
             y = functional.linear(x, (self.weight * self.scale[:, None]).to(x.dtype))
@@ -112,7 +112,7 @@ class NarrowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         if x.numel() > _FEW_NARROW_ROWS * self.in_features:
-            y = multiply_widened(x, self.weight)
+            y = _multiply_widened(x, self.weight)
             return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
         # torch has a fast product of a matrix and a vector of 16 bits, which adds in float32.
         rows = [torch.mv(self.weight, row) for row in x.reshape(-1, self.in_features)]
@@ -121,7 +121,7 @@ class NarrowLinear(nn.Module):
 
 
 @torch.no_grad()
-def multiply_widened(x: Tensor, weight: Tensor) -> Tensor:
+def _multiply_widened(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] @ weight.T, computed in float32: float32 [..., out]; the weight is widened a block at a time."""
     rows = x.reshape(-1, x.shape[-1]).float()
     y = torch.empty(len(rows), len(weight), dtype=torch.float32)

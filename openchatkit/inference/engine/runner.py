@@ -20,9 +20,9 @@ from openchatkit.inference.engine.kv_cache import new_cache
 from openchatkit.libraries import hf_transformers
 
 # A static cache for a longer context would take gigabytes that short chats never use.
-MAX_STATIC_CONTEXT = 8192
+_MAX_STATIC_CONTEXT = 8192
 # Compiled drafts all have this length, since each length needs a graph of its own.
-STATIC_DRAFT = 7
+_STATIC_DRAFT = 7
 
 
 class ModelRunner:
@@ -73,7 +73,7 @@ class CompiledRunner(ModelRunner):
     `options` are torch.compile's. A failure to compile is logged, and the model then runs uncompiled.
     """
 
-    draft_length = STATIC_DRAFT
+    draft_length = _STATIC_DRAFT
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class CompiledRunner(ModelRunner):
         """As `ModelRunner.forward`."""
         inputs = self._inputs(cache, tokens, keep)
         # The first tokens go through the plain model, which makes the buffers.
-        if self._compiled is not None and cache.is_initialized and len(tokens) in (1, 1 + STATIC_DRAFT):
+        if self._compiled is not None and cache.is_initialized and len(tokens) in (1, 1 + _STATIC_DRAFT):
             try:
                 # A recorded graph writes its output to the same place at every pass.
                 return self._compiled(**inputs).logits[0, -keep:].float().clone()
@@ -125,7 +125,7 @@ def can_compile(model: PreTrainedModel, limit: int | None) -> bool:
     devices = hf_transformers.devices(model)
     return (
         limit is not None
-        and limit <= MAX_STATIC_CONTEXT
+        and limit <= _MAX_STATIC_CONTEXT
         and len(devices) <= 1
         and "disk" not in devices
         and hf_transformers.compiles_as_a_whole(model)

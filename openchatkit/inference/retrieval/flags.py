@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from openchatkit.retrieval.encoder import Encoder
     from openchatkit.retrieval.index import Index
 
-DEFAULT_K = 3  # passages
+_DEFAULT_K = 3  # passages
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "retrieval/build_index.py makes of your own files, or, without PATH, in Wikipedia",
     )
     flags.add_argument(
-        "--retrieval-k", type=cli.positive_int, default=DEFAULT_K, metavar="N", help="passages that are looked for"
+        "--retrieval-k", type=cli.positive_int, default=_DEFAULT_K, metavar="N", help="passages that are looked for"
     )
     flags.add_argument(
         "--retrieval-device",

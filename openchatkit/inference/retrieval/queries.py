@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from openchatkit.formats.chat import Turn
 
-SHORT = 3  # telling words
+_SHORT = 3  # telling words
 _WORD = re.compile(r"(?<![\w'\u2019])[^\W_]\w*")  # of "isn't" and "it's", the part before the apostrophe
 
 
@@ -33,7 +33,7 @@ def queries(turns: Sequence[Turn]) -> list[str]:
     joined = [f"{asked[0]}\n{question.text}"] if asked else []
     if not telling:
         return [*joined, question.text]
-    if len(telling) > SHORT:
+    if len(telling) > _SHORT:
         return [question.text]
     if joined and not _POINTING.isdisjoint(all_words):
         return joined

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from openchatkit.inference.responder import Responder
     from openchatkit.retrieval.wikipedia.index import WikipediaIndex
 
-SHARE = 4  # passages may take this part of the context
+_SHARE = 4  # passages may take this part of the context
 _WIDTH = 2  # snippets of Wikipedia on each side of one that is found
 _STEM = 5  # characters by which two forms of a word are taken for one
 
@@ -110,7 +110,7 @@ def _choose(asked: Conversation, hits: list[Passage], responder: "Responder", sa
     question = asked.turns[-1]
     texts = [*question.passages, *map(as_read, hits)]
     sizes = [len(ids) for ids in responder.tokenizer.encode([f"> {text}\n" for text in texts])]
-    room = length // SHARE - sum(sizes[: len(question.passages)])
+    room = length // _SHARE - sum(sizes[: len(question.passages)])
     chosen = []
     for hit, size in zip(hits, sizes[len(question.passages) :], strict=True):
         if size <= room:

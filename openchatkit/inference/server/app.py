@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp
 
-BODY_SECONDS = 30.0
+_BODY_SECONDS = 30.0
 # A body that is too large is read and discarded up to this many times the limit, so that its sender gets the answer.
 PATIENCE = 8
 
@@ -197,7 +197,7 @@ async def _read_body(request: "Request", limit: int) -> bytes:
         return bytes(data)
 
     try:
-        return await asyncio.wait_for(read(), BODY_SECONDS)
+        return await asyncio.wait_for(read(), _BODY_SECONDS)
     except asyncio.TimeoutError as error:
         raise ApiError(408, "the body did not arrive in time", code="timeout") from error
 

@@ -15,9 +15,9 @@ from openchatkit.inference.engine.sampling import LEAST_PENALTY, MOST_PENALTY, S
 from openchatkit.inference.server.fields import Fields, check_text, check_texts, invalid, preview
 from openchatkit.inference.server.responses import ApiError
 
-MOST_MESSAGES = 1000
-MOST_PASSAGES = 100
-MOST_STOPS = 64
+_MOST_MESSAGES = 1000
+_MOST_PASSAGES = 100
+_MOST_STOPS = 64
 
 # Fields that name, group, speed up or price a request, or set what models here do not have.
 _IGNORED = (
@@ -131,8 +131,8 @@ def _conversation(messages: object, passages: Sequence[str]) -> tuple[Conversati
 
     The last message is a question, a tool's result, or the beginning of the reply.
     """
-    if not isinstance(messages, list) or not 1 <= len(messages) <= MOST_MESSAGES:
-        raise invalid("messages", messages, f"a list of 1 to {MOST_MESSAGES} messages")
+    if not isinstance(messages, list) or not 1 <= len(messages) <= _MOST_MESSAGES:
+        raise invalid("messages", messages, f"a list of 1 to {_MOST_MESSAGES} messages")
     ignored: dict[str, None] = {}  # in this order
     read = []
     for number, message in enumerate(messages):
@@ -178,7 +178,7 @@ def _message(message: object, name: str, ignored: dict[str, None]) -> dict[str, 
 
 def _passages(fields: Fields, name: str) -> tuple[str, ...]:
     passages = fields.take("passages")
-    return () if passages is None else check_texts(name, passages, most=MOST_PASSAGES)
+    return () if passages is None else check_texts(name, passages, most=_MOST_PASSAGES)
 
 
 def _retrieval(value: object, served: ServedModel) -> bool:
@@ -218,7 +218,7 @@ def _read_rest(
     seed = served.seed if seed is None else seed
     stop, stream = fields.take("stop"), fields.boolean("stream")
     if stop is not None:
-        stop = check_texts("stop", [stop] if isinstance(stop, str) else stop, most=MOST_STOPS)
+        stop = check_texts("stop", [stop] if isinstance(stop, str) else stop, most=_MOST_STOPS)
     include_usage = _include_usage(fields.take("stream_options"), stream)
     ignored = fields.reject_rest(_DEFAULTS, _IGNORED)
     return CompletionRequest(subject, sampling, seed, stop or (), stream, include_usage, ignored=tuple(ignored))

@@ -17,7 +17,7 @@ from openchatkit.inference.responder import Emit, Reply
 from openchatkit.inference.server.responses import ApiError, internal_error, shutting_down
 
 # Makes a reply: the first argument takes its text as it comes, the second says when to stop.
-MakeReply = Callable[[Emit, Callable[[], bool]], Reply]
+_MakeReply = Callable[[Emit, Callable[[], bool]], Reply]
 
 
 class ReplyJob:
@@ -26,7 +26,7 @@ class ReplyJob:
     When it is `done`, it has a `reply` or an `error`. Setting `abandoned` ends it within a token.
     """
 
-    def __init__(self, make_reply: MakeReply) -> None:
+    def __init__(self, make_reply: _MakeReply) -> None:
         self.reply: Reply | None = None
         self.error: ApiError | None = None
         self.done = False

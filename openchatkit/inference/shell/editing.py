@@ -18,13 +18,13 @@ from openchatkit.inference.shell import history
 from openchatkit.inference.shell.terminal import Style, knows_escapes
 
 # (the line up to the word, the word) -> completions of the word
-Complete = Callable[[str, str], list[str]]
+_Complete = Callable[[str, str], list[str]]
 
 
 class LineEditor:
     """The one line editor of the process. It keeps no history without a `path`, or after an error, which it notes."""
 
-    def __init__(self, complete: Complete, *, path: Path | None, style: Style, note: Callable[[str], None]) -> None:
+    def __init__(self, complete: _Complete, *, path: Path | None, style: Style, note: Callable[[str], None]) -> None:
         self._complete = complete
         self._path = path
         self._style = style

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_LINE = 1 << 20  # characters; far beyond any model's context, and tokenised in a second or two
 PROMPT = ">>> "
-MORE = "... "
+_MORE = "... "
 
 _FENCE = '"""'
 _BLOCK = re.compile(rf"\s*(/\w+\s+)?{_FENCE}")
@@ -65,7 +65,7 @@ class LineReader:
     def _read_more(self, parts: list[str], goes_on: Callable[[str], bool]) -> list[str]:
         """Return `parts` and the lines that follow, for as long as the last one `goes_on`."""
         size = len(parts[0])
-        while goes_on(parts[-1]) and (more := self._read_line(MORE)) is not None:
+        while goes_on(parts[-1]) and (more := self._read_line(_MORE)) is not None:
             parts.append(more)
             size += len(more) + 1
             if size > MAX_LINE:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-INSTALL = "pip install 'openchatkit[eval]'"
+_INSTALL = "pip install 'openchatkit[eval]'"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def evaluate(
 _RELEVANT = ("results", "groups", "higher_is_better", "n-shot", "n-samples", "versions", "configs", "date")
 
 
-def metric_values(results: Mapping[str, Any]) -> list[MetricValue]:
+def _metric_values(results: Mapping[str, Any]) -> list[MetricValue]:
     """List the numbers of `evaluate`'s results, task by task."""
     listed = []
     for task, entry in results["results"].items():
@@ -131,7 +131,7 @@ def _import_lm_eval() -> Any:
         import accelerate  # noqa: F401 - what lm-eval loads Hugging Face models with
         import lm_eval
     except ImportError as error:
-        raise UserError(f"evaluation needs {error.name or 'lm_eval'}, which is not installed: {INSTALL}") from error
+        raise UserError(f"evaluation needs {error.name or 'lm_eval'}, which is not installed: {_INSTALL}") from error
     return lm_eval
 
 
@@ -265,4 +265,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.output is not None:
         write_text(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    _print_table(metric_values(results))
+    _print_table(_metric_values(results))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # lm-eval's own default for tasks that do not say how much to generate.
-MAX_NEW_TOKENS = 256
+_MAX_NEW_TOKENS = 256
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -145,7 +145,7 @@ def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
                 kinds.setdefault(repr(request.args[1]), []).append(number)
             texts = [""] * len(requests)
             for numbers in kinds.values():
-                options = normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
+                options = normalize_gen_kwargs(requests[numbers[0]].args[1], _MAX_NEW_TOKENS)
                 if options.get("do_sample"):
                     raise UserError(
                         "a task samples its answers, which needs a Hugging Face model: convert this one with "

@@ -66,11 +66,11 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
     steps, rows_a_step = state["step"], state["global_batch"]
     entries = ledger.read(root)
     up_to = [entry for entry in entries if entry.step <= steps]
-    check_steps(up_to, steps, rows_a_step)
+    _check_steps(up_to, steps, rows_a_step)
     dataset = build_dataset(state["settings"]["task_name"], _restore_options(newest, state, tokenizer, cache_dir))
-    check_rows(dataset)
+    _check_rows(dataset)
     altered = ledger.chain(up_to) != state["ledger"]
-    trained = check_digests(
+    trained = _check_digests(
         up_to, dataset, trained=_read_trained(root), blame=_explain_difference(dataset, state, altered=altered)
     )
     if altered:
@@ -92,7 +92,7 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
     )
 
 
-def check_steps(entries: Sequence[LedgerRow], steps: int, rows_a_step: int) -> None:
+def _check_steps(entries: Sequence[LedgerRow], steps: int, rows_a_step: int) -> None:
     """Raise UserError unless these are steps 1 to `steps`, each on the `rows_a_step` samples after those before."""
     for step in range(1, max(steps, len(entries)) + 1):
         entry = entries[step - 1] if step <= len(entries) else None
@@ -106,7 +106,7 @@ def check_steps(entries: Sequence[LedgerRow], steps: int, rows_a_step: int) -> N
             raise _step_error(step, expected, f"{entry.first} to {entry.first + entry.count - 1}")
 
 
-def check_rows(dataset: Dataset) -> None:
+def _check_rows(dataset: Dataset) -> None:
     """Raise UserError unless every row of every store is a document or is listed as set aside."""
     for source in dataset.sources:
         for store in source.stores:
@@ -123,7 +123,7 @@ def check_rows(dataset: Dataset) -> None:
                 )
 
 
-def check_digests(entries: Sequence[LedgerRow], dataset: Dataset, *, trained: dict[int, int], blame: str) -> int:
+def _check_digests(entries: Sequence[LedgerRow], dataset: Dataset, *, trained: dict[int, int], blame: str) -> int:
     """Compute every step's digest from the data, and return the number of labels that train.
 
     `trained` is each step's own count, where it is known; `blame` is the explanation if a step differs.

@@ -98,7 +98,7 @@ def compose(rng: random.Random, entries: Sequence[DocEntry], words: Sequence[str
         earlier.pop(0)
 
 
-def held_out_record(entry: DocEntry) -> dict[str, str]:
+def _held_out_record(entry: DocEntry) -> dict[str, str]:
     """Return a question that the model has not seen, in parts and as the text of a training sample."""
     question = QUESTION.format(entry.name)
     turns = [chat.Turn("human", question, (entry.passage,)), chat.Turn("bot", entry.sentence)]
@@ -124,7 +124,7 @@ def write_files(
     passages = ({"id": n, "title": entry.name, "text": entry.passage} for n, entry in enumerate(sorted(entries)))
     return {
         name: _write_jsonl(folder / name, records)
-        for name, records in ((TRAIN, texts), (HELD_OUT, map(held_out_record, held)), (PASSAGES, passages))
+        for name, records in ((TRAIN, texts), (HELD_OUT, map(_held_out_record, held)), (PASSAGES, passages))
     }
 
 
