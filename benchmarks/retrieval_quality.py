@@ -4,7 +4,7 @@ Finding: the examples of awscli (read from its wheel, which is not installed) an
 standard library; titles and first paragraphs are the questions, all else the passages, of which MiniLM sees 128 tokens.
 The figures are those of `retrieval/build_index.py evaluate --set`, by words, by vectors and by both; the peer is the
 fusion of both by reciprocal ranks. Then, how many of these questions, of small talk and of questions about other things
-find anything above the floor, and how many do in an index without vectors.
+find anything above the score threshold, and how many do in an index without vectors.
 
 Building: `--passages` examples embedded by sentence-transformers' `encode` alone, and made an index of by the kit: that
 counts loading the encoder, keeping what is embedded on disk, both indices, and hashing. They take turns; each figure is
@@ -60,7 +60,7 @@ def by_ranks(index: "Index", query: str, k: int) -> "list[Hit]":
 
 
 def found(index: "Index", questions: list[str], mode: str) -> str:
-    """How many of these find something above the floor, in percent."""
+    """How many of these find something above the score threshold, in percent."""
     return f"{100 * sum(bool(index.search(question, 1, mode=mode)) for question in questions) / len(questions):.1f} %"
 
 
