@@ -168,8 +168,8 @@ def compare(index: object, questions: list[str], queries: np.ndarray, arguments:
 
     print("\n| what | p50 ms | p99 ms | recall@10 |\n|-|-|-|-|")
     row("the nearest vectors, and their passages", fetch_nearest, recall=True)
-    row("by vectors, with scores of words for the floor", ours("dense"), recall=True)
-    row("by words, with cosines for the floor", ours("sparse"), recall=False)
+    row("by vectors, with scores of words for the threshold", ours("dense"), recall=True)
+    row("by words, with cosines for the threshold", ours("sparse"), recall=False)
     row("fused", ours("fused"), recall=False)
     row("encoding the question (any threads)", lambda at: index.encode(questions[at]), recall=False)
     bm25s = import_bm25s()

@@ -84,7 +84,7 @@ def finding(name: str, examples: list, encoder: Path, folder: Path, count: int) 
         places = statistics.mean(evaluation.reciprocal_rank(gains, 10) for gains in peer)
         gain = statistics.mean(evaluation.ndcg(gains, 1, 10) for gains in peer)
         print(f"| peer: reciprocal ranks | {shares} | {places:.3f} | {gain:.3f} | | | |")
-        print("\n| asked | above the floor | by words alone |\n|-|-|-|")
+        print("\n| asked | above the threshold | by words alone |\n|-|-|-|")
         asked = {"titles": [each.query for each in questions]}
         asked |= {"small talk": re.split(r"[|\n]", SMALL_TALK), "other things": re.split(r"[|\n]", OTHER_THINGS)}
         for kind, texts in asked.items():
