@@ -4,9 +4,11 @@ Numbers of the step are added up twice: those of its rows, as integers, before t
 and gradients, in float64, after the backward passes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,14 +185,11 @@ class Trainer:
                 # Every stage knows the labels: were each to count them, their sum over stages would be too many.
                 trained += _trained_tokens([batch], len(trained)) if self.layout.is_last_stage else 0
                 loss += self.pipeline.evaluate(*self._place(batch))
-        sums = self._add_up(
-            {"loss": loss, "trained": trained.to(loss.device), "source_losses": self._source_losses},
-            self.layout.sum_over_replicas,
-            self.layout.sum_over_stages,
-        )
-        counts = [int(count) for count in sums["trained"].tolist()]
-        mean = sums["loss"].item() / sum(counts) if sum(counts) else math.nan
-        return Evaluation(mean, sum(counts), tuple(map(SourceLoss, sums["source_losses"].tolist(), counts)))
+        shares = {"loss": loss, "trained": trained.to(loss.device), "source_losses": self._source_losses}
+        sums = _to_host(self._add_up(shares, self.layout.sum_over_replicas, self.layout.sum_over_stages))
+        counts = [int(count) for count in sums["trained"]]
+        mean = sums["loss"][0] / sum(counts) if sum(counts) else math.nan
+        return Evaluation(mean, sum(counts), tuple(map(SourceLoss, sums["source_losses"], counts)))
 
     def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
         """Return this replica's rows of a step's part. Replicas take turns by the batch, so rows follow each other."""
@@ -210,10 +209,10 @@ class Trainer:
         rows = sum(batch.rows for batch in batches)
         trained = _trained_tokens(batches, sources)
         shares = {"rows": torch.tensor(rows), "digest": torch.tensor(digest), "trained": trained}
-        counts = self._add_up(shares, self.layout.sum_over_replicas)
-        rows = int(counts["rows"])
+        counts = _to_host(self._add_up(shares, self.layout.sum_over_replicas))
+        [rows], [digest] = counts["rows"], counts["digest"]
         assert rows == self.global_batch, f"the replicas were given {rows} rows, a step has {self.global_batch}"
-        return int(counts["digest"]) % (1 << 64), counts["trained"].tolist()
+        return digest % (1 << 64), counts["trained"]
 
     def _start_losses(self, dataset: Dataset, *, factor: float) -> Tensor:
         """Start each source's sum of losses; returns the 0 that the loss of all is added to, times `factor`."""
@@ -245,19 +244,19 @@ class Trainer:
         end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of stages
         loss = loss.double()
         shares = {"loss": loss, "stops": loss.new_tensor(stop), "source_losses": self._source_losses}
-        sums = self._add_up(shares, self.layout.sum_over_replicas)
-        shares = {"squared_norms": squared_norms(self.stage), "ends_of_digests": loss.new_tensor(end_of_digest), **sums}
-        sums = self._add_up(shares, self.layout.sum_over_stages)
-        if sums["ends_of_digests"].item() != end_of_digest * self.layout.stages:
+        of_replicas = self._add_up(shares, self.layout.sum_over_replicas)
+        own = {"squared_norms": squared_norms(self.stage), "ends_of_digests": loss.new_tensor(end_of_digest)}
+        sums = _to_host(self._add_up(own | of_replicas, self.layout.sum_over_stages))
+        if sums["ends_of_digests"] != [end_of_digest * self.layout.stages]:
             raise UserError(
                 f"{self.layout.describe()} was fed other samples than another stage: the files that --task-name stands "
                 "for differ between machines; make them the same"
             )
         return _StepSums(
-            loss=sums["loss"].item(),
-            stop=sums["stops"].item() > 0,
-            source_losses=sums["source_losses"].tolist(),
-            squared_norm=sum(sums["squared_norms"].tolist()),
+            loss=sums["loss"][0],
+            stop=sums["stops"][0] > 0,
+            source_losses=sums["source_losses"],
+            squared_norm=sum(sums["squared_norms"]),
         )
 
     def _add_up(self, shares: Mapping[str, Tensor], *all_reduces: Callable[[Tensor], None]) -> dict[str, Tensor]:
@@ -276,6 +275,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+
+
+def _to_host(sums: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """Return the numbers of flat tensors of one dtype, on one device, by one transfer: each waits for the device."""
+    numbers = iter(torch.cat(list(sums.values())).tolist())
+    return {name: list(itertools.islice(numbers, part.numel())) for name, part in sums.items()}
 
 
 def _target(batch: Batch) -> Tensor:

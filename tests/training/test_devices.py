@@ -1,6 +1,7 @@
 """device.py, and what only a GPU would notice, tested without one: copies in main memory, waits, library settings."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -99,6 +100,34 @@ def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flag
     before = [parameter._version for parameter in stage.parameters()]
     assert trainer.step(0, dataset).applied
     assert all(p._version > version for p, version in zip(stage.parameters(), before, strict=True))
+
+
+def test_numbers_come_from_the_device_in_one_transfer_a_reduction(flags, prepared, monkeypatch):
+    """Each of these methods of a tensor waits for a GPU: a step may call two of them, one a reduction."""
+    called = []
+
+    def count(self, method, *arguments):
+        called.append(method)
+        return method(self, *arguments)
+
+    for name in ("tolist", "item", "cpu", "__int__", "__float__", "__bool__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, functools.partialmethod(count, method))
+    stage = Stage(LayerShards.open(prepared["neox"]).config)
+    stage.init_weights(0)
+    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
+    optimizer = torch.optim.SGD(stage.parameters())
+    scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
+    layout, schedule = Layout(0, 1, 1, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
+    trainer = Trainer(stage, layout, optimizer, scaler, schedule, dtype=torch.float32, **place)
+    data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
+    dataset = build_dataset(str(flags["task_name"]), data)
+    called.clear()
+    assert trainer.step(0, dataset).applied
+    assert len(called) == 2
+    called.clear()
+    assert trainer.evaluate(dataset, 2).trained_tokens
+    assert len(called) == 1
 
 
 def test_deterministic_runs_change_no_bit_on_the_cpu_and_are_recorded(tmp_path, flags):
