@@ -25,6 +25,7 @@ from openchatkit.texts import reason_of
 _OVERRIDES = "--overrides"
 
 _UNSET = object()
+_NULL = "tag:yaml.org,2002:null"
 
 
 def setting(
@@ -235,7 +236,7 @@ def _read_entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = reason_of(error)
         raise UserError(f"--config {path} is not YAML: {reason}; expected lines such as `lr: 2e-5`") from error
-    if root is None:
+    if root is None or root.tag == _NULL:
         return
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines such as `lr: 2e-5`, found something else than settings")
@@ -244,5 +245,4 @@ def _read_entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
         texts = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if not all(isinstance(node, yaml.ScalarNode) for node in (key, *texts)):
             raise UserError(f"{path}:{line}: expected a name and one value, or a list of values: `lr: 2e-5`")
-        null = value.tag == "tag:yaml.org,2002:null"
-        yield line, key.value, None if null else ",".join(node.value for node in texts)
+        yield line, key.value, None if value.tag == _NULL else ",".join(node.value for node in texts)

@@ -71,7 +71,7 @@ def test_a_file_has_every_setting_as_a_key(file):
     assert given == {"folder": Path("a"), "lr": 1e-3, "half": True, "steps": 7, "kind": "two", "names": "x:1,y"}
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "lr:\n", "lr: ~\n", "lr: null\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n# nothing\n", "lr:\n", "lr: ~\n", "lr: null\n"])
 def test_a_file_may_leave_everything_out(file, text):
     assert read("--config", file(text), "--folder", "a") == {"folder": Path("a")}
 
