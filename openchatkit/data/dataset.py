@@ -21,7 +21,7 @@ from openchatkit.data.stores.cache import cached_store, store_identity
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore
 
-# TaskEntry of every fingerprint: raise it when the same arguments would give other samples.
+# Part of every fingerprint: raise it when the same arguments would give other samples.
 _VERSION = 2
 
 

@@ -73,7 +73,7 @@ def prepare_data(argv: Sequence[str] | None = None) -> None:
         ("-a", "--access-key-id", "AWS_ACCESS_KEY_ID"),
         ("-k", "--secret-access-key", "AWS_SECRET_ACCESS_KEY"),
     ):
-        text = f"on_refusal: other users see command lines; set {variable} instead"
+        text = f"refused: other users see command lines; set {variable} instead"
         advice = f"set {variable} in the environment instead, and change the key if it was typed here"
         parser.add_argument(short, flag, nargs="?", action=cli.RefuseSecret, const=advice, help=text)
     args = parser.parse_args(argv)

@@ -253,6 +253,13 @@ def test_keys_on_the_command_line_are_refused(tmp_path, capsys, arguments, flags
     )
 
 
+def test_help_says_where_keys_go_instead(capsys):
+    assert call("--help") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert f" refused: other users see command lines; set {variable} instead" in printed
+
+
 def test_debug_logs_requests(hub, tmp_path, capsys):
     hub.files["/a.jsonl"] = LINES
     assert call("-s", f"{hub.address}/a.jsonl?signature={CANARY}", "-d", str(tmp_path), "--debug") == 0

@@ -78,7 +78,7 @@ class RetrievalScore:
 
 
 def bot_command(model: str, index: str | None = None) -> list[str]:
-    """Return the command of a chat shell on `model` that decodes greedily, with an index for retrieval if stdin."""
+    """Return the command of a chat shell on `model` that decodes greedily, with an index for retrieval if given."""
     command = [sys.executable, str(paths.ROOT / "inference" / "bot.py"), "--model", model, "--no-sample"]
     return command if index is None else [*command, "--retrieval", index, *_SEARCH]
 
