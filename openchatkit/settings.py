@@ -235,6 +235,9 @@ def _read_entries(path: Path) -> Iterator[tuple[int, str, str | None]]:
         raise UserError(f"--config {path}: {error.strerror or error}: expected a YAML file of settings") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = reason_of(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+            # The whole error quotes the file, which may hold a secret that does not belong there.
+            reason = f"{error.problem} in line {error.problem_mark.line + 1}"
         raise UserError(f"--config {path} is not YAML: {reason}; expected lines such as `lr: 2e-5`") from error
     if root is None or root.tag == _NULL:
         return

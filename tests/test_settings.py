@@ -129,6 +129,22 @@ def test_a_mistake_in_a_file_is_one_line_that_says_where(file, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1\nold_flag: 'hunter2\n", "found unexpected end of stream in line 3"),
+        ("lr: 1\nold_flag: hunter2: x\n", "mapping values are not allowed here in line 2"),
+        ("lr: 1\nold_flag: {key: hunter2}\n", "run.yml:2: expected a name and one value"),
+        ("old_flag: hunter2\nold_flag: hunter3\n", "run.yml:2: 'old_flag' is there twice"),
+    ],
+)
+def test_a_mistake_in_a_file_repeats_none_of_it(file, text, message):
+    with pytest.raises(UserError) as error:
+        read("--folder", "a", "--config", file(text))
+    assert message in str(error.value)
+    assert "hunter" not in str(error.value)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("none.yml", "No such file"), (".", "Is a directory")])
 def test_a_file_that_cannot_be_read(tmp_path, name, reason):
     with pytest.raises(UserError, match=f"{reason}.*: expected a YAML file of settings"):
