@@ -104,11 +104,13 @@ class Responder:
         stop: Sequence[str] = (),
         emit: Emit = lambda text: None,
         cancelled: Callable[[], bool] = lambda: False,
+        warn: Callable[[str], None] = lambda note: None,
     ) -> Reply:
         """Answer a conversation's last turn, the human's, or finish a reply that is `begun`; or continue a plain text.
 
-        A `retriever` finds passages for the question first. A text is continued as it stands: no roles, no passages,
-        nothing trimmed; before it the model reads only what its tokenizer puts before any text.
+        A `retriever` finds passages for the question first; `warn` gets the reply's `note` at once, also where no reply
+        follows. A text is continued as it stands: no roles, no passages, nothing trimmed; before it the model reads
+        only what its tokenizer puts before any text.
 
         The reply's text also goes to `emit` as it comes. Ctrl-C, or `cancelled` becoming true, ends it. `stop` are
         strings that end it besides the rendering's own. With a moderator, text comes in stretches that have been
@@ -118,7 +120,7 @@ class Responder:
         if isinstance(subject, str):
             prompt = self._text_prompt(subject)
         else:
-            prompt = self._chat_prompt(subject, sampling, retriever)
+            prompt = self._chat_prompt(subject, sampling, retriever, warn)
         stream = self._stream(prompt, stop)
         gate = ModerationGate(emit, self.moderator, prompt.question, system=prompt.system, begun=prompt.begun)
         limit = most_tokens(len(prompt.tokens), sampling.max_tokens, self.engine.context_length)
@@ -175,13 +177,21 @@ class Responder:
             note=prompt.note,
         )
 
-    def _chat_prompt(self, conversation: Conversation, sampling: Sampling, retriever: "Retriever | None") -> _Prompt:
+    def _chat_prompt(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        retriever: "Retriever | None",
+        warn: Callable[[str], None],
+    ) -> _Prompt:
         if not conversation.open:
             raise UserError("the conversation ends with a reply: expected a question that can be answered")
         sources, note = None, ""
         if retriever is not None:
             found = retriever.retrieve(conversation, self, sampling)
             conversation, sources, note = found.conversation, found.sources, found.note
+            if note:
+                warn(note)
         fitted = self._without_refused(self.fit(conversation, sampling))
         question = conversation.turns[-1]
         return _Prompt(

@@ -124,8 +124,9 @@ class PrefixCache:
         best = max(range(len(shared)), key=shared.__getitem__)
         if not shared[best] or 2 * shared[best] < len(self.slots[best].tokens):
             best = 0
-        slot = self.slots.pop(best)
-        self.slots.append(slot)
+        slot = self.slots[best]
+        # Replaced in one go, so that an interrupt loses no slot.
+        self.slots = [*self.slots[:best], *self.slots[best + 1 :], slot]
         slot.keep_shared(prompt)
         return slot
 

@@ -152,7 +152,7 @@ def generate(
     else:
         generator.manual_seed(request.seed)
     try:
-        reply = responder.answer(
+        return responder.answer(
             request.subject,
             request.sampling,
             retriever=retriever,
@@ -160,12 +160,10 @@ def generate(
             stop=request.stop,
             emit=emit,
             cancelled=cancelled,
+            warn=logger.warning,
         )
     except context.TooLong as error:
         raise _too_long(responder, request) from error
-    if reply.note:
-        logger.warning(reply.note)
-    return reply
 
 
 def _too_long(responder: Responder, request: schema.CompletionRequest) -> ApiError:

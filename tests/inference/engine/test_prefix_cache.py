@@ -1,5 +1,8 @@
 """The prefix cache of an engine: never a different token, and no token read twice without need."""
 
+import contextlib
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -259,6 +262,32 @@ def test_a_model_with_recurrent_states_goes_on_one_token_at_a_time_or_starts_afr
         reply, cached = say(running, prompt)
         assert (reply, cached) == (oracle(model, prompt), held)
     assert say(running, prompt[:-1]) == (oracle(model, prompt[:-1]), 0)
+
+
+def test_an_interrupt_loses_no_slot(models):
+    """Ctrl-C may come between any two lines of `take`."""
+    running = engine(models["neox"], slots=2)
+    slots = set(map(id, running.prefix_cache.slots))
+    take = prefix_cache.PrefixCache.take.__code__
+    lines = sorted({line for _, _, line in take.co_lines() if line and line > take.co_firstlineno})
+    for stop in lines:
+
+        def interrupt(frame, event, _, stop=stop):
+            if frame.f_code is not take:
+                return None
+            if event == "line" and frame.f_lineno == stop:
+                raise KeyboardInterrupt
+            return interrupt
+
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                running.prefix_cache.take([1, 2, 3])
+        finally:
+            sys.settrace(before)
+        assert set(map(id, running.prefix_cache.slots)) == slots, stop
+    assert say(running, [1, 2, 3])[0] == fresh(models["neox"], [1, 2, 3])
 
 
 def test_a_second_reply_ends_the_first(models):

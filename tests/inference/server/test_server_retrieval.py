@@ -64,3 +64,11 @@ def test_a_search_that_fails_is_logged_and_the_question_answered(serve, trained,
     assert (status, answer["sources"]) == (200, [])
     assert answer["note"] == "passages are missing: the server's log says why"
     assert answer["choices"][0]["message"]["content"] == "日本 nothing"
+    assert "no passages were looked up: the index is gone" in capfd.readouterr().err
+
+
+def test_a_search_that_fails_is_logged_where_the_question_is_too_long_to_be_answered(serve, trained, capfd):
+    with serve(trained.responder, retriever=Retriever(Broken(), k=3)) as running:
+        status, answer = running.ask(CHAT, {"messages": [{"role": "user", "content": "say it " * 1000}]})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert "no passages were looked up: the index is gone" in capfd.readouterr().err
