@@ -243,7 +243,7 @@ def _embed_rows(
 def _write(folder: Path, wanted: BuildPlan, staged: _Staged, present: CurrentSnapshot | None) -> IndexRecord:
     """Write the snapshot: sources in the order of their names, each row with the vector of its digest.
 
-    What a passage must show is measured replace where passages were embedded: the encoder is loaded then.
+    The score threshold is measured again where passages were embedded: the encoder is loaded then.
     """
     sources, first = [], 0
     for run in staged.runs:
