@@ -99,7 +99,7 @@ class Encoder:
             if progress:
                 progress(len(some))
         if not (finite := np.isfinite(vectors).all(axis=1)).all():
-            text = texts[int(finite.argmin())]
+            text = texts[int(np.argmin(finite))]
             raise UserError(
                 f"{self.name} makes numbers that are not finite of {text[:60]!r}: its weights are damaged, or it needs "
                 "another precision; fetch it again"

@@ -48,7 +48,7 @@ def prepare(part: np.ndarray, dimension: int, metric: str, *, first: int = 0) ->
             lengths = np.linalg.norm(part, axis=1, keepdims=True)
         bad |= lengths[:, 0] == 0
     if bad.any():
-        number = first + int(bad.argmax())
+        number = first + int(np.argmax(bad))
         raise UserError(
             f"vector {number:,} has numbers that are not finite, or no length: expected numbers within float16; "
             "look at that passage and at the encoder"
