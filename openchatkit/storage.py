@@ -220,6 +220,8 @@ def storage_errors(what: Path | str, then: str = "", *, every: bool = False) -> 
             raise
         reason = _REASONS.get(error.errno) or f"{error.strerror}: choose another path"
         tail = f": {then}" if then else ""
+        if every and error.filename is not None and str(error.filename) not in str(what):
+            tail += f" (the error is about {error.filename})"
         raise UserError(f"cannot write {what}: {reason}, then run the same command again{tail}") from error
 
 

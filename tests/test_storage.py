@@ -118,6 +118,11 @@ def test_room(tmp_path):
 def test_only_what_a_disk_refuses_is_explained(tmp_path):
     with pytest.raises(FileNotFoundError), storage_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone")
+    message = rf"run the same command again \(the error is about {tmp_path}/x\)$"
+    with pytest.raises(UserError, match=message), storage_errors("tokens", every=True):
+        (tmp_path / "x").read_bytes()
+    with pytest.raises(UserError, match=r"run the same command again$"), storage_errors(tmp_path / "x", every=True):
+        (tmp_path / "x").read_bytes()
     message = rf"^cannot write {tmp_path}: gone: choose another path, then run the same command again: it resumes$"
     with pytest.raises(UserError, match=message), storage_errors(tmp_path, "it resumes", every=True):
         raise FileNotFoundError(errno.ENOENT, "gone")
