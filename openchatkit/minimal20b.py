@@ -68,7 +68,7 @@ class Model(nn.Module):
         before = 0 if layer_past is None else layer_past[0].shape[1]
         length = before + x.shape[1]
         cache = self.stage.new_cache(x.shape[0], length) if self.use_cache else None
-        for layer, past in zip(cache or (), layer_past or (), strict=False):
+        for layer, past in zip(cache or (), () if layer_past is None else layer_past, strict=False):
             layer.append(*past.permute(0, 2, 3, 1, 4))
         mask = None if attention_mask is None else attention_mask[..., before:length, :length].to(x.device)
         logits = self.stage.logits(self.stage(x, mask=mask, cache=cache))

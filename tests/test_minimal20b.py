@@ -162,6 +162,14 @@ def test_a_rotary_table_in_half_precision(tmp_path):
         create(steps, rope_table_dtype=torch.int8)
 
 
+def test_the_cache_of_all_layers_may_be_one_tensor(tmp_path):
+    model = create(write_neox(tmp_path, neox()), use_cache=True)
+    _, past = model(IDS[:, :3])
+    apart, _ = model(IDS[:, 3:], layer_past=past)
+    stacked, _ = model(IDS[:, 3:], layer_past=torch.stack(past))
+    assert torch.equal(stacked, apart)
+
+
 def test_float16_generates_on_the_cpu(tmp_path):
     steps = write_neox(tmp_path, neox().half())
     rows = minimal20b.greedy_generate(create(steps, use_cache=True, dtype=torch.float16), IDS, 12)
