@@ -25,7 +25,16 @@ from openchatkit.download.sidecar import (
     write_sidecar,
 )
 from openchatkit.errors import UserError
-from openchatkit.storage import check_room, format_bytes, hold_lock, lock_path, replace_file, storage_errors, write_text
+from openchatkit.storage import (
+    check_room,
+    format_bytes,
+    hold_lock,
+    lock_path,
+    replace_file,
+    storage_errors,
+    sync,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,7 @@ class _Partial:
     def finish(self, sidecar: bool) -> None:
         """Give the file its name."""
         self.close()
+        sync(self.path)  # while the older file is there: a disk that refuses it leaves that as it is
         if sidecar:
             # Never beside the sidecar of another version, which would pass for this one if we died here.
             self.final.unlink(missing_ok=True)

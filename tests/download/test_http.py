@@ -368,6 +368,22 @@ def test_a_file_that_was_changed_here_comes_again(server, address, tmp_path, ret
     assert "was changed here or at" in capsys.readouterr().err
 
 
+def test_a_disk_that_refuses_the_new_file_leaves_the_older_one(address, tmp_path, retry, monkeypatch):
+    path = sources.fetch(address, tmp_path, retry=retry)
+    path.write_bytes(b"mine")
+    synchronise = os.fsync
+
+    def fail(file: int) -> None:
+        if os.fstat(file).st_size == len(BODY):
+            raise OSError(errno.EIO, "Input/output error")
+        synchronise(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="the disk reports an error"):
+        sources.fetch(address, tmp_path, retry=retry)
+    assert path.read_bytes() == b"mine"
+
+
 def test_a_full_disk_is_seen_before(address, tmp_path, retry, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"2\.1 MB are needed and .* has room for 1\.0 kB: make room and run again"):
