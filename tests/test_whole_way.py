@@ -40,13 +40,15 @@ def shell(place):
 
     def run(line: str, *, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         line = re.sub(r"\b(tools|training|inference)/", lambda match: shlex.quote(str(ROOT)) + "/" + match[0], line)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         result = subprocess.run(
             ["bash", "-c", line],
             cwd=place,
             input=stdin,
             capture_output=True,
             text=True,
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment},
+            # Recipes take the Python of this environment, whichever else there are.
+            env={**os.environ, "PATH": path, "OPENCHATKIT_VENV": sys.prefix, **environment},
         )
         assert result.returncode == 0, result.stderr
         return result

@@ -287,7 +287,7 @@ def test_a_digest_that_is_none(address, tmp_path, sha256):
         ("https:///a.jsonl", "names no file"),
         ("http://127.0.0.1:9/..%2f", "names no file"),
         ("http://[::1/hunter2", "not a valid URL (Invalid IPv6 URL): expected https://host/folder/file.jsonl"),
-        ("https://a..b/a.jsonl", "https://a..b/a.jsonl: encoding with 'idna' codec failed"),
+        ("https://a..b/a.jsonl", "'idna' codec"),
         (f"./{'a' * 300}", "no such file or folder"),
         ("ftp://127.0.0.1/a", "expected http://, https://, s3:// or a path"),
         (

@@ -37,7 +37,7 @@ def shell(tmp_path):
             input=stdin,
             capture_output=True,
             text=True,
-            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "PATH": path, "OPENCHATKIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", **environment},
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
