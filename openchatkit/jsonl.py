@@ -1,5 +1,6 @@
 """JSON Lines: one JSON value a line, read with the number of each line, so that errors can name it."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +17,15 @@ def read(
     Where a line is not JSON, or `make` raises ValueError, TypeError or KeyError for it, `bad(number, error)` raises the
     caller's error or returns a substitute. Lines are counted from 1. OSError when the file cannot be read.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if skip_blank and not line.strip():
-                continue
-            try:
-                made = make(json.loads(line))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                made = bad(number, error)
-            yield made
+    # At once: read in pieces, a line that is being written could come as two bad ones.
+    for number, line in enumerate(io.BytesIO(path.read_bytes()), 1):
+        if skip_blank and not line.strip():
+            continue
+        try:
+            made = make(json.loads(line))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            made = bad(number, error)
+        yield made
 
 
 def parse_object(line: str | bytes) -> dict[str, Any] | None:

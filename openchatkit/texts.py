@@ -1,5 +1,8 @@
 """Texts that users type and read: yes or no, a text on one line, another library's error in a message of ours."""
 
+# Characters of a line that is typed or piped: far beyond any model's context, and tokenised in a second or two.
+MAX_LINE = 1 << 20
+
 
 def parse_bool(text: str) -> bool | None:
     """Return the answer that a text gives to a yes/no question, None where it gives none."""

@@ -215,6 +215,26 @@ def test_ended_from_outside_it_leaves_no_part_running(tmp_path):
     assert not any(map(_runs, parts))
 
 
+def test_ended_while_a_part_is_being_started_it_leaves_none_running(tmp_path):
+    code = f"""
+import os, pathlib, signal, subprocess, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from _gpu_check import runner
+folder = pathlib.Path({str(tmp_path)!r})
+start = subprocess.Popen
+def start_and_be_ended(*arguments, **options):
+    process = start(*arguments, **options)
+    (folder / "pid").write_text(str(process.pid))
+    os.kill(os.getpid(), signal.SIGTERM)
+    return process
+subprocess.Popen = start_and_be_ended
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+runner.run([runner.Part("long", 1, 600)], lambda *_: ["sleep", "600"], seconds=600, folder=folder)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 128 + signal.SIGTERM
+    assert not _runs(int((tmp_path / "pid").read_text()))
+
+
 def _children(pid: int) -> list[int]:
     found = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True).stdout
     pairs = (map(int, line.split()) for line in found.splitlines())

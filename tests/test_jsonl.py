@@ -31,6 +31,20 @@ def test_a_bad_line_is_named_in_the_callers_words(tmp_path: Path, line: bytes) -
         next(rows)
 
 
+def test_a_line_that_is_ended_while_it_is_read_is_one_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 0}\n{"n"')
+    bad: list[int] = []
+
+    def end_line(number: int, error: Exception) -> None:
+        bad.append(number)
+        with open(path, "ab") as file:
+            file.write(b': 1}\n{"n": 2}\n')
+
+    assert list(jsonl.read(path, lambda row: row["n"], end_line)) == [0, None]
+    assert bad == [2]
+
+
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         list(jsonl.read(tmp_path / "none", int, lambda *_: 0))

@@ -58,8 +58,20 @@ def _run(part: Part, command: Command, limit: float, path: Path) -> None:
     # The part itself stops beginning checks a little before it is ended.
     argv = command(part, max(limit - GRACE_SECONDS, 0.0))
     with open(log, "wb") as errors:
-        process = subprocess.Popen(argv, stderr=errors, env={**os.environ, **part.environment}, start_new_session=True)
+        # A request to end that comes while the part is being started waits until it can be ended, too.
+        requests: list[int] = []
+        handler = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
         try:
+            process = subprocess.Popen(
+                argv, stderr=errors, env={**os.environ, **part.environment}, start_new_session=True
+            )
+        except BaseException:
+            signal.signal(signal.SIGTERM, handler)
+            raise
+        try:
+            signal.signal(signal.SIGTERM, handler)
+            for number in requests:
+                signal.raise_signal(number)
             status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             status = None

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from openchatkit import jsonl
 from openchatkit.storage import write_text
 
 METRICS = "metrics.jsonl"
@@ -32,16 +33,6 @@ def cut(folder: Path, last_step: int) -> None:
 def _rows(folder: Path) -> list[dict[str, Any] | None]:
     """Return a row for each line, None where it holds none."""
     try:
-        # At once: were it read line by line, a run that writes could end a line of which half was taken.
-        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        return list(jsonl.read(folder / METRICS, lambda row: dict(**row), lambda *_: None))
     except FileNotFoundError:
         return []
-    return [_row(line) for line in lines]
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None

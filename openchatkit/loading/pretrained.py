@@ -4,7 +4,7 @@ A chat loads more kinds of model, and spreads them over devices: see `inference/
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,27 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTr
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its types know of no loading info
     with one_line_errors(folder):
         model, info = from_pretrained(folder, dtype=dtype, output_loading_info=True, **LOCAL)
-    if missing := sorted(info["missing_keys"]):
-        # transformers would fill these with random numbers and go on.
-        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: copy it again")
+    check_complete(folder, info)
     return model.to(device).eval()
+
+
+def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raise UserError when, by transformers' loading info, tensors are missing or of other shapes.
+
+    transformers would fill the former with random numbers and go on; the latter too, where it is told to.
+    """
+    if mismatched := sorted(info["mismatched_keys"]):
+        from openchatkit.formats.layer_shards import CONFIG  # with all of the families, for the name alone
+
+        key, stored, expected = mismatched[0]
+        raise UserError(
+            f"{folder} does not fit its {CONFIG}: {key} is of shape {list(stored)}, expected {list(expected)}; "
+            "copy both from the same model"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: fetch or copy it again"
+        )
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

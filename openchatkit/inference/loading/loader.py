@@ -33,6 +33,7 @@ from openchatkit.inference.engine import attention, linear, neox
 from openchatkit.inference.engine.engine import is_out_of_memory
 from openchatkit.inference.loading import placement
 from openchatkit.libraries import hf_transformers
+from openchatkit.loading import pretrained
 from openchatkit.texts import reason_of
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -142,21 +143,11 @@ def _load_model(folder: Path, dtype: torch.dtype | str, options: Mapping[str, An
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name the tensor below
+            ignore_mismatched_sizes=True,  # `check_complete` names the tensor
             **options,
         )
     model, info = loaded
-    if mismatched := sorted(info["mismatched_keys"]):
-        key, stored, expected = mismatched[0]
-        raise UserError(
-            f"{folder} does not fit its {CONFIG_NAME}: {key} is of shape {list(stored)}, expected "
-            f"{list(expected)}; copy both from the same model"
-        )
-    if missing := sorted(info["missing_keys"]):
-        # transformers would fill these with random numbers and go on.
-        raise UserError(
-            f"{folder} lacks {len(missing)} of the model's tensors, {missing[0]} first: fetch or copy it again"
-        )
+    pretrained.check_complete(folder, info)
     return model
 
 

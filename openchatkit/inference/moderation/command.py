@@ -10,12 +10,11 @@ from openchatkit import cli
 from openchatkit.errors import USER_ERROR, UserError
 from openchatkit.formats.moderation import LABELS
 from openchatkit.inference.moderation import flags, policy
-from openchatkit.texts import shorten
+from openchatkit.texts import MAX_LINE, shorten
 
 if TYPE_CHECKING:
     from openchatkit.inference.moderation.moderator import Verdict
 
-MAX_LINE = 1 << 20  # characters, as in the shell
 _WIDTH = max(map(len, LABELS))
 _SHOWN = 80  # characters of a text in the table
 

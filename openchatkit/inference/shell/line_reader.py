@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TextIO
 
 from openchatkit.errors import UserError
 from openchatkit.inference.shell.output import Output
+from openchatkit.texts import MAX_LINE
 
 if TYPE_CHECKING:
     from openchatkit.inference.shell.editing import LineEditor
 
-MAX_LINE = 1 << 20  # characters; far beyond any model's context, and tokenised in a second or two
 PROMPT = ">>> "
 _MORE = "... "
 
