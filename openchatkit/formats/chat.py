@@ -28,10 +28,11 @@ token ever straddles the border between what is trained on and what is not.
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+from openchatkit.texts import normalize
 
 HUMAN = "<human>:"
 BOT = "<bot>:"
@@ -129,7 +130,7 @@ def _disarm(text: str, *, at_line_start: bool = False) -> str:
 
 def visible_text(text: str) -> str:
     """Return `text` as it may look to a reader: compatibility forms made plain, invisible characters removed."""
-    return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    return _INVISIBLE.sub("", normalize(text))
 
 
 def visible_positions(text: str) -> tuple[str, list[int]]:

@@ -46,7 +46,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTr
 def check_complete(folder: Path, info: Mapping[str, Any]) -> None:
     """Raise UserError when, by transformers' loading info, tensors are missing or of other shapes.
 
-    transformers would fill the former with random numbers and go on; the latter too, where it is told to.
+    transformers would fill the former with random numbers and go on; the latter too, with `ignore_mismatched_sizes`.
     """
     if mismatched := sorted(info["mismatched_keys"]):
         from openchatkit.formats.layer_shards import CONFIG  # with all of the families, for the name alone

@@ -16,6 +16,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+from openchatkit.texts import normalize
+
 # Thai and Lao, Myanmar, Khmer, kana, Chinese characters; as classes of a regular expression, without brackets.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -31,7 +33,8 @@ _UNSPACED_CHARACTER = re.compile(f"[{_PAIRED}]")
 _LETTERS = 3  # of scripts other than Latin, that make about one token
 LONGEST = 64  # characters; anything longer is not a word but, say, an encoded file
 # Letters and digits; the first group is part of a name: joined to others by a dot, a colon or an underscore.
-_RUN = rf"[^\W_]+(?:[{MARKS}]+[^\W_]*)*"
+# One mark a round: with several, a letter under n marks could be read in 2^n ways, and all would be tried.
+_RUN = rf"[^\W_]+(?:[{MARKS}][^\W_]*)*"
 _RUNS = re.compile(rf"((?<=[\w.:][._:]){_RUN}|{_RUN}(?=[._:]+[^\W_]))|{_RUN}")
 _HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _PAIRED_RUN = re.compile(f"([{_PAIRED}][{_PAIRED}{MARKS}]*)")
@@ -212,7 +215,7 @@ def _split_other(run: str) -> list[str]:
 
 
 def _normalize(text: str) -> str:
-    return text if text.isascii() else _POINTS.sub("", unicodedata.normalize("NFKC", text))
+    return text if text.isascii() else _POINTS.sub("", normalize(text))
 
 
 @functools.cache

@@ -30,6 +30,10 @@ from openchatkit.retrieval.tokenization import LONGEST, content_words, is_named_
         ("كِتَاب كتاب", ["كتاب", "كتاب"]),
         ("סֵפֶר־ספר", ["ספר", "ספר"]),
         ("who are you?", []),
+        # Marks in the order that Unicode gives them: below the letter, then through it.
+        ("a" + "\u0321\u0337" * 12 + "b", ["a" + "\u0337" * 12 + "\u0321" * 12 + "b"]),
+        ("a" + "\u0321\u0337" * 500_000 + "b kept", ["a" + "\u0337" * 15 + "\u0321" * 15 + "b", "kept"]),
+        ("ก" + "\u0e49" * 1_000_000 + " kept", ["ก" + "\u0e49" * 30, "kept"]),
         ("x" * (LONGEST + 1) + " kept", ["kept"]),
         ("\0 \n", []),
     ],

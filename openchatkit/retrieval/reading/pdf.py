@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pypdf import PdfReader
 
 
-_HALVES = re.compile(r"(\w*[^\W\d_])([-\u2010\u00ad])[ \t]*\n[ \t]*([^\W\d_]\w*)")
+_HALVES = re.compile(r"(?<!\w)(\w*[^\W\d_])([-\u2010\u00ad])[ \t]*\n[ \t]*([^\W\d_]\w*)")
 _HYPHENED = re.compile(r"\b\w+-\w+\b")
 
 

@@ -16,12 +16,13 @@ _NumberedLines = Iterator[tuple[int, str]]
 
 _MOST_LINES = 400  # of a paragraph: logs have no empty lines
 _MOST_FRONT_LINES = 200
-_ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
+_ATX = re.compile(r" {0,3}(#{1,6})(?:[ \t](.*))?")
 _SETEXT = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_UNDER_HEADER = re.compile(r"[ \t]*(?=.*\|)\|?([ \t]*:?-+:?[ \t]*\|?)+[ \t]*")
+_CELL_UNDER_HEADER = r":?-+:?[ \t]*"
+_UNDER_HEADER = re.compile(rf"[ \t]*(?=.*\|)(\|[ \t]*)?{_CELL_UNDER_HEADER}(\|[ \t]*{_CELL_UNDER_HEADER})*(\|[ \t]*)?")
 _NO_TITLE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|$)")
-_FRONT_TITLE = re.compile(r"title:\s*(['\"]?)(.+?)\1\s*")
+_FRONT_TITLE = re.compile(r"title:\s*(.+)")
 # reStructuredText: an underline repeats one mark; and the directives whose content is code.
 _ADORNMENT = re.compile(r"([!-/:-@\[-`{-~])\1+\s*")
 _CODE = re.compile(r"\s*\.\. (code|code-block|sourcecode|parsed-literal|highlight)::.*")
@@ -101,11 +102,22 @@ def _front_matter(lines: _NumberedLines) -> tuple[str, _NumberedLines]:
         held.append((number, line))
         if line.rstrip() in ("---", "..."):
             return title, lines
-        if found := _FRONT_TITLE.fullmatch(line):
-            title = found[2]
+        if found := _FRONT_TITLE.fullmatch(line.rstrip()):
+            title = _unquote(found[1])
         if len(held) > _MOST_FRONT_LINES:
             break
     return "", itertools.chain(held, lines)  # a horizontal rule, not front matter
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _strip_closing(title: str) -> str:
+    """Strip white space and closing number signs, which a space parts from the title."""
+    title = title.strip()
+    opening = title.rstrip("#")
+    return title if opening and not opening[-1].isspace() else opening.rstrip()
 
 
 def _markdown(lines: _NumberedLines) -> Iterator[Block]:
@@ -129,8 +141,8 @@ def _markdown(lines: _NumberedLines) -> Iterator[Block]:
             fence = mark[1]
         elif heading := _ATX.fullmatch(line):
             yield from gathered.take()
-            if heading[2]:
-                yield Block(one_line(heading[2]), number, number, level=len(heading[1]))
+            if title := _strip_closing(heading[2] or ""):
+                yield Block(one_line(title), number, number, level=len(heading[1]))
         elif _UNDER_HEADER.fullmatch(line) and gathered.lines and "|" in gathered.lines[-1][1]:
             header = gathered.lines.pop()
             yield from gathered.take()

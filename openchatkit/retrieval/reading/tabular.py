@@ -20,7 +20,7 @@ _MARKS = ",;\t"  # between columns; spreadsheets in half of Europe write semicol
 _PEEKED = 20  # rows compared with the first, which may be a header
 _YEAR = re.compile(r"(1[5-9]|20)\d\d")
 # Not a column name: a number or amount of money, a date or time, an address, a sentence.
-_VALUE = re.compile(r"[-+$€£(]*\d[\d.,:/ T-]*[%€$£)Z]*|\w+://\S+|\S+@\S+\.\w+|(\S+\s+){3,}\S+[.!。]|.{200,}", re.DOTALL)
+_VALUE = re.compile(r".{200,}|[-+$€£(]*\d[\d.,:/ T-]*[%€$£)Z]*|\w+://\S+|\S+@\S+\.\w+|(\S+\s+){3,}\S+[.!。]", re.DOTALL)
 _FIELD_LIMIT = 1 << 24  # characters of a field of a table
 
 Fields = Mapping[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from openchatkit.errors import UserError
-from openchatkit.retrieval.reading import discovery, reader, streams
+from openchatkit.retrieval.reading import discovery, pdf, reader, streams
 from openchatkit.retrieval.reading.document import Block, ReadOptions, Unreadable
 
 
@@ -135,6 +135,51 @@ left open
             ],
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        *[("# A b", "A b"), ("#\tA", "A"), ("   ## A ##  ", "A"), ("# A #b", "A #b"), ("# A#", "A#"), ("# C# #", "C#")],
+        *[("# #", None), ("#", None), ("## ", None), ("#A", "#A"), ("####### A", "####### A")],
+        *[("# " + " " * 16_000 + "A", "A"), ("# A" + " #" * 8_000 + " A", None)],
+    ],
+)
+def test_headings_of_markdown(tmp_path, line, title):
+    """As CommonMark has them, of any length."""
+    [(_, blocks)] = documents(write(tmp_path / "a.md", f"text\n\n{line}\n"))
+    assert blocks[0] == Block("text", 1, 1)
+    if title is not None:
+        assert blocks[1].text.strip() == title
+    elif len(line) < 10:
+        assert len(blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("under", "is_table"),
+    [
+        *[("-|-", True), ("| :--- | ---: |", True), ("---|", True), ("|---", True), ("  |:-:|  ", True)],
+        *[("---", False), ("- | x", False), ("|", False), ("-" * 16_000 + "x|", False), ("-|" * 8_000 + "x", False)],
+        (" " * 8_000 + "|" + " " * 8_000 + "x", False),
+    ],
+)
+def test_headers_of_tables_in_markdown(tmp_path, under, is_table):
+    [(_, blocks)] = documents(write(tmp_path / "a.md", f"a | b\n{under}\n1 | 2\n"))
+    assert any(block.head for block in blocks) is is_table
+
+
+@pytest.mark.parametrize(
+    ("value", "title"),
+    [("Kit", "Kit"), ("'Kit'", "Kit"), ("\"Kit'", "\"Kit'"), ('""', "a"), ("A" + " " * 16_000 + "B", "A B")],
+)
+def test_titles_of_front_matter(tmp_path, value, title):
+    assert documents(write(tmp_path / "a.md", f"---\ntitle:  {value}  \n---\ntext\n"))[0][0] == title
+
+
+def test_odd_cells_and_words_take_no_longer_than_others(tmp_path):
+    rows = [f"{'@' * 1_000_000},b", f"{'-' * 1_000_000},c"]
+    assert len(documents(write(tmp_path / "a.csv", "\n".join(["text,other", *rows])))) == 2
+    assert pdf._HALVES.sub("", "x" * 1_000_000) == "x" * 1_000_000
 
 
 def test_markdown_is_titled_by_the_heading_it_begins_with(tmp_path):
