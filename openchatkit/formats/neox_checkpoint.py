@@ -17,6 +17,7 @@ from torch import Tensor
 from openchatkit.errors import UserError
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import join_tensor
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import HEAD, layer_number, shard_names
 from openchatkit.texts import reason_of
@@ -31,8 +32,6 @@ _NAMES = {
     "mlp.linear1": "mlp.dense_h_to_4h",
     "mlp.linear2": "mlp.dense_4h_to_h",
 }
-_SPLIT_INSIDE = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
-_ADDED = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
 # GPT-NeoX-20B as its own yml describes it: its weights are often fetched without that file.
 _PUBLISHED: dict[str, Any] = {
     "num_layers": 44,
@@ -140,14 +139,14 @@ class NeoXCheckpoint:
         return {ours: self._merge(ours, [file.read([key])[key] for file in files]) for key, ours in names.items()}
 
     def _merge(self, name: str, parts: list[Tensor]) -> Tensor:
-        """Merge the shards of one tensor, one of each rank."""
-        if len(parts) == 1 or (name in _ADDED and not self._settings["gpt_j_residual"]):
-            return parts[0]
-        if name in _ADDED:  # every rank adds its own before the ranks' results are summed
+        """Merge the shards of one tensor, one of each rank; GPT-NeoX stores on all ranks what it does not cut."""
+        cut = family(self.config).cuts.get(name, "rows")  # `read` refuses names of no parameter
+        if len(parts) > 1 and cut == "once" and self._settings["gpt_j_residual"]:
+            # Every rank adds its own before the ranks' results are summed.
             return torch.stack(parts).float().sum(0).to(parts[0].dtype)
-        if "norm." in name:  # copies, which drift apart in training
+        if len(parts) > 1 and cut == "whole":  # copies, which drift apart in training
             return torch.stack(parts).float().mean(0).to(parts[0].dtype)
-        return torch.cat(parts, dim=1 if name in _SPLIT_INSIDE else 0)
+        return join_tensor(parts, cut)
 
     def _check_files(self, layers: list[int]) -> None:
         """UserError unless every layer is there, on as many ranks as the tensors were cut for."""

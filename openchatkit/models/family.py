@@ -1,7 +1,7 @@
 """The interface of a model family: config reader, modules, and the map between shard names and Hugging Face keys."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import WHOLE, Cut, Part
 from openchatkit.models.shards import EMBED, HEAD, layer_name, layer_number
 
 
@@ -30,13 +31,17 @@ class SkipInit(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Family:
-    """A network's parts. `norm`, `projection` and `embedding` name the submodules of the head and of the embedding."""
+    """A network's modules. `norm`, `projection` and `embedding` name the submodules of the head and of the embedding.
+
+    `cuts` says of every parameter, by its name within a shard, how it is spread over parts.
+    """
 
     name: str
     config_from_hf: Callable[[dict[str, Any]], ModelConfig]
-    embed: Callable[[ModelConfig], nn.Module]
-    layer: Callable[[ModelConfig], nn.Module]
-    head: Callable[[ModelConfig], nn.Module]
+    embed: Callable[[ModelConfig, Part], nn.Module]
+    layer: Callable[[ModelConfig, Part], nn.Module]
+    head: Callable[[ModelConfig, Part], nn.Module]
+    cuts: Mapping[str, Cut]
     norm: str
     projection: str
     embedding: str
@@ -55,12 +60,12 @@ class Family:
         """The embedding shard's one parameter."""
         return f"{self.embedding}.weight"
 
-    def module(self, config: ModelConfig, shard: str) -> nn.Module:
-        """Build the module that a shard's parameters belong to."""
-        return {EMBED: self.embed, HEAD: self.head}.get(shard, self.layer)(config)
+    def module(self, config: ModelConfig, shard: str, part: Part = WHOLE) -> nn.Module:
+        """Build the module that a shard's parameters belong to, or a part of it."""
+        return {EMBED: self.embed, HEAD: self.head}.get(shard, self.layer)(config, part)
 
     def parameter_shapes(self, config: ModelConfig, shard: str) -> dict[str, tuple[int, ...]]:
-        """Return the parameters that a shard stores, all of them and no others, with their shapes."""
+        """Return the parameters that a shard stores, all of them and no others, with their whole shapes."""
         with torch.device("meta"), SkipInit():
             parameters = self.module(config, shard).named_parameters()
         tied = config.tie_embeddings and shard == HEAD

@@ -1,6 +1,7 @@
 """GPT-NeoX: Pythia, GPT-NeoX-20B, RedPajama-INCITE, Dolly v2, StableLM-alpha (Black et al., arXiv 2204.06745).
 
-Parameter names are those of the Hugging Face checkpoint without its prefixes.
+Parameter names are those of the Hugging Face checkpoint without its prefixes. Modules may be parts (see `cuts`):
+`enter` is where the hidden state that all parts have goes into one, `leave` where the parts' results are added up.
 """
 
 import re
@@ -11,30 +12,33 @@ from torch import Tensor, nn
 from openchatkit.errors import UserError
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_first, get_positive_int
+from openchatkit.models.cuts import WHOLE, Part
 from openchatkit.models.family import Family
-from openchatkit.models.layers import ACTIVATIONS, causal_attention, check_activation, rotate_halves
+from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_halves
 
 
 class GPTNeoXEmbed(nn.Module):
     """Token ids [batch, length] -> [batch, length, hidden_size]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
-        self.embed_in = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_in = VocabularyRows(config, part)
+        self.leave: nn.Module = nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.embed_in(tokens)
+        hidden: Tensor = self.leave(self.embed_in(tokens))
         return hidden
 
 
 class GPTNeoXAttention(nn.Module):
     """Causal self-attention; the rows of `query_key_value` are q, k, v of head 0, then of head 1, and so on."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.num_heads = part.share(config.num_heads)
+        width = self.num_heads * config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * width, bias=config.attention_bias)
+        self.dense = nn.Linear(width, config.hidden_size, bias=config.attention_bias and part.index == 0)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         heads = self.query_key_value(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -49,11 +53,12 @@ class GPTNeoXAttention(nn.Module):
 class GPTNeoXMLP(nn.Module):
     """Two linear maps around the activation."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        width = part.share(config.intermediate_size)
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, width)
+        self.dense_4h_to_h = nn.Linear(width, config.hidden_size, bias=part.index == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
@@ -61,33 +66,44 @@ class GPTNeoXMLP(nn.Module):
 
 
 class GPTNeoXLayer(nn.Module):
-    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `mask` of what they see."""
+    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `mask` of what they see.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With parallel residual, attention and MLP read the same hidden state and are added before they leave: one seam in
+    and one out. The norms are behind the seam, so their gradients in a part are shares.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
         self.parallel_residual = config.parallel_residual
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = GPTNeoXAttention(config)
-        self.mlp = GPTNeoXMLP(config)
+        self.attention = GPTNeoXAttention(config, part)
+        self.mlp = GPTNeoXMLP(config, part)
+        self.enter: nn.Module = nn.Identity()
+        self.leave: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        attended = x + self.attention(self.input_layernorm(x), cos, sin, mask, cache)
-        mlp_input = x if self.parallel_residual else attended
-        mixed: Tensor = attended + self.mlp(self.post_attention_layernorm(mlp_input))
+        y = self.enter(x)
+        added: Tensor = self.attention(self.input_layernorm(y), cos, sin, mask, cache)
+        if not self.parallel_residual:
+            x = x + self.leave(added)
+            y = self.enter(x)
+        mlp: Tensor = self.mlp(self.post_attention_layernorm(y))
+        mixed: Tensor = x + self.leave(added + mlp if self.parallel_residual else mlp)
         return mixed
 
 
 class GPTNeoXHead(nn.Module):
     """The final norm, and the projection to the vocabulary (without bias)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_out = nn.Linear(config.hidden_size, part.share(config.vocab_size), bias=False)
+        self.enter: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.final_layer_norm(x)
+        normed: Tensor = self.final_layer_norm(self.enter(x))
         return normed
 
 
@@ -130,6 +146,24 @@ FAMILY = Family(
     embed=GPTNeoXEmbed,
     layer=GPTNeoXLayer,
     head=GPTNeoXHead,
+    cuts={
+        "embed_in.weight": "rows",
+        "input_layernorm.weight": "whole",
+        "input_layernorm.bias": "whole",
+        "post_attention_layernorm.weight": "whole",
+        "post_attention_layernorm.bias": "whole",
+        "attention.query_key_value.weight": "rows",
+        "attention.query_key_value.bias": "rows",
+        "attention.dense.weight": "columns",
+        "attention.dense.bias": "once",
+        "mlp.dense_h_to_4h.weight": "rows",
+        "mlp.dense_h_to_4h.bias": "rows",
+        "mlp.dense_4h_to_h.weight": "columns",
+        "mlp.dense_4h_to_h.bias": "once",
+        "final_layer_norm.weight": "whole",
+        "final_layer_norm.bias": "whole",
+        "embed_out.weight": "rows",
+    },
     norm="final_layer_norm",
     projection="embed_out",
     embedding="embed_in",

@@ -1,6 +1,7 @@
 """GPT-J: GPT-J-6B, GPT-JT, GPT-JT-Moderation (Wang and Komatsuzaki, github.com/kingoflolz/mesh-transformer-jax).
 
-Parameter names are those of the Hugging Face checkpoint without its prefixes.
+Parameter names are those of the Hugging Face checkpoint without its prefixes. Modules may be parts (see `cuts`):
+`enter` is where the hidden state that all parts have goes into one, `leave` where the parts' results are added up.
 """
 
 import re
@@ -10,32 +11,35 @@ from torch import Tensor, nn
 
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_positive_int
+from openchatkit.models.cuts import WHOLE, Part
 from openchatkit.models.family import Family
-from openchatkit.models.layers import ACTIVATIONS, causal_attention, check_activation, rotate_pairs
+from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_pairs
 
 
 class GPTJEmbed(nn.Module):
     """Token ids [batch, length] -> [batch, length, hidden_size]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte = VocabularyRows(config, part)
+        self.leave: nn.Module = nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.wte(tokens)
+        hidden: Tensor = self.leave(self.wte(tokens))
         return hidden
 
 
 class GPTJAttention(nn.Module):
     """Causal self-attention with separate projections and no biases."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.num_heads = part.share(config.num_heads)
+        width = self.num_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         query, key, value = (
@@ -52,11 +56,12 @@ class GPTJAttention(nn.Module):
 class GPTJMLP(nn.Module):
     """Two linear maps around the activation."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.fc_in = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        width = part.share(config.intermediate_size)
+        self.fc_in = nn.Linear(config.hidden_size, width)
+        self.fc_out = nn.Linear(width, config.hidden_size, bias=part.index == 0)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.fc_out(self.activation(self.fc_in(x)))
@@ -64,30 +69,36 @@ class GPTJMLP(nn.Module):
 
 
 class GPTJLayer(nn.Module):
-    """[batch, length, hidden_size] -> the same; attention and MLP read one norm and are added together."""
+    """[batch, length, hidden_size] -> the same; attention and MLP read one norm and are added together.
 
-    def __init__(self, config: ModelConfig) -> None:
+    The norm is behind the seam, so its gradient in a part is a share.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = GPTJAttention(config)
-        self.mlp = GPTJMLP(config)
+        self.attn = GPTJAttention(config, part)
+        self.mlp = GPTJMLP(config, part)
+        self.enter: nn.Module = nn.Identity()
+        self.leave: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        normed = self.ln_1(x)
-        mixed: Tensor = x + self.attn(normed, cos, sin, mask, cache) + self.mlp(normed)
+        normed = self.ln_1(self.enter(x))
+        mixed: Tensor = x + self.leave(self.attn(normed, cos, sin, mask, cache) + self.mlp(normed))
         return mixed
 
 
 class GPTJHead(nn.Module):
     """The final norm, and the projection to the vocabulary (with bias)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
         super().__init__()
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, part.share(config.vocab_size))
+        self.enter: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.ln_f(x)
+        normed: Tensor = self.ln_f(self.enter(x))
         return normed
 
 
@@ -120,6 +131,23 @@ FAMILY = Family(
     embed=GPTJEmbed,
     layer=GPTJLayer,
     head=GPTJHead,
+    cuts={
+        "wte.weight": "rows",
+        "ln_1.weight": "whole",
+        "ln_1.bias": "whole",
+        "attn.q_proj.weight": "rows",
+        "attn.k_proj.weight": "rows",
+        "attn.v_proj.weight": "rows",
+        "attn.out_proj.weight": "columns",
+        "mlp.fc_in.weight": "rows",
+        "mlp.fc_in.bias": "rows",
+        "mlp.fc_out.weight": "columns",
+        "mlp.fc_out.bias": "once",
+        "ln_f.weight": "whole",
+        "ln_f.bias": "whole",
+        "lm_head.weight": "rows",
+        "lm_head.bias": "rows",
+    },
     norm="ln_f",
     projection="lm_head",
     embedding="wte",

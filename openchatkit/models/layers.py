@@ -1,4 +1,4 @@
-"""Pieces that both families share: activations, rotary tables, rotation, attention and its masks."""
+"""Pieces that both families share: embedding, activations, rotary tables, rotation, attention and its masks."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openchatkit.errors import UserError
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import Part
 
 _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
 
@@ -29,6 +31,21 @@ def check_activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise UserError(f"config.json: activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     return name
+
+
+class VocabularyRows(nn.Embedding):
+    """A part's rows of the embedding, and zeros for the tokens of other parts: the parts' results add up."""
+
+    def __init__(self, config: ModelConfig, part: Part) -> None:
+        super().__init__(part.share(config.vocab_size), config.hidden_size)
+        self.first, self.is_whole = part.first(config.vocab_size), part.count == 1
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.is_whole:
+            return super().forward(tokens)
+        rows = tokens - self.first
+        others = (rows < 0) | (rows >= self.num_embeddings)
+        return super().forward(rows.masked_fill(others, 0)).masked_fill(others.unsqueeze(-1), 0.0)
 
 
 class RotaryTable(nn.Module):

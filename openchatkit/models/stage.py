@@ -1,4 +1,4 @@
-"""Consecutive layers of a model, with or without the embedding before and the head after them: a part or the whole."""
+"""Consecutive layers of a model, with or without the embedding before and the head after them, or a part of each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import WHOLE, Cut, Part, cut_tensor, whole_shape
 from openchatkit.models.layers import RotaryTable, document_mask
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
@@ -25,6 +26,8 @@ class Stage(nn.Module):
     sees a column's, instead of itself and all before it.
     With tied embeddings the head's projection is a parameter of its own that starts equal to the embedding: training
     adds the two gradients and applies the sum to both.
+    A stage may be one `part` of its layers: `connect_parts` gives it what adds up the parts' results. Its hidden states
+    are then whole, and its logits those of its rows of the vocabulary.
     """
 
     def __init__(
@@ -36,13 +39,26 @@ class Stage(nn.Module):
         embed: bool = True,
         head: bool = True,
         recompute: bool = False,
+        part: Part = WHOLE,
     ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.part = config, recompute, part
         last = config.num_layers if last is None else last
         names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
-        self.shards = nn.ModuleDict({name: family(config).module(config, name) for name in names})
+        self.shards = nn.ModuleDict({name: family(config).module(config, name, part) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
+
+    def connect_parts(self, enter: nn.Module, leave: nn.Module) -> None:
+        """Put the seams between this part and the others in place, each of them a module from a tensor to a tensor.
+
+        Every part calls them in the same order. `enter` is given the same tensor on all parts and returns it; its
+        backward sums the parts' gradients. `leave` returns the sum of the parts' tensors; its backward returns the
+        gradient, which is the same on all parts.
+        """
+        for module in self.shards.values():
+            for name, seam in (("enter", enter), ("leave", leave)):
+                if hasattr(module, name):
+                    setattr(module, name, seam)
 
     def forward(
         self,
@@ -90,7 +106,7 @@ class Stage(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
         """Make an empty cache of this stage's layers for `batch` rows of up to `capacity` tokens each."""
         device = next(self.parameters()).device
-        heads, width = self.config.num_heads, self.config.head_dim
+        heads, width = self.part.share(self.config.num_heads), self.config.head_dim
         dtype = self._compute_dtype(device)
         layers = [name for name in self.shards if name not in (EMBED, HEAD)]
         return [KVCache(batch, heads, capacity, width, dtype=dtype, device=device) for _ in layers]
@@ -114,7 +130,8 @@ class Stage(nn.Module):
     def load(self, shard: str, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
         """Take a shard's stored tensors as its parameters, without a copy.
 
-        `tensors` must hold exactly the shard's parameters, the tied projection included.
+        `tensors` must hold exactly the parameters of the shard, or of this part of it (see `cuts.cut_shard`), the tied
+        projection included.
         """
         module = self.shards[shard]
         module.load_state_dict({k: v.to(dtype) if dtype else v for k, v in tensors.items()}, assign=True)
@@ -125,14 +142,15 @@ class Stage(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill a new model: weights normal(0, init_std), biases 0, norms 1, as transformers does.
 
-        A shard's values depend on `seed` and the shard alone, so however stages are cut, the model is the same.
+        A shard's values depend on `seed` and the shard alone, so however stages and parts are cut, the model is the
+        same.
         """
-        order = shard_names(self.config.num_layers)
-        for shard, part in self.named_shards():
+        order, cuts = shard_names(self.config.num_layers), family(self.config).cuts
+        for shard, content in self.named_shards():
             generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
-            for module in part.modules():
+            for name, module in content.named_modules():
                 if isinstance(module, (nn.Linear, nn.Embedding)):
-                    self._draw(module.weight, generator)
+                    self._draw(module.weight, cuts[f"{name}.weight"], generator)
                 elif isinstance(module, nn.LayerNorm):
                     module.weight.fill_(1.0)
                 if isinstance(bias := getattr(module, "bias", None), Tensor):
@@ -140,9 +158,9 @@ class Stage(nn.Module):
             if shard == HEAD and self.config.tie_embeddings:
                 # The embedding's own draw, which another stage may hold.
                 generator.manual_seed(seed * len(order) + order.index(EMBED))
-                self._draw(self.projection.weight, generator)
+                self._draw(self.projection.weight, cuts[family(self.config).tied_weight], generator)
 
-    def _draw(self, weight: Tensor, generator: torch.Generator) -> None:
-        # On the CPU, where the generator is, so that every device has the same weights.
-        values = torch.empty(weight.shape)
-        weight.copy_(values.normal_(0.0, self.config.init_std, generator=generator))
+    def _draw(self, weight: Tensor, cut: Cut, generator: torch.Generator) -> None:
+        # The whole matrix, on the CPU, where the generator is, so that all devices and parts have the same weights.
+        whole = torch.empty(whole_shape(weight.shape, cut, self.part.count))
+        weight.copy_(cut_tensor(whole.normal_(0.0, self.config.init_std, generator=generator), cut, self.part))

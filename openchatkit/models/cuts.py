@@ -1,0 +1,107 @@
+"""How each parameter is cut into the parts of tensor parallelism, and put together again. Knows no ranks.
+
+A part has whole attention heads, a run of the MLP's inner dimensions and a run of the vocabulary's rows. The first
+matrix of attention and MLP is cut by its outputs and the second by its inputs, so that the parts' results add up to
+those of the whole layer (Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from openchatkit.errors import UserError
+from openchatkit.models.config import ModelConfig
+
+Cut = Literal["rows", "columns", "whole", "once"]
+"""How a parameter is spread over parts.
+
+"rows" and "columns": along dimension 0 or 1. "whole": every part has all of it, and in each its gradient is a share,
+to be summed over the parts. "once": only part 0 has it, such as the bias of a projection whose outputs are summed.
+"""
+
+_DIMENSIONS: dict[Cut, int] = {"rows": 0, "columns": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts of every layer, by its number from 0."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.index < self.count, f"part {self.index} of {self.count}"
+
+    def share(self, size: int) -> int:
+        """Return how many of `size` rows, columns or heads a part has; see `check_parts` for what divides."""
+        assert size % self.count == 0, f"{size} in {self.count} parts"
+        return size // self.count
+
+    def first(self, size: int) -> int:
+        """Return the first of this part's rows, columns or heads, out of `size`."""
+        return self.index * self.share(size)
+
+
+WHOLE = Part(0, 1)
+
+
+def check_parts(config: ModelConfig, count: int) -> None:
+    """UserError unless the model can be cut into `count` parts."""
+    sizes = {
+        "attention heads": config.num_heads,
+        "intermediate size": config.intermediate_size,
+        "vocabulary rows": config.vocab_size,
+    }
+    if count < 1 or any(size % count for size in sizes.values()):
+        common = math.gcd(*sizes.values())
+        fitting = [str(number) for number in range(1, common + 1) if common % number == 0]
+        has = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(
+            f"--tensor-group-size {count}: expected a number that divides all of the model's sizes ({has}); "
+            f"give {' or '.join(fitting)}"
+        )
+
+
+def whole_shape(shape: Sequence[int], cut: Cut, count: int) -> tuple[int, ...]:
+    """Return the shape of the parameter of which each of `count` parts has a piece of `shape`."""
+    dimension = _DIMENSIONS.get(cut)
+    return tuple(size * count if number == dimension else size for number, size in enumerate(shape))
+
+
+def cut_tensor(whole: Tensor, cut: Cut, part: Part) -> Tensor:
+    """Return a part's piece of a parameter as a copy of its own; the parameter itself where that is not cut."""
+    dimension = _DIMENSIONS.get(cut)
+    if dimension is None or part.count == 1:
+        return whole
+    size = whole.shape[dimension]
+    piece = whole.narrow(dimension, part.first(size), part.share(size))
+    # Not a view, which would keep the whole tensor in memory.
+    return piece.clone(memory_format=torch.contiguous_format)
+
+
+def join_tensor(pieces: Sequence[Tensor], cut: Cut) -> Tensor:
+    """Invert `cut_tensor`, given the pieces in the order of parts; of what is not cut, the first is the parameter."""
+    dimension = _DIMENSIONS.get(cut)
+    return pieces[0] if dimension is None or len(pieces) == 1 else torch.cat(list(pieces), dimension)
+
+
+def is_in(part: Part, cut: Cut) -> bool:
+    """Whether a part has anything of a parameter."""
+    return cut != "once" or part.index == 0
+
+
+def cut_shard(tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut], part: Part) -> dict[str, Tensor]:
+    """Return what a part has of a shard's stored tensors: those that `Stage.load` takes."""
+    return {name: cut_tensor(whole, cuts[name], part) for name, whole in tensors.items() if is_in(part, cuts[name])}
+
+
+def join_shard(parts: Sequence[Mapping[str, Tensor]], cuts: Mapping[str, Cut]) -> dict[str, Tensor]:
+    """Invert `cut_shard`, given all parts in their order."""
+    return {
+        name: join_tensor([part[name] for part in parts if name in part], cuts[name])
+        for name in parts[0]  # which has all of them
+    }
