@@ -5,14 +5,20 @@ logits is p - onehot(y). Both come out of one pass over a chunk, so the projecti
 dtype of the products. That dtype rounds 1 - p[y] away near certainty, but not r, the sum of p over all labels but y:
 there -log p[y] = -log(1 - r), and the gradient's entry at y is -r.
 
+A projection may have only some of the vocabulary's rows, the others being on other ranks. Then softmax over this rank's
+rows becomes p by a factor a token, this rank's share of the sum of all exponentials. Ranks exchange a few numbers a
+token, never logits.
+
 float16 cannot hold small entries of p, nor the gradient of W, a sum over many tokens, before it is scaled. There p is
 float32, and so are the gradients until they are scaled.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from openchatkit.data.batch import IGNORE
@@ -30,10 +36,20 @@ _FLOAT16_FACTOR = 2.0**15
 
 
 class VocabularyLoss:
-    """Loss of a projection to the vocabulary; its two buffers for a chunk's logits are kept from call to call."""
+    """Loss of a projection to the vocabulary; its two buffers for a chunk's logits are kept from call to call.
 
-    def __init__(self, projection: nn.Linear, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        self.projection, self.chunk_tokens = projection, chunk_tokens
+    With a `group`, the projection has the vocabulary's rows from `first` on, and the group's ranks have the others.
+    """
+
+    def __init__(
+        self,
+        projection: nn.Linear,
+        *,
+        group: dist.ProcessGroup | None = None,
+        first: int = 0,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self.projection, self.group, self.first, self.chunk_tokens = projection, group, first, chunk_tokens
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -52,6 +68,9 @@ class VocabularyLoss:
         must therefore be backpropagated exactly once, with a gradient of one: every factor belongs into `scale`.
         The products run in the autocast dtype, if there is one. With `sources`, int64 and shaped as labels, each
         token's loss is also added, without `scale`, to its source's entry of `sums`, in float64.
+
+        With a group, every rank of it calls with the same tokens. The loss is the whole one, with the same bits on all,
+        and the gradient of `hidden` is this rank's share of the sum over ranks.
 
         Labels and sources should be on the CPU, whatever the device of `hidden` and `sums`: shapes depend on the number
         of trained tokens, and reading it from a GPU would wait until that has finished all its work.
@@ -117,11 +136,14 @@ class _LossWithGradientsInForward(torch.autograd.Function):
                 if bias is not None:
                     logits += bias
                 torch.softmax(logits, dim=-1, dtype=probabilities.dtype, out=probabilities)
-                losses, rest = _token_losses(logits, probabilities, y)
+                places = _place_labels(y, None if loss.group is None else loss.first, probabilities.shape[1])
+                losses, rest, share = _token_losses(logits, probabilities, places, loss.group)
                 total += losses.sum()
                 each[piece] = losses
                 if gradient is not None:
-                    probabilities[torch.arange(len(y), device=y.device), y] = -rest
+                    if share is not None:
+                        probabilities.mul_(share.unsqueeze(-1))
+                    places.put(probabilities, -rest)
                     if dtype == torch.float16:
                         # The logits are not needed any more: their memory can hold the operands of the products.
                         by_hidden, by_weight, factor = _float16_products(probabilities, weight, x, scratch=logits)
@@ -164,20 +186,59 @@ def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     return [tensor.to(device) for tensor in tensors]
 
 
-def _token_losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's loss in float32, and its r, both [tokens]; the label's entry of `probabilities` becomes 0.
+@dataclass(frozen=True)
+class _Places:
+    """Entries of [tokens, rows] tensors that belong to the tokens' labels; `here` is false where they are elsewhere.
 
-    logits and probabilities are [tokens, vocab], labels [tokens].
+    `here` is None where all of them are here.
     """
-    at_label = (torch.arange(len(labels), device=labels.device), labels)
-    p = probabilities[at_label].float()
+
+    at: tuple[Tensor, Tensor]
+    here: Tensor | None
+
+    def get(self, values: Tensor) -> Tensor:
+        """Return the labels' entries in float32, [tokens], 0 for those elsewhere."""
+        found = values[self.at].float()
+        return found if self.here is None else found.where(self.here, 0.0)
+
+    def put(self, values: Tensor, entries: Tensor | float) -> None:
+        """Write the labels' entries, a number or [tokens], but for those elsewhere."""
+        values[self.at] = entries if self.here is None else torch.where(self.here, entries, values[self.at])
+
+
+def _place_labels(labels: Tensor, first: int | None, rows: int) -> _Places:
+    """Find the labels, int64 [tokens], among the vocabulary's `rows` rows from `first` on; None stands for all rows."""
+    tokens = torch.arange(len(labels), device=labels.device)
+    if first is None:
+        return _Places((tokens, labels), None)
+    labels = labels - first
+    return _Places((tokens, labels.clamp(0, rows - 1)), (labels >= 0) & (labels < rows))
+
+
+def _token_losses(
+    logits: Tensor, probabilities: Tensor, places: _Places, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return each token's loss in float32, its r, and what makes p of `probabilities`, all [tokens], None being 1.
+
+    logits and probabilities are [tokens, rows]; the label's entry of `probabilities` becomes 0.
+    """
+    p, logit = places.get(probabilities), places.get(logits)
     # logsumexp = the largest logit - log of its probability
     logsumexp = logits.amax(-1).float() - probabilities.amax(-1).float().log()
-    unlikely_loss = logsumexp - logits[at_label].float()
-    probabilities[at_label] = 0.0
-    rest = probabilities.sum(-1)
+    places.put(probabilities, 0.0)
+    rest, share = probabilities.sum(-1), None
+    if group is not None:
+        largest = logsumexp.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        exponential = (logsumexp - largest).exp()
+        sums = torch.stack([exponential, exponential * p, exponential * rest, logit])
+        dist.all_reduce(sums, group=group)
+        total, p, rest, logit = sums[0], sums[1] / sums[0], sums[2] / sums[0], sums[3]
+        share, logsumexp = exponential / total, largest + total.log()
     certain_loss = -torch.log1p(-rest.float().clamp(max=0.5))
-    return torch.where(p > 0.5, certain_loss, torch.where(p > _UNLIKELY, -p.log(), unlikely_loss)), rest
+    unlikely_loss = logsumexp - logit
+    losses = torch.where(p > 0.5, certain_loss, torch.where(p > _UNLIKELY, -p.log(), unlikely_loss))
+    return losses, rest.to(probabilities.dtype), share
 
 
 def _add_to_grad(parameter: Tensor, gradient: Tensor, scale: float) -> None:

@@ -1,7 +1,13 @@
 """`training/loss.py` against a float64 reference: ignored rows, chunks that do not divide, biases and scales."""
 
+import copy
+import math
+from functools import partial
+
+import gloo_ranks
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -201,3 +207,124 @@ def test_float16_keeps_entries_that_only_the_loss_scale_lifts_into_its_range():
 def test_float16_products_of_a_device_without_a_way_to_widen_them():
     assert not pytorch.widens_products(torch.device("cpu"))
     assert pytorch.widens_products(torch.device("meta"))
+
+
+# Cut vocabularies. Of 101 rows, so that parts are of two sizes.
+PLAIN = [(bias, ignored, chunk) for bias in (False, True) for ignored in (0.0, 0.6, 1.0) for chunk in (1024, 7)]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def certain_and_unlikely():
+    """Whole numbers as logits, as above; the first half of the labels are near p = 1, the other near p = 0."""
+    generator = torch.Generator().manual_seed(3)
+    projection = nn.Linear(8, 101, bias=False)
+    with torch.no_grad():
+        projection.weight.copy_(torch.randint(-3, 4, (101, 8), generator=generator))
+    hidden = torch.randint(-3, 4, (200, 8), generator=generator).float()
+    logits = hidden @ projection.weight.detach().T
+    return projection, hidden, torch.cat([logits[:100].argmax(-1), logits[100:].argmin(-1)])
+
+
+def each_label():
+    projection, hidden, _ = case(101, bias=True, ignored=0.0)
+    return projection, hidden, torch.arange(101)
+
+
+def far_apart():
+    """The first rows are so much likelier than all others that the exponentials of those are 0."""
+    projection, hidden, labels = case(40, bias=True, ignored=0.0)
+    with torch.no_grad():
+        projection.bias[:10] += 300.0
+    return projection, hidden, labels % 20
+
+
+def not_finite():
+    projection, hidden, labels = case(9, bias=False, ignored=0.0)
+    hidden[3] = math.nan
+    return projection, hidden, labels
+
+
+def overflowing():
+    projection, hidden, labels = case(9, bias=False, ignored=0.0)
+    return projection, hidden * 1e4, labels
+
+
+def cut_cases():
+    """Yield projection, hidden states, labels, dtype of the products and tokens in a chunk."""
+    for bias, ignored, chunk in PLAIN:
+        yield *case(50, bias=bias, ignored=ignored), torch.float32, chunk
+    for made in (each_label, far_apart, not_finite, overflowing):
+        yield *made(), torch.float32, 16
+    for dtype in (torch.float32, *HALVES):
+        yield *certain_and_unlikely(), dtype, 16
+    for dtype in HALVES:
+        yield *case(200, bias=True, ignored=0.3), dtype, 64
+
+
+def take_loss(projection, hidden, labels, dtype, chunk, **group):
+    """Loss, losses by source, and gradients of hidden, weight and bias."""
+    projection, hidden = copy.deepcopy(projection), hidden.clone().requires_grad_()
+    sources, sums = torch.arange(len(labels)) * 3 // len(labels), torch.zeros(3, dtype=torch.float64)
+    loss = VocabularyLoss(projection, chunk_tokens=chunk, **group)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        total = loss(hidden, labels, scale=0.25, sources=sources, sums=sums)
+        with torch.no_grad():
+            evaluated = loss(hidden, labels, scale=0.25)
+    assert torch.equal(total, evaluated) or total.isnan()
+    total.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in projection.parameters()]
+    return [total.detach(), sums, hidden.grad, *gradients]
+
+
+def take_losses_of_a_part(count, rank):
+    first, last = rank * 101 // count, (rank + 1) * 101 // count
+    found = []
+    for projection, *rest in cut_cases():
+        part = nn.Linear(projection.in_features, last - first, bias=projection.bias is not None)
+        part.load_state_dict({name: whole[first:last] for name, whole in projection.state_dict().items()})
+        found.append(take_loss(part, *rest, group=dist.group.WORLD, first=first))
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def cut_losses(request, tmp_path_factory):
+    """For each case what all ranks found: loss and losses by source of each, shares of hidden's gradient, and rows."""
+    folder = tmp_path_factory.mktemp("losses")
+    ranks = gloo_ranks.run(partial(take_losses_of_a_part, request.param), request.param, folder)
+    return [
+        (total, sums, sum(by_hidden), *map(torch.cat, gradients))
+        for total, sums, by_hidden, *gradients in (zip(*each, strict=True) for each in zip(*ranks, strict=True))
+    ]
+
+
+def test_a_cut_vocabulary_has_the_loss_and_gradients_of_the_whole(cut_losses):
+    for number, (found, arguments) in enumerate(zip(cut_losses, cut_cases(), strict=True)):
+        totals, sums, *gradients = found
+        whole_total, whole_sums, *whole_gradients = take_loss(*arguments)
+        assert all(torch.equal(total, totals[0]) or total.isnan() for total in totals), number
+        assert all(torch.equal(each, sums[0]) or each.isnan().any() for each in sums), number
+        assert torch.isnan(whole_total) == all(map(torch.isnan, totals)), number
+        if whole_total.isnan():
+            assert all(gradient.isnan().any() for gradient in gradients)
+            continue
+        rough = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[arguments[3]]
+        assert totals[0].item() == pytest.approx(whole_total.item(), rel=rough, abs=1e-12), number
+        assert sums[0].tolist() == pytest.approx(whole_sums.tolist(), rel=rough, abs=1e-12), number
+        for ours, theirs in zip(gradients, whole_gradients, strict=True):
+            assert (ours - theirs).norm() <= rough * theirs.norm(), number
+        # Of each token, too: those near certainty have little of the whole gradient.
+        apart, size = (each.norm(dim=-1) for each in (gradients[0] - whole_gradients[0], whole_gradients[0]))
+        assert (apart <= {torch.float32: 1e-5}.get(arguments[3], 3e-2) * size).all(), number
+
+
+def test_a_cut_vocabulary_in_half_precision_is_as_exact_as_the_whole(cut_losses):
+    """Against float64, in loss and gradients; certain and unlikely tokens keep their digits."""
+    for found, arguments in zip(cut_losses, cut_cases(), strict=True):
+        projection, hidden, labels, dtype, _ = arguments
+        if dtype == torch.float32:
+            continue
+        whole = take_loss(*arguments)
+        expected = [each for each in reference(projection, hidden, labels, 0.25) if each is not None]
+        assert abs(found[0][0] - expected[0]) <= 2 * abs(whole[0] - expected[0]) + 2e-3 * expected[0]
+        for ours, theirs, exact in zip(found[2:], whole[2:], expected[1:], strict=True):
+            assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + 1e-3 * exact.norm()
