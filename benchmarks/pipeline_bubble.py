@@ -1,10 +1,10 @@
-"""Step time of a two-stage pipeline on two cores against its ideal, for both schedules.
+"""Step time of a pipeline on two cores against its ideal, for the schedules whose ideal has a formula.
 
     python benchmarks/pipeline_bubble.py
 
-The ideal is the time one stage takes for the whole work on one core, halved, times 1 + (p - 1) / m: p stages that never
-wait but for the pipeline's filling and draining. The layers are cut so that both stages have the same work (the head is
-replaced by a small vocabulary), since the figure is about the schedule and not about the balance.
+The ideal is the time one stage takes for the whole work on one core, halved, times 1 + (p - 1) / (m v): p ranks
+of v stages that never wait but for the pipeline's filling and draining. Layers are cut so that all have the same work
+(the head is replaced by a small vocabulary), since the figure is about the schedule and not about the balance.
 
 The last two columns tell work from waiting: the processor time of the busiest rank's step, and the pages of memory that
 it was given. What a step takes beyond its processor time is waiting: for the other rank, or for a core that something
@@ -25,14 +25,18 @@ from datetime import timedelta
 import torch
 from _random_tokens import RandomTokens
 
+_STAGES = {"1f1b": 1, "gpipe": 1, "interleaved": 2}  # a rank
 
-def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):
-    from openchatkit.distributed.layout import make_layout
+
+def build(ranks: int, rank: int, options: argparse.Namespace, schedule: str):
+    from openchatkit.distributed.layout import make_layout, stage_layers, stage_numbers
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
     from openchatkit.training.device import keep_freed_memory
+    from openchatkit.training.local_stages import LocalStages
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
+    from openchatkit.training.schedules import SCHEDULES, resolve_stages
     from openchatkit.training.step import Schedule, Trainer
 
     keep_freed_memory()
@@ -46,15 +50,18 @@ def build(stages: int, rank: int, options: argparse.Namespace, schedule: str):
         "max_position_embeddings": options.seq_length,
     }
     device = torch.device("cpu")
-    layout = make_layout(rank=rank, stages=stages, replicas=1, device=device, timeout=timedelta(seconds=300))
-    half = options.layers // stages
-    first, last = rank * half, (rank + 1) * half
-    stage = Stage(config_from_hf(raw), first, last, embed=rank == 0, head=rank == stages - 1)
-    stage.init_weights(0)
-    optimizer = build_optimizer("adamw", stage, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    layout = make_layout(rank=rank, pipeline_size=ranks, device=device, timeout=timedelta(seconds=300))
+    a_rank = resolve_stages(schedule, None, ranks)
+    layers = stage_layers(options.layers, stages=ranks * a_rank, layers_per_stage=0)
+    numbers = stage_numbers(rank, pipeline_size=ranks, stages_a_rank=a_rank, v_shaped=SCHEDULES[schedule].v_shaped)
+    config = config_from_hf(raw)
+    stages = LocalStages({n: Stage(config, *layers[n], embed=n == 0, head=n == len(layers) - 1) for n in numbers})
+    for stage in stages:
+        stage.init_weights(0)
+    optimizer = build_optimizer("adamw", stages, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     rows = options.micro_batches * options.micro_batch_size
     return Trainer(
-        stage,
+        stages,
         layout,
         optimizer,
         LossScaler(1.0, dynamic=False),
@@ -134,25 +141,27 @@ def main() -> None:
     if options.rank is not None:
         rank_main(options)
         return
-    found = {name: [] for name in ("one stage, one core", "1f1b", "gpipe")}
+    found = {name: [] for name in ("one stage, one core", *_STAGES)}
     for _ in range(options.rounds):
         found["one stage, one core"] += measure(1, "gpipe", options)
-        for schedule in ("1f1b", "gpipe"):
+        for schedule in _STAGES:
             found[schedule] += measure(2, schedule, options)
     medians = {
         name: [statistics.median(column) for column in zip(*steps, strict=True)] for name, steps in found.items()
     }
     one = medians["one stage, one core"]
-    ideal = one[0] / 2 * (1 + 1 / options.micro_batches)
     print(f"{options.layers} layers, width {options.width}, {options.micro_batches} micro-batches of ", end="")
     print(f"{options.micro_batch_size} x {options.seq_length}, {'bfloat16' if options.bf16 else 'float32'}\n")
-    print("| what | step | over the ideal | processor time | new pages |")
-    print("|-|-|-|-|-|")
-    print(f"| one stage, one core | {one[0] * 1e3:.0f} ms | | {one[1] * 1e3:.0f} ms | {one[2]:.0f} |")
-    print(f"| ideal of two stages | {ideal * 1e3:.0f} ms | | {one[1] / 2 * 1e3:.0f} ms | |")
-    for schedule in ("1f1b", "gpipe"):
+    print("| what | step | ideal | over it | processor time | new pages |")
+    print("|-|-|-|-|-|-|")
+    print(f"| one stage, one core | {one[0] * 1e3:.0f} ms | | | {one[1] * 1e3:.0f} ms | {one[2]:.0f} |")
+    for schedule, stages in _STAGES.items():
         step, processor, pages = medians[schedule]
-        print(f"| {schedule}, two stages | {step * 1e3:.0f} ms | {step / ideal - 1:+.1%} ", end="")
+        ideal = one[0] / 2 * (1 + 1 / (options.micro_batches * stages))
+        print(
+            f"| {schedule}, {stages} a rank | {step * 1e3:.0f} ms | {ideal * 1e3:.0f} ms | {step / ideal - 1:+.1%} ",
+            end="",
+        )
         print(f"| {processor * 1e3:.0f} ms | {pages:.0f} |")
 
 

@@ -45,6 +45,7 @@ def run_ours(options: argparse.Namespace) -> list[float]:
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
     from openchatkit.training.device import keep_freed_memory
+    from openchatkit.training.local_stages import LocalStages
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
     from openchatkit.training.step import Schedule, Trainer
@@ -56,10 +57,11 @@ def run_ours(options: argparse.Namespace) -> list[float]:
         stage = Stage(config_from_hf(hf_config(options.shape, options.seq_length)), recompute=options.recompute)
     stage.to_empty(device=device)
     stage.init_weights(0)
-    optimizer = build_optimizer("adamw", stage, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    stages = LocalStages({0: stage})
+    optimizer = build_optimizer("adamw", stages, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     trainer = Trainer(
-        stage,
-        Layout(0, 1, 1, device),
+        stages,
+        Layout(0, device),
         optimizer,
         LossScaler(1.0, dynamic=False),
         Schedule(options.batch, 1, 1e-4, 0, 1000, 1.0),

@@ -12,6 +12,7 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
+from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer
@@ -98,11 +99,12 @@ def make_trainer(
     scale: float = 1.0,
 ) -> Trainer:
     """A trainer of one rank: `rows` of `length` tokens a step, in micro-batches."""
+    stages = LocalStages({0: stage})
     if isinstance(optimizer, str):
-        optimizer = build_optimizer(optimizer, stage, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        optimizer = build_optimizer(optimizer, stages, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     return Trainer(
-        stage,
-        Layout(0, 1, 1, next(stage.parameters()).device),
+        stages,
+        Layout(0, next(stage.parameters()).device),
         optimizer,
         LossScaler(scale, dynamic=False),
         Schedule(rows, 1, lr, 0, 1000, clip),

@@ -127,12 +127,13 @@ def measure(
         if needed > total:
             raise Skip(f"needs about {needed / 2**30:.0f} GiB of {total / 2**30:.0f}")
     trainer = make()
-    trainer.stage.recompute = variant.recompute
+    [stage] = trainer.stages
+    stage.recompute = variant.recompute
     if variant.compiled:
         if variant.cudnn:
             # The choice of attention is part of a compiled graph, and changing it does not make torch compile again.
             torch.compiler.reset()
-        for layer in fixtures.layers_of(trainer.stage):
+        for layer in fixtures.layers_of(stage):
             # On the CPU the tracing is what can be checked; its code generator needs a C++ compiler and minutes.
             layer.compile(fullgraph=True, **({} if context.cuda else {"backend": "aot_eager"}))
     if context.cuda:
@@ -163,7 +164,7 @@ def report(result: Result, context: Context, model: Model, trainer: Trainer, tim
     device = torch.device(context.device)
     seconds = sorted(times[WARM_STEPS:])[STEPS // 2]
     speed = trainer.global_batch * model.length / seconds
-    flops = flops_per_token(model, fixtures.matrix_parameters(trainer.stage))
+    flops = flops_per_token(model, fixtures.matrix_parameters(next(iter(trainer.stages))))
     published = timing.published_rate(device)
     result.values["tokens/s"] = speed
     if published:

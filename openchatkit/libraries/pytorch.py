@@ -1,12 +1,15 @@
-"""Matrix products that are private in torch, change between its releases, or exist on some devices alone.
+"""Parts of torch that are private, change between releases or exist on some devices alone: products, pipelining.
 
 Each function looks for its operator. Where that is missing, or refuses this processor, plain code gives the same result
 more slowly.
 """
 
+import contextlib
 import functools
+import inspect
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,3 +73,33 @@ def widens_products(device: torch.device) -> bool:
 def mm_in_float32(left: Tensor, right: Tensor) -> Tensor:
     """Return the float32 product of two matrices of half precision, where `widens_products` is true."""
     return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def runs_v_schedules() -> bool:
+    """Whether torch's V-shaped pipeline schedules work on gloo, as they do since those that can put off receiving."""
+    from torch.distributed.pipelining import ScheduleZBVZeroBubble
+
+    return "defer_pp_recv" in inspect.signature(ScheduleZBVZeroBubble.__init__).parameters
+
+
+@contextlib.contextmanager
+def forward_only(schedule: Any) -> Iterator[None]:
+    """Let a pipeline schedule's list of actions hold forward passes alone, for an evaluation.
+
+    torch 2.13 goes through the backward passes too, in which nothing is to be done, but fails between two stages of one
+    rank: there is no gradient to hand on. A schedule of one stage a rank has no list, and does without.
+    """
+    name, forward = "pipeline_order_with_comms", {"F", "SEND_F", "RECV_F"}
+    everything = getattr(schedule, name, None)
+    if everything is None:
+        yield
+        return
+    shortened = {
+        rank: [action for action in actions if action is None or action.computation_type.value in forward]
+        for rank, actions in everything.items()
+    }
+    setattr(schedule, name, shortened)
+    try:
+        yield
+    finally:
+        setattr(schedule, name, everything)

@@ -23,10 +23,10 @@ from openchatkit.formats.manifest import FileRecord
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
-from openchatkit.models.stage import Stage
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.storage import storage_errors
 from openchatkit.training.config import OptimizationSettings, Settings
+from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import own_parameters
 
 WeightSource = LayerShards | Path
@@ -34,39 +34,39 @@ WeightSource = LayerShards | Path
 _EIGHT_BIT = "8bit-adam"  # keeps its state in another form than the other optimizers
 
 
-def list_source_shards(stage: Stage) -> list[str]:
-    """Return the shards to fill a stage from: its own, and for the projection of a tied model the embedding."""
-    tied = stage.config.tie_embeddings and HEAD in stage.shards and EMBED not in stage.shards
-    return [*stage.shards, *([EMBED] if tied else [])]
+def list_source_shards(stages: LocalStages) -> list[str]:
+    """Return the shards to fill stages from: their own, and for the projection of a tied model the embedding."""
+    tied = stages.config.tie_embeddings and HEAD in stages.shards and EMBED not in stages.shards
+    return [*stages.shards, *([EMBED] if tied else [])]
 
 
-def load_weights(stage: Stage, source: WeightSource, device: torch.device) -> None:
-    """Fill a stage with float32 parameters on `device`, from layer shards or from a verified checkpoint folder.
+def load_weights(stages: LocalStages, source: WeightSource, device: torch.device) -> None:
+    """Fill stages with float32 parameters on `device`, from layer shards or from a verified checkpoint folder.
 
-    Only the shards that this stage needs are opened; those of a prepared model are compared with its manifest first.
+    Only the shards that this rank needs are opened; those of a prepared model are compared with its manifest first.
     """
-    kind = family(stage.config)
+    kind = family(stages.config)
     if isinstance(source, LayerShards):
-        source.verify(list_source_shards(stage))
-    for shard in stage.shards:
+        source.verify(list_source_shards(stages))
+    for shard in stages.shards:
         tensors = _read(source, shard)
         for name, tensor in tensors.items():
             _check_finite(tensor, f"{name} of {shard}", source)
-        if stage.config.tie_embeddings and shard == HEAD:
+        if stages.config.tie_embeddings and shard == HEAD:
             tensors[kind.tied_weight] = _read(source, EMBED)[kind.embedding_weight]
-        stage.load(shard, {name: _copy(tensor, device) for name, tensor in tensors.items()})
+        stages.load(shard, {name: _copy(tensor, device) for name, tensor in tensors.items()})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, stage: Stage, path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, stages: LocalStages, path: Path) -> None:
     """Give the optimizer the state that a verified checkpoint holds for this stage's parameters.
 
     Each tensor goes from the file to its parameter's device by itself. `Optimizer.load_state_dict` wants all of them at
     once, which for the ranks of one machine can be more than its memory.
     """
-    kind = family(stage.config)
-    for shard, module in stage.named_shards():
+    kind = family(stages.config)
+    for shard, module in stages.named_shards():
         stored = checkpoint.read_optimizer(path, shard)
-        if stage.config.tie_embeddings and shard == HEAD:
+        if stages.config.tie_embeddings and shard == HEAD:
             stored[kind.tied_weight] = checkpoint.read_optimizer(path, EMBED)[kind.embedding_weight]
         for name, parameter in module.named_parameters():
             # What is read is a view of the file, and the optimizer updates its state in place.
@@ -80,7 +80,7 @@ def save(
     root: Path,
     step: int,
     *,
-    stage: Stage,
+    stages: LocalStages,
     optimizer: torch.optim.Optimizer,
     layout: Layout,
     state: dict[str, Any],
@@ -91,12 +91,12 @@ def save(
 ) -> None:
     """Write checkpoint_<step> from all ranks, read it back, and delete those older than the newest `keep`.
 
-    The replicas of a stage hold the same bits, so they share its shards among themselves. No step has been taken with
+    Replicas hold the same bits, so they share the shards of their stages among themselves. No step has been taken with
     this checkpoint yet, so `proven`, the step of the last one with which a step was taken, is not deleted; where that
     is None, nothing is.
     """
     temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else root)[0]
-    own = [shard for number, shard in enumerate(stage.shards) if number % layout.replicas == layout.replica]
+    own = [shard for number, shard in enumerate(stages.shards) if number % layout.replicas == layout.replica]
 
     def finish() -> None:
         if layout.rank == 0:
@@ -111,7 +111,7 @@ def save(
             )
 
     try:
-        written = layout.together(lambda: [r for shard in own for r in _write(temporary, shard, stage, optimizer)])
+        written = layout.together(lambda: [r for shard in own for r in _write(temporary, shard, stages, optimizer)])
         layout.together(finish)
     except UserError:
         # A full disk, most likely, on which the half of a checkpoint is only in the way. All ranks are done with it.
@@ -124,8 +124,8 @@ def save(
         checkpoint.prune(root, keep, verified=path, protected=proven)
 
 
-def _write(temporary: Path, shard: str, stage: Stage, optimizer: torch.optim.Optimizer) -> Iterator[FileRecord]:
-    parameters = {name: p for owner, name, p in own_parameters(stage) if owner == shard}
+def _write(temporary: Path, shard: str, stages: LocalStages, optimizer: torch.optim.Optimizer) -> Iterator[FileRecord]:
+    parameters = {name: p for owner, name, p in own_parameters(stages) if owner == shard}
     yield checkpoint.write_weights(temporary, shard, {name: _to_cpu(p) for name, p in parameters.items()})
     state = {name: {key: _to_cpu(v) for key, v in optimizer.state[p].items()} for name, p in parameters.items()}
     yield checkpoint.write_optimizer(temporary, shard, state)

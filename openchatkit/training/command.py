@@ -44,6 +44,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     from openchatkit.distributed.layout import make_layout
     from openchatkit.training import checkpoints, setup
     from openchatkit.training.loop import Loop
+    from openchatkit.training.schedules import SCHEDULES
 
     if settings.rank == 0:
         _warn_of_ignored_flags(settings)
@@ -55,9 +56,15 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     try:
         if settings.world_size > 1:
             rendezvous.connect(settings.dist_url, world_size=settings.world_size, **place)
-        layout = make_layout(stages=settings.pipeline_group_size, replicas=settings.data_group_size, **place)
+        layout = make_layout(
+            pipeline_size=settings.pipeline_group_size,
+            replicas=settings.data_group_size,
+            join_ends=inputs.shards.config.tie_embeddings and not SCHEDULES[settings.pp_mode].v_shaped,
+            **place,
+        )
         with checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
+            inputs = setup.balance_stages(settings, inputs, layout)
             trainer, progress = setup.build_trainer(settings, inputs, layout)
             yield Loop(settings, inputs, trainer, progress)
     finally:

@@ -17,6 +17,7 @@ from openchatkit.data.options import DataSettings
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
 from openchatkit.settings import Given, SettingsParser, fields, flag, setting
+from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
 
 MODEL_TYPES = {"gptneox": "gpt_neox", "gptj": "gptj"}
 
@@ -67,7 +68,9 @@ class ModelSettings:
     model_name: Path = setting(required=True, help="folder of layer shards that a `prepare.py` wrote")
     tokenizer_name: Path = setting(help="folder of the tokenizer; not given: `--model-name`")
     model_type: str | None = setting(None, choices=MODEL_TYPES, help="family; checked against the model")
-    num_layers: int = setting(0, check=natural, help="layers a stage, where the last may have fewer; 0: spread evenly")
+    num_layers: int = setting(
+        0, check=natural, help="layers a stage, where the last may have fewer; 0: as `--balance` says"
+    )
     embedding_dim: int | None = setting(None, check=positive_int, help="hidden size; checked against the model")
     load_pretrained_model: bool = setting(True, help="`false`: start from random weights")
 
@@ -89,8 +92,8 @@ class LayoutSettings:
 
     title: ClassVar[str] = "layout"
     dist_url: str | None = setting("tcp://127.0.0.1:9000", help="where the ranks meet; rank 0 listens there")
-    world_size: int = setting(check=positive_int, help="ranks in all; not given: stages x replicas")
-    pipeline_group_size: int = setting(1, check=positive_int, help="stages")
+    world_size: int = setting(check=positive_int, help="ranks in all; not given: pipeline x data group size")
+    pipeline_group_size: int = setting(1, check=positive_int, help="ranks that share the layers of a model")
     data_group_size: int = setting(1, check=positive_int, help="replicas")
     rank: int = setting(check=natural, help="number of this process; the launcher and torchrun give it")
     cuda_id: int = setting(check=natural, help="GPU of this process; the launcher and torchrun give it")
@@ -100,8 +103,18 @@ class LayoutSettings:
     )
     pp_mode: str = setting(
         "gpipe",
-        choices=("gpipe", "1f1b"),
-        help="pipeline schedule; `1f1b` holds fewer micro-batches at a time",
+        choices=SCHEDULES,
+        help="pipeline schedule; `1f1b` holds fewer micro-batches at a time, `interleaved` lets ranks wait least; the "
+        "last two need `--activation-checkpointing false`",
+    )
+    balance: str = setting(
+        "even",
+        choices=("even", "auto"),
+        help="layers a stage, where `--num-layers` is not given: as many in each, or by what the head costs, which is "
+        "measured at the start",
+    )
+    stages_per_rank: int | None = setting(
+        None, check=positive_int, help="runs of layers on each rank; not given: 2 with `interleaved`, else 1"
     )
     dp_mode: str = setting("allreduce", help="how replicas agree")
     dp_backend: str = setting("nccl", choices=("nccl", "gloo"), help="what carries it; CPUs always use gloo")
@@ -240,6 +253,11 @@ class Settings(
         if bool(self.evaluation_steps) != bool(self.evaluation_data):
             raise UserError("--evaluation-steps and --evaluation-data go together: how often, and on what")
 
+    @property
+    def stages(self) -> int:
+        """Number of stages in a pipeline."""
+        return self.pipeline_group_size * resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
+
     def _check_layout(self) -> None:
         ranks = self.pipeline_group_size * self.data_group_size
         if self.world_size != ranks:
@@ -251,6 +269,7 @@ class Settings(
             raise UserError(
                 f"--rank {self.rank}: ranks of --world-size {self.world_size} are 0 to {self.world_size - 1}"
             )
+        resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
         if self.dist_url is not None:
             parse_url(self.dist_url)
         if self.dp_mode != "allreduce":
@@ -261,13 +280,13 @@ class Settings(
             raise UserError(
                 f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}"
             )
-        micro_batches = self.batch_size // self.micro_batch_size
-        if self.pp_mode == "1f1b" and micro_batches < self.pipeline_group_size:
-            raise UserError(
-                f"--pp-mode 1f1b needs at least as many micro-batches as stages: --batch-size {self.batch_size} / "
-                f"--micro-batch-size {self.micro_batch_size} = {micro_batches}, "
-                f"--pipeline-group-size {self.pipeline_group_size}; use smaller micro-batches or --pp-mode gpipe"
-            )
+        check_schedule(
+            self.pp_mode,
+            pipeline_size=self.pipeline_group_size,
+            micro_batches=self.batch_size // self.micro_batch_size,
+            batch=f"--batch-size {self.batch_size} / --micro-batch-size {self.micro_batch_size}",
+            recompute=self.activation_checkpointing,
+        )
 
 
 def build_parser() -> SettingsParser:

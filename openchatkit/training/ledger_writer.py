@@ -52,7 +52,7 @@ class LedgerWriter:
 
 
 def _describe(layout: Layout, schedule: Schedule) -> str:
-    """Return a line like `2 stages x 1 replica, batch 4 x 2`."""
-    stages = "1 stage" if layout.stages == 1 else f"{layout.stages} stages"
-    replicas = "1 replica" if layout.replicas == 1 else f"{layout.replicas} replicas"
-    return f"{stages} x {replicas}, batch {schedule.batch_size} x {schedule.accumulate}"
+    """Return a line like `pipeline 2 x data 1, batch 4 x 2`: the sizes of the groups, rows x batches of a step."""
+    tensor = f" x tensor {layout.tensor_size}" if layout.tensor_size > 1 else ""
+    groups = f"pipeline {layout.pipeline_size} x data {layout.replicas}{tensor}"
+    return f"{groups}, batch {schedule.batch_size} x {schedule.accumulate}"

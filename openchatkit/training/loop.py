@@ -103,7 +103,7 @@ class Loop:
         checkpoints.save(
             self.settings.checkpoint_path,
             self.progress.step,
-            stage=self.trainer.stage,
+            stages=self.trainer.stages,
             optimizer=self.trainer.optimizer,
             layout=self.trainer.layout,
             state=collect_state(self.settings, self.inputs, self.trainer, self.progress),

@@ -9,14 +9,14 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, shard_names
-from openchatkit.models.stage import Stage
+from openchatkit.training.local_stages import LocalStages
 
 
 def build_optimizer(
-    name: str, stage: Stage, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    name: str, stages: LocalStages, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Return Adam (weight decay in the gradient), AdamW (decoupled) or AdamW with 8-bit state; only matrices decay."""
-    parameters = list(stage.parameters())
+    parameters = list(stages.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -40,23 +40,23 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return peak * max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
 
 
-def own_parameters(stage: Stage) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield shard, name and parameter of all that this stage stores; with tied embeddings, not the projection."""
-    for shard, module in stage.named_shards():
+def own_parameters(stages: LocalStages) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield shard, name and parameter of all that this rank stores; with tied embeddings, not the projection."""
+    for shard, module in stages.named_shards():
         for name, parameter in module.named_parameters():
-            if not _is_tied_copy(stage, shard, name):
+            if not _is_tied_copy(stages, shard, name):
                 yield shard, name, parameter
 
 
-def squared_norms(stage: Stage) -> Tensor:
-    """Return the squared gradient norm of each shard in float64 [num_layers + 2], 0 for those of other stages.
+def squared_norms(stages: LocalStages) -> Tensor:
+    """Return the squared gradient norm of each shard in float64 [num_layers + 2], 0 for those of other ranks.
 
     Adding the entries in order gives the same bits however the shards are spread over stages.
     """
-    order = {name: i for i, name in enumerate(shard_names(stage.config.num_layers))}
-    device = next(stage.parameters()).device
+    order = {name: i for i, name in enumerate(shard_names(stages.config.num_layers))}
+    device = next(stages.parameters()).device
     norms = torch.zeros(len(order), dtype=torch.float64, device=device)
-    for shard, _, parameter in own_parameters(stage):
+    for shard, _, parameter in own_parameters(stages):
         norms[order[shard]] += torch.linalg.vector_norm(gradient_of(parameter)).double().square()
     return norms
 
@@ -67,21 +67,17 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def add_tied_gradients(stage: Stage, layout: Layout) -> None:
+def add_tied_gradients(stages: LocalStages, layout: Layout) -> None:
     """With tied embeddings, give the embedding and the head's projection the sum of their gradients."""
-    if not stage.config.tie_embeddings:
+    if not stages.config.tie_embeddings:
         return
-    ends = [_tied_ends(stage, shard) for shard in (EMBED, HEAD) if shard in stage.shards]
-    if layout.stages == 1:
+    ends = [_tied_end(stages, shard) for shard in (EMBED, HEAD) if shard in stages.shards]
+    if len(ends) == 2:
         total = gradient_of(ends[0]) + gradient_of(ends[1])
-    else:
-        # Every stage takes part, those in the middle with zeros: only the ends hold a gradient, so the sum is exact.
-        config = stage.config
-        shape = (config.vocab_size, config.hidden_size)
-        total = gradient_of(ends[0]) if ends else torch.zeros(shape, device=layout.device)
-        layout.sum_over_stages(total)
-    for parameter in ends:
-        gradient_of(parameter).copy_(total)
+        for parameter in ends:
+            gradient_of(parameter).copy_(total)
+    elif ends:
+        layout.sum_over_ends(gradient_of(ends[0]))
 
 
 def sum_gradients_over_replicas(parameters: Iterable[nn.Parameter], layout: Layout, *, through_cpu: bool) -> None:
@@ -109,9 +105,9 @@ def _buckets(gradients: list[Tensor], *, limit: int) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _is_tied_copy(stage: Stage, shard: str, name: str) -> bool:
-    return stage.config.tie_embeddings and shard == HEAD and name == family(stage.config).tied_weight
+def _is_tied_copy(stages: LocalStages, shard: str, name: str) -> bool:
+    return stages.config.tie_embeddings and shard == HEAD and name == family(stages.config).tied_weight
 
 
-def _tied_ends(stage: Stage, shard: str) -> Tensor:
-    return stage.projection.weight if shard == HEAD else next(stage.shards[EMBED].parameters())
+def _tied_end(stages: LocalStages, shard: str) -> Tensor:
+    return stages.projection.weight if shard == HEAD else next(stages.module(EMBED).parameters())

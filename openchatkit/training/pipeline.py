@@ -1,22 +1,23 @@
-"""Micro-batches through this rank's stage and its neighbours: the one file that touches torch's pipelining.
+"""Micro-batches through this rank's stages and those of its neighbours: the one file that touches torch's pipelining.
 
 torch 2.13 traps that are handled here: stage inputs and outputs are declared, else the first step runs one micro-batch
 more to learn them; the shapes then stay fixed; gradients must not be scaled by the schedule, since the loss is already
 divided by the tokens of the whole step; merged outputs would keep every micro-batch's hidden states.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed import pipelining
 
 from openchatkit.distributed.layout import Layout
+from openchatkit.libraries import pytorch
 from openchatkit.models.stage import Stage
-
-_SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+from openchatkit.training.local_stages import LocalStages
+from openchatkit.training.schedules import SCHEDULES
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,13 +27,13 @@ class Pipeline:
 
     `loss(hidden, target)` runs on the last stage, once a micro-batch, and returns a scalar to backpropagate as it is;
     the target is one tensor with a row for each row of tokens, on whatever device `loss` wants it. `document_starts`
-    (see `Stage`) do not travel: each rank gives them to its own stage. A single stage runs a plain loop over the
+    (see `Stage`) do not travel: each rank gives them to its own stages. A single stage runs a plain loop over the
     micro-batches, with the same bits.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        stages: LocalStages,
         layout: Layout,
         *,
         schedule: str,
@@ -42,23 +43,36 @@ class Pipeline:
         dtype: torch.dtype,
         loss: Loss,
     ) -> None:
-        self.stage, self.layout, self.loss = stage, layout, loss
+        self.stages, self.layout, self.loss = stages, layout, loss
         self.micro_batches = micro_batches
-        self._schedule: PipelineScheduleSingle | None = None
-        if layout.stages > 1:
+        self._schedule: Any = None
+        if layout.pipeline_size > 1:
+            kind = SCHEDULES[schedule]
             tokens = torch.empty(micro_batch_size, seq_length, dtype=torch.int64, device="meta")
-            shape = (micro_batch_size, seq_length, stage.config.hidden_size)
+            shape = (micro_batch_size, seq_length, stages.config.hidden_size)
             hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-            runner = PipelineStage(
-                stage,
-                layout.stage,
-                layout.stages,
-                layout.device,
-                input_args=tokens if layout.stage == 0 else hidden,
-                output_args=hidden,
-                group=layout.pipeline,
-            )
-            self._schedule = _SCHEDULES[schedule](runner, micro_batches, loss_fn=loss, scale_grads=False)
+            runners = [
+                pipelining.PipelineStage(
+                    stage,
+                    number,
+                    len(stages.by_number) * layout.pipeline_size,
+                    layout.device,
+                    input_args=tokens if number == 0 else hidden,
+                    output_args=hidden,
+                    group=layout.pipeline,
+                )
+                for number, stage in stages.by_number.items()
+            ]
+            # Of an error, torch would also print the whole list of actions, on every rank.
+            logging.getLogger(pipelining.__name__).setLevel(logging.CRITICAL)
+            make = getattr(pipelining, kind.torch_class)
+            taken = runners if kind.takes_several else runners[0]
+            self._schedule = make(taken, micro_batches, loss_fn=loss, scale_grads=False)
+
+    @property
+    def _only_stage(self) -> Stage:
+        [stage] = self.stages
+        return stage
 
     def forward_backward(self, tokens: Tensor, target: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Add the gradients of a batch, int64 [micro_batches * micro_batch_size, seq_length], to the parameters'.
@@ -68,7 +82,7 @@ class Pipeline:
         losses: list[Tensor] = []
         if self._schedule is None:
             for x, y, starts in self._cut(tokens, target, document_starts):
-                losses.append(self.loss(self.stage(x, starts), y))
+                losses.append(self.loss(self._only_stage(x, starts), y))
                 losses[-1].backward()  # type: ignore[no-untyped-call]
         else:
             inputs, options = self._arguments(tokens, target, document_starts, losses)
@@ -81,19 +95,20 @@ class Pipeline:
         losses: list[Tensor] = []
         if self._schedule is None:
             cut = self._cut(tokens, target, document_starts)
-            losses = [self.loss(self.stage(x, starts), y) for x, y, starts in cut]
+            losses = [self.loss(self._only_stage(x, starts), y) for x, y, starts in cut]
         else:
             inputs, options = self._arguments(tokens, target, document_starts, losses)
-            self._schedule.eval(*inputs, **options)
+            with pytorch.forward_only(self._schedule):
+                self._schedule.eval(*inputs, **options)
         return self._total(losses)
 
     def _arguments(
         self, tokens: Tensor, target: Tensor, document_starts: Tensor | None, losses: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Return the arguments that torch's schedule takes on this stage; it appends to `losses` on the last one."""
-        inputs = (tokens,) if self.layout.stage == 0 else ()
+        """Return the arguments that torch's schedule takes here; it appends to `losses` where the last stage is."""
+        inputs = (tokens,) if self.stages.has_embed else ()
         options: dict[str, Any] = {"return_outputs": False}
-        if self.layout.is_last_stage:
+        if self.stages.has_head:
             options |= {"target": target, "losses": losses}
         if document_starts is not None:
             options["document_starts"] = document_starts

@@ -1,7 +1,7 @@
 """From settings to a trainer that is ready for its next step; most of what can fail fails before the ranks meet."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,22 @@ from loguru import logger
 from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.distributed.layout import Layout, stage_layers
+from openchatkit.distributed.layout import Layout, stage_layers, stage_numbers
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
+from openchatkit.libraries import pytorch
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.stage import Stage
 from openchatkit.settings import to_json
 from openchatkit.training import checkpoints
+from openchatkit.training.balance import balance_layers
 from openchatkit.training.config import MODEL_TYPES, Settings
+from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler, compute_dtype
+from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.step import Schedule, Trainer
 
 _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
@@ -57,6 +61,8 @@ class RunProgress:
 
 def prepare_run(settings: Settings) -> RunInputs:
     """Open the model and the data and check them against the flags; UserError for what does not fit."""
+    if SCHEDULES[settings.pp_mode].v_shaped and not pytorch.runs_v_schedules():
+        raise UserError(f"--pp-mode {settings.pp_mode} needs torch 2.13 or newer: use --pp-mode interleaved")
     shards = LayerShards.open(settings.model_name)
     _check_model(
         shards.config,
@@ -65,9 +71,7 @@ def prepare_run(settings: Settings) -> RunInputs:
         seq_length=settings.seq_length,
         vocabulary=Tokenizer(settings.tokenizer_name).vocab_size,
     )
-    layers = stage_layers(
-        shards.config.num_layers, stages=settings.pipeline_group_size, layers_per_stage=settings.num_layers
-    )
+    layers = stage_layers(shards.config.num_layers, stages=settings.stages, layers_per_stage=settings.num_layers)
     data_options = options.from_settings(to_json(settings))
     dataset = build_dataset(settings.task_name, data_options)
     evaluation = None
@@ -81,25 +85,32 @@ def prepare_run(settings: Settings) -> RunInputs:
     return run
 
 
+def balance_stages(settings: Settings, run: RunInputs, layout: Layout) -> RunInputs:
+    """Return a run's inputs with the layers of each stage as --balance has them, the same on all ranks."""
+    if settings.balance == "even" or settings.num_layers or layout.pipeline_size == 1:
+        return run
+    layers = balance_layers(
+        run.shards.config,
+        layout,
+        stages=settings.stages,
+        rows=settings.micro_batch_size,
+        length=settings.seq_length,
+        dtype=compute_dtype(settings.precision, layout),
+        recompute=settings.activation_checkpointing,
+    )
+    return replace(run, layers=layers)
+
+
 def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[Trainer, RunProgress]:
-    """Build this rank's stage with the weights of the newest checkpoint, or of the model where there is none."""
+    """Build this rank's stages with the weights of the newest checkpoint, or of the model where there is none."""
     checkpoints.check_same_data([run.dataset, run.evaluation], layout)
-    first, last = run.layers[layout.stage]
-    with torch.device("meta"):
-        stage = Stage(
-            run.shards.config,
-            first,
-            last,
-            embed=layout.stage == 0,
-            head=layout.is_last_stage,
-            recompute=settings.activation_checkpointing,
-        )
+    stages = _make_stages(settings, run, layout)
     resumed = layout.together(lambda: _find_checkpoint(settings, run, layout))[layout.rank]
-    layout.together(lambda: _fill(stage, settings, run, resumed, layout.device))
-    trainer = _make_trainer(settings, run, layout, stage)
+    layout.together(lambda: _fill(stages, settings, run, resumed, layout.device))
+    trainer = _make_trainer(settings, run, layout, stages)
     if resumed is None:
         return trainer, RunProgress()
-    checkpoints.load_optimizer(trainer.optimizer, stage, resumed)
+    checkpoints.load_optimizer(trainer.optimizer, stages, resumed)
     state = checkpoint.read_state(resumed)
     trainer.scaler.load_state_dict(state["loss_scaler"])
     if layout.rank == 0:
@@ -109,17 +120,42 @@ def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[T
     return trainer, RunProgress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
 
 
-def _fill(stage: Stage, settings: Settings, run: RunInputs, resumed: Path | None, device: torch.device) -> None:
-    """Give a stage its weights: a checkpoint's, the model's, or random ones."""
+def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalStages:
+    """Make this rank's stages, with parameters on the meta device."""
+    kind, count = SCHEDULES[settings.pp_mode], len(run.layers)
+    numbers = stage_numbers(
+        layout.pipeline_rank,
+        pipeline_size=layout.pipeline_size,
+        stages_a_rank=count // layout.pipeline_size,
+        v_shaped=kind.v_shaped,
+    )
+    with torch.device("meta"):
+        return LocalStages(
+            {
+                number: Stage(
+                    run.shards.config,
+                    *run.layers[number],
+                    embed=number == 0,
+                    head=number == count - 1,
+                    recompute=settings.activation_checkpointing,
+                )
+                for number in numbers
+            }
+        )
+
+
+def _fill(stages: LocalStages, settings: Settings, run: RunInputs, resumed: Path | None, device: torch.device) -> None:
+    """Give stages their weights: a checkpoint's, the model's, or random ones."""
     if resumed is not None:
         # One pass over the bytes covers the weights and the optimizer's state.
-        checkpoint.verify(resumed, checkpoints.list_source_shards(stage))
-        checkpoints.load_weights(stage, resumed, device)
+        checkpoint.verify(resumed, checkpoints.list_source_shards(stages))
+        checkpoints.load_weights(stages, resumed, device)
     elif settings.load_pretrained_model:
-        checkpoints.load_weights(stage, run.shards, device)
+        checkpoints.load_weights(stages, run.shards, device)
     else:
-        stage.to_empty(device=device)
-        stage.init_weights(settings.seed)
+        for stage in stages:
+            stage.to_empty(device=device)
+            stage.init_weights(settings.seed)
 
 
 def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress: RunProgress) -> dict[str, Any]:
@@ -137,9 +173,10 @@ def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress
         "precision": _dtype_name(trainer),
         "loss_scaler": trainer.scaler.state_dict(),
         "layout": {
-            "stages": trainer.layout.stages,
+            "stages": len(run.layers),
             "layers_per_stage": layers_per_stage,
             "replicas": trainer.layout.replicas,
+            "schedule": settings.pp_mode,
         },
         "settings": to_json(settings),
         "versions": checkpoints.collect_versions(),
@@ -219,10 +256,10 @@ def _find_checkpoint(settings: Settings, run: RunInputs, layout: Layout) -> Path
     return newest
 
 
-def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stage: Stage) -> Trainer:
+def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: LocalStages) -> Trainer:
     optimizer = build_optimizer(
         settings.optimizer,
-        stage,
+        stages,
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
@@ -246,7 +283,7 @@ def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stage: Sta
         max_grad_norm=settings.max_grad_norm,
     )
     return Trainer(
-        stage,
+        stages,
         layout,
         optimizer,
         scaler,

@@ -17,7 +17,7 @@ from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
-from openchatkit.models.stage import Stage
+from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import (
     add_tied_gradients,
@@ -102,11 +102,11 @@ class _StepSums:
 
 
 class Trainer:
-    """A stage with its optimizer, and the step that all ranks take together."""
+    """The stages of a rank with their optimizer, and the step that all ranks take together."""
 
     def __init__(
         self,
-        stage: Stage,
+        stages: LocalStages,
         layout: Layout,
         optimizer: torch.optim.Optimizer,
         scaler: LossScaler,
@@ -118,13 +118,19 @@ class Trainer:
         seq_length: int,
         reduce_through_cpu: bool,
     ) -> None:
-        self.stage, self.layout, self.optimizer, self.scaler, self.schedule = stage, layout, optimizer, scaler, schedule
+        self.stages, self.layout, self.optimizer, self.scaler, self.schedule = (
+            stages,
+            layout,
+            optimizer,
+            scaler,
+            schedule,
+        )
         self.dtype, self.reduce_through_cpu = dtype, reduce_through_cpu
         self._loss_factor = 1.0
         self._source_losses = torch.zeros(0)
-        self._vocabulary_loss = VocabularyLoss(stage.projection) if layout.is_last_stage else None
+        self._vocabulary_loss = VocabularyLoss(stages.projection) if stages.has_head else None
         self.pipeline = Pipeline(
-            stage,
+            stages,
             layout,
             schedule=pp_mode,
             micro_batches=schedule.batch_size // micro_batch_size,
@@ -182,11 +188,11 @@ class Trainer:
         with autocast(self.layout.device, self.dtype):
             for number in range(batches):
                 batch = self._batch(dataset, number * rows, 0)
-                # Every stage knows the labels: were each to count them, their sum over stages would be too many.
-                trained += _trained_tokens([batch], len(trained)) if self.layout.is_last_stage else 0
+                # Every rank knows the labels: were each to count them, their sum over a pipeline would be too many.
+                trained += _trained_tokens([batch], len(trained)) if self.stages.has_head else 0
                 loss += self.pipeline.evaluate(*self._place(batch))
         shares = {"loss": loss, "trained": trained.to(loss.device), "source_losses": self._source_losses}
-        sums = _to_host(self._add_up(shares, self.layout.sum_over_replicas, self.layout.sum_over_stages))
+        sums = _to_host(self._add_up(shares, self.layout.sum_over_replicas, self.layout.sum_over_pipeline))
         counts = [int(count) for count in sums["trained"]]
         mean = sums["loss"][0] / sum(counts) if sum(counts) else math.nan
         return Evaluation(mean, sum(counts), tuple(map(SourceLoss, sums["source_losses"], counts)))
@@ -227,30 +233,30 @@ class Trainer:
         return self._vocabulary_loss(hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses)
 
     def _sum_gradients(self) -> None:
-        """Add the gradients over replicas, and those of tied embeddings over their stages."""
-        parameters = list(self.stage.parameters())
+        """Add the gradients over replicas, and those of tied embeddings over both ends."""
+        parameters = list(self.stages.parameters())
         for parameter in parameters:
             if parameter.grad is None:
                 # None of this rank's tokens was trained on; the other ranks still wait for its gradient.
                 parameter.grad = torch.zeros_like(parameter)
         sum_gradients_over_replicas(parameters, self.layout, through_cpu=self.reduce_through_cpu)
-        add_tied_gradients(self.stage, self.layout)
+        add_tied_gradients(self.stages, self.layout)
 
     def _sum_over_ranks(self, loss: Tensor, stop: bool, digest: int) -> _StepSums:
-        """Add up this rank's numbers of a step with those of the others. UserError where stages had other samples.
+        """Add up this rank's numbers of a step with the others'. UserError where ranks of a pipeline had other samples.
 
-        Only the last stage has losses, and a shard's norm only the stage that has the shard: adding zeros is exact.
+        Only the rank with the head has losses, and a shard's norm only the one with the shard: adding zeros is exact.
         """
-        end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of stages
+        end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of ranks
         loss = loss.double()
         shares = {"loss": loss, "stops": loss.new_tensor(stop), "source_losses": self._source_losses}
         of_replicas = self._add_up(shares, self.layout.sum_over_replicas)
-        own = {"squared_norms": squared_norms(self.stage), "ends_of_digests": loss.new_tensor(end_of_digest)}
-        sums = _to_host(self._add_up(own | of_replicas, self.layout.sum_over_stages))
-        if sums["ends_of_digests"] != [end_of_digest * self.layout.stages]:
+        own = {"squared_norms": squared_norms(self.stages), "ends_of_digests": loss.new_tensor(end_of_digest)}
+        sums = _to_host(self._add_up(own | of_replicas, self.layout.sum_over_pipeline))
+        if sums["ends_of_digests"] != [end_of_digest * self.layout.pipeline_size]:
             raise UserError(
-                f"{self.layout.describe()} was fed other samples than another stage: the files that --task-name stands "
-                "for differ between machines; make them the same"
+                f"{self.layout.describe()} was fed other samples than another rank of its pipeline: the files that "
+                "--task-name stands for differ between machines; make them the same"
             )
         return _StepSums(
             loss=sums["loss"][0],
@@ -271,7 +277,7 @@ class Trainer:
         factor = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
         factor /= self.scaler.scale
         if factor != 1.0:
-            torch._foreach_mul_([gradient_of(p) for p in self.stage.parameters()], factor)
+            torch._foreach_mul_([gradient_of(p) for p in self.stages.parameters()], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -20,6 +20,7 @@ from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
 from openchatkit.training.ledger_writer import LedgerWriter
+from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.setup import RunProgress
 from openchatkit.training.step import Schedule, Trainer
 
@@ -108,7 +109,7 @@ def test_the_ledger_proves_a_run_that_was_killed_and_resumed_on_another_layout(t
     assert ended.statuses == [0, 0], ended.errors
     assert "is not the ledger" not in ended.errors[0]
     entries = assert_proven(checkpoint.latest(tmp_path / "ckpt"), 60 * 8)
-    layouts = ["2 stages x 1 replica, batch 8 x 1"] * step + ["1 stage x 2 replicas, batch 4 x 1"] * (60 - step)
+    layouts = ["pipeline 2 x data 1, batch 8 x 1"] * step + ["pipeline 1 x data 2, batch 4 x 1"] * (60 - step)
     assert [entry.layout for entry in entries] == layouts
 
 
@@ -134,7 +135,7 @@ def test_a_lost_ledger_is_a_warning_and_starts_again(tmp_path, flags):
 
 @pytest.mark.parametrize(("chain", "warned"), [(None, False), (ledger.EMPTY, True)])
 def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, capsys, chain, warned):
-    layout, schedule = Layout(0, 1, 1, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
+    layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
     result = SimpleNamespace(digest=(1 << 64) - 1, applied=True)
     for progress in (RunProgress(), RunProgress(3, 100, chain)):
         writer = LedgerWriter(tmp_path, progress, layout, schedule)
@@ -154,11 +155,13 @@ def test_stages_with_different_samples_do_not_take_the_step(flags, prepared):
     stage = Stage(shards.config)
     for shard in stage.shards:
         stage.load(shard, shards.read(shard))
-    layout = Layout(0, 1, 1, torch.device("cpu"))
+    layout = Layout(0, torch.device("cpu"))
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
-    trainer = Trainer(stage, layout, None, None, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place)
+    trainer = Trainer(
+        LocalStages({0: stage}), layout, None, None, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place
+    )
     # Of two stages; without a process group the other's digest counts as 0.
-    trainer.layout = Layout(0, 2, 1, torch.device("cpu"))
+    trainer.layout = Layout(0, torch.device("cpu"), pipeline_size=2)
     trainer._sum_gradients()  # zeros, where there is none
-    with pytest.raises(UserError, match="was fed other samples than another stage"):
+    with pytest.raises(UserError, match="was fed other samples than another rank"):
         trainer._sum_over_ranks(torch.zeros(()), False, 12345)

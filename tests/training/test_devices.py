@@ -21,6 +21,7 @@ from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints
 from openchatkit.training.device import let_cuda_blocks_grow, make_deterministic
+from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer, _StepSums
 
@@ -52,7 +53,7 @@ def test_optimizer_state_goes_to_a_device_tensor_by_tensor(tmp_path, flags, prep
         stage = Stage(read_config(path)[1])
     optimizer = torch.optim.AdamW(stage.parameters())
     with CopiesInMainMemory() as copies:
-        checkpoints.load_optimizer(optimizer, stage, path)
+        checkpoints.load_optimizer(optimizer, LocalStages({0: stage}), path)
     sizes = []
     for shard, module in stage.named_shards():
         for name, parameter in module.named_parameters():
@@ -69,7 +70,7 @@ def test_loaded_optimizer_state_is_a_copy_of_the_file(tmp_path, flags):
     path = run(tmp_path, flags)
     stage = Stage(read_config(path)[1])
     optimizer = torch.optim.AdamW(stage.parameters())
-    checkpoints.load_optimizer(optimizer, stage, path)
+    checkpoints.load_optimizer(optimizer, LocalStages({0: stage}), path)
     before = {shard: checkpoint.read_optimizer(path, shard) for shard in stage.shards}
     for shard, module in stage.named_shards():
         for name, parameter in module.named_parameters():
@@ -83,11 +84,13 @@ def test_loaded_optimizer_state_is_a_copy_of_the_file(tmp_path, flags):
 def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flags, prepared, monkeypatch):
     """The meta device has no values, so that code that waits for one, such as the number of trained tokens, fails."""
     stage = Stage(LayerShards.open(prepared["neox"]).config).to("meta")
-    layout = Layout(0, 1, 1, torch.device("meta"))
+    layout = Layout(0, torch.device("meta"))
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
     optimizer = torch.optim.SGD(stage.parameters())
     scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
-    trainer = Trainer(stage, layout, optimizer, scaler, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place)
+    trainer = Trainer(
+        LocalStages({0: stage}), layout, optimizer, scaler, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place
+    )
     data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
     dataset = build_dataset(str(flags["task_name"]), data)
     assert (dataset.batch(0, 8).labels == -100).any()
@@ -118,8 +121,8 @@ def test_numbers_come_from_the_device_in_one_transfer_a_reduction(flags, prepare
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
     optimizer = torch.optim.SGD(stage.parameters())
     scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
-    layout, schedule = Layout(0, 1, 1, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
-    trainer = Trainer(stage, layout, optimizer, scaler, schedule, dtype=torch.float32, **place)
+    layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
+    trainer = Trainer(LocalStages({0: stage}), layout, optimizer, scaler, schedule, dtype=torch.float32, **place)
     data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
     dataset = build_dataset(str(flags["task_name"]), data)
     called.clear()

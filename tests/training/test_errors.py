@@ -29,6 +29,8 @@ def refused(folder: Path, flags: dict, *, world_size: int = 1, **change: object)
     return messages[0]
 
 
+SHORT = ["--total-steps", "1"]
+PIPELINE = ["--pipeline-group-size", "2"]
 BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
 
 
@@ -45,8 +47,20 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         (["--total-steps", "1", "--batch-size", "9", "--micro-batch-size", "2"], "--batch-size 9 is not a multiple"),
         (
             ["--total-steps", "1", "--pipeline-group-size", "8", "--pp-mode", "1f1b", "--batch-size", "8"],
-            "--pp-mode 1f1b needs at least as many micro-batches as stages",
+            "--pp-mode 1f1b needs at least as many micro-batches as ranks in a pipeline",
         ),
+        (
+            [*SHORT, *PIPELINE, "--pp-mode", "interleaved", "--batch-size", "7", "--micro-batch-size", "1"],
+            "--batch-size 7 / --micro-batch-size 1 = 7 is no multiple of 3; make it 6 or 8, or use --pp-mode 1f1b",
+        ),
+        ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble"], "give --activation-checkpointing false, or --pp-mode inter"),
+        (
+            [*SHORT, *PIPELINE, "--pp-mode", "zero-bubble-v", "--stages-per-rank", "3"],
+            "--stages-per-rank 3: --pp-mode zero-bubble-v has 2 on each rank; leave the flag out, or give --pp-mode "
+            "with one of interleaved, zero-bubble",
+        ),
+        ([*SHORT, "--pp-mode", "interleaved", "--stages-per-rank", "2"], "--stages-per-rank 2: one rank has the whole"),
+        ([*SHORT, "--balance", "best"], "--balance: invalid choice: 'best'"),
         (["--total-steps", "1", "--dist-url", "127.0.0.1:7033"], "expected tcp://HOST:PORT"),
         (["--total-steps", "1", "--dist-url", "tcp://h:99999"], "expected tcp://HOST:PORT"),
         (["--total-steps", "1", "--dp-mode", "local"], "--dp-mode local would let replicas drift apart"),
@@ -128,7 +142,7 @@ def test_flags_of_the_original_kit_without_effect_get_a_warning(tmp_path, flags)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 1, "pipeline_group_size": 2}, "--num-layers 1 x --pipeline-group-size 2 = 2 layers, the model"),
+        ({"num_layers": 1, "pipeline_group_size": 2}, "--num-layers 1 x 2 stages = 2 layers, the model"),
         ({"embedding_dim": 64}, "--embedding-dim 64: the model's hidden size is 32"),
         ({"model_type": "gptj"}, "--model-type: the flag says gptj, the model's config.json gpt_neox"),
         ({"seq_length": 4096}, "--seq-length 4096: the model was made for at most 64 tokens"),

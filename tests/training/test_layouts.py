@@ -15,6 +15,9 @@ from openchatkit.models.stage import Stage
 
 STAGES = {"pipeline_group_size": 2}
 REPLICAS = {"data_group_size": 2, "batch_size": 4}
+INTERLEAVED = {**STAGES, "pp_mode": "interleaved"}
+ZERO_BUBBLE = {**STAGES, "pp_mode": "zero-bubble", "activation_checkpointing": "false"}
+ZERO_BUBBLE_V = {**ZERO_BUBBLE, "pp_mode": "zero-bubble-v"}
 
 
 def run(folder: Path, flags: dict[str, object], **change: object) -> Path:
@@ -121,6 +124,7 @@ def test_gradients_are_those_of_a_plain_loss(tmp_path, flags, prepared, one_proc
         {"pipeline_group_size": 2, "num_layers": 3},
         REPLICAS,
         {**STAGES, **REPLICAS, "pp_mode": "1f1b"},
+        {**INTERLEAVED, **REPLICAS},
         {"micro_batch_size": 4},
         {"micro_batch_size": 8},
         {"batch_size": 4, "gradient_accumulate_step": 2},
@@ -148,6 +152,11 @@ def test_gradients_do_not_depend_on_the_layout(tmp_path, flags, one_process, cha
         {**STAGES, "pp_mode": "1f1b"},
         {"batch_size": 4, "gradient_accumulate_step": 2, **STAGES},
         {"activation_checkpointing": "false"},
+        INTERLEAVED,
+        {**INTERLEAVED, "balance": "auto"},
+        ZERO_BUBBLE,
+        {**ZERO_BUBBLE, "stages_per_rank": 2},
+        ZERO_BUBBLE_V,
     ],
     ids=str,
 )
@@ -156,7 +165,9 @@ def test_same_micro_batches_give_the_same_bits(tmp_path, flags, one_process_long
 
 
 @pytest.mark.parametrize(
-    "change", [STAGES, {**STAGES, "pp_mode": "1f1b", "activation_checkpointing": "false"}], ids=str
+    "change",
+    [STAGES, {**STAGES, "pp_mode": "1f1b", "activation_checkpointing": "false"}, INTERLEAVED, ZERO_BUBBLE_V],
+    ids=str,
 )
 def test_documents_that_share_rows_give_the_same_bits_over_stages(tmp_path, packed_flags, packed, change):
     """Every stage gets the document starts, in training and in evaluation."""
@@ -184,8 +195,10 @@ def test_other_models(tmp_path, flags, prepared, model):
     one = run(tmp_path / "one", flags, model_name=prepared[model], total_steps=3)
     two = run(tmp_path / "two", flags, model_name=prepared[model], total_steps=3, pp_mode="1f1b", **STAGES)
     three = run(tmp_path / "three", flags, model_name=prepared[model], total_steps=3, pipeline_group_size=3)
-    assert_same_bits(one, two)
-    assert_same_bits(one, three)
+    four = run(tmp_path / "four", flags, model_name=prepared[model], total_steps=3, **INTERLEAVED)
+    five = run(tmp_path / "five", flags, model_name=prepared[model], total_steps=3, **ZERO_BUBBLE_V)
+    for other in (two, three, four, five):
+        assert_same_bits(one, other)
 
 
 def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
@@ -209,7 +222,7 @@ def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
 @pytest.mark.parametrize("change", [{"bf16": True}, {"optimizer": "8bit-adam"}, {"optimizer": "adam"}], ids=str)
 def test_other_precisions_and_optimizers(tmp_path, flags, change):
     one = run(tmp_path / "one", flags, total_steps=3, **change)
-    two = run(tmp_path / "two", flags, total_steps=3, pp_mode="1f1b", **STAGES, **change)
+    two = run(tmp_path / "two", flags, total_steps=3, **INTERLEAVED, **change)
     assert_same_bits(one, two)
     assert metrics.read(one.parent)[-1]["loss"] < metrics.read(one.parent)[0]["loss"]
 
