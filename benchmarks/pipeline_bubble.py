@@ -38,6 +38,7 @@ def build(ranks: int, rank: int, options: argparse.Namespace, schedule: str):
     from openchatkit.training.precision import LossScaler
     from openchatkit.training.schedules import SCHEDULES, resolve_stages
     from openchatkit.training.step import Schedule, Trainer
+    from openchatkit.training.weights import Weights
 
     keep_freed_memory()
     raw = {
@@ -58,19 +59,18 @@ def build(ranks: int, rank: int, options: argparse.Namespace, schedule: str):
     stages = LocalStages({n: Stage(config, *layers[n], embed=n == 0, head=n == len(layers) - 1) for n in numbers})
     for stage in stages:
         stage.init_weights(0)
-    optimizer = build_optimizer("adamw", stages, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    weights = Weights(stages, layout, dtype=dtype)
+    weights.optimizer = build_optimizer("adamw", weights, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     rows = options.micro_batches * options.micro_batch_size
     return Trainer(
-        stages,
-        layout,
-        optimizer,
+        weights,
         LossScaler(1.0, dynamic=False),
         Schedule(rows, 1, 1e-4, 0, 1000, 1.0),
-        dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        dtype=dtype,
         pp_mode=schedule,
         micro_batch_size=options.micro_batch_size,
         seq_length=options.seq_length,
-        reduce_through_cpu=False,
     )
 
 

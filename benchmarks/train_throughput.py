@@ -49,6 +49,7 @@ def run_ours(options: argparse.Namespace) -> list[float]:
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
     from openchatkit.training.step import Schedule, Trainer
+    from openchatkit.training.weights import Weights
 
     device = torch.device(options.device)
     if device.type == "cpu":
@@ -57,19 +58,16 @@ def run_ours(options: argparse.Namespace) -> list[float]:
         stage = Stage(config_from_hf(hf_config(options.shape, options.seq_length)), recompute=options.recompute)
     stage.to_empty(device=device)
     stage.init_weights(0)
-    stages = LocalStages({0: stage})
-    optimizer = build_optimizer("adamw", stages, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    weights = Weights(LocalStages({0: stage}), Layout(0, device), dtype=torch.bfloat16)
+    weights.optimizer = build_optimizer("adamw", weights, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     trainer = Trainer(
-        stages,
-        Layout(0, device),
-        optimizer,
+        weights,
         LossScaler(1.0, dynamic=False),
         Schedule(options.batch, 1, 1e-4, 0, 1000, 1.0),
         dtype=torch.bfloat16,
         pp_mode="gpipe",
         micro_batch_size=options.batch,
         seq_length=options.seq_length,
-        reduce_through_cpu=False,
     )
     data, times = RandomTokens(options.seq_length, vocabulary=VOCABULARY), []
     for number in range(options.steps + 1):

@@ -270,7 +270,7 @@ def test_the_whole_on_the_cpu(tmp_path):
     resumed = found["trainer", "resumed, against unstopped"]["values"]
     assert resumed["tensors"] > 0
     assert resumed["tensors that differ"] == 0
-    assert found["profile", "weight casts of a step"]["values"]["casts a matrix"] == 1
+    assert found["profile", "weight casts of a step"]["values"]["casts a matrix"] == 0
     assert 0 < found["training", "2 x 64, recomputed"]["values"]["MFU, measured rate"] < 1
     assert found["decoding", "2 x 64, compiled"]["values"]["tokens/s"] > 0
     assert (

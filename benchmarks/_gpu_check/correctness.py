@@ -89,18 +89,19 @@ def step(
     stage = fixtures.make_stage(config, device, recompute=recompute)
     if dtype == torch.float64:
         stage.double()
-    keeper = fixtures.GradientKeeper(stage)
     trainer = fixtures.make_trainer(
         stage,
         dtype=torch.float32 if dtype == torch.float64 else dtype,  # float32: no autocast
         rows=ROWS,
         length=SIZES["length"],
         micro_batches=MICRO_BATCHES,
-        optimizer=keeper,
+        optimizer=fixtures.GradientKeeper,
         clip=0.0,
         scale=FP16_SCALE if dtype == torch.float16 else 1.0,
     )
     loss = trainer.step(0, fixtures.Tokens(SIZES["length"], config.vocab_size, documents=documents)).loss
+    keeper = trainer.weights.optimizer
+    assert isinstance(keeper, fixtures.GradientKeeper)
     return loss, keeper.gradients
 
 
@@ -168,5 +169,6 @@ def _three_steps(config: ModelConfig, device: torch.device, documents: bool) -> 
     data = fixtures.Tokens(length, config.vocab_size, documents=documents)
     for number in range(3):
         trainer.step(number, data)
-    state = [value for p in stage.parameters() for value in trainer.optimizer.state[p].values()]
-    return [tensor.detach().cpu() for tensor in (*stage.parameters(), *state) if isinstance(tensor, Tensor)]
+    masters = trainer.weights.masters.values()
+    state = [value for master in masters for value in trainer.weights.optimizer.state[master].values()]
+    return [tensor.detach().cpu() for tensor in (*masters, *state) if isinstance(tensor, Tensor)]

@@ -1,5 +1,6 @@
 """Models, data and trainers for the parts: the trainer's own classes, on random weights and random tokens."""
 
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer
+from openchatkit.training.weights import Weights
 
 # Published shapes: layers, width, heads, and the rows of a micro-batch that suit a card of 80 GB.
 SHAPES = {"1b": (16, 2048, 8, 8), "1.4b": (24, 2048, 16, 8), "2.8b": (32, 2560, 32, 4), "6.9b": (32, 4096, 32, 2)}
@@ -93,34 +95,33 @@ def make_trainer(
     rows: int,
     length: int,
     micro_batches: int = 1,
-    optimizer: str | torch.optim.Optimizer = "adamw",
+    optimizer: str | Callable[[Iterable[Tensor]], torch.optim.Optimizer] = "adamw",
     lr: float = 1e-4,
     clip: float = 1.0,
     scale: float = 1.0,
 ) -> Trainer:
     """A trainer of one rank: `rows` of `length` tokens a step, in micro-batches."""
-    stages = LocalStages({0: stage})
+    weights = Weights(LocalStages({0: stage}), Layout(0, next(stage.parameters()).device), dtype=dtype)
     if isinstance(optimizer, str):
-        optimizer = build_optimizer(optimizer, stages, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        weights.optimizer = build_optimizer(optimizer, weights, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    else:
+        weights.optimizer = optimizer(weights.masters.values())
     return Trainer(
-        stages,
-        Layout(0, next(stage.parameters()).device),
-        optimizer,
+        weights,
         LossScaler(scale, dynamic=False),
         Schedule(rows, 1, lr, 0, 1000, clip),
         dtype=dtype,
         pp_mode="gpipe",
         micro_batch_size=rows // micro_batches,
         seq_length=length,
-        reduce_through_cpu=False,
     )
 
 
 class GradientKeeper(torch.optim.Optimizer):
     """Changes nothing and keeps the gradients of a step, as float64 on the CPU, in the order of the parameters."""
 
-    def __init__(self, stage: Stage) -> None:
-        super().__init__(stage.parameters(), {"lr": 0.0})
+    def __init__(self, masters: Iterable[Tensor]) -> None:
+        super().__init__(masters, {"lr": 0.0})
         self.gradients: list[Tensor] = []
 
     def step(self, closure: None = None) -> None:

@@ -151,7 +151,7 @@ def measure(
                 timing.synchronise(device)
                 times.append(time.perf_counter() - started)
     except torch.OutOfMemoryError as error:
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.weights.drop_gradients()
         if variant.recompute:
             raise
         raise Skip("out of memory: the activations do not fit") from error

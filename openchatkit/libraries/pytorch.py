@@ -103,3 +103,18 @@ def forward_only(schedule: Any) -> Iterator[None]:
         yield
     finally:
         setattr(schedule, name, everything)
+
+
+def keeps_gradients_in_float32() -> bool:
+    """Whether a parameter of half precision can have a gradient in float32."""
+    return hasattr(torch.Tensor, "grad_dtype")
+
+
+def keep_gradient_in_float32(parameter: Tensor) -> None:
+    """Let autograd cast a parameter's gradients to float32 and add them up there, if `keeps_gradients_in_float32`."""
+    parameter.grad_dtype = torch.float32  # type: ignore[attr-defined, unused-ignore]
+
+
+def gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype that a parameter's gradient has: the parameter's, but for `keep_gradient_in_float32`."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype

@@ -21,13 +21,14 @@ from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.formats.manifest import FileRecord
 from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import cut_shard
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.storage import storage_errors
 from openchatkit.training.config import OptimizationSettings, Settings
 from openchatkit.training.local_stages import LocalStages
-from openchatkit.training.optimizer import own_parameters
+from openchatkit.training.weights import Weights
 
 WeightSource = LayerShards | Path
 
@@ -54,35 +55,30 @@ def load_weights(stages: LocalStages, source: WeightSource, device: torch.device
             _check_finite(tensor, f"{name} of {shard}", source)
         if stages.config.tie_embeddings and shard == HEAD:
             tensors[kind.tied_weight] = _read(source, EMBED)[kind.embedding_weight]
-        stages.load(shard, {name: _copy(tensor, device) for name, tensor in tensors.items()})
+        own = cut_shard(tensors, kind.cuts, stages.part)
+        stages.load(shard, {name: _copy(tensor, device) for name, tensor in own.items()})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, stages: LocalStages, path: Path) -> None:
-    """Give the optimizer the state that a verified checkpoint holds for this stage's parameters.
+def load_optimizer(weights: Weights, path: Path) -> None:
+    """Give the optimizer of `weights` the state that a verified checkpoint holds for what it updates.
 
     Each tensor goes from the file to its parameter's device by itself. `Optimizer.load_state_dict` wants all of them at
     once, which for the ranks of one machine can be more than its memory.
     """
-    kind = family(stages.config)
-    for shard, module in stages.named_shards():
+    config = weights.stages.config
+    kind = family(config)
+    for shard in weights.stages.shards:
         stored = checkpoint.read_optimizer(path, shard)
-        if stages.config.tie_embeddings and shard == HEAD:
+        if config.tie_embeddings and shard == HEAD:
             stored[kind.tied_weight] = checkpoint.read_optimizer(path, EMBED)[kind.embedding_weight]
-        for name, parameter in module.named_parameters():
-            # What is read is a view of the file, and the optimizer updates its state in place.
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in stored[name].items()
-            }
+        weights.take_state(shard, stored)
 
 
 def save(
     root: Path,
     step: int,
     *,
-    stages: LocalStages,
-    optimizer: torch.optim.Optimizer,
-    layout: Layout,
+    weights: Weights,
     state: dict[str, Any],
     raw_config: dict[str, Any],
     tokenizer_from: Path,
@@ -91,12 +87,11 @@ def save(
 ) -> None:
     """Write checkpoint_<step> from all ranks, read it back, and delete those older than the newest `keep`.
 
-    Replicas hold the same bits, so they share the shards of their stages among themselves. No step has been taken with
-    this checkpoint yet, so `proven`, the step of the last one with which a step was taken, is not deleted; where that
-    is None, nothing is.
+    Replicas share the shards of their stages among themselves. No step has been taken with this checkpoint yet, so
+    `proven`, the step of the last one with which a step was taken, is not deleted; where that is None, nothing is.
     """
+    layout = weights.layout
     temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else root)[0]
-    own = [shard for number, shard in enumerate(stages.shards) if number % layout.replicas == layout.replica]
 
     def finish() -> None:
         if layout.rank == 0:
@@ -111,7 +106,7 @@ def save(
             )
 
     try:
-        written = layout.together(lambda: [r for shard in own for r in _write(temporary, shard, stages, optimizer)])
+        written = layout.together(lambda: _write(temporary, weights))
         layout.together(finish)
     except UserError:
         # A full disk, most likely, on which the half of a checkpoint is only in the way. All ranks are done with it.
@@ -119,16 +114,31 @@ def save(
             checkpoint.discard(temporary)
         raise
     path = checkpoint.checkpoint_path(root, step)
-    layout.together(lambda: checkpoint.verify(path, own))
+    is_writer = layout.tensor_rank == 0
+    own = [shard for shard in weights.stages.shards if is_writer and weights.writer(shard) == layout.replica]
+    layout.together(lambda: checkpoint.verify(path, own) if own else None)
     if layout.rank == 0 and proven is not None:
         checkpoint.prune(root, keep, verified=path, protected=proven)
 
 
-def _write(temporary: Path, shard: str, stages: LocalStages, optimizer: torch.optim.Optimizer) -> Iterator[FileRecord]:
-    parameters = {name: p for owner, name, p in own_parameters(stages) if owner == shard}
-    yield checkpoint.write_weights(temporary, shard, {name: _to_cpu(p) for name, p in parameters.items()})
-    state = {name: {key: _to_cpu(v) for key, v in optimizer.state[p].items()} for name, p in parameters.items()}
-    yield checkpoint.write_optimizer(temporary, shard, state)
+def _write(temporary: Path, weights: Weights) -> list[FileRecord]:
+    """Write the shards that this rank is to write, and hand the others theirs. UserError if one was not written."""
+    records: list[FileRecord] = []
+    problem: UserError | None = None
+    for shard in weights.stages.shards:
+        gathered = weights.gather(shard)
+        if gathered is None or problem is not None:
+            continue  # The other ranks wait for what this one has of further shards.
+        try:
+            tensors = {name: weight for name, (weight, _) in gathered.items()}
+            records.append(checkpoint.write_weights(temporary, shard, tensors))
+            state = {name: entry for name, (_, entry) in gathered.items()}
+            records.append(checkpoint.write_optimizer(temporary, shard, state))
+        except UserError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    return records
 
 
 def find_newest(root: Path, layout: Layout) -> Path | None:
@@ -260,7 +270,3 @@ def _check_finite(tensor: Tensor, what: str, source: WeightSource) -> None:
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     # What is read is a view of the file: training must never write there.
     return tensor.to(device=device, dtype=torch.float32, copy=True)
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -59,6 +59,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         layout = make_layout(
             pipeline_size=settings.pipeline_group_size,
             replicas=settings.data_group_size,
+            tensor_size=settings.tensor_group_size,
             join_ends=inputs.shards.config.tie_embeddings and not SCHEDULES[settings.pp_mode].v_shaped,
             **place,
         )

@@ -5,6 +5,7 @@ batch-size x gradient-accumulate-step x data-group-size rows.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,9 +93,12 @@ class LayoutSettings:
 
     title: ClassVar[str] = "layout"
     dist_url: str | None = setting("tcp://127.0.0.1:9000", help="where the ranks meet; rank 0 listens there")
-    world_size: int = setting(check=positive_int, help="ranks in all; not given: pipeline x data group size")
+    world_size: int = setting(check=positive_int, help="ranks in all; not given: pipeline x data x tensor group size")
     pipeline_group_size: int = setting(1, check=positive_int, help="ranks that share the layers of a model")
     data_group_size: int = setting(1, check=positive_int, help="replicas")
+    tensor_group_size: int = setting(
+        1, check=positive_int, help="ranks that share each layer; they exchange much, so keep them within a machine"
+    )
     rank: int = setting(check=natural, help="number of this process; the launcher and torchrun give it")
     cuda_id: int = setting(check=natural, help="GPU of this process; the launcher and torchrun give it")
     use_cuda: bool = setting(True, help="`false`: train on the CPU, as without a GPU")
@@ -116,7 +120,11 @@ class LayoutSettings:
     stages_per_rank: int | None = setting(
         None, check=positive_int, help="runs of layers on each rank; not given: 2 with `interleaved`, else 1"
     )
-    dp_mode: str = setting("allreduce", help="how replicas agree")
+    dp_mode: str = setting(
+        "allreduce",
+        help="how replicas agree: `allreduce` keeps all of the optimizer's state on each, `sharded` (ZeRO-1) shares it "
+        "among them and gives the same weights",
+    )
     dp_backend: str = setting("nccl", choices=("nccl", "gloo"), help="what carries it; CPUs always use gloo")
     timeout: int = setting(1800, check=positive_int, help="seconds to wait for another rank")
 
@@ -259,11 +267,12 @@ class Settings(
         return self.pipeline_group_size * resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
 
     def _check_layout(self) -> None:
-        ranks = self.pipeline_group_size * self.data_group_size
+        ranks = self.pipeline_group_size * self.data_group_size * self.tensor_group_size
         if self.world_size != ranks:
             raise UserError(
                 f"--world-size {self.world_size} is not --pipeline-group-size {self.pipeline_group_size} x "
-                f"--data-group-size {self.data_group_size} = {ranks}: make them agree"
+                f"--data-group-size {self.data_group_size} x --tensor-group-size {self.tensor_group_size} = {ranks}: "
+                "make them agree"
             )
         if not 0 <= self.rank < self.world_size:
             raise UserError(
@@ -272,7 +281,12 @@ class Settings(
         resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
         if self.dist_url is not None:
             parse_url(self.dist_url)
-        if self.dp_mode != "allreduce":
+        if self.tensor_group_size > 1 and self.optimizer == "8bit-adam":
+            raise UserError(
+                "--optimizer 8bit-adam and --tensor-group-size exclude each other: blocks of 8-bit state that hold "
+                "columns of a part are of no other layout; use --optimizer adamw, or stages in place of tensor groups"
+            )
+        if self.dp_mode not in ("allreduce", "sharded"):
             raise UserError(f"--dp-mode {self.dp_mode} would let replicas drift apart; use --dp-mode allreduce")
 
     def _check_batches(self) -> None:
@@ -331,7 +345,8 @@ def _complete_ranks(values: dict[str, Any], given: Given) -> None:
         values["dist_url"] = None
     values.setdefault("rank", 0)
     values.setdefault("cuda_id", 0)
-    values.setdefault("world_size", values["pipeline_group_size"] * values["data_group_size"])
+    groups = ("pipeline_group_size", "data_group_size", "tensor_group_size")
+    values.setdefault("world_size", math.prod(values[group] for group in groups))
 
 
 def _read_number(name: str) -> int:

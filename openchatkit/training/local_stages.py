@@ -14,6 +14,7 @@ class LocalStages:
     def __init__(self, stages: Mapping[int, Stage]) -> None:
         self.by_number = dict(sorted(stages.items()))
         self.config = next(iter(self.by_number.values())).config
+        self.part = next(iter(self.by_number.values())).part
         self._owners = {shard: stage for stage in self.by_number.values() for shard in stage.shards}
 
     def __iter__(self) -> Iterator[Stage]:

@@ -103,9 +103,7 @@ class Loop:
         checkpoints.save(
             self.settings.checkpoint_path,
             self.progress.step,
-            stages=self.trainer.stages,
-            optimizer=self.trainer.optimizer,
-            layout=self.trainer.layout,
+            weights=self.trainer.weights,
             state=collect_state(self.settings, self.inputs, self.trainer, self.progress),
             raw_config=self.inputs.shards.raw_config,
             tokenizer_from=self.settings.tokenizer_name,

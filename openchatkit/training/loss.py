@@ -243,6 +243,6 @@ def _token_losses(
 
 def _add_to_grad(parameter: Tensor, gradient: Tensor, scale: float) -> None:
     if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype).mul_(scale)
+        parameter.grad = gradient.to(pytorch.gradient_dtype(parameter)).mul_(scale)
     else:
         parameter.grad.add_(gradient, alpha=scale)

@@ -12,12 +12,14 @@ from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout, stage_layers, stage_numbers
+from openchatkit.distributed.seams import Enter, Leave
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.libraries import pytorch
 from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import Part, check_parts
 from openchatkit.models.stage import Stage
 from openchatkit.settings import to_json
 from openchatkit.training import checkpoints
@@ -28,6 +30,7 @@ from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler, compute_dtype
 from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.step import Schedule, Trainer
+from openchatkit.training.weights import Weights
 
 _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
@@ -71,6 +74,7 @@ def prepare_run(settings: Settings) -> RunInputs:
         seq_length=settings.seq_length,
         vocabulary=Tokenizer(settings.tokenizer_name).vocab_size,
     )
+    check_parts(shards.config, settings.tensor_group_size)
     layers = stage_layers(shards.config.num_layers, stages=settings.stages, layers_per_stage=settings.num_layers)
     data_options = options.from_settings(to_json(settings))
     dataset = build_dataset(settings.task_name, data_options)
@@ -110,7 +114,7 @@ def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[T
     trainer = _make_trainer(settings, run, layout, stages)
     if resumed is None:
         return trainer, RunProgress()
-    checkpoints.load_optimizer(trainer.optimizer, stages, resumed)
+    checkpoints.load_optimizer(trainer.weights, resumed)
     state = checkpoint.read_state(resumed)
     trainer.scaler.load_state_dict(state["loss_scaler"])
     if layout.rank == 0:
@@ -130,18 +134,21 @@ def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalSta
         v_shaped=kind.v_shaped,
     )
     with torch.device("meta"):
-        return LocalStages(
-            {
-                number: Stage(
-                    run.shards.config,
-                    *run.layers[number],
-                    embed=number == 0,
-                    head=number == count - 1,
-                    recompute=settings.activation_checkpointing,
-                )
-                for number in numbers
-            }
-        )
+        stages = {
+            number: Stage(
+                run.shards.config,
+                *run.layers[number],
+                embed=number == 0,
+                head=number == count - 1,
+                recompute=settings.activation_checkpointing,
+                part=Part(layout.tensor_rank, layout.tensor_size),
+            )
+            for number in numbers
+        }
+    if layout.tensor is not None:
+        for stage in stages.values():
+            stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
+    return LocalStages(stages)
 
 
 def _fill(stages: LocalStages, settings: Settings, run: RunInputs, resumed: Path | None, device: torch.device) -> None:
@@ -176,6 +183,7 @@ def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress
             "stages": len(run.layers),
             "layers_per_stage": layers_per_stage,
             "replicas": trainer.layout.replicas,
+            "tensor": trainer.layout.tensor_size,
             "schedule": settings.pp_mode,
         },
         "settings": to_json(settings),
@@ -257,15 +265,22 @@ def _find_checkpoint(settings: Settings, run: RunInputs, layout: Layout) -> Path
 
 
 def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: LocalStages) -> Trainer:
-    optimizer = build_optimizer(
-        settings.optimizer,
+    dtype = compute_dtype(settings.precision, layout)
+    weights = Weights(
         stages,
+        layout,
+        dtype=dtype,
+        sharded=settings.dp_mode == "sharded",
+        through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
+    )
+    weights.optimizer = build_optimizer(
+        settings.optimizer,
+        weights,
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
     )
-    dtype = compute_dtype(settings.precision, layout)
     scaler = LossScaler.create(
         fp16=dtype == torch.float16,
         fixed=settings.loss_scale,
@@ -283,14 +298,11 @@ def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: Lo
         max_grad_norm=settings.max_grad_norm,
     )
     return Trainer(
-        stages,
-        layout,
-        optimizer,
+        weights,
         scaler,
         schedule,
         dtype=dtype,
         pp_mode=settings.pp_mode,
         micro_batch_size=settings.micro_batch_size,
         seq_length=settings.seq_length,
-        reduce_through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
     )

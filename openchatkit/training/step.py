@@ -15,19 +15,12 @@ from torch import Tensor
 
 from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.dataset import Dataset
-from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
-from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
-from openchatkit.training.optimizer import (
-    add_tied_gradients,
-    gradient_of,
-    learning_rate,
-    squared_norms,
-    sum_gradients_over_replicas,
-)
+from openchatkit.training.optimizer import learning_rate
 from openchatkit.training.pipeline import Pipeline
 from openchatkit.training.precision import LossScaler, autocast
+from openchatkit.training.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -106,9 +99,7 @@ class Trainer:
 
     def __init__(
         self,
-        stages: LocalStages,
-        layout: Layout,
-        optimizer: torch.optim.Optimizer,
+        weights: Weights,
         scaler: LossScaler,
         schedule: Schedule,
         *,
@@ -116,22 +107,19 @@ class Trainer:
         pp_mode: str,
         micro_batch_size: int,
         seq_length: int,
-        reduce_through_cpu: bool,
     ) -> None:
-        self.stages, self.layout, self.optimizer, self.scaler, self.schedule = (
-            stages,
-            layout,
-            optimizer,
-            scaler,
-            schedule,
-        )
-        self.dtype, self.reduce_through_cpu = dtype, reduce_through_cpu
+        self.weights, self.scaler, self.schedule, self.dtype = weights, scaler, schedule, dtype
+        self.stages, self.layout = weights.stages, weights.layout
         self._loss_factor = 1.0
         self._source_losses = torch.zeros(0)
-        self._vocabulary_loss = VocabularyLoss(stages.projection) if stages.has_head else None
+        self._vocabulary_loss: VocabularyLoss | None = None
+        if self.stages.has_head:
+            first_row = self.stages.part.first(self.stages.config.vocab_size)
+            group = self.layout.tensor
+            self._vocabulary_loss = VocabularyLoss(self.stages.projection, group=group, first=first_row)
         self.pipeline = Pipeline(
-            stages,
-            layout,
+            self.stages,
+            self.layout,
             schedule=pp_mode,
             micro_batches=schedule.batch_size // micro_batch_size,
             micro_batch_size=micro_batch_size,
@@ -155,7 +143,7 @@ class Trainer:
         with autocast(self.layout.device, self.dtype):
             for batch in batches:
                 loss += self.pipeline.forward_backward(*self._place(batch))
-        self._sum_gradients()
+        self.weights.reduce_gradients()
         sums = self._sum_over_ranks(loss, stop, digest)
 
         grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
@@ -165,7 +153,7 @@ class Trainer:
         lr = learning_rate(number, peak=peak, warmup_steps=warmup_steps, total_steps=total_steps)
         if applied:
             self._update(grad_norm, lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.drop_gradients()
         result = StepResult(
             loss=sums.loss / self.scaler.scale if trained_tokens else math.nan,
             grad_norm=grad_norm,
@@ -232,30 +220,23 @@ class Trainer:
         labels, sources = target[:, :-1], target[:, -1:].expand(-1, target.shape[1] - 1)
         return self._vocabulary_loss(hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses)
 
-    def _sum_gradients(self) -> None:
-        """Add the gradients over replicas, and those of tied embeddings over both ends."""
-        parameters = list(self.stages.parameters())
-        for parameter in parameters:
-            if parameter.grad is None:
-                # None of this rank's tokens was trained on; the other ranks still wait for its gradient.
-                parameter.grad = torch.zeros_like(parameter)
-        sum_gradients_over_replicas(parameters, self.layout, through_cpu=self.reduce_through_cpu)
-        add_tied_gradients(self.stages, self.layout)
-
     def _sum_over_ranks(self, loss: Tensor, stop: bool, digest: int) -> _StepSums:
-        """Add up this rank's numbers of a step with the others'. UserError where ranks of a pipeline had other samples.
+        """Add up this rank's numbers of a step with the others'. UserError where ranks of a replica had other samples.
 
         Only the rank with the head has losses, and a shard's norm only the one with the shard: adding zeros is exact.
         """
         end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of ranks
         loss = loss.double()
-        shares = {"loss": loss, "stops": loss.new_tensor(stop), "source_losses": self._source_losses}
+        shares = {"stops": loss.new_tensor(stop), "ends_of_digests": loss.new_tensor(end_of_digest)}
+        shares["squared_norms"] = self.weights.squared_norms()
+        of_parts = self._add_up(shares, self.layout.sum_over_parts)
+        # Parts have the same losses, and replicas the same norms.
+        shares = {"loss": loss, "source_losses": self._source_losses, "stops": of_parts.pop("stops")}
         of_replicas = self._add_up(shares, self.layout.sum_over_replicas)
-        own = {"squared_norms": squared_norms(self.stages), "ends_of_digests": loss.new_tensor(end_of_digest)}
-        sums = _to_host(self._add_up(own | of_replicas, self.layout.sum_over_pipeline))
-        if sums["ends_of_digests"] != [end_of_digest * self.layout.pipeline_size]:
+        sums = _to_host(self._add_up(of_parts | of_replicas, self.layout.sum_over_pipeline))
+        if sums["ends_of_digests"] != [end_of_digest * self.layout.pipeline_size * self.layout.tensor_size]:
             raise UserError(
-                f"{self.layout.describe()} was fed other samples than another rank of its pipeline: the files that "
+                f"{self.layout.describe()} was fed other samples than another rank of its replica: the files that "
                 "--task-name stands for differ between machines; make them the same"
             )
         return _StepSums(
@@ -275,12 +256,7 @@ class Trainer:
     def _update(self, grad_norm: float, lr: float) -> None:
         limit = self.schedule.max_grad_norm
         factor = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
-        factor /= self.scaler.scale
-        if factor != 1.0:
-            torch._foreach_mul_([gradient_of(p) for p in self.stages.parameters()], factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.weights.step(factor / self.scaler.scale, lr)
 
 
 def _to_host(sums: Mapping[str, Tensor]) -> dict[str, list[Any]]:

@@ -23,6 +23,7 @@ from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.setup import RunProgress
 from openchatkit.training.step import Schedule, Trainer
+from openchatkit.training.weights import Weights
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +157,16 @@ def test_stages_with_different_samples_do_not_take_the_step(flags, prepared):
     for shard in stage.shards:
         stage.load(shard, shards.read(shard))
     layout = Layout(0, torch.device("cpu"))
-    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
+    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48}
     trainer = Trainer(
-        LocalStages({0: stage}), layout, None, None, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place
+        Weights(LocalStages({0: stage}), layout, dtype=torch.float32),
+        None,
+        Schedule(8, 1, 0.1, 0, 9, 1.0),
+        dtype=torch.float32,
+        **place,
     )
     # Of two stages; without a process group the other's digest counts as 0.
     trainer.layout = Layout(0, torch.device("cpu"), pipeline_size=2)
-    trainer._sum_gradients()  # zeros, where there is none
+    trainer.weights.reduce_gradients()  # zeros, where there is none
     with pytest.raises(UserError, match="was fed other samples than another rank"):
         trainer._sum_over_ranks(torch.zeros(()), False, 12345)

@@ -24,6 +24,7 @@ from openchatkit.training.device import let_cuda_blocks_grow, make_deterministic
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer, _StepSums
+from openchatkit.training.weights import Weights
 
 
 class CopiesInMainMemory(TorchDispatchMode):
@@ -45,19 +46,25 @@ class CopiesInMainMemory(TorchDispatchMode):
         self.bytes -= count
 
 
+def make_weights(stage, layout, optimizer):
+    weights = Weights(LocalStages({0: stage}), layout, dtype=torch.float32)
+    weights.optimizer = optimizer(weights.masters.values())
+    return weights
+
+
 @pytest.mark.parametrize("model", ["neox", "tied"])
 def test_optimizer_state_goes_to_a_device_tensor_by_tensor(tmp_path, flags, prepared, model):
     """With parameters on the meta device as if on a GPU: none of the state is copied within main memory first."""
     path = run(tmp_path, flags, model_name=prepared[model])
     with torch.device("meta"):
         stage = Stage(read_config(path)[1])
-    optimizer = torch.optim.AdamW(stage.parameters())
+    weights = make_weights(stage, Layout(0, torch.device("meta")), torch.optim.AdamW)
     with CopiesInMainMemory() as copies:
-        checkpoints.load_optimizer(optimizer, LocalStages({0: stage}), path)
+        checkpoints.load_optimizer(weights, path)
     sizes = []
     for shard, module in stage.named_shards():
         for name, parameter in module.named_parameters():
-            entry = optimizer.state[parameter]
+            entry = weights.optimizer.state[parameter]
             assert entry["exp_avg"].device.type == "meta"
             assert entry["exp_avg"].shape == parameter.shape, (shard, name)
             sizes.append(entry["exp_avg"].nbytes)
@@ -69,12 +76,12 @@ def test_loaded_optimizer_state_is_a_copy_of_the_file(tmp_path, flags):
     """The optimizer writes to its state, which must not show in what another reader of the checkpoint sees."""
     path = run(tmp_path, flags)
     stage = Stage(read_config(path)[1])
-    optimizer = torch.optim.AdamW(stage.parameters())
-    checkpoints.load_optimizer(optimizer, LocalStages({0: stage}), path)
+    weights = make_weights(stage, Layout(0, torch.device("cpu")), torch.optim.AdamW)
+    checkpoints.load_optimizer(weights, path)
     before = {shard: checkpoint.read_optimizer(path, shard) for shard in stage.shards}
     for shard, module in stage.named_shards():
         for name, parameter in module.named_parameters():
-            for key, value in optimizer.state[parameter].items():
+            for key, value in weights.optimizer.state[parameter].items():
                 assert torch.equal(value, before[shard][name][key])
                 value.add_(1)
                 assert not torch.equal(value, before[shard][name][key])
@@ -85,11 +92,14 @@ def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flag
     """The meta device has no values, so that code that waits for one, such as the number of trained tokens, fails."""
     stage = Stage(LayerShards.open(prepared["neox"]).config).to("meta")
     layout = Layout(0, torch.device("meta"))
-    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
-    optimizer = torch.optim.SGD(stage.parameters())
+    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48}
     scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
     trainer = Trainer(
-        LocalStages({0: stage}), layout, optimizer, scaler, Schedule(8, 1, 0.1, 0, 9, 1.0), dtype=torch.float32, **place
+        make_weights(stage, layout, torch.optim.SGD),
+        scaler,
+        Schedule(8, 1, 0.1, 0, 9, 1.0),
+        dtype=torch.float32,
+        **place,
     )
     data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
     dataset = build_dataset(str(flags["task_name"]), data)
@@ -118,11 +128,10 @@ def test_numbers_come_from_the_device_in_one_transfer_a_reduction(flags, prepare
         monkeypatch.setattr(torch.Tensor, name, functools.partialmethod(count, method))
     stage = Stage(LayerShards.open(prepared["neox"]).config)
     stage.init_weights(0)
-    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48, "reduce_through_cpu": False}
-    optimizer = torch.optim.SGD(stage.parameters())
+    place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48}
     scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
     layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
-    trainer = Trainer(LocalStages({0: stage}), layout, optimizer, scaler, schedule, dtype=torch.float32, **place)
+    trainer = Trainer(make_weights(stage, layout, torch.optim.SGD), scaler, schedule, dtype=torch.float32, **place)
     data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
     dataset = build_dataset(str(flags["task_name"]), data)
     called.clear()

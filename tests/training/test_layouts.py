@@ -1,6 +1,7 @@
 """`training/step.py` and `training/pipeline.py`: the same loss, gradients and, where promised, bits in all layouts."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ STAGES = {"pipeline_group_size": 2}
 REPLICAS = {"data_group_size": 2, "batch_size": 4}
 INTERLEAVED = {**STAGES, "pp_mode": "interleaved"}
 ZERO_BUBBLE = {**STAGES, "pp_mode": "zero-bubble", "activation_checkpointing": "false"}
+SHARDED = {**REPLICAS, "dp_mode": "sharded"}
+PARTS = {"tensor_group_size": 2}
 ZERO_BUBBLE_V = {**ZERO_BUBBLE, "pp_mode": "zero-bubble-v"}
 
 
 def run(folder: Path, flags: dict[str, object], **change: object) -> Path:
     """Train; returns the last checkpoint."""
     flags = {**flags, **change, "checkpoint_path": folder / "ckpt"}
-    world_size = flags.get("pipeline_group_size", 1) * flags.get("data_group_size", 1)
+    world_size = math.prod(flags.get(f"{axis}_group_size", 1) for axis in ("pipeline", "data", "tensor"))
     ended = ranks.train(folder, flags, world_size=world_size)
     assert ended.statuses == [0] * world_size, ended.errors
     return checkpoint.latest(folder / "ckpt")
@@ -125,6 +128,12 @@ def test_gradients_are_those_of_a_plain_loss(tmp_path, flags, prepared, one_proc
         REPLICAS,
         {**STAGES, **REPLICAS, "pp_mode": "1f1b"},
         {**INTERLEAVED, **REPLICAS},
+        SHARDED,
+        PARTS,
+        {"tensor_group_size": 4},
+        {**STAGES, **PARTS, "pp_mode": "1f1b"},
+        {**REPLICAS, **PARTS},
+        {**ZERO_BUBBLE, **SHARDED, **PARTS},
         {"micro_batch_size": 4},
         {"micro_batch_size": 8},
         {"batch_size": 4, "gradient_accumulate_step": 2},
@@ -284,3 +293,49 @@ def test_random_weights_are_those_of_the_seed(tmp_path, flags):
     one = run(tmp_path / "one", flags, **change)
     two = run(tmp_path / "two", flags, **change, **STAGES)
     assert_same_bits(one, two)
+
+
+@pytest.mark.parametrize("model", ["neox", "tied"])
+@pytest.mark.parametrize("change", [{}, {"bf16": True}, {"optimizer": "8bit-adam"}], ids=str)
+def test_shared_state_gives_the_bits_of_plain_replicas(tmp_path, flags, prepared, model, change):
+    """Weights, optimizer state, losses and norms, of parameters that two replicas have a run of each."""
+    flags = {**flags, "model_name": prepared[model], "total_steps": 4, **change, **REPLICAS}
+    plain = run(tmp_path / "plain", flags)
+    for name, other in {"sharded": {}, "stages": STAGES}.items():
+        shared = run(tmp_path / name, flags, **other, dp_mode="sharded")
+        assert_same_bits(plain, shared)
+        for key in ("loss", "grad_norm"):
+            assert [row[key] for row in metrics.read(plain.parent)] == [row[key] for row in metrics.read(shared.parent)]
+
+
+@pytest.mark.parametrize("model", ["neox", "tied", "gptj"])
+def test_parts_of_layers_train_as_the_whole(tmp_path, flags, prepared, model):
+    """Two steps, so that the second is taken with what the first made; an evaluation at the end."""
+    evaluation = {"evaluation_data": flags["task_name"], "evaluation_steps": 2, "evaluation_num_batch": 1}
+    flags = {**flags, "model_name": prepared[model], "total_steps": 2, "packing": "documents", **evaluation}
+    one = run(tmp_path / "one", flags)
+    two = run(tmp_path / "two", flags, **PARTS)
+    four = run(tmp_path / "four", flags, **PARTS, **INTERLEAVED)
+    assert_same_bits(two, four)
+    expected, found = tensors(one), tensors(two)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        # Adam divides by the root of the second moment: where gradients are nothing but rounding, so are updates.
+        if not name.endswith("exp_avg_sq"):
+            allowed = 1e-5 * tensor.abs().max() + (0 if "exp_avg" in name else 2e-5)
+            assert (found[name] - tensor).abs().max() <= allowed, name
+    for key in ("loss", "grad_norm", "evaluation_loss", "trained_tokens"):
+        values = [[row[key] for row in metrics.read(path.parent) if key in row] for path in (one, two)]
+        assert values[0]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_random_weights_in_parts_are_those_of_the_whole(tmp_path, flags):
+    change = {"load_pretrained_model": "false", "seed": 5, "lr": 0}
+    assert_same_weights(run(tmp_path / "one", flags, **change), run(tmp_path / "two", flags, **change, **PARTS))
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    weights = [{name: t for name, t in tensors(path).items() if name.count("/") == 1} for path in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
