@@ -21,6 +21,7 @@ from openchatkit.training.config import OptimizationSettings
 from openchatkit.training.loop import stop_requests
 
 STAGES = {"pipeline_group_size": 2, "pp_mode": "1f1b"}
+REPLICAS = {"data_group_size": 2, "batch_size": 4}
 LONG = {"total_steps": 60, "checkpoint_steps": 7}
 
 
@@ -98,7 +99,13 @@ def test_a_signal_that_arrives_twice_at_once_counts_once():
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"pipeline_group_size": 4, "pp_mode": "gpipe"}, {"batch_size": 4, "gradient_accumulate_step": 2}],
+    [
+        {},
+        {"pipeline_group_size": 4, "pp_mode": "gpipe"},
+        {"batch_size": 4, "gradient_accumulate_step": 2},
+        {"pp_mode": "interleaved"},
+        {"pp_mode": "zero-bubble-v", "activation_checkpointing": "false"},
+    ],
     ids=str,
 )
 def test_resumed_on_other_stages_gives_the_same_bits(tmp_path, flags, unstopped, change):
@@ -108,16 +115,57 @@ def test_resumed_on_other_stages_gives_the_same_bits(tmp_path, flags, unstopped,
     assert_same_bits(unstopped, run(tmp_path, flags, **LONG, **change))
 
 
-def test_resumed_on_other_replicas_is_equal_to_a_millionth(tmp_path, flags, unstopped):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {**STAGES, **REPLICAS},
+        {**STAGES, **REPLICAS, "dp_mode": "sharded"},
+        {"tensor_group_size": 2},
+        {"tensor_group_size": 2, **STAGES, "pp_mode": "interleaved"},
+        {"tensor_group_size": 2, **REPLICAS, "dp_mode": "sharded"},
+        pytest.param({"tensor_group_size": 2, **STAGES, **REPLICAS, "dp_mode": "sharded"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_resumed_on_other_replicas_and_parts_is_equal_to_a_millionth(tmp_path, flags, unstopped, change):
     folder = tmp_path / "ckpt"
     shutil.copytree(older(unstopped, 56), folder / "checkpoint_56")
     (folder / "latest").write_text("56\n")
-    path = run(tmp_path, flags, **LONG, **STAGES, data_group_size=2, batch_size=4)
-    expected, found = tensors(unstopped), tensors(path)
+    assert_weights_near(unstopped, run(tmp_path, flags, **LONG, **change))
+
+
+def assert_weights_near(one: Path, other: Path) -> None:
+    expected, found = tensors(one), tensors(other)
     for name in expected:
         if "/step" not in name and "exp_avg" not in name:
             assert (expected[name] - found[name]).abs().max() <= 1e-6, name
     assert expected.keys() == found.keys()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{**REPLICAS, "dp_mode": "sharded", "optimizer": "8bit-adam"}, {**REPLICAS, "dp_mode": "sharded", "bf16": True}],
+    ids=str,
+)
+def test_shared_state_resumes_to_the_bits_of_plain_replicas(tmp_path, flags, change):
+    """And on again: from runs of each replica to whole parameters, and from those to runs."""
+    whole = run(tmp_path / "whole", flags, total_steps=6, checkpoint_steps=2, keep_checkpoints=3, **change)
+    plain = {**change, "dp_mode": "allreduce"}
+    for name, first, then in (("to_plain", 2, plain), ("to_shared", 4, {**change, **STAGES, "pp_mode": "gpipe"})):
+        folder = tmp_path / name / "ckpt"
+        shutil.copytree(older(whole, first), folder / f"checkpoint_{first}")
+        (folder / "latest").write_text(f"{first}\n")
+        assert_same_bits(whole, run(tmp_path / name, flags, total_steps=6, **then))
+
+
+def test_a_run_in_parts_is_resumed_by_one_process(tmp_path, flags):
+    change = {"total_steps": 6, "lr": 1e-4}
+    parts = {"tensor_group_size": 2, **STAGES, "checkpoint_steps": 3}
+    whole = run(tmp_path / "whole", flags, **change, **parts)
+    folder = tmp_path / "part" / "ckpt"
+    shutil.copytree(older(whole, 3), folder / "checkpoint_3")
+    (folder / "latest").write_text("3\n")
+    assert_weights_near(whole, run(tmp_path / "part", flags, **change))
 
 
 def older(newest: Path, step: int) -> Path:
