@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import platform
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,3 +119,31 @@ def keep_gradient_in_float32(parameter: Tensor) -> None:
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype that a parameter's gradient has: the parameter's, but for `keep_gradient_in_float32`."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+@functools.lru_cache(maxsize=64)
+def list_pipeline_actions(
+    torch_class: str, ranks: int, micro_batches: int, stages_a_rank: int
+) -> list[list[tuple[str, int, int]]] | None:
+    """Return each rank's passes by one of torch's schedules that take lists of stages: kind, stage, micro-batch.
+
+    Kinds are F (forward), B (backward), and where backward is split I (of inputs) and W (of weights). The schedule is
+    made of stages that can do nothing. It keeps its list in a public attribute whose entries have private names; None
+    where either is missing.
+    """
+    from torch.distributed import pipelining
+
+    stages: Any = [
+        types.SimpleNamespace(
+            group_rank=0, group_size=ranks, num_stages=ranks * stages_a_rank, stage_index=number * ranks, submod=None
+        )
+        for number in range(stages_a_rank)
+    ]
+    try:
+        order = getattr(pipelining, torch_class)(stages, micro_batches).pipeline_order
+        return [
+            [(a.computation_type.value, a.stage_index, a.microbatch_index) for a in order[rank] if a is not None]
+            for rank in range(ranks)
+        ]
+    except (AttributeError, TypeError):
+        return None
