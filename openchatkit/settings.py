@@ -35,13 +35,15 @@ def setting(
     check: Callable[[str], Any] | None = None,
     choices: Collection[str] = (),
     required: bool = False,
+    alone: Any = None,
 ) -> Any:
     """Declare a dataclass field that is a flag.
 
     `help` says in Markdown what it means. `check` makes the value of its text and raises ArgumentTypeError; by default
     it is that of the field's type. Without a default, the user (`required`) or the command itself has to give a value.
+    `alone` is the value of the flag where none follows it, if one may be left out.
     """
-    metadata = {"help": help, "check": check, "choices": tuple(choices), "required": required}
+    metadata = {"help": help, "check": check, "choices": tuple(choices), "required": required, "alone": alone}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -70,7 +72,11 @@ def add_flags(parser: argparse._ActionsContainer, settings: Collection[dataclass
         text = field.metadata["help"] + (
             f" (default: {_format_default(field.default)})" if _format_default(field.default) else ""
         )
-        options: dict[str, Any] = {"nargs": "?", "const": True, "metavar": "true|false"} if field.type is bool else {}
+        options: dict[str, Any] = {}
+        if field.type is bool:
+            options = {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif field.metadata["alone"] is not None:
+            options = {"nargs": "?", "const": field.metadata["alone"]}
         parser.add_argument(
             flag(field.name),
             type=_find_check(field),

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import WHOLE, Cut, Part, cut_tensor, whole_shape
 from openchatkit.models.layers import RotaryTable, document_mask
+from openchatkit.models.recompute import recompute as recompute_layer
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
 
@@ -39,10 +39,12 @@ class Stage(nn.Module):
         embed: bool = True,
         head: bool = True,
         recompute: bool = False,
+        selective: bool = False,
         part: Part = WHOLE,
     ) -> None:
         super().__init__()
-        self.config, self.recompute, self.part = config, recompute, part
+        self.config, self.part = config, part
+        self.recompute, self.selective = recompute, selective
         last = config.num_layers if last is None else last
         names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
         self.shards = nn.ModuleDict({name: family(config).module(config, name, part) for name in names})
@@ -92,7 +94,7 @@ class Stage(nn.Module):
             elif cache is not None:
                 x = module(x, cos, sin, mask, next(caches))
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(module, x, cos, sin, mask, use_reentrant=False, preserve_rng_state=False)
+                x = recompute_layer(module, x, cos, sin, mask, selective=self.selective)
             else:
                 x = module(x, cos, sin, mask)
         return x

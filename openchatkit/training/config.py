@@ -4,6 +4,7 @@ Names and meanings are the original kit's where it had them. `step` is one optim
 batch-size x gradient-accumulate-step x data-group-size rows.
 """
 
+import argparse
 import dataclasses
 import math
 import os
@@ -18,6 +19,7 @@ from openchatkit.data.options import DataSettings
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
 from openchatkit.settings import Given, SettingsParser, fields, flag, setting
+from openchatkit.texts import parse_bool
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
 
 MODEL_TYPES = {"gptneox": "gpt_neox", "gptj": "gptj"}
@@ -50,7 +52,6 @@ _REFUSED = {
     "aws_region": _NO_UPLOAD,
     "checkpoint_upload_prefix": _NO_UPLOAD,
     "event_host": "events are not posted; read metrics.jsonl in --checkpoint-path, or use --train-log-backend wandb",
-    "use_offload": "optimizer state stays on the device; --optimizer 8bit-adam needs a quarter of the memory",
 }
 
 # Each of these sets says one thing in several ways.
@@ -59,6 +60,15 @@ _ALTERNATIVES = (
     {"total_steps", "nepochs"},
     {"checkpoint_steps", "num_checkpoints"},
 )
+
+
+def _parse_recomputing(text: str) -> str:
+    """Return `--activation-checkpointing`'s value, which was yes or no in the original kit."""
+    answer = parse_bool(text)
+    value = text.strip().lower() if answer is None else ("full" if answer else "none")
+    if value not in ("none", "full", "selective"):
+        raise argparse.ArgumentTypeError(f"expected none, full or selective, got {text!r}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +153,14 @@ class StepSettings:
     batch_size: int = setting(32, check=positive_int, help="rows that a replica puts through at once")
     micro_batch_size: int = setting(8, check=positive_int, help="rows of one micro-batch")
     gradient_accumulate_step: int = setting(1, check=positive_int, help="batches a step")
-    activation_checkpointing: bool = setting(True, help="recompute layers in the backward pass, to save memory")
+    activation_checkpointing: str = setting(
+        "full",
+        check=_parse_recomputing,
+        alone="full",
+        help="what of layers to compute again in the backward pass, to save memory: `none`, `full` (all; a layer keeps "
+        "its input), or `selective` (all but attention and the products with small results). `true` and `false` stand "
+        "for `full` and `none`",
+    )
     deterministic: bool = setting(
         False, help="the same bits from every run on GPUs, at some cost in speed; CPUs need no flag for it"
     )
@@ -156,6 +173,11 @@ class OptimizationSettings:
     title: ClassVar[str] = "optimization"
     optimizer: str = setting(
         "adamw", choices=("adam", "adamw", "8bit-adam"), help="`8bit-adam` keeps its state in a quarter of the memory"
+    )
+    use_offload: bool = setting(
+        False,
+        help="keep float32 weights and the optimizer's state in main memory, and take the step on the processor; a GPU "
+        "then holds gradients and what layers compute with",
     )
     lr: float = setting(1e-5, check=non_negative_float, help="peak learning rate")
     warmup_steps: int = setting(0, check=natural, help="steps of linear rise, after which it falls to 0")
@@ -262,6 +284,11 @@ class Settings(
             raise UserError("--evaluation-steps and --evaluation-data go together: how often, and on what")
 
     @property
+    def recompute(self) -> bool:
+        """Whether layers compute anything again in the backward pass."""
+        return self.activation_checkpointing != "none"
+
+    @property
     def stages(self) -> int:
         """Number of stages in a pipeline."""
         return self.pipeline_group_size * resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
@@ -299,7 +326,7 @@ class Settings(
             pipeline_size=self.pipeline_group_size,
             micro_batches=self.batch_size // self.micro_batch_size,
             batch=f"--batch-size {self.batch_size} / --micro-batch-size {self.micro_batch_size}",
-            recompute=self.activation_checkpointing,
+            recompute=self.recompute,
         )
 
 

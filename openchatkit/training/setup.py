@@ -100,7 +100,7 @@ def balance_stages(settings: Settings, run: RunInputs, layout: Layout) -> RunInp
         rows=settings.micro_batch_size,
         length=settings.seq_length,
         dtype=compute_dtype(settings.precision, layout),
-        recompute=settings.activation_checkpointing,
+        recompute=settings.recompute,
     )
     return replace(run, layers=layers)
 
@@ -140,7 +140,8 @@ def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalSta
                 *run.layers[number],
                 embed=number == 0,
                 head=number == count - 1,
-                recompute=settings.activation_checkpointing,
+                recompute=settings.recompute,
+                selective=settings.activation_checkpointing == "selective",
                 part=Part(layout.tensor_rank, layout.tensor_size),
             )
             for number in numbers
@@ -271,6 +272,7 @@ def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: Lo
         layout,
         dtype=dtype,
         sharded=settings.dp_mode == "sharded",
+        offloaded=settings.use_offload,
         through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
     )
     weights.optimizer = build_optimizer(

@@ -67,7 +67,8 @@ class Run:
 class Weights:
     """The weights of a rank's stages; made once these are filled in float32, on the device that trains.
 
-    `sharded`: replicas share masters and optimizer state. `through_cpu`: replicas exchange by gloo on the CPU.
+    `sharded`: replicas share masters and optimizer state. `offloaded`: these are in main memory, and the processor
+    updates them. `through_cpu`: replicas exchange by gloo on the CPU.
     `optimizer` is set before the first step; it updates `masters`.
     """
 
@@ -80,9 +81,10 @@ class Weights:
         *,
         dtype: torch.dtype,
         sharded: bool = False,
+        offloaded: bool = False,
         through_cpu: bool = False,
     ) -> None:
-        self.stages, self.layout, self._through_cpu = stages, layout, through_cpu
+        self.stages, self.layout, self._offloaded, self._through_cpu = stages, layout, offloaded, through_cpu
         self.sharded = sharded and layout.data is not None
         self._parameters = {
             (shard, name): parameter
@@ -160,7 +162,7 @@ class Weights:
             torch._foreach_mul_(gradients, factor)
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             if not isinstance(master, nn.Parameter):
-                master.grad = gradient.view_as(master)
+                master.grad = gradient.view_as(master).to(master.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -223,11 +225,13 @@ class Weights:
     def _make_master(self, run: Run, copied: torch.dtype) -> Tensor:
         """Return what the optimizer updates: the parameter itself where that is whole and float32, else a copy."""
         parameter = self.parameter(run)
-        computes = copied != torch.float32 and _computes_in_products(run.place.shard, parameter)
-        if run.is_whole:
-            return parameter.detach().clone() if computes else parameter
-        flat = parameter.detach().view(-1)[run.start : run.stop]
-        return flat.clone() if computes else flat
+        is_apart = self._offloaded or copied != torch.float32 and _computes_in_products(run.place.shard, parameter)
+        if run.is_whole and not is_apart:
+            return parameter
+        values = parameter.detach()
+        if not run.is_whole:
+            values = values.view(-1)[run.start : run.stop]
+        return values.to("cpu" if self._offloaded else values.device, copy=is_apart)
 
     def _gradient(self, run: Run) -> Tensor:
         """Return the gradient of a run, flat, as a view."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,7 @@ def test_gradients_do_not_depend_on_the_layout(tmp_path, flags, one_process, cha
         {**STAGES, "pp_mode": "1f1b"},
         {"batch_size": 4, "gradient_accumulate_step": 2, **STAGES},
         {"activation_checkpointing": "false"},
+        {"activation_checkpointing": "selective"},
         INTERLEAVED,
         {**INTERLEAVED, "balance": "auto"},
         ZERO_BUBBLE,
@@ -231,7 +233,7 @@ def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
 @pytest.mark.parametrize("change", [{"bf16": True}, {"optimizer": "8bit-adam"}, {"optimizer": "adam"}], ids=str)
 def test_other_precisions_and_optimizers(tmp_path, flags, change):
     one = run(tmp_path / "one", flags, total_steps=3, **change)
-    two = run(tmp_path / "two", flags, total_steps=3, **INTERLEAVED, **change)
+    two = run(tmp_path / "two", flags, total_steps=3, **INTERLEAVED, activation_checkpointing="selective", **change)
     assert_same_bits(one, two)
     assert metrics.read(one.parent)[-1]["loss"] < metrics.read(one.parent)[0]["loss"]
 
@@ -308,13 +310,23 @@ def test_shared_state_gives_the_bits_of_plain_replicas(tmp_path, flags, prepared
             assert [row[key] for row in metrics.read(plain.parent)] == [row[key] for row in metrics.read(shared.parent)]
 
 
+@pytest.mark.parametrize("change", [{}, {**SHARDED, "bf16": True}, {"optimizer": "8bit-adam"}], ids=str)
+def test_offloaded_state_gives_the_same_bits(tmp_path, flags, change):
+    """From the start, and going on from a checkpoint of a run that was not."""
+    flags = {**flags, **change, "total_steps": 4, "checkpoint_steps": 2}
+    here = run(tmp_path / "here", flags)
+    assert_same_bits(here, run(tmp_path / "there", flags, use_offload=True))
+    shutil.copytree(here.parent / "checkpoint_2", tmp_path / "again" / "ckpt" / "checkpoint_2")
+    assert_same_bits(here, run(tmp_path / "again", flags, use_offload=True))
+
+
 @pytest.mark.parametrize("model", ["neox", "tied", "gptj"])
 def test_parts_of_layers_train_as_the_whole(tmp_path, flags, prepared, model):
     """Two steps, so that the second is taken with what the first made; an evaluation at the end."""
     evaluation = {"evaluation_data": flags["task_name"], "evaluation_steps": 2, "evaluation_num_batch": 1}
     flags = {**flags, "model_name": prepared[model], "total_steps": 2, "packing": "documents", **evaluation}
     one = run(tmp_path / "one", flags)
-    two = run(tmp_path / "two", flags, **PARTS)
+    two = run(tmp_path / "two", flags, activation_checkpointing="selective", **PARTS)
     four = run(tmp_path / "four", flags, **PARTS, **INTERLEAVED)
     assert_same_bits(two, four)
     expected, found = tensors(one), tensors(two)

@@ -1,0 +1,73 @@
+"""`models/recompute.py`: the same bits, and what layers keep for their backward pass."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from openchatkit.models.registry import config_from_hf
+from openchatkit.models.stage import Stage
+
+RAW = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 32,
+}
+FAMILIES = {
+    "neox": {"model_type": "gpt_neox", **RAW},
+    "gptj": {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4, **RAW},
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts products by the width of their result, and calls of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            self.counts[f"product {result.shape[1]}"] += 1
+        elif name.startswith("_scaled_dot_product") and "backward" not in name:
+            self.counts["attention"] += 1
+        return result
+
+
+def gradients(kind: str, *, documents: bool, **options: bool) -> tuple[list[torch.Tensor], Counter, Counter]:
+    """Gradients of a fixed batch, and the operators of the forward and of the backward pass."""
+    stage = Stage(config_from_hf(FAMILIES[kind]), **options)
+    stage.init_weights(0)
+    tokens = torch.arange(48).reshape(2, 24) % 64
+    starts = torch.tensor([[0] * 10 + [10] * 14, [0] * 24]) if documents else None
+    with Operators() as forward:
+        loss = stage.logits(stage(tokens, starts)).square().mean()
+    with Operators() as backward:
+        loss.backward()
+    return [parameter.grad for parameter in stage.parameters()], forward.counts, backward.counts
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_recomputed_layers_have_the_same_gradients(kind, documents):
+    plain, forward, backward = gradients(kind, documents=documents)
+    full, full_forward, full_backward = gradients(kind, documents=documents, recompute=True)
+    selective, selective_forward, selective_backward = gradients(
+        kind, documents=documents, recompute=True, selective=True
+    )
+    for other in (full, selective):
+        assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+    assert forward == full_forward == selective_forward
+    # Full: attention and the products before the last again, once a layer. Selective: the wide products alone.
+    wide = ("product 96", "product 128") if kind == "neox" else ("product 128",)
+    assert full_backward["attention"] == 2
+    assert selective_backward["attention"] == 0
+    for width in wide:
+        assert full_backward[width] - backward[width] == selective_backward[width] - backward[width] == 2
+    assert full_backward["product 32"] > selective_backward["product 32"] == backward["product 32"]
