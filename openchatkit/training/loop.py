@@ -57,7 +57,9 @@ class Loop:
         tokens = self.trainer.global_batch * self.settings.seq_length
         self.progress.step += 1
         self.progress.tokens += tokens
-        self._soundness.add(result, scale_can_fall=self.trainer.scaler.can_fall)
+        self._soundness.add(
+            result, scale_can_fall=self.trainer.scaler.can_fall, sources=[s.name for s in self.inputs.dataset.sources]
+        )
         if self._ledger is not None:
             self._ledger.add(self.progress.step, self.trainer.global_batch, result)
         if self._reporter is not None:
@@ -72,7 +74,9 @@ class Loop:
                 "loss_scale": self.trainer.scaler.scale,
                 "sources": by_name(self.inputs.dataset, result.sources),
             }
-            self._reporter.report_step(row, applied=result.applied)
+            last = self.progress.step * self.trainer.global_batch
+            samples = range(last - self.trainer.global_batch, last)
+            self._reporter.report_step(row, applied=result.applied, samples=samples)
         self._soundness.check()
 
     def _evaluate_if_due(self) -> None:

@@ -54,15 +54,19 @@ class Reporter:
         self._last_printed = 0.0
         self._forecast = Forecast(total_steps, clock=clock)
 
-    def report_step(self, row: dict[str, Any], *, applied: bool) -> None:
+    def report_step(self, row: dict[str, Any], *, applied: bool, samples: range) -> None:
         """Report one step: step, loss, lr, grad_norm, tokens, tokens_per_second, loss_scale, trained_tokens, sources.
 
-        A norm or loss that is not finite is written as null, since JSON has no NaN and no infinity.
+        `samples` are the numbers of its samples, as `tools/inspect_data.py --first` counts them. A norm or loss that is
+        not finite is written as null, since JSON has no NaN and no infinity.
         """
         row = _replace_non_finite(row)
         if not applied:
             why = "the gradient is not finite" if row["trained_tokens"] else "none of its tokens is trained on"
-            logger.warning("step {}: {}, no weight was changed", row["step"], why)
+            bad = [name for name, of in row["sources"].items() if of["loss"] is None and of["trained_tokens"]]
+            blamed = f", the loss of {', '.join(bad)} neither" if bad else ""
+            numbers = f"samples {samples[0]} to {samples[-1]}"
+            logger.warning("step {}, {}: {}{}; no weight was changed", row["step"], numbers, why, blamed)
         self._append(row)
         loss = _format_number(row["loss"], row["trained_tokens"])
         self._bar.update()

@@ -1,6 +1,7 @@
 """Sound weights are those that a step was taken with: no checkpoint of others takes the place of theirs."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit.distributed.layout import Layout
@@ -26,10 +27,12 @@ class Soundness:
         self._not_finite = 0  # steps in a row, up to the last one, whose gradient was not finite
         self._hopeless = 0  # of these, those that no lower loss scale could have helped
         self._loss_is_finite = True  # as far as is known
+        self._blamed: set[str] = set()  # sources whose loss was finite in none of the steps of `_not_finite`
 
-    def add(self, result: StepResult, *, scale_can_fall: bool) -> None:
+    def add(self, result: StepResult, *, scale_can_fall: bool, sources: Sequence[str]) -> None:
         """Judge the weights that a step was taken with. `scale_can_fall`: whether the loss scale may still become less.
 
+        `sources` are the names of the sources whose losses the step has.
         Once a step has been taken with the weights of the last checkpoint, older checkpoints are deleted.
         """
         if result.applied:
@@ -44,13 +47,20 @@ class Soundness:
         elif result.trained_tokens:
             self._not_finite, self._loss_is_finite = self._not_finite + 1, math.isfinite(result.loss)
             self._hopeless += not (self._loss_is_finite and scale_can_fall)
+            bad = {
+                name
+                for name, loss in zip(sources, result.sources, strict=True)
+                if loss.mean is not None and not math.isfinite(loss.mean)
+            }
+            # Of all these steps: a source that was good in one of them is not what is wrong.
+            self._blamed = bad if self._not_finite == 1 else self._blamed & bad
 
     def check(self) -> None:
         """Raise UserError after too many steps in vain."""
         if self._hopeless == _HOPELESS:
             raise UserError(
-                f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}: lower "
-                f"--lr, use --bf16 instead of --fp16, or look at the data; {self.go_back()}"
+                f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}"
+                f"{self._blame()}: lower --lr, use --bf16 instead of --fp16, or look at the data; {self.go_back()}"
             )
 
     def check_end(self) -> None:
@@ -62,9 +72,12 @@ class Soundness:
             )
         if self.progress.saved != self.progress.step:
             raise UserError(
-                f"the loss of the last {self._not_finite} steps was not finite, so that nothing of them is saved: "
-                f"lower --lr, or look at the data; {self.go_back()}"
+                f"the loss of the last {self._not_finite} steps was not finite{self._blame()}, so that nothing of them "
+                f"is saved: lower --lr, or look at the data; {self.go_back()}"
             )
+
+    def _blame(self) -> str:
+        return f", nor the loss of {', '.join(sorted(self._blamed))}" if self._blamed else ""
 
     def may_save(self, *, last: bool) -> bool:
         """Return whether the weights may be saved: not after a step whose gradient was not finite.

@@ -62,7 +62,7 @@ def test_the_reporter_logs_the_forecast(tmp_path):
             clock.now += 6.0
             row = {"step": step, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0}
             row["trained_tokens"] = 8
-            reporter.report_step(row, applied=True)
+            reporter.report_step(row, applied=True, samples=range(8))
     finally:
         logger.remove(sink)
         reporter.close()

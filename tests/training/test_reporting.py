@@ -4,6 +4,7 @@ import json
 
 import pytest
 import ranks
+from loguru import logger
 
 from openchatkit.formats import metrics
 from openchatkit.settings import to_json
@@ -77,6 +78,9 @@ def test_metrics_survive_a_cut_line(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
+    """And the step's samples are named, with the sources whose loss is not finite."""
+    said = []
+    sink = logger.add(lambda message: said.append(message.record["message"]))
     place = {"first_step": 0, "total_steps": 2, "backend": "print", "project": "", "job_id": "", "config": {}}
     reporter = Reporter(tmp_path, **place)
     sources = {"a": {"loss": float("nan"), "trained_tokens": 3}, "b": {"loss": None, "trained_tokens": 0}}
@@ -88,7 +92,11 @@ def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
         "tokens_per_second": 1.0,
         "trained_tokens": 3,
     }
-    reporter.report_step({**row, "sources": sources}, applied=False)
+    reporter.report_step({**row, "sources": sources}, applied=False, samples=range(8, 16))
+    logger.remove(sink)
+    assert said[0] == (
+        "step 1, samples 8 to 15: the gradient is not finite, the loss of a neither; no weight was changed"
+    )
     row = {"step": 1, "evaluation_loss": float("nan"), "evaluation_tokens": 3, "evaluation_sources": sources}
     reporter.report_evaluation(row)
     reporter.close()

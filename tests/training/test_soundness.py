@@ -1,6 +1,7 @@
 """`training/soundness.py`, and the warnings before a run: bad steps replace no good checkpoint, bad input is named."""
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from test_layouts import run, tensors
 
 from openchatkit.convert.from_hf import prepare
+from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, metrics
+from openchatkit.training.setup import RunProgress
+from openchatkit.training.soundness import Soundness
+from openchatkit.training.step import SourceLoss, StepResult
 
 STAGES = {"pipeline_group_size": 2, "pp_mode": "1f1b"}
 
@@ -240,3 +245,15 @@ def test_a_full_disk_is_one_line_of_every_rank_and_leaves_the_old_checkpoint(tmp
         assert "the disk is full: make room" in errors
         assert "Traceback" not in errors
     assert not [path for path in (small_disk / "ckpt").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_source_whose_loss_was_never_finite_is_named(tmp_path):
+    soundness = Soundness(tmp_path, RunProgress(), Layout(0, torch.device("cpu")), keep=2)
+    good, bad, none = SourceLoss(1.0, 4), SourceLoss(math.nan, 4), SourceLoss(0.0, 0)
+    rows = [(good, bad, bad), (bad, bad, none), *[(bad, bad, bad)] * 18]
+    for sources in rows:
+        fields = {"grad_norm": math.nan, "lr": 0.1, "applied": False, "stop": False, "digest": 0}
+        result = StepResult(loss=math.nan, trained_tokens=12, sources=sources, **fields)
+        soundness.add(result, scale_can_fall=False, sources=["a", "b", "c"])
+    with pytest.raises(UserError, match="20 steps in a row, up to step 0, nor the loss of b: lower --lr"):
+        soundness.check()
