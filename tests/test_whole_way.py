@@ -78,8 +78,8 @@ def test_from_a_base_model_to_a_chat(place, shell):
 @pytest.mark.parametrize(
     ("recipe", "flags"),
     [
-        ("Pythia-Chat-Base-7B", "--num-layers 4 --batch-size 8"),
-        ("GPT-NeoXT-Chat-Base-20B", "--num-layers 2 --batch-size 8"),
+        ("Pythia-Chat-Base-7B", "--num-layers 2 --batch-size 8"),
+        ("GPT-NeoXT-Chat-Base-20B", "--num-layers 4 --batch-size 8"),
     ],
 )
 @pytest.mark.long

@@ -21,7 +21,6 @@ train() {
         --total-steps "${FINETUNE_TOTAL_STEPS:-$TOTAL_STEPS}" \
         --checkpoint-steps "${FINETUNE_CHECKPOINT_STEPS:-$CHECKPOINT_STEPS}" \
         --dist-url tcp://127.0.0.1:7033 \
-        --pp-mode 1f1b \
         "$@"
 }
 

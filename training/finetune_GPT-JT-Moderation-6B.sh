@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tune GPT-JT-6B into a moderation model on 8 GPUs of 40 GB: 2 replicas of 4 pipeline stages of 7 layers.
+# Fine-tune GPT-JT-6B into a moderation model on 8 GPUs of 40 GB: 4 replicas, which share the optimizer's state, of 2
+# pipeline ranks with 2 stages of 7 layers each.
 # First: python pretrained/GPT-J-6B/prepare.py --model-name togethercomputer/GPT-JT-6B-v1
 #        python data/OIG-moderation/prepare.py
 # Flags of dist_clm_train.py, --config among them, and FINETUNE_* variables win over what is set here: see README.md.
@@ -17,9 +18,10 @@ CHECKPOINT_STEPS=100
 
 train 8 \
     --model-type gptj --num-layers 7 --embedding-dim 4096 \
-    --pipeline-group-size 4 --data-group-size 2 \
+    --pipeline-group-size 2 --data-group-size 4 \
+    --pp-mode interleaved --stages-per-rank 2 --dp-mode sharded \
     --packing documents --loss-on responses --seq-length 2048 \
-    --batch-size 32 --micro-batch-size 1 --gradient-accumulate-step 1 \
+    --batch-size 16 --micro-batch-size 1 --gradient-accumulate-step 1 \
     --optimizer adamw --lr 1e-5 --warmup-steps 100 \
     --precision auto --activation-checkpointing true \
     --seed 42 \

@@ -14,7 +14,7 @@ CHECKPOINT_STEPS=700
 train 2 \
     --model-type gptneox --num-layers 2 --embedding-dim 128 \
     --use-cuda false --dp-backend gloo \
-    --pipeline-group-size 2 --data-group-size 1 \
+    --pipeline-group-size 2 --data-group-size 1 --pp-mode 1f1b \
     --packing none --loss-on responses --seq-length 208 \
     --batch-size 8 --micro-batch-size 2 --gradient-accumulate-step 1 \
     --optimizer adamw --lr 5e-3 --warmup-steps 50 \

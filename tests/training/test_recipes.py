@@ -1,13 +1,20 @@
-"""The recipes as a shell runs them, with a stand-in for Python that prints its arguments; and the README's flags."""
+"""The recipes as a shell runs them: with a stand-in for Python that prints its arguments, and with all their ranks on
+small models; and the README's flags."""
 
+import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import ranks
+from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from openchatkit.convert.from_hf import prepare
+from openchatkit.formats import checkpoint, metrics
 from openchatkit.paths import ROOT
 from openchatkit.settings import update_table
 from openchatkit.training import config
@@ -51,9 +58,13 @@ def given(tmp_path):
 def test_the_trainer_accepts_every_recipe(given, recipe):
     launcher_flags, arguments = given(recipe)
     settings = config.parse([*arguments, "--rank", "0", "--cuda-id", "0", *launcher_flags])
-    assert launcher_flags == ["--world-size", str(settings.pipeline_group_size * settings.data_group_size)]
+    groups = (settings.pipeline_group_size, settings.data_group_size, settings.tensor_group_size)
+    assert launcher_flags == ["--world-size", str(math.prod(groups))]
     assert not settings.ignored
-    assert settings.pp_mode == "1f1b"
+    # GPipe, which is the flag's default, holds all micro-batches at a time.
+    assert settings.pipeline_group_size == 1 or settings.pp_mode in ("1f1b", "interleaved")
+    # Sharing among replicas costs no bits.
+    assert settings.data_group_size == 1 or settings.dp_mode == "sharded"
 
 
 def sources(settings: config.Settings) -> dict[str, float]:
@@ -62,26 +73,19 @@ def sources(settings: config.Settings) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "model_name", "expected"),
+    ("recipe", "model_name", "rows", "expected"),
     [
-        (
-            "finetune_GPT-NeoXT-Chat-Base-20B.sh",
-            "GPT-Neo-XT-Chat-Base-20B",
-            {"lr": 1e-6, "batch_size": 64, "num_layers": 6, "embedding_dim": 6144, "pipeline_group_size": 8},
-        ),
-        (
-            "finetune_Pythia-Chat-Base-7B.sh",
-            "Pythia-Chat-Base-7B",
-            {"lr": 1e-5, "batch_size": 32, "num_layers": 8, "embedding_dim": 4096, "pipeline_group_size": 4},
-        ),
+        ("finetune_GPT-NeoXT-Chat-Base-20B.sh", "GPT-Neo-XT-Chat-Base-20B", 64, {"lr": 1e-6, "embedding_dim": 6144}),
+        ("finetune_Pythia-Chat-Base-7B.sh", "Pythia-Chat-Base-7B", 64, {"lr": 1e-5, "embedding_dim": 4096}),
     ],
 )
-def test_the_original_recipes_keep_its_hyper_parameters(given, recipe, model_name, expected):
+def test_the_original_recipes_keep_its_hyper_parameters(given, recipe, model_name, rows, expected):
     _, arguments = given(recipe)
     settings = config.parse(arguments)
     assert {key: getattr(settings, key) for key in expected} == expected
     assert (settings.total_steps, settings.checkpoint_steps, settings.warmup_steps) == (20000, 100, 10)
-    assert (settings.seq_length, settings.micro_batch_size, settings.gradient_accumulate_step) == (2048, 1, 1)
+    assert (settings.seq_length, settings.micro_batch_size) == (2048, 1)
+    assert count_rows(settings) == rows
     assert (settings.optimizer, settings.fp16, settings.seed, settings.loss_on) == ("adam", True, 42, "all")
     assert settings.checkpoint_path.parts[-2:] == ("model_ckpts", model_name)
     weights = sources(settings)
@@ -90,11 +94,31 @@ def test_the_original_recipes_keep_its_hyper_parameters(given, recipe, model_nam
     assert sum(weights.values()) == pytest.approx(1.84)
 
 
+def count_rows(settings: config.Settings) -> int:
+    """Return the rows of a step."""
+    return settings.batch_size * settings.gradient_accumulate_step * settings.data_group_size
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "warmup_steps"),
+    [
+        ("finetune_GPT-J-6B.sh", 64, 10),
+        ("finetune_RedPajama-INCITE-Chat-3B.sh", 32, 0),
+        ("finetune_RedPajama-INCITE-7B-Chat.sh", 32, 0),
+    ],
+)
+def test_other_models_of_the_original_train_as_it_did(given, recipe, rows, warmup_steps):
+    _, arguments = given(recipe)
+    settings = config.parse(arguments)
+    assert (count_rows(settings), settings.lr, settings.warmup_steps) == (rows, 1e-5, warmup_steps)
+    assert (settings.seq_length, settings.seed, settings.loss_on) == (2048, 42, "all")
+
+
 @pytest.mark.parametrize("recipe", ["finetune_GPT-JT-Moderation-6B.sh", "finetune_Pythia-Moderation-1.4B.sh"])
 def test_moderation_recipes_train_on_labels_as_the_published_model_was(given, recipe):
     _, arguments = given(recipe)
     settings = config.parse(arguments)
-    assert settings.batch_size * settings.data_group_size * settings.gradient_accumulate_step == 64
+    assert count_rows(settings) == 64
     assert (settings.lr, settings.warmup_steps) == (1e-5, 100)
     assert (settings.packing, settings.loss_on) == ("documents", "responses")
     assert sources(settings) == {"prosocial_plus_regular.jsonl": 1}
@@ -124,6 +148,84 @@ def test_a_file_wins_over_the_recipe_and_further_arguments_over_the_file(given, 
     # Of --fp16 and --total-steps, which the recipe gives, the file says something else in other words.
     assert (settings.precision, settings.fp16, settings.nepochs, settings.total_steps) == ("bfloat16", False, 2, None)
     assert (settings.batch_size, settings.pipeline_group_size) == (32, 4)
+
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory, tiny_tokenizer) -> dict[str, Path]:
+    """Layer shards of a model of 8 layers of each family: enough for 4 ranks of 2 stages."""
+    folder = tmp_path_factory.mktemp("small_models")
+    neox = GPTNeoXConfig(
+        vocab_size=400,
+        hidden_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        use_parallel_residual=False,
+    )
+    gptj = GPTJConfig(vocab_size=400, n_embd=32, n_layer=8, n_head=4, n_positions=64, rotary_dim=4)
+    models = {"gptneox": GPTNeoXForCausalLM(neox), "gptj": GPTJForCausalLM(gptj)}
+    prepared = {}
+    for name, model in models.items():
+        model.save_pretrained(folder / "hf" / name)
+        shutil.copytree(tiny_tokenizer, folder / "hf" / name, dirs_exist_ok=True)
+        prepared[name] = prepare(str(folder / "hf" / name), folder)
+    return prepared
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    # The others have up to eight ranks.
+    [name if name == "finetune_GPT-J-6B.sh" else pytest.param(name, marks=pytest.mark.long) for name in RECIPES],
+)
+def test_every_recipe_trains_a_small_model_with_all_its_ranks(given, small_models, chats, tmp_path, recipe):
+    """The recipe's own layout, batches, optimizer and precision; the model, its width and the rows are smaller."""
+    launcher_flags, arguments = given(recipe)
+    settings = config.parse([*arguments, "--rank", "0", "--cuda-id", "0", *launcher_flags])
+    change = {
+        "model_name": small_models[settings.model_type],
+        "num_layers": 0,
+        "embedding_dim": 32,
+        "seq_length": 32,
+        "use_cuda": "false",
+        "lr": 1e-3,
+        "data_cache": tmp_path / "cache",
+        "dist_url": f"tcp://127.0.0.1:{ranks.free_port()}",
+    }
+    result = subprocess.run(
+        ["bash", str(ROOT / "training" / recipe), *ranks.to_argv(change)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "OPENCHATKIT_VENV": sys.prefix,  # the Python of the tests, whichever else there are
+            "FINETUNE_DATA": str(chats),
+            "FINETUNE_TOTAL_STEPS": "2",
+            "FINETUNE_CHECKPOINT_PATH": str(tmp_path / "ckpt"),
+        },
+    )
+    assert result.returncode == 0, result.stderr
+    losses = [row["loss"] for row in metrics.read(tmp_path / "ckpt")]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+    newest = checkpoint.latest(tmp_path / "ckpt")
+    layout = checkpoint.read_state(newest)["layout"]
+    assert layout["stages"] == settings.stages
+    assert (layout["replicas"], layout["tensor"]) == (settings.data_group_size, settings.tensor_group_size)
+
+
+def test_the_slurm_example_is_a_run_that_is_accepted():
+    """Syntax, and the trainer's arguments as torchrun would give them to rank 0 of as many as the nodes start."""
+    path = ROOT / "training" / "slurm_example.sbatch"
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    text = path.read_text(encoding="utf-8")
+    nodes = int(re.search(r"(?m)^#SBATCH --nodes=(\d+)$", text)[1])
+    here = int(re.search(r"--nproc-per-node (\d+)", text)[1])
+    assert f"#SBATCH --gpus-per-node={here}" in text
+    arguments = text.split("training/dist_clm_train.py")[-1].replace("\\\n", " ").replace('"$@"', "").split()
+    settings = config.parse([*arguments, "--rank", "0", "--world-size", str(nodes * here)])
+    assert here % settings.tensor_group_size == 0
+    assert settings.data_group_size == 1 or settings.dp_mode == "sharded"
 
 
 def test_the_readme_has_every_flag_and_recipe():
