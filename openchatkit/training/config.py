@@ -132,8 +132,10 @@ class LayoutSettings:
     )
     dp_mode: str = setting(
         "allreduce",
+        choices=("allreduce", "sharded", "sharded-gradients"),
         help="how replicas agree: `allreduce` keeps all of the optimizer's state on each, `sharded` (ZeRO-1) shares it "
-        "among them and gives the same weights",
+        "among them and gives the same weights, `sharded-gradients` (ZeRO-2) also shares gradients, which are then "
+        "added up after each micro-batch, and needs `--pipeline-group-size 1`",
     )
     dp_backend: str = setting("nccl", choices=("nccl", "gloo"), help="what carries it; CPUs always use gloo")
     timeout: int = setting(1800, check=positive_int, help="seconds to wait for another rank")
@@ -313,8 +315,11 @@ class Settings(
                 "--optimizer 8bit-adam and --tensor-group-size exclude each other: blocks of 8-bit state that hold "
                 "columns of a part are of no other layout; use --optimizer adamw, or stages in place of tensor groups"
             )
-        if self.dp_mode not in ("allreduce", "sharded"):
-            raise UserError(f"--dp-mode {self.dp_mode} would let replicas drift apart; use --dp-mode allreduce")
+        if self.dp_mode == "sharded-gradients" and self.pipeline_group_size > 1:
+            raise UserError(
+                f"--dp-mode sharded-gradients and --pipeline-group-size {self.pipeline_group_size} exclude each other: "
+                "a pipeline has the gradients of several micro-batches at once; use --dp-mode sharded, or one stage"
+            )
 
     def _check_batches(self) -> None:
         if self.batch_size % self.micro_batch_size:

@@ -75,6 +75,8 @@ def prepare_run(settings: Settings) -> RunInputs:
         vocabulary=Tokenizer(settings.tokenizer_name).vocab_size,
     )
     check_parts(shards.config, settings.tensor_group_size)
+    if settings.dp_mode == "sharded-gradients" and shards.config.tie_embeddings:
+        raise UserError("--dp-mode sharded-gradients: the model's embeddings are tied; use --dp-mode sharded")
     layers = stage_layers(shards.config.num_layers, stages=settings.stages, layers_per_stage=settings.num_layers)
     data_options = options.from_settings(to_json(settings))
     dataset = build_dataset(settings.task_name, data_options)
@@ -272,6 +274,7 @@ def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: Lo
         layout,
         dtype=dtype,
         sharded=settings.dp_mode == "sharded",
+        shard_gradients=settings.dp_mode == "sharded-gradients",
         offloaded=settings.use_offload,
         through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
     )

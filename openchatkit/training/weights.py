@@ -10,6 +10,7 @@ Runs begin at whole units. bitsandbytes keeps the state of parameters with fewer
 that of others in 8-bit blocks that begin at the first element, so units have the same blocks in a run as in the whole.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,9 +68,10 @@ class Run:
 class Weights:
     """The weights of a rank's stages; made once these are filled in float32, on the device that trains.
 
-    `sharded`: replicas share masters and optimizer state. `offloaded`: these are in main memory, and the processor
-    updates them. `through_cpu`: replicas exchange by gloo on the CPU.
-    `optimizer` is set before the first step; it updates `masters`.
+    `sharded`: replicas share masters and optimizer state. `shard_gradients`: gradients as well, each of which is added
+    over replicas as soon as a backward pass has it (ZeRO-2); for ranks of one stage without tied embeddings.
+    `offloaded`: masters and state are in main memory, and the processor updates them. `through_cpu`: replicas exchange
+    by gloo on the CPU. `optimizer` is set before the first step; it updates `masters`.
     """
 
     optimizer: torch.optim.Optimizer
@@ -81,22 +83,20 @@ class Weights:
         *,
         dtype: torch.dtype,
         sharded: bool = False,
+        shard_gradients: bool = False,
         offloaded: bool = False,
         through_cpu: bool = False,
     ) -> None:
         self.stages, self.layout, self._offloaded, self._through_cpu = stages, layout, offloaded, through_cpu
-        self.sharded = sharded and layout.data is not None
+        self.sharded = (sharded or shard_gradients) and layout.data is not None
         self._parameters = {
             (shard, name): parameter
             for shard, module in stages.named_shards()
             for name, parameter in module.named_parameters()
         }
-        # Of all replicas, over the parameters that this part has.
-        self._runs = [
-            run
-            for run in _cut_into_runs(_list_places(stages), layout.replicas if self.sharded else 1)
-            if (run.place.shard, run.place.name) in self._parameters
-        ]
+        # Of all replicas, over the parameters that the first part has, and over those that this part has.
+        self._all_runs = _cut_into_runs(_list_places(stages), layout.replicas if self.sharded else 1)
+        self._runs = [run for run in self._all_runs if (run.place.shard, run.place.name) in self._parameters]
         copied = dtype if pytorch.keeps_gradients_in_float32() else torch.float32
         owner = layout.replica if self.sharded else 0
         self.masters = {run: self._make_master(run, copied) for run in self._runs if run.owner == owner}
@@ -104,6 +104,14 @@ class Weights:
             if copied != torch.float32 and _computes_in_products(shard, parameter):
                 parameter.data = parameter.data.to(copied)
                 pytorch.keep_gradient_in_float32(parameter)
+        self._sums: dict[Run, Tensor] = {}  # of gradients over replicas and passes so far, of own runs
+        self._ready: list[tuple[str, str]] = []  # parameters whose gradients are to be added to `_sums`
+        self._shards_gradients = shard_gradients and self.sharded
+        if self._shards_gradients:
+            assert not stages.config.tie_embeddings, "their gradients belong to two parameters"
+            for key, parameter in self._parameters.items():
+                hook = functools.partial(self._collect, key)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def parameter(self, run: Run) -> nn.Parameter:
         """Return the parameter of a run."""
@@ -111,26 +119,64 @@ class Weights:
 
     def reduce_gradients(self) -> None:
         """Add gradients over parts, both ends of tied embeddings, and replicas; if sharded, those of own runs alone."""
-        for parameter in self._parameters.values():
+        # Of gradients that are shared, those of the projection are left, which the loss writes.
+        left = [key for key in self._parameters if not self._shards_gradients or self._is_projection(*key)]
+        for key in left:
+            parameter = self._parameters[key]
             if parameter.grad is None:
                 # None of this rank's tokens was trained on; the other ranks still wait for its gradient.
                 parameter.grad = torch.zeros_like(parameter, dtype=pytorch.gradient_dtype(parameter))
-        if self.layout.tensor is not None:
-            cuts = family(self.stages.config).cuts
-            whole = [gradient_of(p) for (_, name), p in self._parameters.items() if cuts[name] == "whole"]
-            for bucket in _buckets(whole):
-                with _Flat(bucket) as flat:
-                    dist.all_reduce(flat, group=self.layout.tensor)
+        if self._shards_gradients:
+            self._ready += left
+            self._reduce_ready()
+        self._add_over_parts()
         self._add_tied_gradients()
-        if self.layout.data is None:
+        if self.layout.data is not None and not self._shards_gradients:
+            for owner, runs in itertools.groupby(self._runs, key=lambda run: run.owner):
+                self._add_over_replicas([self._gradient(run) for run in runs], owner)
+
+    def _add_over_parts(self) -> None:
+        if self.layout.tensor is None:
             return
-        for owner, runs in itertools.groupby(self._runs, key=lambda run: run.owner):
-            for bucket in _buckets([self._gradient(run) for run in runs]):
-                with _Flat(bucket, on_cpu=self._through_cpu) as flat:
-                    if self.sharded:
-                        dist.reduce(flat, self._global_rank(owner), group=self.layout.data)
-                    else:
-                        dist.all_reduce(flat, group=self.layout.data)
+        cuts = family(self.stages.config).cuts
+        runs = self.masters if self._shards_gradients else self._runs
+        for bucket in _buckets([self._gradient(run) for run in runs if cuts[run.place.name] == "whole"]):
+            with _Flat(bucket) as flat:
+                dist.all_reduce(flat, group=self.layout.tensor)
+
+    def _add_over_replicas(self, gradients: Sequence[Tensor], owner: int) -> None:
+        for bucket in _buckets(gradients):
+            with _Flat(bucket, on_cpu=self._through_cpu) as flat:
+                if self.sharded:
+                    dist.reduce(flat, self._global_rank(owner), group=self.layout.data)
+                else:
+                    dist.all_reduce(flat, group=self.layout.data)
+
+    def _collect(self, key: tuple[str, str], _: Tensor) -> None:
+        """Take note of a gradient that a backward pass is done with; some together are worth a message."""
+        self._ready.append(key)
+        if sum(self._parameters[each].numel() for each in self._ready) >= _BUCKET:
+            self._reduce_ready()
+
+    @torch.no_grad()
+    def _reduce_ready(self) -> None:
+        """Add ready gradients over replicas, keep the sums of own runs, and free the rest.
+
+        Backward passes of all replicas come to their gradients in the same order, and so do these messages.
+        """
+        ready, self._ready = set(self._ready), []
+        runs = [run for run in self._runs if (run.place.shard, run.place.name) in ready]
+        for owner, of_owner in itertools.groupby(runs, key=lambda run: run.owner):
+            owned = list(of_owner)
+            self._add_over_replicas([self._gradient(run, so_far=False) for run in owned], owner)
+            for run in owned if owner == self.layout.replica else ():
+                gradient = self._gradient(run, so_far=False)
+                if run in self._sums:
+                    self._sums[run].add_(gradient)
+                else:
+                    self._sums[run] = gradient.clone()
+        for key in ready:
+            self._parameters[key].grad = None
 
     def squared_norms(self) -> Tensor:
         """Return the squared gradient norm of each shard in float64 [num_layers + 2], 0 for those of other ranks.
@@ -161,7 +207,7 @@ class Weights:
         if factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
-            if not isinstance(master, nn.Parameter):
+            if not isinstance(master, nn.Parameter) or master.grad is None:
                 master.grad = gradient.view_as(master).to(master.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -171,6 +217,7 @@ class Weights:
 
     def drop_gradients(self) -> None:
         """Free the memory of all gradients."""
+        self._sums.clear()
         for tensor in (*self._parameters.values(), *self.masters.values()):
             tensor.grad = None
 
@@ -179,7 +226,7 @@ class Weights:
         if not self.sharded:
             return self.stages.shards.index(shard) % self.layout.replicas
         shares = [0] * self.layout.replicas
-        for run in self._runs:
+        for run in self._all_runs:
             shares[run.owner] += (run.stop - run.start) * (run.place.shard == shard)
         return shares.index(max(shares))
 
@@ -225,7 +272,7 @@ class Weights:
     def _make_master(self, run: Run, copied: torch.dtype) -> Tensor:
         """Return what the optimizer updates: the parameter itself where that is whole and float32, else a copy."""
         parameter = self.parameter(run)
-        is_apart = self._offloaded or copied != torch.float32 and _computes_in_products(run.place.shard, parameter)
+        is_apart = self._offloaded or (copied != torch.float32 and _computes_in_products(run.place.shard, parameter))
         if run.is_whole and not is_apart:
             return parameter
         values = parameter.detach()
@@ -233,8 +280,10 @@ class Weights:
             values = values.view(-1)[run.start : run.stop]
         return values.to("cpu" if self._offloaded else values.device, copy=is_apart)
 
-    def _gradient(self, run: Run) -> Tensor:
-        """Return the gradient of a run, flat, as a view."""
+    def _gradient(self, run: Run, *, so_far: bool = True) -> Tensor:
+        """Return the gradient of a run, flat, as a view; `so_far`: where gradients are shared, its sum over passes."""
+        if so_far and self._shards_gradients:
+            return self._sums[run]
         return gradient_of(self.parameter(run)).view(-1)[run.start : run.stop]
 
     def _zeros(self, count: int) -> Tensor:
@@ -274,6 +323,9 @@ class Weights:
             ends[1].copy_(ends[0])
         elif ends:
             self.layout.sum_over_ends(ends[0])
+
+    def _is_projection(self, shard: str, name: str) -> bool:
+        return shard == HEAD and name.startswith(f"{family(self.stages.config).projection}.")
 
     def _is_tied_copy(self, place: Place) -> bool:
         kind = family(self.stages.config)

@@ -63,7 +63,7 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         ([*SHORT, "--balance", "best"], "--balance: invalid choice: 'best'"),
         (["--total-steps", "1", "--dist-url", "127.0.0.1:7033"], "expected tcp://HOST:PORT"),
         (["--total-steps", "1", "--dist-url", "tcp://h:99999"], "expected tcp://HOST:PORT"),
-        (["--total-steps", "1", "--dp-mode", "local"], "--dp-mode local would let replicas drift apart"),
+        (["--total-steps", "1", "--dp-mode", "local"], "--dp-mode: invalid choice: 'local'"),
         ([], "give --total-steps N or --nepochs N"),
         (["--total-steps", "1", "--fp16", "--bf16"], "--fp16 and --bf16 exclude each other"),
         (["--total-steps", "1", "--fp16", "--precision", "auto"], "--fp16 and --precision auto exclude each other"),

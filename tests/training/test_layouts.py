@@ -134,6 +134,8 @@ def test_gradients_are_those_of_a_plain_loss(tmp_path, flags, prepared, one_proc
         {"tensor_group_size": 4},
         {**STAGES, **PARTS, "pp_mode": "1f1b"},
         {**REPLICAS, **PARTS},
+        {**SHARDED, "dp_mode": "sharded-gradients"},
+        {**SHARDED, **PARTS, "dp_mode": "sharded-gradients", "gradient_accumulate_step": 2, "batch_size": 2},
         {**ZERO_BUBBLE, **SHARDED, **PARTS},
         {"micro_batch_size": 4},
         {"micro_batch_size": 8},
@@ -308,6 +310,14 @@ def test_shared_state_gives_the_bits_of_plain_replicas(tmp_path, flags, prepared
         assert_same_bits(plain, shared)
         for key in ("loss", "grad_norm"):
             assert [row[key] for row in metrics.read(plain.parent)] == [row[key] for row in metrics.read(shared.parent)]
+
+
+@pytest.mark.parametrize("change", [{}, {"bf16": True}, {"optimizer": "8bit-adam"}], ids=str)
+def test_shared_gradients_of_one_pass_give_the_bits_of_plain_replicas(tmp_path, flags, change):
+    """With several micro-batches, sums over replicas come before those over micro-batches, and bits may differ."""
+    flags = {**flags, "total_steps": 4, "batch_size": 4, "micro_batch_size": 4, "data_group_size": 2, **change}
+    plain = run(tmp_path / "plain", flags)
+    assert_same_bits(plain, run(tmp_path / "shared", flags, dp_mode="sharded-gradients"))
 
 
 @pytest.mark.parametrize("change", [{}, {**SHARDED, "bf16": True}, {"optimizer": "8bit-adam"}], ids=str)

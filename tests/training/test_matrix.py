@@ -19,7 +19,7 @@ AXES: dict[str, tuple[object, ...]] = {
     "model": ("neox", "tied", "gptj"),
     # Of two ranks, but for the first value.
     "pipeline": ("one rank", "gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
-    "replicas": ("one rank", "allreduce", "sharded"),
+    "replicas": ("one rank", "allreduce", "sharded", "sharded-gradients"),
     "tensor": ("one rank", "two ranks"),
     "precision": ("float32", "bfloat16", "float16"),
     "activation_checkpointing": ("none", "full", "selective"),
@@ -34,6 +34,8 @@ def fits(row: dict[str, object]) -> bool:
     """Whether a run can have these values, as far as they are there."""
     return not (
         (str(row.get("pipeline")).startswith("zero") and row.get("activation_checkpointing", "none") != "none")
+        or (row.get("replicas") == "sharded-gradients" and row.get("pipeline", "one rank") != "one rank")
+        or (row.get("replicas") == "sharded-gradients" and row.get("model") == "tied")
         or (row.get("optimizer") == "8bit-adam" and row.get("tensor") == "two ranks")
     )
 
