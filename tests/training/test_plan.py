@@ -6,6 +6,7 @@ torch's fake process group takes part in collectives without anyone else: number
 import contextlib
 import dataclasses
 import itertools
+import json
 import weakref
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from openchatkit.distributed.layout import Layout, make_layout, stage_layers
+from openchatkit.distributed.layout import Layout, balanced_layers, make_layout, stage_layers
 from openchatkit.distributed.seams import Enter, Leave
 from openchatkit.libraries import pytorch
 from openchatkit.models.config import ModelConfig
@@ -25,6 +26,7 @@ from openchatkit.models.cuts import Part
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, shard_names
 from openchatkit.models.stage import Stage
+from openchatkit.tools import planning
 from openchatkit.training import plan
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
@@ -601,3 +603,170 @@ def test_a_pipeline_takes_little_less_than_planned(
     kinds = plan.rank_bytes(run, pipeline_rank)
     expected = kinds.gradients + kinds.activations + kinds.receive_buffers + kinds.logits + kinds.working
     assert 0.85 * expected <= live.most <= expected
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble", "zero-bubble-v"])
+@pytest.mark.parametrize(("ranks", "m"), [(4, 8), (4, 32), (8, 32)])
+def test_the_bubble_is_that_of_the_order_of_work(schedule, ranks, m):
+    """Each pass of torch's list begins when its rank is free and its input is there."""
+    run = planned(dataclasses.replace(TINY, num_layers=32), ranks, 1, 1, schedule, 2, m=m, recompute=False)
+    kind, last = SCHEDULES[schedule], 2 * ranks - 1
+    lists = pytorch.list_pipeline_actions(kind.torch_class, ranks, m, 2)
+    ends, free, places = {}, [0] * ranks, [0] * ranks
+    while any(place < len(actions) for place, actions in zip(places, lists, strict=True)):
+        for rank, actions in enumerate(lists):
+            while places[rank] < len(actions):
+                action, stage, number = actions[places[rank]]
+                backward = "I" if kind.splits_backward else "B"
+                if action == "F":
+                    needs = [("F", stage - 1, number)] if stage else []
+                elif action == "W":
+                    needs = []
+                else:
+                    needs = [(backward, stage + 1, number)] if stage < last else [("F", stage, number)]
+                if any(need not in ends for need in needs):
+                    break
+                free[rank] = max([free[rank], *(ends[need] for need in needs)]) + (2 if action == "B" else 1)
+                # The backward of weights comes by itself where a list has whole backward passes among split ones.
+                ends[backward if action == "B" else action, stage, number] = free[rank]
+                places[rank] += 1
+    assert plan.bubble(run) == pytest.approx(1 - 3 * 2 * m / max(free), abs=0.005)
+
+
+# The command.
+
+
+CONFIG = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+}
+RATES = ["--memory", "74", "--flops", "400", "--link-gbs", "50", "--local-gbs", "450"]
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG), encoding="utf-8")
+    return path
+
+
+def command(capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        planning.main([str(word) for word in argv])
+    output = capsys.readouterr()
+    return ended.value.code, output.out, output.err
+
+
+def test_the_command_prints_a_plan(capsys, config_file):
+    flags = ["--pipeline-group-size", 4, "--data-group-size", 12, "--tensor-group-size", 2, "--pp-mode", "1f1b"]
+    batches = ["--batch-size", 32, "--micro-batch-size", 1, "--dp-mode", "sharded"]
+    status, output, error = command(capsys, "--config", config_file, *flags, *batches, *RATES)
+    assert (status, error) == (0, "")
+    run = planned(NEOX_20B, 4, 12, 2, "1f1b", m=32, dp_mode="sharded")
+    rank = planning.fullest_rank(run)
+    assert f"pipeline rank {rank}, with {plan.count_rank(run, rank).elements:,} parameters" in output
+    assert f"{plan.rank_bytes(run, rank).total / 2**30:.2f} GiB  fits into 74 GiB" in output
+    assert "layers of stages: 4 x 11\n" in output
+    assert "waiting by the schedule itself: 8.6% of a step" in output
+    assert "96 ranks = 4 in a pipeline x 12 replicas x 2 in a tensor group" in output
+    assert "384 rows of 2,048 = 786,432 tokens" in output
+    assert "assumptions:" in output
+    # The same from a folder; without rates nothing is said of time, and too little memory is named.
+    status, output, _ = command(capsys, "--model-name", config_file.parent, *flags, *batches, "--memory", "8")
+    assert status == 0
+    assert "DOES NOT FIT into 8 GiB" in output
+    assert "estimated" not in output
+
+
+def test_the_estimate_is_its_parts(config_file):
+    """With the numbers of a hand: products by operations, sums and messages by bytes over the slowest link."""
+    machines = planning.Machines(operations=1e14, link=1e10, local=1e11, cards_a_host=8)
+    run = planned(NEOX_20B, 4, 3, 8, "1f1b", m=8, dp_mode="allreduce")
+    found = planning.estimate(run, machines)
+    traffic = plan.rank_traffic(run, 3)
+    assert found.products == plan.rank_operations(run, 3) / 1e14  # with the head
+    assert found.tensor == pytest.approx(2 * 7 / 8 * traffic["tensor"].bytes / 1e11)
+    assert found.pipeline == pytest.approx(8 * 2048 * 6144 * 2 / 1e10)
+    busy = found.products + found.tensor + found.pipeline
+    assert found.waiting / (busy + found.waiting) == pytest.approx(3 / 11)
+    largest = max(plan.count_rank(run, rank).elements for rank in range(4))
+    assert found.replicas == pytest.approx(2 * 2 / 3 * 4 * largest / 1e10)
+    assert found.total == pytest.approx(busy + found.waiting + found.replicas)
+    # Everything of a replica within a host: the fast link.
+    within = dataclasses.replace(run, pipeline_size=1, tensor_size=8, replicas=1, layers=((0, 44),))
+    assert planning.estimate(within, dataclasses.replace(machines, link=1.0)).total < 60
+
+
+def test_operations_are_six_for_each_weight_and_token_and_those_of_attention():
+    """6 N + 6 L h T a token (Narayanan et al., arXiv 2104.04473, with attention that sees only what came before)."""
+    run = planned(NEOX_20B, 4, 1, 2, "1f1b", m=8, recompute=False)
+    done = 2 * sum(plan.rank_operations(run, rank) for rank in range(4))
+    matrices = 44 * 12 * 6144**2 + 50432 * 6144
+    assert done == 8 * 2048 * (6 * matrices + 6 * 44 * 6144 * 2048)
+    again = dataclasses.replace(run, recompute=True)
+    head = 4 * plan.head_operations(run) * 8
+    assert 2 * sum(plan.rank_operations(again, rank) for rank in range(4)) * 3 == 4 * done - head // 2
+
+
+def test_suggestions_fit_and_the_fastest_comes_first(capsys, config_file):
+    argv = ["--config", config_file, "--suggest", "--cards", 96, "--global-batch", 384, "--dp-mode", "sharded", *RATES]
+    status, output, error = command(capsys, *argv)
+    assert (status, error) == (0, "")
+    rows = [line.split("  ") for line in output.split("\n\n")[0].splitlines()]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert len(rows) == 6
+    seconds = [float(row[-2].removesuffix(" s")) for row in rows[1:]]
+    assert seconds == sorted(seconds)
+    assert all(float(row[-4]) <= 74 for row in rows[1:])
+    assert all(int(row[0]) * int(row[1]) * int(row[2]) == 96 for row in rows[1:])
+    assert len({tuple(row[:3]) for row in rows[1:]}) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-group-size", "5"], "error: --tensor-group-size 5: expected a number that divides all"),
+        (["--pipeline-group-size", "45", "--batch-size", "512"], "error: 45 stages, the model has only 44 layers"),
+        (["--batch-size", "12"], "error: --batch-size 12 is not a multiple of --micro-batch-size 8"),
+        (["--seq-length", "4096"], "error: --seq-length 4096: the model was made for at most 2048 tokens"),
+        (["--pp-mode", "1f1b", "--pipeline-group-size", "8"], "error: --pp-mode 1f1b needs at least as many"),
+        (["--stages-per-rank", "2"], "error: --stages-per-rank 2: one rank has the whole model"),
+        (["--flops", "400"], "error: --flops asks for an estimate of time, which needs --link-gbs and --local-gbs"),
+        (["--flops", "0"], "error: argument --flops: expected a number above 0, got '0'"),
+        (
+            ["--suggest", "--cards", "8"],
+            "error: --suggest compares layouts by memory and time, and needs --global-batch",
+        ),
+        (["--suggest", "--cards", "1", "--global-batch", "8", *RATES], "error: no layout of --cards 1 with"),
+        (["--activation-checkpointing", "some"], "error: argument --activation-checkpointing: expected full or none"),
+        (["--optimizer", "8bit-adam", "--tensor-group-size", "2"], "error: --optimizer 8bit-adam and --tensor-group"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_flags_are_one_line_and_status_2(capsys, config_file, flags, message):
+    status, output, error = command(capsys, "--config", config_file, *flags)
+    assert (status, output) == (2, "")
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_a_missing_model_is_one_line(capsys, tmp_path):
+    for flag in ("--config", "--model-name"):
+        status, _, error = command(capsys, flag, tmp_path / "none")
+        assert status == 2
+        assert error.startswith("error: cannot read ")
+        assert error.count("\n") == 1
+
+
+def test_the_head_is_balanced_by_operations(capsys, config_file):
+    flags = ["--pipeline-group-size", 8, "--balance", "auto", "--batch-size", 8, "--micro-batch-size", 1]
+    _, output, _ = command(capsys, "--config", config_file, *flags)
+    head = plan.head_cost(NEOX_20B, seq_length=2048, recompute=True)
+    assert head == pytest.approx(6 * 50432 * 6144 / (4 * (2 * 12 * 6144**2 + 2 * 2048 * 6144)))
+    layers = balanced_layers(44, stages=8, head=head)
+    counts = [last - first for first, last in layers]
+    described = [f"{len(list(g))} x {n}" for n, g in itertools.groupby(counts)]
+    assert f"layers of stages: {', '.join(d.removeprefix('1 x ') for d in described)}\n" in output
