@@ -1,6 +1,7 @@
 """Consecutive layers of a model, with or without the embedding before and the head after them, or a part of each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,12 @@ class Stage(nn.Module):
             for name, seam in (("enter", enter), ("leave", leave)):
                 if hasattr(module, name):
                     setattr(module, name, seam)
+
+    def compile_layers(self, backend: str | Callable[..., Any]) -> None:
+        """Let `torch.compile` make one program for all layers, each of which then runs it with its own parameters."""
+        for name, module in self.shards.items():
+            if name not in (EMBED, HEAD):
+                module.compile(fullgraph=True, backend=backend)
 
     def forward(
         self,

@@ -52,6 +52,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         device.make_deterministic()
     place: dict[str, Any] = {"rank": settings.rank, "timeout": timedelta(seconds=settings.timeout)}
     place["device"] = device.choose_device(settings)
+    device.check_compiler(settings, place["device"])
     inputs = setup.prepare_run(settings)
     try:
         if settings.world_size > 1:

@@ -163,6 +163,13 @@ class StepSettings:
         "its input), or `selective` (all but attention and the products with small results). `true` and `false` stand "
         "for `full` and `none`",
     )
+    compile: str | None = setting(
+        None,
+        choices=("inductor", "aot_eager"),
+        alone="inductor",
+        help="let torch.compile make one program for all layers: `inductor` fuses what is between products, and on a CPU "
+        "needs a C++ compiler; `aot_eager` only traces, to find out what is wrong",
+    )
     deterministic: bool = setting(
         False, help="the same bits from every run on GPUs, at some cost in speed; CPUs need no flag for it"
     )
@@ -332,6 +339,7 @@ class Settings(
             micro_batches=self.batch_size // self.micro_batch_size,
             batch=f"--batch-size {self.batch_size} / --micro-batch-size {self.micro_batch_size}",
             recompute=self.recompute,
+            compiled=self.compile is not None,
         )
 
 

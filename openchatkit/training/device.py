@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,18 @@ def choose_device(settings: Settings) -> "torch.device":
     else:
         keep_freed_memory()
     return device
+
+
+def check_compiler(settings: Settings, device: "torch.device") -> None:
+    """Raise UserError where --compile needs a C++ compiler, as it does on CPUs, and there is none."""
+    if settings.compile != "inductor" or device.type != "cpu":
+        return
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if not any(name and shutil.which(name) for name in names):
+        raise UserError(
+            "--compile needs a C++ compiler on a CPU, and none of g++, clang++ and c++ was found: install one, name it "
+            "in CXX, or leave the flag out"
+        )
 
 
 def let_cuda_blocks_grow() -> None:

@@ -62,7 +62,9 @@ def resolve_stages(name: str, given: int | None, pipeline_size: int) -> int:
     return fixed
 
 
-def check_schedule(name: str, *, pipeline_size: int, micro_batches: int, batch: str, recompute: bool) -> None:
+def check_schedule(
+    name: str, *, pipeline_size: int, micro_batches: int, batch: str, recompute: bool, compiled: bool = False
+) -> None:
     """Raise UserError where a schedule cannot run, or would be the slowest; `batch` says in flags what is cut.
 
     A pipeline of one rank has no schedule: it takes micro-batches one after another.
@@ -84,6 +86,11 @@ def check_schedule(name: str, *, pipeline_size: int, micro_batches: int, batch: 
                 f"--pp-mode {name} takes micro-batches in {rounds} rounds of one size: {batch} = {micro_batches} is no "
                 f"multiple of {rounds}; make it {fitting} or {fitting + pipeline_size}, or use --pp-mode 1f1b"
             )
+    if schedule.splits_backward and compiled:
+        raise UserError(
+            f"--pp-mode {name} computes the gradients of weights apart, and --compile makes one program of all: leave "
+            "one of them out"
+        )
     if schedule.splits_backward and recompute:
         raise UserError(
             f"--pp-mode {name} computes the gradients of weights apart, and would recompute a layer for each of them: "

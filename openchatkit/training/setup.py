@@ -148,9 +148,11 @@ def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalSta
             )
             for number in numbers
         }
-    if layout.tensor is not None:
-        for stage in stages.values():
+    for stage in stages.values():
+        if layout.tensor is not None:
             stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
+        if settings.compile is not None:
+            stage.compile_layers(settings.compile)
     return LocalStages(stages)
 
 

@@ -71,3 +71,23 @@ def test_recomputed_layers_have_the_same_gradients(kind, documents):
     for width in wide:
         assert full_backward[width] - backward[width] == selective_backward[width] - backward[width] == 2
     assert full_backward["product 32"] > selective_backward["product 32"] == backward["product 32"]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_layers_run_one_compiled_program(kind):
+    """Without a break, and with the results of layers that are not compiled."""
+    programs = []
+
+    def keep(module: torch.fx.GraphModule, _: object) -> object:
+        programs.append(module)
+        return module.forward
+
+    tokens = torch.arange(48).reshape(2, 24) % 64
+    starts = torch.tensor([[0] * 10 + [10] * 14, [0] * 24])
+    stage = Stage(config_from_hf({**FAMILIES[kind], "num_hidden_layers": 4, "n_layer": 4}))
+    stage.init_weights(0)
+    plain = stage(tokens, starts)
+    torch.compiler.reset()
+    stage.compile_layers(keep)
+    assert torch.equal(stage(tokens, starts), plain)
+    assert len(programs) == 1

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from openchatkit.data.dataset import build_dataset
 from openchatkit.data.options import DataOptions
 from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.models.stage import Stage
-from openchatkit.training import checkpoints
+from openchatkit.training import checkpoints, config, device
 from openchatkit.training.device import let_cuda_blocks_grow, make_deterministic
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.precision import LossScaler
@@ -211,3 +212,15 @@ def test_a_rank_sets_what_torch_reads_as_it_starts_before_torch_is_there(tmp_pat
     )
     assert ended.stderr == ""
     assert ended.stdout.split() == ["False", "expandable_segments:True" if use_cuda == "true" else "None"]
+
+
+def test_compiling_on_a_cpu_without_a_compiler_is_refused(monkeypatch):
+    given = ["--model-name", "m", "--task-name", "d", "--total-steps", "1"]
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs a C\\+\\+ compiler on a CPU"):
+        device.check_compiler(config.parse([*given, "--compile"]), torch.device("cpu"))
+    device.check_compiler(config.parse([*given, "--compile"]), torch.device("cuda"))
+    device.check_compiler(config.parse([*given, "--compile", "aot_eager"]), torch.device("cpu"))
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    device.check_compiler(config.parse([*given, "--compile"]), torch.device("cpu"))

@@ -70,6 +70,7 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         (["--total-steps", "1", "--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
         (["--total-steps", "1", "--evaluation-steps", "5"], "--evaluation-steps and --evaluation-data go together"),
         (["--total-steps", "1", "--aws-secret-access-key", "x"], "--aws-secret-access-key: a secret on the command"),
+        ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble", "--compile"], "leave one of them out"),
         ([*SHORT, "--use-offload", "disk"], "--use-offload: expected true or false, got 'disk'"),
         ([*SHORT, "--activation-checkpointing", "some"], "expected none, full or selective, got 'some'"),
         ([*SHORT, "--tensor-group-size", "2", "--optimizer", "8bit-adam"], "exclude each other: blocks of 8-bit state"),
