@@ -167,8 +167,8 @@ class StepSettings:
         None,
         choices=("inductor", "aot_eager"),
         alone="inductor",
-        help="let torch.compile make one program for all layers: `inductor` fuses what is between products, and on a CPU "
-        "needs a C++ compiler; `aot_eager` only traces, to find out what is wrong",
+        help="let torch.compile make one program for all layers: `inductor` fuses what is between products (on a CPU by "
+        "a C++ compiler); `aot_eager` only traces, to find out what is wrong",
     )
     deterministic: bool = setting(
         False, help="the same bits from every run on GPUs, at some cost in speed; CPUs need no flag for it"
