@@ -167,7 +167,7 @@ class StepSettings:
         None,
         choices=("inductor", "aot_eager"),
         alone="inductor",
-        help="let torch.compile make one program for all layers: `inductor` fuses what is between products (on a CPU by "
+        help="let torch.compile make one program for all layers: `inductor` fuses what is between products (on CPUs by "
         "a C++ compiler); `aot_eager` only traces, to find out what is wrong",
     )
     deterministic: bool = setting(
