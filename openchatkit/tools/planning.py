@@ -6,7 +6,7 @@ Owns flags, the estimate of times and tables; all counts are `training.plan`'s. 
 import argparse
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _GIB, _GB, _TERA = 1 << 30, 1e9, 1e12
 _SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v")
+_RECOMPUTING = ("none", "selective", "full")
 _SUGGESTIONS = 5
 _MICRO_BATCH_SIZES = (1, 2, 4, 8)
 
@@ -111,7 +112,7 @@ def _candidates(config: "ModelConfig", options: argparse.Namespace) -> Iterator[
             continue
         kinds = [("gpipe", 1)] if pipeline_size == 1 else [("1f1b", 1), *(("interleaved", v) for v in (2, 3, 4))]
         rows = options.global_batch // replicas
-        for (schedule, stages), size, recompute in itertools.product(kinds, _MICRO_BATCH_SIZES, (False, True)):
+        for (schedule, stages), size, recompute in itertools.product(kinds, _MICRO_BATCH_SIZES, _RECOMPUTING):
             if rows % size or stages * pipeline_size > config.num_layers:
                 continue
             for accumulate in _divisors(rows // size):
@@ -157,13 +158,10 @@ def plan_run(config: "ModelConfig", args: argparse.Namespace) -> "PlannedRun":
         pipeline_size=pipeline_size,
         micro_batches=micro_batches,
         batch=f"--batch-size {args.batch_size} / --micro-batch-size {args.micro_batch_size}",
-        recompute=args.activation_checkpointing,
+        recompute=args.activation_checkpointing != "none",
     )
     layers = stage_layers(config.num_layers, stages=stages, layers_per_stage=args.num_layers)
-    if args.balance == "auto" and not args.num_layers:
-        head = plan.head_cost(config, seq_length=args.seq_length, recompute=args.activation_checkpointing)
-        layers = balanced_layers(config.num_layers, stages=stages, head=head)
-    return plan.PlannedRun(
+    run = plan.PlannedRun(
         config=config,
         layers=tuple(layers),
         pipeline_size=pipeline_size,
@@ -175,10 +173,14 @@ def plan_run(config: "ModelConfig", args: argparse.Namespace) -> "PlannedRun":
         accumulate=args.gradient_accumulate_step,
         seq_length=args.seq_length,
         precision=args.precision,
-        recompute=args.activation_checkpointing,
+        recompute=args.activation_checkpointing != "none",
+        selective=args.activation_checkpointing == "selective",
         dp_mode=args.dp_mode,
         optimizer=args.optimizer,
     )
+    if args.balance == "even" or args.num_layers:
+        return run
+    return replace(run, layers=tuple(balanced_layers(config.num_layers, stages=stages, head=plan.head_cost(run))))
 
 
 @cli.command
@@ -237,7 +239,7 @@ def _parser() -> cli.Parser:
     step.add_argument("--gradient-accumulate-step", type=cli.positive_int, default=1, help="batches a step")
     step.add_argument("--seq-length", type=cli.positive_int, default=2048, help="tokens of a row")
     step.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of products")
-    step.add_argument("--activation-checkpointing", type=_recomputing, default=True, help="full or none")
+    step.add_argument("--activation-checkpointing", type=_recomputing, default="full", help="none, full, selective")
     step.add_argument("--optimizer", choices=("adam", "adamw", "8bit-adam"), default="adamw", help="optimizer")
     rates = parser.add_argument_group("machines")
     rates.add_argument("--memory", type=cli.positive_float, help="GiB of a card that tensors can have")
@@ -252,11 +254,12 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _recomputing(text: str) -> bool:
-    answer = {"none": False, "full": True}.get(text.lower(), parse_bool(text))
-    if answer is None:
-        raise argparse.ArgumentTypeError(f"expected full or none, got {text!r}")
-    return answer
+def _recomputing(text: str) -> str:
+    answer = parse_bool(text)
+    value = text.lower() if answer is None else ("full" if answer else "none")
+    if value not in _RECOMPUTING:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(_RECOMPUTING)}, got {text!r}")
+    return value
 
 
 def _machines(args: argparse.Namespace) -> Machines | None:
@@ -337,7 +340,7 @@ def _print_suggestions(runs: Sequence["PlannedRun"], machines: Machines) -> None
                 run.schedule,
                 str(run.stages_a_rank),
                 batches,
-                "full" if run.recompute else "none",
+                _RECOMPUTING[run.recompute + (run.recompute and not run.selective)],
                 f"{plan.rank_bytes(run, fullest_rank(run)).total / _GIB:.1f}",
                 f"{plan.bubble(run):.1%}",
                 f"{seconds:.2f} s",
@@ -358,7 +361,7 @@ assumptions:
   hosts have {machines.cards_a_host} cards, with consecutive ranks; the slowest link of a group decides
   nothing is sent while a card computes; no message waits for its turn or has a latency
   an all-reduce passes each byte on twice, a reduction or a broadcast once
-  backward takes twice as long as forward, and a recomputed layer's forward is taken twice
+  backward takes twice as long as forward, and what is recomputed is taken twice
   the optimizer's update, the data and checkpoints take no time"""
     )
 

@@ -83,8 +83,9 @@ class ParameterCount:
 class PlannedRun:
     """A model and how it would be trained. `layers` are each stage's first and last (exclusive) layers.
 
-    `micro_batches` go through a pipeline at a time, and a step takes `accumulate` times as many. `on_gpu`: autocast
-    widens the input of norms on a GPU, which then is kept in float32.
+    `micro_batches` go through a pipeline at a time, and a step takes `accumulate` times as many. `selective` is of what
+    is computed again (see `models.recompute`). `on_gpu`: autocast widens the input of norms on a GPU, which then is
+    kept in float32.
     """
 
     config: ModelConfig
@@ -99,6 +100,7 @@ class PlannedRun:
     seq_length: int = 2048
     precision: str = "bfloat16"
     recompute: bool = True
+    selective: bool = False
     dp_mode: str = "allreduce"
     optimizer: str = "adamw"
     on_gpu: bool = True
@@ -270,6 +272,27 @@ def layer_bytes(run: PlannedRun) -> int:
     return run.tokens * (states * run.width + wide + statistics)
 
 
+def _list_products(run: PlannedRun) -> list[tuple[int, int]]:
+    """Return the widths of input and result of each of a layer's products."""
+    hidden, parts = run.config.hidden_size, run.tensor_size
+    attention, inner = hidden // parts, run.config.intermediate_size // parts
+    first = [(hidden, 3 * attention)] if run.config.family == "gpt_neox" else 3 * [(hidden, attention)]
+    return [*first, (attention, hidden), (hidden, inner), (inner, hidden)]
+
+
+def _choose_kept_products(run: PlannedRun) -> list[tuple[int, int]]:
+    """Return the products that are not computed again, as `models.recompute` chooses them."""
+    return [(width, result) for width, result in _list_products(run) if run.selective and result <= width]
+
+
+def _saved_result_bytes(run: PlannedRun) -> int:
+    """Return the bytes that a layer keeps besides its input where it is computed again."""
+    if not run.selective:
+        return 0
+    attention, heads = run.config.hidden_size // run.tensor_size, run.config.num_heads // run.tensor_size
+    return run.tokens * ((sum(result for _, result in _choose_kept_products(run)) + attention) * run.width + 4 * heads)
+
+
 def kept_bytes(run: PlannedRun, stage: int) -> int:
     """Return the bytes that a stage keeps of a micro-batch from its forward to its backward.
 
@@ -279,7 +302,8 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
     layers, received = last - first, 1 if stage else 0
     # A layer that is not computed again needs its input for its norms, which on a GPU have a copy of their own.
     inputs = 0 if _widens_norms(run) and not run.recompute else max(layers - received, 0)
-    kept = inputs * run.hidden_bytes + (0 if run.recompute else layers * layer_bytes(run))
+    inner = _saved_result_bytes(run) if run.recompute else layer_bytes(run)
+    kept = inputs * run.hidden_bytes + layers * inner
     if stage < len(run.layers) - 1:
         return kept + run.hidden_bytes  # the stage's result, while it is sent, and until its gradient comes
     # The head's norm keeps its input and two numbers a token, the stage its result, and the loss the result's gradient.
@@ -465,9 +489,19 @@ def head_operations(run: PlannedRun) -> int:
     return run.tokens * 6 * run.config.vocab_size // run.tensor_size * run.config.hidden_size
 
 
+def layer_passes(run: PlannedRun) -> float:
+    """Return how often a layer's forward is worth: twice that for its backward, and what is computed again."""
+    if not run.recompute:
+        return 3.0
+    if not run.selective:
+        return 4.0
+    again = sum(2 * run.tokens * width * result for width, result in _list_products(run) if result > width)
+    return 3 + again / layer_operations(run)
+
+
 def rank_operations(run: PlannedRun, pipeline_rank: int) -> int:
     """Return the operations of a rank in a step; layers that are computed again count as often as they are."""
-    layer = layer_operations(run) * (4 if run.recompute else 3)
+    layer = round(layer_operations(run) * layer_passes(run))
     total = 0
     for stage in run.stages_of(pipeline_rank):
         first, last = run.layers[stage]
@@ -476,7 +510,6 @@ def rank_operations(run: PlannedRun, pipeline_rank: int) -> int:
     return total * run.micro_batches * run.accumulate
 
 
-def head_cost(config: ModelConfig, *, seq_length: int, recompute: bool) -> float:
+def head_cost(run: PlannedRun) -> float:
     """Return the head's operations in units of those of a layer, for `balanced_layers`."""
-    run = PlannedRun(config=config, layers=((0, config.num_layers),), seq_length=seq_length)
-    return head_operations(run) / (layer_operations(run) * (4 if recompute else 3))
+    return head_operations(run) / (layer_operations(run) * layer_passes(run))

@@ -282,8 +282,9 @@ def make_rank(config, run, layout):
     part = Part(layout.tensor_rank, layout.tensor_size)
     stages = {}
     for number in numbers:
-        embed, head = number == 0, number == len(run.layers) - 1
-        stage = Stage(config, *run.layers[number], embed=embed, head=head, recompute=run.recompute, part=part)
+        ends = {"embed": number == 0, "head": number == len(run.layers) - 1}
+        again = {"recompute": run.recompute, "selective": run.selective}
+        stage = Stage(config, *run.layers[number], part=part, **ends, **again)
         stage.init_weights(0)
         if layout.tensor is not None:
             stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
@@ -575,6 +576,8 @@ class LiveBytes(TorchDispatchMode):
     ("schedule", "stages_a_rank", "recompute", "precision", "tensor_size"),
     [
         ("1f1b", 1, True, "bfloat16", 1),
+        ("1f1b", 1, "selective", "bfloat16", 1),
+        ("gpipe", 1, "selective", "float32", 2),
         ("1f1b", 1, False, "float32", 2),
         ("gpipe", 1, False, "bfloat16", 1),
         ("interleaved", 2, True, "bfloat16", 2),
@@ -589,7 +592,8 @@ def test_a_pipeline_takes_little_less_than_planned(
     config = dataclasses.replace(
         TINY, hidden_size=128, intermediate_size=512, num_layers=8, vocab_size=1024, rotary_dim=8
     )
-    options = {"micro_batch_size": 2, "seq_length": 64, "precision": precision, "recompute": recompute}
+    options = {"micro_batch_size": 2, "seq_length": 64, "precision": precision}
+    options |= {"recompute": bool(recompute), "selective": recompute == "selective"}
     run = planned(config, 4, 1, tensor_size, schedule, stages_a_rank, m=8, on_gpu=False, **options)
     rank = pipeline_rank * tensor_size
     with fake_ranks(rank, run.world_size):
@@ -709,6 +713,9 @@ def test_operations_are_six_for_each_weight_and_token_and_those_of_attention():
     again = dataclasses.replace(run, recompute=True)
     head = 4 * plan.head_operations(run) * 8
     assert 2 * sum(plan.rank_operations(again, rank) for rank in range(4)) * 3 == 4 * done - head // 2
+    # Attention and the products back to the hidden state are kept; the first products of attention and MLP are not.
+    whole = planned(NEOX_20B, selective=True)
+    assert plan.layer_operations(whole) * (plan.layer_passes(whole) - 3) == pytest.approx(2 * 2048 * 7 * 6144**2)
 
 
 def test_suggestions_fit_and_the_fastest_comes_first(capsys, config_file):
@@ -741,7 +748,10 @@ def test_suggestions_fit_and_the_fastest_comes_first(capsys, config_file):
             "error: --suggest compares layouts by memory and time, and needs --global-batch",
         ),
         (["--suggest", "--cards", "1", "--global-batch", "8", *RATES], "error: no layout of --cards 1 with"),
-        (["--activation-checkpointing", "some"], "error: argument --activation-checkpointing: expected full or none"),
+        (
+            ["--activation-checkpointing", "some"],
+            "error: argument --activation-checkpointing: expected none, sel",
+        ),
         (["--optimizer", "8bit-adam", "--tensor-group-size", "2"], "error: --optimizer 8bit-adam and --tensor-group"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -764,7 +774,7 @@ def test_a_missing_model_is_one_line(capsys, tmp_path):
 def test_the_head_is_balanced_by_operations(capsys, config_file):
     flags = ["--pipeline-group-size", 8, "--balance", "auto", "--batch-size", 8, "--micro-batch-size", 1]
     _, output, _ = command(capsys, "--config", config_file, *flags)
-    head = plan.head_cost(NEOX_20B, seq_length=2048, recompute=True)
+    head = plan.head_cost(planned(NEOX_20B))
     assert head == pytest.approx(6 * 50432 * 6144 / (4 * (2 * 12 * 6144**2 + 2 * 2048 * 6144)))
     layers = balanced_layers(44, stages=8, head=head)
     counts = [last - first for first, last in layers]
