@@ -302,10 +302,10 @@ class Weights:
         if not self.sharded:
             return
 
-        def kind(run: Run) -> tuple[int, torch.dtype]:
-            return run.owner, self.parameter(run).dtype
+        def kind(run: Run) -> tuple[int, str]:
+            return run.owner, str(self.parameter(run).dtype)
 
-        for (owner, _), runs in itertools.groupby(self._runs, key=kind):
+        for (owner, _), runs in itertools.groupby(sorted(self._runs, key=kind), key=kind):
             for bucket in _buckets([self.parameter(run).detach().view(-1)[run.start : run.stop] for run in runs]):
                 with _Flat(bucket, on_cpu=self._through_cpu) as flat:
                     dist.broadcast(flat, self._global_rank(owner), group=self.layout.data)
