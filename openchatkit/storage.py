@@ -29,6 +29,7 @@ _REASONS = {
     errno.EEXIST: "part of the path is a file: choose another folder",
     errno.ENOTDIR: "part of the path is a file: choose another folder",
     errno.EIO: "the disk reports an error: check it",
+    errno.ESTALE: "the folder of another machine is gone or was replaced: mount it again",
     errno.ENOLCK: "its file system has no file locks: choose another folder",
     errno.EOPNOTSUPP: "its file system has no file locks: choose another folder",
 }

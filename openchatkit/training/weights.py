@@ -30,6 +30,7 @@ from openchatkit.training.local_stages import LocalStages
 
 UNIT = 4096  # elements
 _BLOCK = 256  # elements of an 8-bit state that share a scale
+_SCALES = "absmax"  # how the keys of these begin; the table of 256 values beside them may be as long by chance
 _BUCKET = 1 << 25  # elements that one collective takes
 
 OptimizerState = dict[str, Any]  # of one parameter: tensors and numbers by key
@@ -204,7 +205,7 @@ class Weights:
     def step(self, factor: float, lr: float) -> None:
         """Update the weights with the gradients times `factor`; every replica has all of them afterwards."""
         gradients = [self._gradient(run) for run in self.masters]
-        if factor != 1.0:
+        if gradients and factor != 1.0:  # a replica of a small stage may have none
             torch._foreach_mul_(gradients, factor)
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             if not isinstance(master, nn.Parameter) or master.grad is None:
@@ -256,16 +257,16 @@ class Weights:
             name, shape = run.place.name, self.parameter(run).shape
             whole = whole_shape(shape, cuts[name], self.stages.part.count)
             self.optimizer.state[master] = {
-                key: self._take_run(value, run, whole, cuts[name], master) if isinstance(value, Tensor) else value
+                key: self._take_run(key, value, run, whole, cuts[name], master) if isinstance(value, Tensor) else value
                 for key, value in stored[name].items()
             }
 
-    def _take_run(self, value: Tensor, run: Run, whole: Sequence[int], cut: Cut, master: Tensor) -> Tensor:
+    def _take_run(self, key: str, value: Tensor, run: Run, whole: Sequence[int], cut: Cut, master: Tensor) -> Tensor:
         """Return a run's share of one tensor of an optimizer's state, as a copy: what is read is a view of the file."""
         if tuple(value.shape) == tuple(whole):
             flat = cut_tensor(value, cut, self.stages.part).flatten()
             return flat[run.start : run.stop].view(master.shape).to(master.device, copy=True)
-        if value.numel() == math.ceil(run.place.elements / _BLOCK) and not run.is_whole:
+        if key.startswith(_SCALES) and not run.is_whole:
             value = value[run.start // _BLOCK : math.ceil(run.stop / _BLOCK)]
         return value.to(master.device, copy=True)
 
@@ -341,7 +342,10 @@ class Weights:
             return here
         # Few parameters are cut, and by gloo, which is there on every device. Pickled between our own processes only.
         if self.layout.replica == run.owner:
-            dist.send_object_list([here], self._global_rank(writer), group=self.layout.control)
+            assert here is not None, run
+            # A copy: of a view, pickle takes the whole parameter that it is of.
+            sent = (run, here[1].clone(), here[2])
+            dist.send_object_list([sent], self._global_rank(writer), group=self.layout.control)
         elif self.layout.replica == writer:
             received: list[Any] = [None]
             dist.recv_object_list(received, self._global_rank(run.owner), group=self.layout.control)
@@ -363,8 +367,11 @@ class Weights:
             if cut not in ("rows", "columns"):
                 return tensor
             tensor = tensor.contiguous().to(self.layout.device)
+            if self.layout.tensor_rank:
+                dist.gather(tensor, None, first, group=group)
+                return tensor
             pieces = [torch.empty_like(tensor) for _ in range(self.layout.tensor_size)]
-            dist.gather(tensor, pieces if self.layout.tensor_rank == 0 else None, first, group=group)
+            dist.gather(tensor, pieces, first, group=group)
             return join_tensor([piece.cpu() for piece in pieces], cut)
 
         for name, (weight, state) in own.items():
@@ -477,7 +484,7 @@ def _join_runs(
         values = [each[key] for each in states]
         if value.numel() == runs[0].stop - runs[0].start and value.dim():
             state[key] = torch.cat([each.reshape(-1) for each in values]).view(shape)
-        elif len(runs) > 1 and value.numel() == math.ceil((runs[0].stop - runs[0].start) / _BLOCK):
+        elif key.startswith(_SCALES):
             state[key] = torch.cat(values)
         else:
             state[key] = value  # a count of steps, or a table that all share
