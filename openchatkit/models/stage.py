@@ -50,14 +50,17 @@ class Stage(nn.Module):
         names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
         self.shards = nn.ModuleDict({name: family(config).module(config, name, part) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
+        self.hidden_parts = 1  # of which this part has one, of the tokens of hidden states
 
-    def connect_parts(self, enter: nn.Module, leave: nn.Module) -> None:
+    def connect_parts(self, enter: nn.Module, leave: nn.Module, *, splits_tokens: bool = False) -> None:
         """Put the seams between this part and the others in place, each of them a module from a tensor to a tensor.
 
         Every part calls them in the same order. `enter` is given the same tensor on all parts and returns it; its
         backward sums the parts' gradients. `leave` returns the sum of the parts' tensors; its backward returns the
-        gradient, which is the same on all parts.
+        gradient, which is the same on all parts. `splits_tokens`: between `leave` and `enter`, and between stages, a
+        part has its run of the tokens alone, of which the parts' number must be a divisor.
         """
+        self.hidden_parts = self.part.count if splits_tokens else 1
         for module in self.shards.values():
             for name, seam in (("enter", enter), ("leave", leave)):
                 if hasattr(module, name):
@@ -78,12 +81,13 @@ class Stage(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         before = cache[0].length if cache else 0
-        length = before + x.shape[1]
+        tokens = x.shape[1] * (1 if EMBED in self.shards else self.hidden_parts)
+        length = before + tokens
         assert not cache or length <= cache[0].capacity, f"{length} tokens in a cache for {cache[0].capacity}"
         # Of a cache's whole capacity, so that one table serves all its calls.
         cos, sin = self.rotary(cache[0].capacity if cache else length, x.device)
-        if document_starts is None and mask is None and before and x.shape[1] > 1:
-            document_starts = torch.zeros(1, x.shape[1], dtype=torch.int64, device=x.device)
+        if document_starts is None and mask is None and before and tokens > 1:
+            document_starts = torch.zeros(1, tokens, dtype=torch.int64, device=x.device)
         if document_starts is None:
             cos, sin = cos[before:length], sin[before:length]
         else:

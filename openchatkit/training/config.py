@@ -109,6 +109,9 @@ class LayoutSettings:
     tensor_group_size: int = setting(
         1, check=positive_int, help="ranks that share each layer; they exchange much, so keep them within a machine"
     )
+    sequence_parallel: bool = setting(
+        False, help="a rank of a tensor group holds its share of the tokens between layers, which saves memory"
+    )
     rank: int = setting(check=natural, help="number of this process; the launcher and torchrun give it")
     cuda_id: int = setting(check=natural, help="GPU of this process; the launcher and torchrun give it")
     use_cuda: bool = setting(True, help="`false`: train on the CPU, as without a GPU")
@@ -321,6 +324,11 @@ class Settings(
             raise UserError(
                 "--optimizer 8bit-adam and --tensor-group-size exclude each other: blocks of 8-bit state that hold "
                 "columns of a part are of no other layout; use --optimizer adamw, or stages in place of tensor groups"
+            )
+        if self.sequence_parallel and self.seq_length % self.tensor_group_size:
+            raise UserError(
+                f"--sequence-parallel: --seq-length {self.seq_length} is not a multiple of --tensor-group-size "
+                f"{self.tensor_group_size}: make it one"
             )
         if self.dp_mode == "sharded-gradients" and self.pipeline_group_size > 1:
             raise UserError(

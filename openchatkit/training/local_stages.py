@@ -15,6 +15,7 @@ class LocalStages:
         self.by_number = dict(sorted(stages.items()))
         self.config = next(iter(self.by_number.values())).config
         self.part = next(iter(self.by_number.values())).part
+        self.hidden_parts = next(iter(self.by_number.values())).hidden_parts
         self._owners = {shard: stage for stage in self.by_number.values() for shard in stage.shards}
 
     def __iter__(self) -> Iterator[Stage]:

@@ -49,7 +49,7 @@ class Pipeline:
         if layout.pipeline_size > 1:
             kind = SCHEDULES[schedule]
             tokens = torch.empty(micro_batch_size, seq_length, dtype=torch.int64, device="meta")
-            shape = (micro_batch_size, seq_length, stages.config.hidden_size)
+            shape = (micro_batch_size, seq_length // stages.hidden_parts, stages.config.hidden_size)
             hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             runners = [
                 pipelining.PipelineStage(

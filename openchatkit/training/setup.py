@@ -12,7 +12,7 @@ from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout, stage_layers, stage_numbers
-from openchatkit.distributed.seams import Enter, Leave
+from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
@@ -150,7 +150,10 @@ def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalSta
         }
     for stage in stages.values():
         if layout.tensor is not None:
-            stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
+            if settings.sequence_parallel:
+                stage.connect_parts(Gather(layout.tensor), Scatter(layout.tensor), splits_tokens=True)
+            else:
+                stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
         if settings.compile is not None:
             stage.compile_layers(settings.compile)
     return LocalStages(stages)

@@ -70,6 +70,10 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         (["--total-steps", "1", "--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
         (["--total-steps", "1", "--evaluation-steps", "5"], "--evaluation-steps and --evaluation-data go together"),
         (["--total-steps", "1", "--aws-secret-access-key", "x"], "--aws-secret-access-key: a secret on the command"),
+        (
+            [*SHORT, "--tensor-group-size", "3", "--sequence-parallel", "--seq-length", "2048"],
+            "--seq-length 2048 is not a multiple of --tensor-group-size 3: make it one",
+        ),
         ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble", "--compile"], "leave one of them out"),
         ([*SHORT, "--use-offload", "disk"], "--use-offload: expected true or false, got 'disk'"),
         ([*SHORT, "--activation-checkpointing", "some"], "expected none, full or selective, got 'some'"),

@@ -132,6 +132,8 @@ def test_gradients_are_those_of_a_plain_loss(tmp_path, flags, prepared, one_proc
         SHARDED,
         PARTS,
         {"tensor_group_size": 4},
+        {"tensor_group_size": 4, "sequence_parallel": True},
+        {**PARTS, **SHARDED, "sequence_parallel": True, "activation_checkpointing": "selective"},
         {**STAGES, **PARTS, "pp_mode": "1f1b"},
         {**REPLICAS, **PARTS},
         {**SHARDED, "dp_mode": "sharded-gradients"},
@@ -341,6 +343,10 @@ def test_parts_of_layers_train_as_the_whole(tmp_path, flags, prepared, model):
     two = run(tmp_path / "two", flags, activation_checkpointing="selective", **PARTS)
     four = run(tmp_path / "four", flags, **PARTS, **INTERLEAVED, compile="aot_eager")
     assert_same_bits(two, four)
+    # A sum of two has the same bits in whichever order.
+    for change in ({"activation_checkpointing": "none"}, {**INTERLEAVED, "compile": "aot_eager"}):
+        tokens = run(tmp_path / f"tokens {len(change)}", flags, **PARTS, **change, sequence_parallel=True)
+        assert_same_bits(two, tokens)
     expected, found = tensors(one), tensors(two)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():

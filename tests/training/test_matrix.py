@@ -20,7 +20,7 @@ AXES: dict[str, tuple[object, ...]] = {
     # Of two ranks, but for the first value.
     "pipeline": ("one rank", "gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
     "replicas": ("one rank", "allreduce", "sharded", "sharded-gradients"),
-    "tensor": ("one rank", "two ranks"),
+    "tensor": ("one rank", "two ranks", "two ranks, tokens split"),
     "precision": ("float32", "bfloat16", "float16"),
     "activation_checkpointing": ("none", "full", "selective"),
     "packing": ("none", "documents"),
@@ -36,7 +36,7 @@ def fits(row: dict[str, object]) -> bool:
         (str(row.get("pipeline")).startswith("zero") and row.get("activation_checkpointing", "none") != "none")
         or (row.get("replicas") == "sharded-gradients" and row.get("pipeline", "one rank") != "one rank")
         or (row.get("replicas") == "sharded-gradients" and row.get("model") == "tied")
-        or (row.get("optimizer") == "8bit-adam" and row.get("tensor") == "two ranks")
+        or (row.get("optimizer") == "8bit-adam" and row.get("tensor", "one rank") != "one rank")
     )
 
 
@@ -83,7 +83,7 @@ def train(folder: Path, flags: dict[str, object], row: dict[str, object]) -> Pat
         if value != "one rank":
             flags[group] = 2
             size *= 2
-            flags |= {mode: value} if mode else {}
+            flags |= {mode: value} if mode else {"sequence_parallel": value.endswith("split")}
     # The same rows a step, whatever the layout.
     del row["model"]
     flags |= {**row, "batch_size": 16 // flags.get("data_group_size", 1) // batches}
