@@ -173,11 +173,8 @@ def small_models(tmp_path_factory, tiny_tokenizer) -> dict[str, Path]:
     return prepared
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    # The others have up to eight ranks.
-    [name if name == "finetune_GPT-J-6B.sh" else pytest.param(name, marks=pytest.mark.long) for name in RECIPES],
-)
+@pytest.mark.long  # up to eight ranks
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains_a_small_model_with_all_its_ranks(given, small_models, chats, tmp_path, recipe):
     """The recipe's own layout, batches, optimizer and precision; the model, its width and the rows are smaller."""
     launcher_flags, arguments = given(recipe)

@@ -104,7 +104,7 @@ def test_a_signal_that_arrives_twice_at_once_counts_once():
         {"pipeline_group_size": 4, "pp_mode": "gpipe"},
         {"batch_size": 4, "gradient_accumulate_step": 2},
         {"pp_mode": "interleaved"},
-        {"pp_mode": "zero-bubble-v", "activation_checkpointing": "false"},
+        pytest.param({"pp_mode": "zero-bubble-v", "activation_checkpointing": "false"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -118,11 +118,11 @@ def test_resumed_on_other_stages_gives_the_same_bits(tmp_path, flags, unstopped,
 @pytest.mark.parametrize(
     "change",
     [
-        {**STAGES, **REPLICAS},
+        pytest.param({**STAGES, **REPLICAS}, marks=pytest.mark.long),
         {**STAGES, **REPLICAS, "dp_mode": "sharded"},
-        {"tensor_group_size": 2},
+        pytest.param({"tensor_group_size": 2}, marks=pytest.mark.long),
         {"tensor_group_size": 2, **STAGES, "pp_mode": "interleaved"},
-        {"tensor_group_size": 2, **REPLICAS, "dp_mode": "sharded"},
+        pytest.param({"tensor_group_size": 2, **REPLICAS, "dp_mode": "sharded"}, marks=pytest.mark.long),
         pytest.param({"tensor_group_size": 2, **STAGES, **REPLICAS, "dp_mode": "sharded"}, marks=pytest.mark.long),
     ],
     ids=str,
