@@ -120,8 +120,8 @@ def test_resumed_on_other_stages_gives_the_same_bits(tmp_path, flags, unstopped,
     [
         pytest.param({**STAGES, **REPLICAS}, marks=pytest.mark.long),
         {**STAGES, **REPLICAS, "dp_mode": "sharded"},
-        pytest.param({"tensor_group_size": 2}, marks=pytest.mark.long),
-        {"tensor_group_size": 2, **STAGES, "pp_mode": "interleaved"},
+        {"tensor_group_size": 2},
+        pytest.param({"tensor_group_size": 2, **STAGES, "pp_mode": "interleaved"}, marks=pytest.mark.long),
         pytest.param({"tensor_group_size": 2, **REPLICAS, "dp_mode": "sharded"}, marks=pytest.mark.long),
         pytest.param({"tensor_group_size": 2, **STAGES, **REPLICAS, "dp_mode": "sharded"}, marks=pytest.mark.long),
     ],
@@ -144,7 +144,10 @@ def assert_weights_near(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{**REPLICAS, "dp_mode": "sharded", "optimizer": "8bit-adam"}, {**REPLICAS, "dp_mode": "sharded", "bf16": True}],
+    [
+        {**REPLICAS, "dp_mode": "sharded", "optimizer": "8bit-adam"},
+        pytest.param({**REPLICAS, "dp_mode": "sharded", "bf16": True}, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_shared_state_resumes_to_the_bits_of_plain_replicas(tmp_path, flags, change):
