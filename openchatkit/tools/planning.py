@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 
 from openchatkit import cli
 from openchatkit.errors import UserError
-from openchatkit.texts import parse_bool
+from openchatkit.training.config import RECOMPUTING, parse_recomputing
+from openchatkit.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from openchatkit.models.config import ModelConfig
     from openchatkit.training.plan import PlannedRun
 
 _GIB, _GB, _TERA = 1 << 30, 1e9, 1e12
-_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v")
-_RECOMPUTING = ("none", "selective", "full")
 _SUGGESTIONS = 5
 _MICRO_BATCH_SIZES = (1, 2, 4, 8)
 
@@ -112,7 +111,7 @@ def _candidates(config: "ModelConfig", options: argparse.Namespace) -> Iterator[
             continue
         kinds = [("gpipe", 1)] if pipeline_size == 1 else [("1f1b", 1), *(("interleaved", v) for v in (2, 3, 4))]
         rows = options.global_batch // replicas
-        for (schedule, stages), size, recompute in itertools.product(kinds, _MICRO_BATCH_SIZES, _RECOMPUTING):
+        for (schedule, stages), size, recompute in itertools.product(kinds, _MICRO_BATCH_SIZES, RECOMPUTING):
             if rows % size or stages * pipeline_size > config.num_layers:
                 continue
             for accumulate in _divisors(rows // size):
@@ -226,7 +225,7 @@ def _parser() -> cli.Parser:
     layout.add_argument("--pipeline-group-size", type=cli.positive_int, default=1, help="ranks that share the layers")
     layout.add_argument("--data-group-size", type=cli.positive_int, default=1, help="replicas")
     layout.add_argument("--tensor-group-size", type=cli.positive_int, default=1, help="ranks that share each layer")
-    layout.add_argument("--pp-mode", choices=_SCHEDULES, default="gpipe", help="schedule")
+    layout.add_argument("--pp-mode", choices=SCHEDULES, default="gpipe", help="schedule")
     layout.add_argument("--stages-per-rank", type=cli.positive_int, help="of schedules that take several")
     layout.add_argument("--num-layers", type=cli.natural, default=0, help="layers a stage; 0: as --balance says")
     layout.add_argument(
@@ -239,7 +238,9 @@ def _parser() -> cli.Parser:
     step.add_argument("--gradient-accumulate-step", type=cli.positive_int, default=1, help="batches a step")
     step.add_argument("--seq-length", type=cli.positive_int, default=2048, help="tokens of a row")
     step.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of products")
-    step.add_argument("--activation-checkpointing", type=_recomputing, default="full", help="none, full, selective")
+    step.add_argument(
+        "--activation-checkpointing", type=parse_recomputing, default="full", help="none, full, selective"
+    )
     step.add_argument("--optimizer", choices=("adam", "adamw", "8bit-adam"), default="adamw", help="optimizer")
     rates = parser.add_argument_group("machines")
     rates.add_argument("--memory", type=cli.positive_float, help="GiB of a card that tensors can have")
@@ -252,14 +253,6 @@ def _parser() -> cli.Parser:
     best.add_argument("--cards", type=cli.positive_int, help="cards to lay out")
     best.add_argument("--global-batch", type=cli.positive_int, help="rows of a step, over all replicas")
     return parser
-
-
-def _recomputing(text: str) -> str:
-    answer = parse_bool(text)
-    value = text.lower() if answer is None else ("full" if answer else "none")
-    if value not in _RECOMPUTING:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(_RECOMPUTING)}, got {text!r}")
-    return value
 
 
 def _machines(args: argparse.Namespace) -> Machines | None:
@@ -340,7 +333,7 @@ def _print_suggestions(runs: Sequence["PlannedRun"], machines: Machines) -> None
                 run.schedule,
                 str(run.stages_a_rank),
                 batches,
-                _RECOMPUTING[run.recompute + (run.recompute and not run.selective)],
+                RECOMPUTING[run.recompute + (run.recompute and not run.selective)],
                 f"{plan.rank_bytes(run, fullest_rank(run)).total / _GIB:.1f}",
                 f"{plan.bubble(run):.1%}",
                 f"{seconds:.2f} s",

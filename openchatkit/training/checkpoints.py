@@ -183,7 +183,7 @@ def warn_of_changes(state: dict[str, Any], settings: Settings, *, path: Path, to
 
 
 # Of no effect on a resume, or on what is trained; --precision is compared in place of its other names.
-_WITHOUT_EFFECT = {"data_cache", "bf16", "fp16", "initial_loss_scale"}
+_WITHOUT_EFFECT = {"data_cache", "bf16", "fp16", "initial_loss_scale", "use_offload"}
 
 
 def check_same_data(datasets: Sequence[Dataset | None], layout: Layout) -> None:

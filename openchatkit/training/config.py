@@ -54,6 +54,9 @@ _REFUSED = {
     "event_host": "events are not posted; read metrics.jsonl in --checkpoint-path, or use --train-log-backend wandb",
 }
 
+# What of layers is computed again, from nothing to all.
+RECOMPUTING = ("none", "selective", "full")
+
 # Each of these sets says one thing in several ways.
 _ALTERNATIVES = (
     {"precision", "bf16", "fp16"},
@@ -62,11 +65,11 @@ _ALTERNATIVES = (
 )
 
 
-def _parse_recomputing(text: str) -> str:
+def parse_recomputing(text: str) -> str:
     """Return `--activation-checkpointing`'s value, which was yes or no in the original kit."""
     answer = parse_bool(text)
     value = text.strip().lower() if answer is None else ("full" if answer else "none")
-    if value not in ("none", "full", "selective"):
+    if value not in RECOMPUTING:
         raise argparse.ArgumentTypeError(f"expected none, full or selective, got {text!r}")
     return value
 
@@ -122,7 +125,7 @@ class LayoutSettings:
         "gpipe",
         choices=SCHEDULES,
         help="pipeline schedule; `1f1b` holds fewer micro-batches at a time, `interleaved` lets ranks wait least; the "
-        "last two need `--activation-checkpointing false`",
+        "last two need `--activation-checkpointing none`",
     )
     balance: str = setting(
         "even",
@@ -160,7 +163,7 @@ class StepSettings:
     gradient_accumulate_step: int = setting(1, check=positive_int, help="batches a step")
     activation_checkpointing: str = setting(
         "full",
-        check=_parse_recomputing,
+        check=parse_recomputing,
         alone="full",
         help="what of layers to compute again in the backward pass, to save memory: `none`, `full` (all; a layer keeps "
         "its input), or `selective` (all but attention and the products with small results). `true` and `false` stand "

@@ -41,10 +41,6 @@ class LocalStages:
         """The map from normed hidden states to the vocabulary, where `has_head`."""
         return self._owners[HEAD].projection
 
-    def module(self, shard: str) -> nn.Module:
-        """Return the module of a shard."""
-        return self._owners[shard].shards[shard]
-
     def named_shards(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield all shards in the order of the data's flow."""
         for stage in self:

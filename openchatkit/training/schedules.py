@@ -94,5 +94,5 @@ def check_schedule(
     if schedule.splits_backward and recompute:
         raise UserError(
             f"--pp-mode {name} computes the gradients of weights apart, and would recompute a layer for each of them: "
-            "give --activation-checkpointing false, or --pp-mode interleaved"
+            "give --activation-checkpointing none, or --pp-mode interleaved"
         )

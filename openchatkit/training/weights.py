@@ -38,7 +38,7 @@ OptimizerState = dict[str, Any]  # of one parameter: tensors and numbers by key
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter's shard, name and number of elements here, and the number of the shard among this rank's."""
+    """A parameter's shard, name and number of elements here, and the number of the shard in the whole model."""
 
     shard: str
     name: str

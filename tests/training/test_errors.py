@@ -53,7 +53,7 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
             [*SHORT, *PIPELINE, "--pp-mode", "interleaved", "--batch-size", "7", "--micro-batch-size", "1"],
             "--batch-size 7 / --micro-batch-size 1 = 7 is no multiple of 3; make it 6 or 8, or use --pp-mode 1f1b",
         ),
-        ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble"], "give --activation-checkpointing false, or --pp-mode inter"),
+        ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble"], "give --activation-checkpointing none, or --pp-mode inter"),
         (
             [*SHORT, *PIPELINE, "--pp-mode", "zero-bubble-v", "--stages-per-rank", "3"],
             "--stages-per-rank 3: --pp-mode zero-bubble-v has 2 on each rank; leave the flag out, or give --pp-mode "

@@ -214,7 +214,12 @@ def test_every_setting_that_a_resume_changes_is_named():
             changes.setdefault(field.name, old / 2 if isinstance(old, float) else old + 1)
         elif choices:
             changes.setdefault(field.name, next(choice for choice in choices if choice != old))
-    without_effect = {"initial_loss_scale": changes.pop("initial_loss_scale"), "data_cache": Path("x"), "bf16": True}
+    without_effect = {
+        "initial_loss_scale": changes.pop("initial_loss_scale"),
+        "data_cache": Path("x"),
+        "bf16": True,
+        "use_offload": True,
+    }
     state = {"settings": to_json(was), "total_steps": 5, "precision": "float32"}
     said: list[str] = []
     sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
