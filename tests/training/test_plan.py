@@ -750,7 +750,7 @@ def test_suggestions_fit_and_the_fastest_comes_first(capsys, config_file):
         (["--suggest", "--cards", "1", "--global-batch", "8", *RATES], "error: no layout of --cards 1 with"),
         (
             ["--activation-checkpointing", "some"],
-            "error: argument --activation-checkpointing: expected none, sel",
+            "error: argument --activation-checkpointing: expected none, full or selective, got 'some'",
         ),
         (["--optimizer", "8bit-adam", "--tensor-group-size", "2"], "error: --optimizer 8bit-adam and --tensor-group"),
     ],
