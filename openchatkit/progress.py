@@ -1,4 +1,4 @@
-"""Progress bars for long work: drawn on a terminal, silent elsewhere."""
+"""Progress of long work, as bars and as lines: shown on a terminal, silent elsewhere."""
 
 import sys
 from typing import Any
@@ -15,3 +15,9 @@ def bar(total: int | None, description: str, *, unit: str = "it", initial: int =
 def write(text: str) -> None:
     """Print a line on stderr above the progress bar, if there is one."""
     tqdm.write(text, file=sys.stderr, end="")
+
+
+def announce(text: str) -> None:
+    """Print a line on stderr for a person who waits; nothing when stderr is not a terminal."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)

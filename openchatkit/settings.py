@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,9 @@ class SettingsParser(Parser):
     """Parser of the flags of a class of settings, of `--config FILE` and of `--overrides`.
 
     The command line wins over the file. Flags before `--overrides`, such as a recipe's, lose to both. `unlisted` flags
-    are accepted and not shown. `alternatives` are sets of settings that say the same thing in several ways: the last
-    place that gives any of a set replaces all that earlier places gave of it.
+    are accepted and not shown; `refused` ones are errors wherever they stand, with the reason that is given for each.
+    `alternatives` are sets of settings that say the same thing in several ways: the last place that gives any of a set
+    replaces all that earlier places gave of it.
     """
 
     def __init__(
@@ -115,11 +117,13 @@ class SettingsParser(Parser):
         *,
         alternatives: Sequence[Collection[str]] = (),
         unlisted: Collection[str] = (),
+        refused: Mapping[str, str] = types.MappingProxyType({}),
         **options: Any,
     ) -> None:
         self._settings = {field.name: field for group in _group_fields(cls).values() for field in group}
         self._required = [name for name, field in self._settings.items() if field.metadata["required"]]
-        self._known = {*self._settings, *unlisted}
+        self._refused = refused
+        self._known = {*self._settings, *unlisted, *refused}
         self._alternatives = alternatives
         needed = " ".join(f"{flag(name)} {name.upper()}" for name in self._required)
         super().__init__(
@@ -143,7 +147,7 @@ class SettingsParser(Parser):
         )
         for title, settings in _group_fields(cls).items():
             add_flags(self.add_argument_group(title), settings)
-        for name in sorted(unlisted):
+        for name in sorted({*unlisted, *refused}):
             self.add_argument(flag(name), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def read(self, argv: Sequence[str] | None = None) -> Given:
@@ -172,18 +176,23 @@ class SettingsParser(Parser):
 
     def _read_flags(self, arguments: Sequence[str]) -> dict[str, Any]:
         unset = argparse.Namespace(**dict.fromkeys(self._settings, _UNSET))
-        found = vars(self.parse_args(arguments, unset))
-        return {name: value for name, value in found.items() if value is not _UNSET}
+        found = {name: value for name, value in vars(self.parse_args(arguments, unset)).items() if value is not _UNSET}
+        for name, reason in self._refused.items():
+            if name in found:
+                raise UserError(f"{flag(name)}: {reason}")
+        return found
 
     def _read_file(self, path: Path) -> dict[str, Any]:
         layer: dict[str, Any] = {}
+        seen: set[str] = set()
         for line, key, text in _read_entries(path):
             name = key.replace("-", "_")
             if name not in self._known:
                 nearest = difflib.get_close_matches(name, self._settings, n=1, cutoff=0)[0]
                 raise UserError(f"{path}:{line}: there is no setting {key!r}: the nearest is {nearest!r}")
-            if name in layer:
+            if name in seen:
                 raise UserError(f"{path}:{line}: {key!r} is there twice: leave one out")
+            seen.add(name)
             if text is None:
                 continue
             try:

@@ -37,7 +37,13 @@ class Both(Where, How):
 
 
 def read(*argv: object) -> dict[str, object]:
-    parser = SettingsParser(Both, alternatives=[{"steps", "epochs"}], unlisted=["old_flag"], prog="try.py")
+    parser = SettingsParser(
+        Both,
+        alternatives=[{"steps", "epochs"}],
+        unlisted=["old_flag"],
+        refused={"password": "no place for a secret"},
+        prog="try.py",
+    )
     return dict(parser.read([str(argument) for argument in argv]).values)
 
 
@@ -110,6 +116,9 @@ def test_the_command_line_itself_is_told_from_files_and_recipes(file):
         ("\nflder: a\n", "run.yml:2: there is no setting 'flder': the nearest is 'folder'"),
         ("config: b.yml\n", "run.yml:1: there is no setting 'config': the nearest is "),
         ("lr: 1\nkind: one\nlr: 2\n", "run.yml:3: 'lr' is there twice: leave one out"),
+        ("lr: null\nlr: 2\n", "run.yml:2: 'lr' is there twice: leave one out"),
+        ("old-flag:\nold_flag:\n", "run.yml:2: 'old_flag' is there twice: leave one out"),
+        ("\npassword: 1\n", "run.yml:2: --password: no place for a secret"),
         ("how:\n  lr: 1\n", "run.yml:1: expected a name and one value, or a list of values"),
         ("names: [{a: b}]\n", "run.yml:1: expected a name and one value, or a list of values"),
         ("? [a]\n: b\n", "run.yml:1: expected a name and one value, or a list of values"),
@@ -136,6 +145,7 @@ def test_a_mistake_in_a_file_is_one_line_that_says_where(file, text, message):
         ("lr: 1\nold_flag: hunter2: x\n", "mapping values are not allowed here in line 2"),
         ("lr: 1\nold_flag: {key: hunter2}\n", "run.yml:2: expected a name and one value"),
         ("old_flag: hunter2\nold_flag: hunter3\n", "run.yml:2: 'old_flag' is there twice"),
+        ("password: hunter2\n", "run.yml:1: --password: no place for a secret"),
     ],
 )
 def test_a_mistake_in_a_file_repeats_none_of_it(file, text, message):
@@ -163,6 +173,8 @@ def test_a_file_in_another_encoding(tmp_path):
         ([], "the following arguments are required: --folder"),
         (["--folder", "a", "--lr", "0"], "argument --lr: expected a number above 0"),
         (["--folder", "a", "--nothing"], "unrecognized arguments: --nothing"),
+        (["--password", "hunter2", "--folder", "a"], "^--password: no place for a secret$"),
+        (["--password", "--overrides", "--folder", "a"], "^--password: no place for a secret$"),
         (["--folder", "a", "--config"], "argument --config: expected one argument"),
     ],
     ids=" ".join,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openchatkit import cli
+from openchatkit import cli, progress
 from openchatkit.errors import UserError
 from openchatkit.formats import chat_file
 from openchatkit.inference import flags
@@ -133,8 +133,8 @@ def _batch(given: argparse.Namespace) -> int:
 
 
 def _session(given: argparse.Namespace) -> "Session":
-    retriever = retrieval.retriever(given, _announce)
-    responder = flags.responder(given, _announce)
+    retriever = retrieval.retriever(given, progress.announce)
+    responder = flags.responder(given, progress.announce)
     from openchatkit.inference.session import Session
 
     session = Session(
@@ -160,8 +160,3 @@ def _about(given: argparse.Namespace, session: "Session") -> str:
     form = "the kit's form" if responder.rendering.name == "kit" else "its own chat template"
     judged = "" if responder.moderator is None else f", moderated by {given.moderation_model}"
     return f"{given.model}{reads}, in {form}{judged}"
-
-
-def _announce(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)

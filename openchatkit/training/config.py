@@ -18,7 +18,7 @@ from openchatkit.cli import below_one, natural, non_negative_float, positive_flo
 from openchatkit.data.options import DataSettings
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
-from openchatkit.settings import Given, SettingsParser, fields, flag, setting
+from openchatkit.settings import Given, SettingsParser, fields, setting
 from openchatkit.texts import parse_bool
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
 
@@ -41,7 +41,7 @@ IGNORED = {
 }
 
 # Flags of the original kit that cannot be honoured; giving one is an error that says why.
-_SECRET = "a secret on the command line is seen by everyone on the machine"
+_SECRET = "a command line and a file of settings are no place for a secret, and training needs none: leave it out"
 _NO_UPLOAD = "checkpoints are not uploaded; copy the folder that --checkpoint-path names"
 _REFUSED = {
     "aws_access_key_id": _SECRET,
@@ -359,7 +359,8 @@ def build_parser() -> SettingsParser:
     return SettingsParser(
         Settings,
         alternatives=_ALTERNATIVES,
-        unlisted=(*IGNORED, *_REFUSED),
+        unlisted=IGNORED,
+        refused=_REFUSED,
         prog="dist_clm_train.py",
         description="Fine-tune a model over a pipeline of stages and replicas.",
     )
@@ -371,9 +372,6 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     UserError for what cannot work whatever the model and the data are.
     """
     given = build_parser().read(argv)
-    for name, reason in _REFUSED.items():
-        if name in given.values:
-            raise UserError(f"{flag(name)}: {reason}")
     defaults = {field.name: field.default for field in fields(Settings) if field.default is not dataclasses.MISSING}
     values = defaults | {name: value for name, value in given.values.items() if name not in IGNORED}
     _complete_ranks(values, given)

@@ -69,7 +69,7 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         (["--total-steps", "1", "--fp16", "--precision", "auto"], "--fp16 and --precision auto exclude each other"),
         (["--total-steps", "1", "--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
         (["--total-steps", "1", "--evaluation-steps", "5"], "--evaluation-steps and --evaluation-data go together"),
-        (["--total-steps", "1", "--aws-secret-access-key", "x"], "--aws-secret-access-key: a secret on the command"),
+        (["--total-steps", "1", "--aws-secret-access-key", "x"], "--aws-secret-access-key: a command line and"),
         (
             [*SHORT, "--tensor-group-size", "3", "--sequence-parallel", "--seq-length", "2048"],
             "--seq-length 2048 is not a multiple of --tensor-group-size 3: make it one",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from openchatkit import cli
+from openchatkit import cli, progress
 from openchatkit.errors import USER_ERROR, UserError
 from openchatkit.formats.moderation import LABELS
 from openchatkit.inference.moderation import flags, policy
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.moderation_model is None:
         raise UserError("--moderation-model is missing: expected a folder or hub name of a model that judges texts")
     texts = _open_input() if given.text is None else given.text
-    moderator = flags.load_moderator(given, _announce)
+    moderator = flags.load_moderator(given, progress.announce)
     assert moderator is not None
-    _announce(moderator.describe())
+    progress.announce(moderator.describe())
     if not given.json:
         print(f"{'action':6}  {'label':{_WIDTH}}  probability  text", flush=True)
     failed = False
@@ -101,8 +101,3 @@ def _format_row(text: str, verdict: "Verdict") -> str:
     unlabelled = "(not judged)" if verdict.reason else "(nothing)"
     probability = f"{verdict.probability:11.2f}" if verdict.label else " " * 11
     return f"{verdict.action:6}  {verdict.label or unlabelled:{_WIDTH}}  {probability}  {shown}"
-
-
-def _announce(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
