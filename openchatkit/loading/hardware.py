@@ -7,6 +7,7 @@ it than in float32. Elsewhere they are emulated, which gives the same results se
 import functools
 import os
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -134,6 +135,23 @@ def slowdown(dtype: torch.dtype) -> float:
     return max(best[dtype], tick) / max(best[torch.float32], tick)
 
 
+def available_memory() -> int:
+    """Bytes of main memory that can be filled without anything being swapped or killed; 0 where that is unknown."""
+    try:
+        fields = dict(line.split(":", 1) for line in _text("/proc/meminfo").splitlines())
+        available = int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 0
+    try:
+        # A container's own limit, of which files that were read can be given back.
+        group = "/sys/fs/cgroup/memory"
+        pages = dict(line.split() for line in _text(f"{group}.stat").splitlines())
+        limit = int(_text(f"{group}.max")) - int(_text(f"{group}.current")) + int(pages["file"])
+    except (OSError, KeyError, ValueError):
+        return available
+    return min(available, limit)
+
+
 def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the device has no product in this precision, in torch's words; None where it has one."""
     try:
@@ -142,3 +160,7 @@ def _refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     except (RuntimeError, TypeError, NotImplementedError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="ascii")

@@ -133,3 +133,22 @@ def test_the_choice_of_a_device(monkeypatch):
 def test_a_missing_device_is_refused(name):
     with pytest.raises(UserError, match=f"^--device {name}: there is no such device here .*: expected auto, cpu, or a"):
         hardware.choose_device(name)
+
+
+def test_the_memory_that_is_left_is_what_the_system_or_the_container_says(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
+    group = "/sys/fs/cgroup/memory"
+
+    def read(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return files[path]
+
+    monkeypatch.setattr(hardware, "_text", read)
+    assert hardware.available_memory() == 8000 << 10
+    files |= {f"{group}.max": "max\n", f"{group}.current": "5000\n", f"{group}.stat": "anon 1\nfile 3000\n"}
+    assert hardware.available_memory() == 8000 << 10
+    files[f"{group}.max"] = "6000\n"
+    assert hardware.available_memory() == 4000
+    del files["/proc/meminfo"]
+    assert hardware.available_memory() == 0

@@ -33,7 +33,7 @@ from openchatkit.inference.engine import attention, linear, neox
 from openchatkit.inference.engine.engine import is_out_of_memory
 from openchatkit.inference.loading import placement
 from openchatkit.libraries import hf_transformers
-from openchatkit.loading import pretrained
+from openchatkit.loading import hardware, pretrained
 from openchatkit.texts import reason_of
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -104,7 +104,7 @@ def load(
         with _one_line_errors(folder):
             if on_cpu:
                 # Copies of weights in mapped files free nothing, so they need room; a fifth is left for the rest.
-                linear.prepare(model, precision, room=0.8 * placement.available_memory())
+                linear.prepare(model, precision, room=0.8 * hardware.available_memory())
             elif not options:
                 nn.Module.to(model, device)
     # A model spread over several devices keeps its own attention.

@@ -5,7 +5,6 @@ Owns the choice, and refuses combinations that cannot work; `loader` carries it 
 
 import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,24 +108,3 @@ def check_four_bits(model: nn.Module, device: torch.device) -> None:
             "--load-4bit takes layers of multiples of 64 inputs and 32 outputs on the CPU, this model has one of "
             f"{odd[0].in_features} and {odd[0].out_features}: try --load-8bit or --dtype int8"
         )
-
-
-def available_memory() -> int:
-    """Bytes of main memory that can be filled without anything being swapped or killed; 0 where that is unknown."""
-    try:
-        fields = dict(line.split(":", 1) for line in _text("/proc/meminfo").splitlines())
-        available = int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return 0
-    try:
-        # A container's own limit, of which files that were read can be given back.
-        group = "/sys/fs/cgroup/memory"
-        pages = dict(line.split() for line in _text(f"{group}.stat").splitlines())
-        limit = int(_text(f"{group}.max")) - int(_text(f"{group}.current")) + int(pages["file"])
-    except (OSError, KeyError, ValueError):
-        return available
-    return min(available, limit)
-
-
-def _text(path: str) -> str:
-    return Path(path).read_text(encoding="ascii")

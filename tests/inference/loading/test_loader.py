@@ -112,7 +112,7 @@ def test_a_model_that_does_not_fit_into_memory_is_read_from_disk_as_it_is_needed
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_packed_where_memory_allows_and_else_stay_in_the_mapped_file(random_models, monkeypatch, dtype):
     packed = loader.load(str(random_models["neox"]), dtype=dtype).model
-    monkeypatch.setattr(placement, "available_memory", lambda: 0)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 0)
     mapped = loader.load(str(random_models["neox"]), dtype=dtype).model
     kinds = {type(module) for module in mapped.modules()}
     assert kinds & {nn.Linear, linear.NarrowLinear}
@@ -287,25 +287,6 @@ def test_quantised_models_are_spread_over_the_gpus_alone():
     assert options["max_memory"] == {0: 1 << 30, 1: 2 << 30}
     assert options["quantization_config"].bnb_4bit_compute_dtype == torch.float16
     assert placement.quantisation_options(8, torch.float16, GPU, None)["device_map"] == {"": GPU}
-
-
-def test_the_memory_that_is_left_is_what_the_system_or_the_container_says(monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
-    group = "/sys/fs/cgroup/memory"
-
-    def read(path):
-        if path not in files:
-            raise FileNotFoundError(path)
-        return files[path]
-
-    monkeypatch.setattr(placement, "_text", read)
-    assert placement.available_memory() == 8000 << 10
-    files |= {f"{group}.max": "max\n", f"{group}.current": "5000\n", f"{group}.stat": "anon 1\nfile 3000\n"}
-    assert placement.available_memory() == 8000 << 10
-    files[f"{group}.max"] = "6000\n"
-    assert placement.available_memory() == 4000
-    del files["/proc/meminfo"]
-    assert placement.available_memory() == 0
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
