@@ -17,7 +17,7 @@ from openchatkit.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from openchatkit.models.config import ModelConfig
-    from openchatkit.training.plan import PlannedRun
+    from openchatkit.training.plan.planned_run import PlannedRun
 
 _GIB, _GB, _TERA = 1 << 30, 1e9, 1e12
 _SUGGESTIONS = 5
@@ -57,36 +57,34 @@ class StepTime:
 
 def estimate(run: "PlannedRun", machines: Machines) -> StepTime:
     """Return the time of a step of the busiest rank, which the others wait for."""
-    from openchatkit.training import plan
+    from openchatkit.training.plan import traffic, work
 
     parts, of_replica = run.tensor_size, run.tensor_size * run.pipeline_size
     busiest = (0.0, 0.0, 0.0)
     reducing = 0.0
     for rank in range(run.pipeline_size):
-        traffic = plan.rank_traffic(run, rank)
-        products = plan.rank_operations(run, rank) / machines.operations
-        tensor = 2 * (parts - 1) / parts * traffic["tensor"].bytes / machines.link_of(parts)
-        pipeline = traffic["pipeline"].bytes / machines.link_of(of_replica)
+        sent = traffic.rank_traffic(run, rank)
+        products = work.rank_operations(run, rank) / machines.operations
+        tensor = 2 * (parts - 1) / parts * sent["tensor"].bytes / machines.link_of(parts)
+        pipeline = sent["pipeline"].bytes / machines.link_of(of_replica)
         busiest = max(busiest, (products, tensor, pipeline), key=sum)
         # An all-reduce passes each byte on twice, a reduction to one replica or a broadcast once.
         passed_on = 2 * (run.replicas - 1) / run.replicas if run.dp_mode == "allreduce" else 1
-        reducing = max(reducing, passed_on * traffic["data"].bytes / machines.link_of(run.world_size))
-    share = plan.bubble(run)
+        reducing = max(reducing, passed_on * sent["data"].bytes / machines.link_of(run.world_size))
+    share = work.bubble(run)
     return StepTime(*busiest, waiting=sum(busiest) * share / (1 - share), replicas=reducing)
 
 
 def fullest_rank(run: "PlannedRun") -> int:
     """Return the pipeline rank that holds most; the first rank of its tensor group does."""
-    from openchatkit.training import plan
+    from openchatkit.training.plan import memory
 
-    return max(range(run.pipeline_size), key=lambda rank: plan.rank_bytes(run, rank).total)
+    return max(range(run.pipeline_size), key=lambda rank: memory.rank_bytes(run, rank).total)
 
 
-def suggest(
-    config: "ModelConfig", options: argparse.Namespace, machines: Machines, memory: float
-) -> list["PlannedRun"]:
-    """Return the layouts of --cards whose best settings are fastest, of those that fit into `memory` bytes."""
-    from openchatkit.training import plan
+def suggest(config: "ModelConfig", options: argparse.Namespace, machines: Machines, room: float) -> list["PlannedRun"]:
+    """Return the layouts of --cards whose best settings are fastest, of those that fit into `room` bytes."""
+    from openchatkit.training.plan import memory
 
     found: dict[tuple[int, int, int], PlannedRun] = {}
     candidates = sorted(
@@ -95,7 +93,7 @@ def suggest(
     )
     for _, _, run in candidates:
         layout = (run.pipeline_size, run.replicas, run.tensor_size)
-        if layout not in found and plan.rank_bytes(run, fullest_rank(run)).total <= memory:
+        if layout not in found and memory.rank_bytes(run, fullest_rank(run)).total <= room:
             found[layout] = run
             if len(found) == _SUGGESTIONS:
                 break
@@ -134,7 +132,8 @@ def plan_run(config: "ModelConfig", args: argparse.Namespace) -> "PlannedRun":
     """Return the run that the flags describe; UserError for what training would refuse as well."""
     from openchatkit.distributed.layout import balanced_layers, stage_layers
     from openchatkit.models.cuts import check_parts
-    from openchatkit.training import plan, schedules
+    from openchatkit.training import schedules
+    from openchatkit.training.plan import planned_run, work
 
     check_parts(config, args.tensor_group_size)
     if args.seq_length > config.max_position_embeddings:
@@ -160,7 +159,7 @@ def plan_run(config: "ModelConfig", args: argparse.Namespace) -> "PlannedRun":
         recompute=args.activation_checkpointing != "none",
     )
     layers = stage_layers(config.num_layers, stages=stages, layers_per_stage=args.num_layers)
-    run = plan.PlannedRun(
+    run = planned_run.PlannedRun(
         config=config,
         layers=tuple(layers),
         pipeline_size=pipeline_size,
@@ -179,7 +178,7 @@ def plan_run(config: "ModelConfig", args: argparse.Namespace) -> "PlannedRun":
     )
     if args.balance == "even" or args.num_layers:
         return run
-    return replace(run, layers=tuple(balanced_layers(config.num_layers, stages=stages, head=plan.head_cost(run))))
+    return replace(run, layers=tuple(balanced_layers(config.num_layers, stages=stages, head=work.head_cost(run))))
 
 
 @cli.command
@@ -276,9 +275,9 @@ def _read_model(args: argparse.Namespace) -> "ModelConfig":
 
 
 def _print_plan(run: "PlannedRun", args: argparse.Namespace, machines: Machines | None) -> None:
-    from openchatkit.training import plan
+    from openchatkit.training.plan import memory, parameters, traffic, work
 
-    counts = [plan.count_rank(run, rank).elements for rank in range(run.pipeline_size)]
+    counts = [parameters.count_rank(run, rank).elements for rank in range(run.pipeline_size)]
     print(f"model: {run.config.num_layers} layers of width {run.config.hidden_size}, {run.config.family}")
     print(
         f"layout: {run.world_size:,} ranks = {run.pipeline_size} in a pipeline x {run.replicas} replicas x "
@@ -289,9 +288,9 @@ def _print_plan(run: "PlannedRun", args: argparse.Namespace, machines: Machines 
         f"pipeline {run.accumulate} x {run.micro_batches} micro-batches, each of rows: {run.micro_batch_size}"
     )
     print(f"layers of stages: {_describe_runs([last - first for first, last in run.layers])}")
-    print(f"waiting by the schedule itself: {plan.bubble(run):.1%} of a step")
+    print(f"waiting by the schedule itself: {work.bubble(run):.1%} of a step")
     rank = fullest_rank(run)
-    held = plan.rank_bytes(run, rank)
+    held = memory.rank_bytes(run, rank)
     print(f"\nmemory of the fullest rank, pipeline rank {rank}, with {counts[rank]:,} parameters:")
     for kind, size in vars(held).items():
         print(f"  {kind.replace('_', ' '):16} {size / _GIB:9.2f} GiB")
@@ -301,9 +300,9 @@ def _print_plan(run: "PlannedRun", args: argparse.Namespace, machines: Machines 
         verdict = f"  {'fits into' if fits else 'DOES NOT FIT into'} {args.memory:g} GiB"
     print(f"  {'total':16} {held.total / _GIB:9.2f} GiB{verdict}")
     print(f"\nmessages and sums of a step, pipeline rank {rank}:")
-    for kind, traffic in plan.rank_traffic(run, rank).items():
-        if traffic.messages and kind != "received":
-            print(f"  {kind:16} {traffic.messages:9,} of {traffic.bytes / _GB:9.3f} GB together")
+    for kind, each in traffic.rank_traffic(run, rank).items():
+        if each.messages and kind != "received":
+            print(f"  {kind:16} {each.messages:9,} of {each.bytes / _GB:9.3f} GB together")
     if machines is not None:
         _print_time(run, machines)
         _print_assumptions(machines)
@@ -318,7 +317,7 @@ def _print_time(run: "PlannedRun", machines: Machines) -> None:
 
 
 def _print_suggestions(runs: Sequence["PlannedRun"], machines: Machines) -> None:
-    from openchatkit.training import plan
+    from openchatkit.training.plan import memory, work
 
     names = ("pipeline", "replicas", "tensor", "schedule", "stages", "micro-batches", "recompute", "GiB", "waiting")
     rows = [(*names, "step", "tokens/s a card")]
@@ -334,8 +333,8 @@ def _print_suggestions(runs: Sequence["PlannedRun"], machines: Machines) -> None
                 str(run.stages_a_rank),
                 batches,
                 RECOMPUTING[run.recompute + (run.recompute and not run.selective)],
-                f"{plan.rank_bytes(run, fullest_rank(run)).total / _GIB:.1f}",
-                f"{plan.bubble(run):.1%}",
+                f"{memory.rank_bytes(run, fullest_rank(run)).total / _GIB:.1f}",
+                f"{work.bubble(run):.1%}",
                 f"{seconds:.2f} s",
                 f"{run.step_tokens / seconds / run.world_size:,.0f}",
             )

@@ -1,4 +1,4 @@
-"""`training/plan.py` against what is really allocated and sent; `make_layout` for thousands of ranks in one process.
+"""`training/plan/` against what is really allocated and sent; `make_layout` for thousands of ranks in one process.
 
 torch's fake process group takes part in collectives without anyone else: numbers are meaningless, counts are real.
 """
@@ -27,12 +27,13 @@ from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, shard_names
 from openchatkit.models.stage import Stage
 from openchatkit.tools import planning
-from openchatkit.training import plan
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.pipeline import Pipeline
-from openchatkit.training.plan import PlannedRun, Traffic
+from openchatkit.training.plan import memory, parameters, planned_run, work
+from openchatkit.training.plan.planned_run import PlannedRun
+from openchatkit.training.plan.traffic import Traffic, rank_traffic
 from openchatkit.training.precision import autocast
 from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.weights import Weights
@@ -221,8 +222,8 @@ def test_ranks_add_up_to_the_model(name):
             whole += size
             uncut += size * (kind.cuts[parameter] == "whole")
             once += size * (kind.cuts[parameter] == "once")
-    first = [plan.count_rank(run, rank, 0) for rank in range(run.pipeline_size)]
-    other = [plan.count_rank(run, rank, parts - 1) for rank in range(run.pipeline_size)]
+    first = [parameters.count_rank(run, rank, 0) for rank in range(run.pipeline_size)]
+    other = [parameters.count_rank(run, rank, parts - 1) for rank in range(run.pipeline_size)]
     # What is cut adds up to the whole, parameters of the first part are there once, uncut ones on every part.
     held = sum(count.elements for count in first) + (parts - 1) * sum(count.elements for count in other)
     assert held - (parts - 1) * uncut == whole
@@ -239,15 +240,15 @@ def test_bytes_and_messages_of_all_ranks_add_up(name):
     stages = sorted(itertools.chain(*(run.stages_of(rank) for rank in range(run.pipeline_size))))
     assert stages == list(range(len(run.layers)))
     ranks = range(run.pipeline_size)
-    held = [plan.rank_bytes(run, rank) for rank in ranks]
-    counts = [plan.count_rank(run, rank) for rank in ranks]
+    held = [memory.rank_bytes(run, rank) for rank in ranks]
+    counts = [parameters.count_rank(run, rank) for rank in ranks]
     for each, count in zip(held, counts, strict=True):
         matrices, others = count.matrices, count.elements - count.matrices
         state = 2 * matrices + 4 * others + 4 * count.elements + (4 * matrices + 8 * count.elements) / run.replicas
         assert each.weights + each.gradients + each.masters + each.moments == pytest.approx(state)
         assert each.total == pytest.approx(sum(vars(each).values()))
         assert min(vars(each).values()) >= 0
-    traffic = [plan.rank_traffic(run, rank) for rank in ranks]
+    traffic = [rank_traffic(run, rank) for rank in ranks]
     sent = sum((each["pipeline"] for each in traffic), Traffic())
     assert sent == sum((each["received"] for each in traffic), Traffic())
     borders = len(run.layers) - 1 - (run.schedule == "zero-bubble-v")  # a V turns within the last rank
@@ -263,7 +264,7 @@ def test_every_send_of_the_schedule_has_its_receive(name):
     lists = get_schedule_ops(kind, run.pipeline_size, run.micro_batches, run.stages_a_rank, with_comms=True)
     names = [[str(action.computation_type) for action in actions] for actions in lists]
     for rank, actions in enumerate(names):
-        traffic = plan.rank_traffic(run, rank)
+        traffic = rank_traffic(run, rank)
         assert sum("SEND" in each for each in actions) == traffic["pipeline"].messages
         assert sum("RECV" in each for each in actions) == traffic["received"].messages
     for one, other, step in (("SEND_F", "RECV_F", 1), ("SEND_B", "RECV_B", -1)):
@@ -301,7 +302,7 @@ def make_pipeline(stages, layout, run):
         micro_batches=run.micro_batches,
         micro_batch_size=run.micro_batch_size,
         seq_length=run.seq_length,
-        dtype=plan.DTYPES[run.precision],
+        dtype=planned_run.DTYPES[run.precision],
         loss=loss,
     )
 
@@ -369,14 +370,14 @@ def test_messages_are_those_of_a_real_pipeline(monkeypatch, network, schedule, s
             tokens = torch.zeros(16, 8, dtype=torch.int64)
             with Counter(monkeypatch) as counter:
                 pipeline.forward_backward(tokens, tokens)
-            traffic = plan.rank_traffic(run, pipeline_rank)
+            traffic = rank_traffic(run, pipeline_rank)
             assert counter.sent == traffic["pipeline"]
             assert counter.received == traffic["received"]
             # The sums of gradients come with the step.
-            uncut = plan.count_rank(run, pipeline_rank).uncut
+            uncut = parameters.count_rank(run, pipeline_rank).uncut
             own = Traffic(1, 4 * uncut) if tensor_size > 1 else Traffic()
             assert counter.sums.get(layout.tensor, Traffic()) + own == traffic["tensor"]
-            assert count_buffers(pipeline) == sum(plan.receive_bytes(run, n) for n in run.stages_of(pipeline_rank))
+            assert count_buffers(pipeline) == sum(memory.receive_bytes(run, n) for n in run.stages_of(pipeline_rank))
 
 
 def count_buffers(pipeline):
@@ -414,7 +415,7 @@ def saved_bytes(function, *, besides):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_stage_keeps_what_the_plan_says(network, recompute, precision, tensor_size):
-    config, dtype = NETWORKS[network], plan.DTYPES[precision]
+    config, dtype = NETWORKS[network], planned_run.DTYPES[precision]
     options = {"micro_batch_size": 2, "seq_length": 8, "precision": precision, "recompute": recompute}
     run = planned(config, 4, 1, tensor_size, "1f1b", m=4, on_gpu=False, **options)
     for number in range(4):
@@ -437,7 +438,7 @@ def test_a_stage_keeps_what_the_plan_says(network, recompute, precision, tensor_
         found[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
         # A part of the embedding notes which of the tokens' rows are elsewhere, and the others' numbers.
         rows = 2 * 8 * (1 + 8) if embed and tensor_size > 1 else 0
-        assert sum(storage.nbytes() for storage in found.values()) - rows == plan.kept_bytes(run, number), number
+        assert sum(storage.nbytes() for storage in found.values()) - rows == memory.kept_bytes(run, number), number
 
 
 def copy_matrices(stage, dtype):
@@ -466,13 +467,13 @@ def test_state_of_a_parameter_takes_the_bytes_of_the_table(monkeypatch, precisio
         pytest.importorskip("bitsandbytes")
     config = dataclasses.replace(TINY, hidden_size=64, intermediate_size=160, num_layers=3)
     run = planned(config, 1, 4, precision=precision, optimizer=optimizer, dp_mode=dp_mode)
-    expected = plan.rank_bytes(run, 0)
+    expected = memory.rank_bytes(run, 0)
     shared = 0
     for replica in range(4):
         with fake_ranks(replica, 4):
             layout, _ = lay_out(monkeypatch, replica, replicas=4)
             found = allocate(
-                make_rank(config, run, layout), layout, plan.DTYPES[precision], optimizer, dp_mode, monkeypatch
+                make_rank(config, run, layout), layout, planned_run.DTYPES[precision], optimizer, dp_mode, monkeypatch
             )
         assert found["weights"] == expected.weights
         assert found["gradients"] == expected.gradients
@@ -480,10 +481,10 @@ def test_state_of_a_parameter_takes_the_bytes_of_the_table(monkeypatch, precisio
             assert (found["masters"], found["moments"]) == (expected.masters, expected.moments)
         # Runs begin at whole units of 4,096 elements: shares differ by less than one on each side.
         own = found["masters"] + found["moments"]
-        assert abs(own - expected.masters - expected.moments) <= 2 * 4096 * (4 + plan.MOMENTS[optimizer])
+        assert abs(own - expected.masters - expected.moments) <= 2 * 4096 * (4 + memory.MOMENTS[optimizer])
         shared += own
-        assert found["data"].bytes == plan.rank_traffic(run, 0)["data"].bytes
-        assert found["data"].messages >= plan.rank_traffic(run, 0)["data"].messages
+        assert found["data"].bytes == rank_traffic(run, 0)["data"].bytes
+        assert found["data"].messages >= rank_traffic(run, 0)["data"].messages
     if dp_mode == "sharded":
         assert shared == 4 * (expected.masters + expected.moments)
 
@@ -540,13 +541,13 @@ def test_the_worst_moment_is_that_of_the_schedule(schedule, ranks, m):
             if kind in ("I", "W"):
                 now += pending[action.stage_index] * (1 if kind == "I" else -1)
             most = max(most, now)
-        assert plan.peak(run, rank, kept, pending) == most, rank
+        assert memory.peak(run, rank, kept, pending) == most, rank
 
 
 def test_without_torchs_list_all_micro_batches_count(monkeypatch):
     run = planned(TINY, 4, 1, 1, "interleaved", 2, m=8)
     monkeypatch.setattr(pytorch, "list_pipeline_actions", lambda *_: None)
-    assert plan.peak(run, 1, {1: 10, 5: 20}, {1: 1, 5: 1}) == 8 * 30
+    assert memory.peak(run, 1, {1: 10, 5: 20}, {1: 1, 5: 1}) == 8 * 30
 
 
 class LiveBytes(TorchDispatchMode):
@@ -599,12 +600,12 @@ def test_a_pipeline_takes_little_less_than_planned(
     with fake_ranks(rank, run.world_size):
         layout, _ = lay_out(monkeypatch, rank, pipeline_size=4, tensor_size=tensor_size)
         stages = make_rank(config, run, layout)
-        Weights(stages, layout, dtype=plan.DTYPES[precision])
+        Weights(stages, layout, dtype=planned_run.DTYPES[precision])
         pipeline = make_pipeline(stages, layout, run)
         tokens = torch.zeros(16, 64, dtype=torch.int64)
-        with Counter(monkeypatch), autocast(CPU, plan.DTYPES[precision]), LiveBytes(stages.parameters()) as live:
+        with Counter(monkeypatch), autocast(CPU, planned_run.DTYPES[precision]), LiveBytes(stages.parameters()) as live:
             pipeline.forward_backward(tokens, tokens)
-    kinds = plan.rank_bytes(run, pipeline_rank)
+    kinds = memory.rank_bytes(run, pipeline_rank)
     expected = kinds.gradients + kinds.activations + kinds.receive_buffers + kinds.logits + kinds.working
     assert 0.85 * expected <= live.most <= expected
 
@@ -634,7 +635,7 @@ def test_the_bubble_is_that_of_the_order_of_work(schedule, ranks, m):
                 # The backward of weights comes by itself where a list has whole backward passes among split ones.
                 ends[backward if action == "B" else action, stage, number] = free[rank]
                 places[rank] += 1
-    assert plan.bubble(run) == pytest.approx(1 - 3 * 2 * m / max(free), abs=0.005)
+    assert work.bubble(run) == pytest.approx(1 - 3 * 2 * m / max(free), abs=0.005)
 
 
 # The command.
@@ -671,8 +672,8 @@ def test_the_command_prints_a_plan(capsys, config_file):
     assert (status, error) == (0, "")
     run = planned(NEOX_20B, 4, 12, 2, "1f1b", m=32, dp_mode="sharded")
     rank = planning.fullest_rank(run)
-    assert f"pipeline rank {rank}, with {plan.count_rank(run, rank).elements:,} parameters" in output
-    assert f"{plan.rank_bytes(run, rank).total / 2**30:.2f} GiB  fits into 74 GiB" in output
+    assert f"pipeline rank {rank}, with {parameters.count_rank(run, rank).elements:,} parameters" in output
+    assert f"{memory.rank_bytes(run, rank).total / 2**30:.2f} GiB  fits into 74 GiB" in output
     assert "layers of stages: 4 x 11\n" in output
     assert "waiting by the schedule itself: 8.6% of a step" in output
     assert "96 ranks = 4 in a pipeline x 12 replicas x 2 in a tensor group" in output
@@ -690,13 +691,13 @@ def test_the_estimate_is_its_parts(config_file):
     machines = planning.Machines(operations=1e14, link=1e10, local=1e11, cards_a_host=8)
     run = planned(NEOX_20B, 4, 3, 8, "1f1b", m=8, dp_mode="allreduce")
     found = planning.estimate(run, machines)
-    traffic = plan.rank_traffic(run, 3)
-    assert found.products == plan.rank_operations(run, 3) / 1e14  # with the head
+    traffic = rank_traffic(run, 3)
+    assert found.products == work.rank_operations(run, 3) / 1e14  # with the head
     assert found.tensor == pytest.approx(2 * 7 / 8 * traffic["tensor"].bytes / 1e11)
     assert found.pipeline == pytest.approx(8 * 2048 * 6144 * 2 / 1e10)
     busy = found.products + found.tensor + found.pipeline
     assert found.waiting / (busy + found.waiting) == pytest.approx(3 / 11)
-    largest = max(plan.count_rank(run, rank).elements for rank in range(4))
+    largest = max(parameters.count_rank(run, rank).elements for rank in range(4))
     assert found.replicas == pytest.approx(2 * 2 / 3 * 4 * largest / 1e10)
     assert found.total == pytest.approx(busy + found.waiting + found.replicas)
     # Everything of a replica within a host: the fast link.
@@ -707,15 +708,15 @@ def test_the_estimate_is_its_parts(config_file):
 def test_operations_are_six_for_each_weight_and_token_and_those_of_attention():
     """6 N + 6 L h T a token (Narayanan et al., arXiv 2104.04473, with attention that sees only what came before)."""
     run = planned(NEOX_20B, 4, 1, 2, "1f1b", m=8, recompute=False)
-    done = 2 * sum(plan.rank_operations(run, rank) for rank in range(4))
+    done = 2 * sum(work.rank_operations(run, rank) for rank in range(4))
     matrices = 44 * 12 * 6144**2 + 50432 * 6144
     assert done == 8 * 2048 * (6 * matrices + 6 * 44 * 6144 * 2048)
     again = dataclasses.replace(run, recompute=True)
-    head = 4 * plan.head_operations(run) * 8
-    assert 2 * sum(plan.rank_operations(again, rank) for rank in range(4)) * 3 == 4 * done - head // 2
+    head = 4 * work.head_operations(run) * 8
+    assert 2 * sum(work.rank_operations(again, rank) for rank in range(4)) * 3 == 4 * done - head // 2
     # Attention and the products back to the hidden state are kept; the first products of attention and MLP are not.
     whole = planned(NEOX_20B, selective=True)
-    assert plan.layer_operations(whole) * (plan.layer_passes(whole) - 3) == pytest.approx(2 * 2048 * 7 * 6144**2)
+    assert work.layer_operations(whole) * (work.layer_passes(whole) - 3) == pytest.approx(2 * 2048 * 7 * 6144**2)
 
 
 def test_suggestions_fit_and_the_fastest_comes_first(capsys, config_file):
@@ -774,7 +775,7 @@ def test_a_missing_model_is_one_line(capsys, tmp_path):
 def test_the_head_is_balanced_by_operations(capsys, config_file):
     flags = ["--pipeline-group-size", 8, "--balance", "auto", "--batch-size", 8, "--micro-batch-size", 1]
     _, output, _ = command(capsys, "--config", config_file, *flags)
-    head = plan.head_cost(planned(NEOX_20B))
+    head = work.head_cost(planned(NEOX_20B))
     assert head == pytest.approx(6 * 50432 * 6144 / (4 * (2 * 12 * 6144**2 + 2 * 2048 * 6144)))
     layers = balanced_layers(44, stages=8, head=head)
     counts = [last - first for first, last in layers]

@@ -1,0 +1,82 @@
+"""Parameters of a shard and of a rank, counted from the modules themselves, cut as `Family.cuts` says."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from openchatkit.models.config import ModelConfig
+from openchatkit.models.cuts import Part, is_in
+from openchatkit.models.family import SkipInit
+from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD, layer_name
+from openchatkit.training.plan.planned_run import PlannedRun
+
+SMALLEST_8_BIT = 4096  # elements of a parameter from which on bitsandbytes keeps its moments in 8 bits
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Elements of a shard's parameters in one part of it.
+
+    `matrices` are those that layers use in products alone (not the embedding), `uncut` those whose gradients parts add
+    up, `small` those of parameters too small for 8-bit moments; `largest` is the largest parameter.
+    """
+
+    elements: int = 0
+    matrices: int = 0
+    uncut: int = 0
+    small: int = 0
+    largest: int = 0
+
+    def __add__(self, other: "ParameterCount") -> "ParameterCount":
+        return ParameterCount(
+            self.elements + other.elements,
+            self.matrices + other.matrices,
+            self.uncut + other.uncut,
+            self.small + other.small,
+            max(self.largest, other.largest),
+        )
+
+    def times(self, number: int) -> "ParameterCount":
+        """Return the count of that many such shards."""
+        elements, matrices, uncut, small = (
+            number * each for each in (self.elements, self.matrices, self.uncut, self.small)
+        )
+        return ParameterCount(elements, matrices, uncut, small, self.largest if number else 0)
+
+
+def count_parameters(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
+    """Count the parameters of a part of a shard, from its module.
+
+    All layers are alike, and so are all parts but the first.
+    """
+    kind = shard if shard in (EMBED, HEAD) else layer_name(0)
+    return _count_kind(config, kind, Part(min(part.index, 1), part.count))
+
+
+@functools.lru_cache
+def _count_kind(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
+    kind = family(config)
+    with torch.device("meta"), SkipInit():
+        parameters = dict(kind.module(config, shard, part).named_parameters())
+    assert all(is_in(part, kind.cuts[name]) for name in parameters), (shard, part)
+    count = ParameterCount()
+    for name, parameter in parameters.items():
+        size = parameter.numel()
+        matrix = size if parameter.dim() > 1 and shard != EMBED else 0
+        uncut, small = (size if kind.cuts[name] == "whole" else 0), (size if size < SMALLEST_8_BIT else 0)
+        count += ParameterCount(size, matrix, uncut, small, size)
+    return count
+
+
+def count_rank(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> ParameterCount:
+    """Count the parameters of a rank."""
+    part = Part(tensor_rank, run.tensor_size)
+    total = ParameterCount()
+    for stage in run.stages_of(pipeline_rank):
+        first, last = run.layers[stage]
+        total += count_parameters(run.config, layer_name(0), part).times(last - first)
+        for shard in {EMBED, HEAD} & {*run.shards_of(stage)}:
+            total += count_parameters(run.config, shard, part)
+    return total
