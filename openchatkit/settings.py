@@ -125,9 +125,9 @@ class SettingsParser(Parser):
         self._refused = refused
         self._known = {*self._settings, *unlisted, *refused}
         self._alternatives = alternatives
-        needed = " ".join(f"{flag(name)} {name.upper()}" for name in self._required)
+        needed = "".join(f" {flag(name)} {name.upper()}" for name in self._required)
         super().__init__(
-            usage=f"%(prog)s [--config FILE] {needed} [--FLAG VALUE ...]",
+            usage=f"%(prog)s [--config FILE]{needed} [--FLAG VALUE ...]",
             formatter_class=argparse.HelpFormatter,
             **options,
         )

@@ -347,3 +347,15 @@ def test_mistakes_get_one_line(run: Callable[..., tuple], flags: list[str], mess
     assert status == 2
     assert message in printed
     assert len(printed.splitlines()) == 1
+
+
+def test_a_file_of_settings_is_read(run: Callable[..., tuple], tiny_tokenizer: Path, tmp_path: Path) -> None:
+    data = chats(tmp_path / "a.jsonl", ["one two three", "four five six"])
+    file = tmp_path / "run.yml"
+    file.write_text(
+        f"task_name: {data}\ntokenizer_name: {tiny_tokenizer}\nseq_length: 16\nsamples: 1\nfull: yes\n"
+        f"data_cache: {tmp_path / 'cache'}\n",
+        encoding="utf-8",
+    )
+    flags = f"--task-name {data} --tokenizer-name {tiny_tokenizer} --seq-length 16 --samples 1 --full"
+    assert run("--config", file) == run(*flags.split(), "--data-cache", tmp_path / "cache")
