@@ -54,10 +54,17 @@ def fields(cls: type) -> list[dataclasses.Field[Any]]:
 
 
 def _group_fields(cls: type) -> dict[str, list[dataclasses.Field[Any]]]:
-    """Return {title: fields} of the groups that `cls` inherits from, in the order of its bases."""
+    """Return {title: fields} of the groups that `cls` inherits from, in the order of its bases.
+
+    A base that is no group itself has those of its own bases. A field that `cls` declares again is the one it declares.
+    """
+    own = {field.name: field for field in fields(cls)}
     found: dict[str, list[dataclasses.Field[Any]]] = {}
     for base in cls.__bases__:
-        found.setdefault(base.title, []).extend(fields(base))  # type: ignore[attr-defined]
+        title = vars(base).get("title")
+        groups = _group_fields(base) if title is None else {title: fields(base)}
+        for name, settings in groups.items():
+            found.setdefault(name, []).extend(own[field.name] for field in settings)
     return found
 
 

@@ -8,10 +8,10 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from openchatkit import paths
 from openchatkit.cli import below_one, natural, non_negative_float, positive_float, positive_int
@@ -21,6 +21,8 @@ from openchatkit.errors import UserError
 from openchatkit.settings import Given, SettingsParser, fields, setting
 from openchatkit.texts import parse_bool
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
+
+S = TypeVar("S", bound="Settings")
 
 MODEL_TYPES = {"gptneox": "gpt_neox", "gptj": "gptj"}
 
@@ -354,15 +356,15 @@ class Settings(
         )
 
 
-def build_parser() -> SettingsParser:
-    """Return the parser of every flag."""
+def build_parser(
+    cls: type[Settings] = Settings,
+    *,
+    prog: str = "dist_clm_train.py",
+    description: str = "Fine-tune a model over a pipeline of stages and replicas.",
+) -> SettingsParser:
+    """Return the parser of every flag of `Settings`, or of a command's that has more."""
     return SettingsParser(
-        Settings,
-        alternatives=_ALTERNATIVES,
-        unlisted=IGNORED,
-        refused=_REFUSED,
-        prog="dist_clm_train.py",
-        description="Fine-tune a model over a pipeline of stages and replicas.",
+        cls, alternatives=_ALTERNATIVES, unlisted=IGNORED, refused=_REFUSED, prog=prog, description=description
     )
 
 
@@ -371,26 +373,33 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
 
     UserError for what cannot work whatever the model and the data are.
     """
-    given = build_parser().read(argv)
-    defaults = {field.name: field.default for field in fields(Settings) if field.default is not dataclasses.MISSING}
+    return complete(build_parser().read(argv), Settings, environment=os.environ)
+
+
+def complete(given: Given, cls: type[S], *, environment: Mapping[str, str]) -> S:
+    """Return the settings that are given, with defaults for all others; torchrun's are in the environment.
+
+    UserError for what cannot work whatever the model and the data are.
+    """
+    defaults = {field.name: field.default for field in fields(cls) if field.default is not dataclasses.MISSING}
     values = defaults | {name: value for name, value in given.values.items() if name not in IGNORED}
-    _complete_ranks(values, given)
+    _complete_ranks(values, given, environment)
     _complete_precision(values)
     model = values["model_name"]
     values = {"tokenizer_name": model, "checkpoint_path": paths.MODEL_CKPTS / model.name} | values
-    return Settings(**values, ignored=tuple(name for name in IGNORED if name in given.values))
+    return cls(**values, ignored=tuple(name for name in IGNORED if name in given.values))
 
 
-def _complete_ranks(values: dict[str, Any], given: Given) -> None:
+def _complete_ranks(values: dict[str, Any], given: Given, environment: Mapping[str, str]) -> None:
     """Fill in rank, world size, GPU and meeting point where not given; torchrun decides them if it started us."""
-    if "RANK" in os.environ and "rank" not in given.last:
-        values["rank"] = _read_number("RANK")
-        world_size = _read_number("WORLD_SIZE")
+    if "RANK" in environment and "rank" not in given.last:
+        values["rank"] = _read_number("RANK", environment)
+        world_size = _read_number("WORLD_SIZE", environment)
         if values.setdefault("world_size", world_size) != world_size:
             raise UserError(f"--world-size {values['world_size']}, but torchrun started {world_size} ranks")
         # Kubernetes' operators start one rank a pod, and say nothing of local ranks.
-        if "cuda_id" not in given.last and "LOCAL_RANK" in os.environ:
-            values["cuda_id"] = _read_number("LOCAL_RANK")
+        if "cuda_id" not in given.last and "LOCAL_RANK" in environment:
+            values["cuda_id"] = _read_number("LOCAL_RANK", environment)
         values["dist_url"] = None
     values.setdefault("rank", 0)
     values.setdefault("cuda_id", 0)
@@ -398,9 +407,9 @@ def _complete_ranks(values: dict[str, Any], given: Given) -> None:
     values.setdefault("world_size", math.prod(values[group] for group in groups))
 
 
-def _read_number(name: str) -> int:
+def _read_number(name: str, environment: Mapping[str, str]) -> int:
     """Read the whole number that torchrun, or another launcher, sets beside RANK."""
-    text = os.environ.get(name, "")
+    text = environment.get(name, "")
     if not text.isdecimal():
         found = f"is {text!r}" if text else "is not set"
         raise UserError(
