@@ -151,27 +151,31 @@ class Stage(nn.Module):
         for parameter in module.parameters():
             parameter.requires_grad_(True)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill a new model: weights normal(0, init_std), biases 0, norms 1, as transformers does.
 
         A shard's values depend on `seed` and the shard alone, so however stages and parts are cut, the model is the
         same.
         """
+        for shard in self.shards:
+            self.init_shard(shard, seed)
+
+    @torch.no_grad()
+    def init_shard(self, shard: str, seed: int) -> None:
+        """Fill one shard of a new model; see `init_weights`."""
         order, cuts = shard_names(self.config.num_layers), family(self.config).cuts
-        for shard, content in self.named_shards():
-            generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
-            for name, module in content.named_modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    self._draw(module.weight, cuts[f"{name}.weight"], generator)
-                elif isinstance(module, nn.LayerNorm):
-                    module.weight.fill_(1.0)
-                if isinstance(bias := getattr(module, "bias", None), Tensor):
-                    bias.zero_()
-            if shard == HEAD and self.config.tie_embeddings:
-                # The embedding's own draw, which another stage may hold.
-                generator.manual_seed(seed * len(order) + order.index(EMBED))
-                self._draw(self.projection.weight, cuts[family(self.config).tied_weight], generator)
+        generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
+        for name, module in self.shards[shard].named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                self._draw(module.weight, cuts[f"{name}.weight"], generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1.0)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                bias.zero_()
+        if shard == HEAD and self.config.tie_embeddings:
+            # The embedding's own draw, which another stage may hold.
+            generator.manual_seed(seed * len(order) + order.index(EMBED))
+            self._draw(self.projection.weight, cuts[family(self.config).tied_weight], generator)
 
     def _draw(self, weight: Tensor, cut: Cut, generator: torch.Generator) -> None:
         # The whole matrix, on the CPU, where the generator is, so that all devices and parts have the same weights.

@@ -1,7 +1,8 @@
 """The stages of one rank, as one set of shards: data passes them at different times, all else treats them alike."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from openchatkit.models.shards import EMBED, HEAD
@@ -9,9 +10,15 @@ from openchatkit.models.stage import Stage
 
 
 class LocalStages:
-    """Stages by their number in the pipeline, in the order of the data's flow; at least one."""
+    """Stages by their number in the pipeline, in the order of the data's flow; at least one.
 
-    def __init__(self, stages: Mapping[int, Stage]) -> None:
+    Once a shard is filled, `on_filled` is given its name and module, before the next one takes memory.
+    """
+
+    def __init__(
+        self, stages: Mapping[int, Stage], *, on_filled: Callable[[str, nn.Module], None] | None = None
+    ) -> None:
+        self._on_filled = on_filled
         self.by_number = dict(sorted(stages.items()))
         self.config = next(iter(self.by_number.values())).config
         self.part = next(iter(self.by_number.values())).part
@@ -54,3 +61,15 @@ class LocalStages:
     def load(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
         """Take a shard's stored tensors as its parameters; see `Stage.load`."""
         self._owners[shard].load(shard, tensors)
+        self._note_filled(shard)
+
+    def init_weights(self, seed: int, device: torch.device) -> None:
+        """Fill new models on a device; see `Stage.init_weights`."""
+        for shard, stage in self._owners.items():
+            stage.shards[shard].to_empty(device=device)
+            stage.init_shard(shard, seed)
+            self._note_filled(shard)
+
+    def _note_filled(self, shard: str) -> None:
+        if self._on_filled is not None:
+            self._on_filled(shard, self._owners[shard].shards[shard])
