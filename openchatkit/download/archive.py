@@ -13,7 +13,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from loguru import logger
 
@@ -21,6 +20,7 @@ from openchatkit import progress
 from openchatkit.download.sidecar import storage_path
 from openchatkit.download.zstandard_stream import ZstandardStream
 from openchatkit.errors import UserError
+from openchatkit.libraries import tar_streams
 from openchatkit.storage import format_bytes, free_bytes, hold_lock, lock_path, storage_errors, sync
 
 PACKED = (".gz", ".tgz", ".zst", ".tar")
@@ -28,7 +28,6 @@ _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _PIECE = 1 << 20
 _SPARE_BYTES = 1 << 26  # left free on the disk
 _MOST_FILES = 1_000_000
-_LONGEST_HEADER = 1 << 22  # bytes, for one file in a tar; a thousand times what names need
 
 
 def is_packed(path: Path) -> bool:
@@ -73,40 +72,27 @@ def _write_members(stream: "_LimitedStream", path: Path, folder: Path, strip: in
 
 
 def _untar(stream: "_LimitedStream", path: Path, folder: Path, strip: int) -> list[str]:
+    # tarfile extracts nothing, so its data filter has no part in this: the names of members follow the rule of all
+    # downloads, which refuses what the filter would rename.
     names: dict[str, None] = {}
-    stream.stop_at(_LONGEST_HEADER)
-    with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
-        for number, member in enumerate(_headers(archive, stream)):
-            if number >= _MOST_FILES:
-                raise UserError(f"{path} holds more than {_MOST_FILES} files: it is not unpacked")
-            if member.isdir():
-                continue
-            if not member.isreg() or member.issparse():
-                logger.warning("{}: {!r} is no plain file (a link or a device) and is left out", path.name, member.name)
-                continue
-            inside = storage_path(folder, member.name).relative_to(folder)
-            name = "/".join(inside.parts[strip:])
-            if not name:
-                continue
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
-                shutil.copyfileobj(archive.extractfile(member), file, _PIECE)
-            names[name] = None
-    stream.drain()
-    if not stream.ends_in_zeros:
-        raise EOFError("a tar without its end")
+    for number, (member, contents) in enumerate(tar_streams.read_members(stream)):
+        if number >= _MOST_FILES:
+            raise UserError(f"{path} holds more than {_MOST_FILES} files: it is not unpacked")
+        if member.isdir():
+            continue
+        if contents is None or member.issparse():
+            logger.warning("{}: {!r} is no plain file (a link or a device) and is left out", path.name, member.name)
+            continue
+        inside = storage_path(folder, member.name).relative_to(folder)
+        name = "/".join(inside.parts[strip:])
+        if not name:
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "wb") as file:
+            shutil.copyfileobj(contents, file, _PIECE)
+        names[name] = None
     return list(names)
-
-
-def _headers(archive: tarfile.TarFile, stream: "_LimitedStream") -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar in constant memory: tarfile reads headers whole, however long, and keeps them all."""
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]
-        stream.stop_at(None)
-        yield member
-        stream.stop_at(archive.offset + _LONGEST_HEADER)
-    stream.stop_at(None)
 
 
 def _move(folder: Path, destination: Path, name: str) -> Path:
@@ -137,49 +123,26 @@ def _open_contents(path: Path, destination: Path) -> Iterator["_LimitedStream"]:
         progress.bar(path.stat().st_size, f"unpacking {path.name}", unit="B", unit_scale=True, leave=False) as bar,
     ):
         if suffix in (".gz", ".tgz"):
-            stream: _Readable = gzip.GzipFile(fileobj=file)
+            stream: tar_streams.Readable = gzip.GzipFile(fileobj=file)
         else:
             stream = ZstandardStream(file) if suffix == ".zst" else file
         yield _LimitedStream(stream, path, room, lambda: bar.update(file.tell() - bar.n))
 
 
-class _Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
-
-
 class _LimitedStream:
-    """A decompressed stream of at most `room` bytes, for tarfile to read from; `seen` is called after each read."""
+    """A decompressed stream of at most `room` bytes; `seen` is called after each read."""
 
-    def __init__(self, stream: _Readable, path: Path, room: int, seen: Callable[[], object]) -> None:
+    def __init__(self, stream: tar_streams.Readable, path: Path, room: int, seen: Callable[[], object]) -> None:
         self._stream, self._path, self._room, self._seen = stream, path, room, seen
         self._length = 0
-        self._last = b""
-        self._stop: int | None = None
-
-    @property
-    def ends_in_zeros(self) -> bool:
-        """Whether the last 512 bytes are zeros, as at the end of every tar."""
-        return self._last == bytes(512)
 
     def read(self, size: int = _PIECE, /) -> bytes:
         data = self._stream.read(size)
         self._length += len(data)
-        self._last = (self._last + data[-512:])[-512:]
         if self._length > self._room:
             raise UserError(
                 f"{self._path} holds more than the {format_bytes(max(0, self._room))} there is room for: make room, "
                 "or leave it packed"
             )
-        if self._stop is not None and self._length > self._stop:
-            raise tarfile.ReadError(f"a header of more than {format_bytes(_LONGEST_HEADER)}")
         self._seen()
         return data
-
-    def stop_at(self, length: int | None) -> None:
-        """Raise tarfile.ReadError when more than `length` bytes have been read by then."""
-        self._stop = length
-
-    def drain(self) -> None:
-        """Read to the end, where compressed data is checked."""
-        while self.read(_PIECE):
-            pass

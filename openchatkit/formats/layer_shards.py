@@ -6,6 +6,7 @@ The manifest is written last and makes the folder whole. Until then `prepare.jso
 and lists the finished shards. The original kit's pickled shards (no manifest) are read where there are no others.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from openchatkit.formats.tokenizer_files import has_tokenizer, read_json
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
+from openchatkit.storage import write_text
 
 CONFIG = "config.json"
 JOURNAL = "prepare.json"
@@ -50,6 +52,12 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     return raw, config_from_hf(raw)
 
 
+def write_config(folder: Path, raw: dict[str, Any]) -> None:
+    """Write the config.json of a model whose weights start at random."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, json.dumps(raw, indent=2) + "\n")
+
+
 def check_shard(where: Path, config: ModelConfig, shard: str, found: dict[str, TensorSpec]) -> None:
     """UserError unless `found` holds exactly the shard's parameters in their shapes."""
     expected = family(config).parameter_shapes(config, shard)
@@ -74,9 +82,14 @@ class LayerShards:
         self._manifest: Manifest | None = None
 
     @classmethod
-    def open(cls, path: Path) -> "LayerShards":
-        """Open a prepared folder; UserError unless config.json fits and every shard is there in its full size."""
+    def open(cls, path: Path, *, weights: bool = True) -> "LayerShards":
+        """Open a prepared folder; UserError unless config.json fits and every shard is there in its full size.
+
+        Without `weights`, which start at random, a folder with config.json is enough.
+        """
         path = Path(path)
+        if not weights and (path / CONFIG).is_file():
+            return cls(path)
         if (path / JOURNAL).is_file():
             raise UserError(f"{path}: preparing this model was not finished; {_AGAIN}")
         if not (path / CONFIG).is_file():

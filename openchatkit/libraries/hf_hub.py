@@ -37,7 +37,10 @@ def raise_for_status(response: "httpx2.Response") -> None:
 
 
 def cache_folder_name(repo_id: str, repo_type: str) -> str:
-    """Return the name of a repository's folder in the hub's cache, such as `models--ORG--NAME`."""
+    """Return the name of a repository's folder in the hub's cache, such as `models--ORG--NAME`.
+
+    The hub's guide to its cache states this layout; the function that makes the name is not exported.
+    """
     try:
         from huggingface_hub.file_download import repo_folder_name
     except ImportError:

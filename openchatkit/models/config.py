@@ -8,7 +8,11 @@ from openchatkit.errors import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and variants of a decoder-only transformer. `rotary_dim` counts the dimensions of a head that rotate."""
+    """Sizes and variants of a decoder-only transformer. `rotary_dim` counts the dimensions of a head that rotate.
+
+    New matrices are drawn from normal(0, init_std), those that write into the hidden state from another spread if
+    `output_init_std` gives one.
+    """
 
     family: str
     vocab_size: int
@@ -25,6 +29,7 @@ class ModelConfig:
     attention_bias: bool
     tie_embeddings: bool
     init_std: float
+    output_init_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:

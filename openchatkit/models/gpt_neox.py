@@ -137,6 +137,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         attention_bias=bool(raw.get("attention_bias", True)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         init_std=float(raw.get("initializer_range", 0.02)),
+        output_init_std=raw.get("output_initializer_range"),  # the kit's own: transformers has one for all
     )
 
 

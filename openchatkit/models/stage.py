@@ -152,7 +152,7 @@ class Stage(nn.Module):
             parameter.requires_grad_(True)
 
     def init_weights(self, seed: int) -> None:
-        """Fill a new model: weights normal(0, init_std), biases 0, norms 1, as transformers does.
+        """Fill a new model: weights normal(0, init_std or output_init_std), biases 0, norms 1, as transformers does.
 
         A shard's values depend on `seed` and the shard alone, so however stages and parts are cut, the model is the
         same.
@@ -180,4 +180,8 @@ class Stage(nn.Module):
     def _draw(self, weight: Tensor, cut: Cut, generator: torch.Generator) -> None:
         # The whole matrix, on the CPU, where the generator is, so that all devices and parts have the same weights.
         whole = torch.empty(whole_shape(weight.shape, cut, self.part.count))
-        weight.copy_(cut_tensor(whole.normal_(0.0, self.config.init_std, generator=generator), cut, self.part))
+        std = self.config.init_std
+        if cut == "columns" and self.config.output_init_std is not None:
+            # Parts of what such matrices compute add up in the hidden state, and no others do.
+            std = self.config.output_init_std
+        weight.copy_(cut_tensor(whole.normal_(0.0, std, generator=generator), cut, self.part))

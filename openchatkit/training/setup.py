@@ -66,7 +66,7 @@ def prepare_run(settings: Settings) -> RunInputs:
     """Open the model and the data and check them against the flags; UserError for what does not fit."""
     if SCHEDULES[settings.pp_mode].v_shaped and not pytorch.runs_v_schedules():
         raise UserError(f"--pp-mode {settings.pp_mode} needs torch 2.13 or newer: use --pp-mode interleaved")
-    shards = LayerShards.open(settings.model_name)
+    shards = LayerShards.open(settings.model_name, weights=settings.load_pretrained_model)
     _check_model(
         shards.config,
         family=MODEL_TYPES[settings.model_type] if settings.model_type else None,

@@ -284,3 +284,11 @@ def test_shards_of_a_deeper_model_go(prepared):
 def test_names_on_disk():
     assert layer_shards.shard_file("layer_00012") == "layer_00012.safetensors"
     assert legacy.shard_file("layer_00012") == "pytorch_12.pt"
+
+
+def test_a_model_whose_weights_start_at_random_is_a_config_alone(tmp_path):
+    folder = tmp_path / "new"
+    layer_shards.write_config(folder, NEOX)
+    assert LayerShards.open(folder, weights=False).config.num_layers == NEOX["num_hidden_layers"]
+    with pytest.raises(UserError, match="is not a prepared model"):
+        LayerShards.open(folder)

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
+from typing import cast
 
 from loguru import logger
 
@@ -19,10 +19,9 @@ from openchatkit.data.records import json_files
 from openchatkit.data.records.raw_row import RawRow
 from openchatkit.data.records.reader import Records
 from openchatkit.errors import UserError
+from openchatkit.libraries import tar_streams
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_BLOCK = 512  # bytes; an archive ends with two blocks of zeros
-_PIECE = 1 << 16
 _BROKEN = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -45,26 +44,20 @@ class Archive:
         """Yield each row of each member, with `archive:member`. UserError: damaged or truncated data, or no rows."""
         name = ""
         compressed = not self.path.name.endswith(".tar")
-        stream = _Tail(gzip.GzipFile(fileobj=self._file) if compressed else self._file)
         try:
-            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
-                for member in archive:
-                    if member.isdir():
-                        continue
-                    if not member.isfile() or not json_files.form_of(member.name):
-                        logger.warning("{}:{} is not a file of records: skipped", self.path, member.name)
-                        continue
-                    name = f"{self.path}:{member.name}"
-                    source = json_files.JsonFile(
-                        cast(io.BufferedReader, archive.extractfile(member)), name, member.size
-                    )
-                    yield from ((name, row) for row in Records(Path(name), source).rows())
-            while stream.read(_PIECE):
-                pass
+            for member, contents in tar_streams.read_members(
+                gzip.GzipFile(fileobj=self._file) if compressed else self._file
+            ):
+                if member.isdir():
+                    continue
+                if contents is None or not json_files.form_of(member.name):
+                    logger.warning("{}:{} is not a file of records: skipped", self.path, member.name)
+                    continue
+                name = f"{self.path}:{member.name}"
+                source = json_files.JsonFile(cast(io.BufferedReader, contents), name, member.size)
+                yield from ((name, row) for row in Records(Path(name), source).rows())
         except _BROKEN as error:
             raise UserError(f"{self.path} is cut short or damaged ({error}): fetch it again") from error
-        if stream.tail != bytes(_BLOCK):
-            raise UserError(f"{self.path} is cut short, its end is missing: fetch it again")
         if not name:
             raise UserError(f"{self.path} holds no files of records: expected names in {json_files.ENDINGS}")
 
@@ -75,16 +68,3 @@ class Archive:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-class _Tail:
-    """A stream that keeps its last block: `tarfile` takes an archive truncated between members for a shorter one."""
-
-    def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file = file
-        self.tail = b""
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self.tail = (self.tail + data)[-_BLOCK:]
-        return data

@@ -27,6 +27,10 @@ class NeoxTokenizer(Protocol):
         characters and nothing is put around it; else as in GPT-NeoX."""
         ...
 
+    def to_json(self) -> str | None:
+        """Return the tokenizer.json of the same tokenizer; None where the tokenizers library cannot express it."""
+        ...
+
 
 def load(kind: str, vocab_file: Path | None, merge_file: Path | None) -> NeoxTokenizer:
     """Load a tokenizer of a kind in `KINDS`. UserError: a missing file or one of another kind, a package to install."""
@@ -68,6 +72,10 @@ class _Library:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=not literal)
         return [encoding.ids for encoding in encodings]
 
+    def to_json(self) -> str | None:
+        serialised: str = self.tokenizer.to_str(pretty=True)
+        return serialised
+
 
 class _Characters:
     """UTF-8 bytes as ids: as in GPT-NeoX, a text may hold the ids 0 and 1."""
@@ -77,6 +85,22 @@ class _Characters:
 
     def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def to_json(self) -> str | None:
+        """Return byte-level BPE without merges, where bytes 0 and 1 of a text are padding, so that no text can end."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        printable = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
+        rest = [byte for byte in range(256) if byte not in printable]
+        # As GPT-2 writes bytes: the printable ones as they are, the others as characters from 256 on.
+        written = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+        vocabulary = {END_OF_TEXT: 0, PADDING: 1} | {written[byte]: byte for byte in range(2, 256)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=PADDING))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_TEXT, PADDING])
+        serialised: str = tokenizer.to_str(pretty=True)
+        return serialised
 
 
 @dataclass
@@ -91,6 +115,9 @@ class _SentencePiece:
     def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
         return self.processor.encode(list(texts))
 
+    def to_json(self) -> str | None:
+        return None
+
 
 @dataclass
 class _Tiktoken:
@@ -104,6 +131,9 @@ class _Tiktoken:
 
     def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
         return [self.encoding.encode_ordinary(text) for text in texts]
+
+    def to_json(self) -> str | None:
+        return None
 
 
 def _hf(vocab_file: Path) -> NeoxTokenizer:
