@@ -52,7 +52,7 @@ class _ProofSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectionSettings(_SourceSettings, options.DataSettings, _ShowSettings, _ProofSettings):
-    """What to show, or to prove; `given` are the names of the settings that the user gave."""
+    """All settings of what to show, or to prove; `given` are the names of the settings that the user gave."""
 
     given: Collection[str] = ()
 
