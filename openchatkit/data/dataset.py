@@ -134,6 +134,9 @@ def _open_stores(entry: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -
         )
     for prefix in entry.stores:
         store, identity = TokenStore(prefix), store_identity(prefix, options.data_cache)
+        if entry.documents is not None:
+            first, last = entry.documents
+            store, identity = store.part(first, last), f"{identity}[{first}:{last}]"
         contents.append(Content(store, identity, store.documents, vocab_size=tokenizer.vocab_size))
     return contents
 

@@ -13,6 +13,7 @@ it is built, `progress.json` says how far the files are known to be on disk.
 """
 
 import contextlib
+import copy
 import json
 import struct
 from dataclasses import asdict, dataclass
@@ -286,14 +287,34 @@ class TokenStore:
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise UserError(_cut(mask_path(self.prefix), len(self.mask), len(self.tokens)))
 
+        self._first_token = 0
+
+    def part(self, first: int, last: int) -> "TokenStore":
+        """Return the store of documents `first` to `last` (exclusive) alone; UserError where it has no such documents.
+
+        Nothing is copied. `pointers` still count from the beginning of the file.
+        """
+        if not 0 <= first < last <= self.documents:
+            raise UserError(f"{self.prefix}[{first}:{last}]: the store has documents 0 to {self.documents}")
+        begin, end = (self.starts(np.array([first]))[0], len(self.tokens))
+        if last < self.documents:
+            end = self.starts(np.array([last]))[0]
+        part = copy.copy(self)
+        part.documents = last - first
+        part.sizes, part.pointers = self.sizes[first:last], self.pointers[first:last]
+        part.tokens = self.tokens[begin:end]
+        part.mask = None if self.mask is None else self.mask[begin:end]
+        part._first_token = self._first_token + int(begin)
+        return part
+
     def starts(self, documents: np.ndarray) -> np.ndarray:
         """Return the positions in `tokens` at which these documents begin, int64."""
-        positions: np.ndarray = self.pointers[documents] // self.tokens.itemsize
+        positions: np.ndarray = self.pointers[documents] // self.tokens.itemsize - self._first_token
         return positions
 
     def document(self, number: int) -> np.ndarray:
         """Return the tokens of one document."""
-        start = int(self.pointers[number]) // self.tokens.itemsize
+        start = int(self.starts(np.array([number]))[0])
         return self.tokens[start : start + int(self.sizes[number])]
 
 

@@ -408,3 +408,19 @@ def test_a_store_made_elsewhere(build: object, tokenizer: Tokenizer, tmp_path: P
     assert changed.fingerprint != data.fingerprint
     with pytest.raises(UserError, match=r"made: document \d+ .* holds the token 49999, and .* vocabulary of \d+: pass"):
         changed.batch(0, 1)
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents", "none"])
+def test_some_documents_of_a_store_are_a_store_of_these_alone(build: object, tmp_path: Path, packing: str) -> None:
+    documents = [np.full(number % 7 + 3, number + 2) for number in range(60)]
+    for name, first, last in (("whole", 0, 60), ("some", 20, 55)):
+        with TokenStoreWriter(tmp_path / name, vocab_size=300, masked=False) as writer:
+            part = documents[first:last]
+            writer.add(np.concatenate(part), np.array([len(document) for document in part]))
+    some, those = build(f"{tmp_path}/some", packing=packing), build(f"{tmp_path}/whole[20:55]:3", packing=packing)
+    expected, batch = some.batch(0, 30), those.batch(0, 30)
+    assert torch.equal(batch.tokens, expected.tokens)
+    assert torch.equal(batch.labels, expected.labels)
+    assert len({data.fingerprint for data in (those, some, build(f"{tmp_path}/whole", packing=packing))}) == 3
+    with pytest.raises(UserError, match=r"whole\[50:61\]: the store has documents 0 to 60"):
+        build(f"{tmp_path}/whole[50:61]", packing=packing)

@@ -55,6 +55,20 @@ def test_reads_every_whole_number_type(tmp_path: Path, code: int) -> None:
     assert store.mask is None
 
 
+def test_some_of_its_documents(tmp_path: Path) -> None:
+    write(tmp_path / "s", masked=True)
+    whole = TokenStore(tmp_path / "s")
+    part = whole.part(1, 3)
+    assert [part.document(n).tolist() for n in range(part.documents)] == DOCUMENTS[1:]
+    assert part.tokens.tolist() == [65498, 0, 1, 2, 3]
+    assert part.starts(np.array([0, 1])).tolist() == [0, 1]
+    assert part.mask.tolist() == whole.mask[3:].tolist()
+    assert whole.part(0, 2).tokens.tolist() == [5, 6, 7, 65498]
+    assert part.part(1, 2).document(0).tolist() == DOCUMENTS[2]
+    with pytest.raises(UserError, match=r"s\[2:4\]: the store has documents 0 to 3"):
+        whole.part(2, 4)
+
+
 def test_mask_beside_it(tmp_path: Path) -> None:
     writer = write(tmp_path / "s", masked=True)
     assert (tmp_path / "s.mask.bin").read_bytes() == bytes([0, 1, 0, 1, 1, 0, 1, 0])
