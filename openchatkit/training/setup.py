@@ -1,6 +1,7 @@
 """From settings to a trainer that is ready for its next step; most of what can fail fails before the ranks meet."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from loguru import logger
 from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
-from openchatkit.distributed.layout import Layout, stage_layers, stage_numbers
+from openchatkit.distributed.layout import Layout, stage_numbers
 from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
@@ -19,15 +20,19 @@ from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.libraries import pytorch
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.cuts import Part, check_parts
+from openchatkit.models.cuts import Part
 from openchatkit.models.stage import Stage
 from openchatkit.settings import to_json
 from openchatkit.training import checkpoints
 from openchatkit.training.balance import balance_layers
-from openchatkit.training.config import MODEL_TYPES, Settings
+from openchatkit.training.config import Settings
+from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixSharding
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
+from openchatkit.training.plan.planned_run import PlannedRun
+from openchatkit.training.plan.planner import plan_run
 from openchatkit.training.precision import LossScaler, compute_dtype
+from openchatkit.training.rank_weights import RankWeights
 from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.step import Schedule, Trainer
 from openchatkit.training.weights import Weights
@@ -37,13 +42,18 @@ _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Model and data of a run, before any rank has met another. `layers` are each stage's first and last layers."""
+    """Model, layout and data of a run, before any rank has met another."""
 
     shards: LayerShards
-    layers: list[tuple[int, int]]
+    plan: PlannedRun
     dataset: Dataset
     evaluation: Dataset | None
     total_steps: int
+
+    @property
+    def layers(self) -> Sequence[tuple[int, int]]:
+        """Each stage's first and last (exclusive) layer."""
+        return self.plan.layers
 
 
 @dataclass
@@ -67,17 +77,8 @@ def prepare_run(settings: Settings) -> RunInputs:
     if SCHEDULES[settings.pp_mode].v_shaped and not pytorch.runs_v_schedules():
         raise UserError(f"--pp-mode {settings.pp_mode} needs torch 2.13 or newer: use --pp-mode interleaved")
     shards = LayerShards.open(settings.model_name, weights=settings.load_pretrained_model)
-    _check_model(
-        shards.config,
-        family=MODEL_TYPES[settings.model_type] if settings.model_type else None,
-        embedding_dim=settings.embedding_dim,
-        seq_length=settings.seq_length,
-        vocabulary=Tokenizer(settings.tokenizer_name).vocab_size,
-    )
-    check_parts(shards.config, settings.tensor_group_size)
-    if settings.dp_mode == "sharded-gradients" and shards.config.tie_embeddings:
-        raise UserError("--dp-mode sharded-gradients: the model's embeddings are tied; use --dp-mode sharded")
-    layers = stage_layers(shards.config.num_layers, stages=settings.stages, layers_per_stage=settings.num_layers)
+    plan = plan_run(settings, shards.config, on_gpu=settings.use_cuda)
+    _check_tokenizer(shards.config, Tokenizer(settings.tokenizer_name).vocab_size)
     data_options = options.from_settings(to_json(settings))
     dataset = build_dataset(settings.task_name, data_options)
     evaluation = None
@@ -85,7 +86,7 @@ def prepare_run(settings: Settings) -> RunInputs:
         evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
     if settings.rank == 0:
         _warn_of_model_settings(settings, shards)
-    run = RunInputs(shards, layers, dataset, evaluation, _count_steps(settings, dataset))
+    run = RunInputs(shards, plan, dataset, evaluation, _count_steps(settings, dataset))
     if settings.rank == 0:
         _log_epochs(dataset, run.total_steps * _count_rows(settings))
     return run
@@ -104,16 +105,18 @@ def balance_stages(settings: Settings, run: RunInputs, layout: Layout) -> RunInp
         dtype=compute_dtype(settings.precision, layout),
         recompute=settings.recompute,
     )
-    return replace(run, layers=layers)
+    return replace(run, plan=replace(run.plan, layers=tuple(layers)))
 
 
 def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[Trainer, RunProgress]:
     """Build this rank's stages with the weights of the newest checkpoint, or of the model where there is none."""
     checkpoints.check_same_data([run.dataset, run.evaluation], layout)
-    stages = _make_stages(settings, run, layout)
+    dtype = compute_dtype(settings.precision, layout)
+    sharding = _share_parameters(settings, layout, dtype)
+    stages = _make_stages(settings, run, layout, sharding)
     resumed = layout.together(lambda: _find_checkpoint(settings, run, layout))[layout.rank]
     layout.together(lambda: _fill(stages, settings, run, resumed, layout.device))
-    trainer = _make_trainer(settings, run, layout, stages)
+    trainer = _make_trainer(settings, run, layout, stages, dtype=dtype, sharding=sharding)
     if resumed is None:
         return trainer, RunProgress()
     checkpoints.load_optimizer(trainer.weights, resumed)
@@ -121,13 +124,28 @@ def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[T
     trainer.scaler.load_state_dict(state["loss_scaler"])
     if layout.rank == 0:
         logger.info("resuming from {}", resumed)
-        dtype = _dtype_name(trainer)
-        checkpoints.warn_of_changes(state, settings, path=resumed, total_steps=run.total_steps, dtype=dtype)
+        checkpoints.warn_of_changes(
+            state, settings, path=resumed, total_steps=run.total_steps, dtype=_dtype_name(trainer)
+        )
     return trainer, RunProgress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
 
 
-def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalStages:
-    """Make this rank's stages, with parameters on the meta device."""
+def _share_parameters(settings: Settings, layout: Layout, dtype: torch.dtype) -> MatrixSharding | None:
+    """Return how replicas share parameters, if they do. UserError where they cannot."""
+    if settings.dp_mode != "sharded-parameters" or layout.data is None:
+        return None
+    if layout.device.type == "cuda" and settings.dp_backend == "gloo":
+        raise UserError(
+            "--dp-mode sharded-parameters gathers layers on the GPUs, which --dp-backend gloo cannot: leave that out, or "
+            "use --dp-mode sharded"
+        )
+    return MatrixSharding(layout, dtype)
+
+
+def _make_stages(
+    settings: Settings, run: RunInputs, layout: Layout, sharding: MatrixSharding | None = None
+) -> LocalStages:
+    """Make this rank's stages, with parameters on the meta device; `sharding` cuts a shard as soon as it is filled."""
     kind, count = SCHEDULES[settings.pp_mode], len(run.layers)
     numbers = stage_numbers(
         layout.pipeline_rank,
@@ -156,7 +174,7 @@ def _make_stages(settings: Settings, run: RunInputs, layout: Layout) -> LocalSta
                 stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
         if settings.compile is not None:
             stage.compile_layers(settings.compile)
-    return LocalStages(stages)
+    return LocalStages(stages, on_filled=sharding and sharding.cut)
 
 
 def _fill(stages: LocalStages, settings: Settings, run: RunInputs, resumed: Path | None, device: torch.device) -> None:
@@ -168,9 +186,7 @@ def _fill(stages: LocalStages, settings: Settings, run: RunInputs, resumed: Path
     elif settings.load_pretrained_model:
         checkpoints.load_weights(stages, run.shards, device)
     else:
-        for stage in stages:
-            stage.to_empty(device=device)
-            stage.init_weights(settings.seed)
+        stages.init_weights(settings.seed, device)
 
 
 def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress: RunProgress) -> dict[str, Any]:
@@ -199,18 +215,8 @@ def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress
     }
 
 
-def _check_model(
-    config: ModelConfig, *, family: str | None, embedding_dim: int | None, seq_length: int, vocabulary: int
-) -> None:
-    """Raise UserError where the flags or the tokenizer do not describe the model."""
-    if family and family != config.family:
-        raise UserError(f"--model-type: the flag says {family}, the model's config.json {config.family}")
-    if embedding_dim and embedding_dim != config.hidden_size:
-        raise UserError(f"--embedding-dim {embedding_dim}: the model's hidden size is {config.hidden_size}")
-    if seq_length > config.max_position_embeddings:
-        raise UserError(
-            f"--seq-length {seq_length}: the model was made for at most {config.max_position_embeddings} tokens"
-        )
+def _check_tokenizer(config: ModelConfig, vocabulary: int) -> None:
+    """Raise UserError where the tokenizer has more tokens than the model."""
     if vocabulary > config.vocab_size:
         raise UserError(
             f"--tokenizer-name: the tokenizer has {vocabulary} tokens, the model's embedding {config.vocab_size}; "
@@ -272,9 +278,12 @@ def _find_checkpoint(settings: Settings, run: RunInputs, layout: Layout) -> Path
     return newest
 
 
-def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: LocalStages) -> Trainer:
-    dtype = compute_dtype(settings.precision, layout)
-    weights = Weights(
+def _make_weights(
+    settings: Settings, layout: Layout, stages: LocalStages, *, dtype: torch.dtype, sharding: MatrixSharding | None
+) -> RankWeights:
+    if sharding is not None:
+        return FullyShardedWeights(stages, layout, sharding)
+    return Weights(
         stages,
         layout,
         dtype=dtype,
@@ -283,9 +292,22 @@ def _make_trainer(settings: Settings, run: RunInputs, layout: Layout, stages: Lo
         offloaded=settings.use_offload,
         through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
     )
+
+
+def _make_trainer(
+    settings: Settings,
+    run: RunInputs,
+    layout: Layout,
+    stages: LocalStages,
+    *,
+    dtype: torch.dtype,
+    sharding: MatrixSharding | None,
+) -> Trainer:
+    weights = _make_weights(settings, layout, stages, dtype=dtype, sharding=sharding)
     weights.optimizer = build_optimizer(
-        settings.optimizer,
+        "adam" if settings.optimizer == "adam" else "adamw",
         weights,
+        moments=settings.moments,
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,

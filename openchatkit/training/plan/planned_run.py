@@ -17,8 +17,9 @@ class PlannedRun:
     """A model and how it would be trained. `layers` are each stage's first and last (exclusive) layers.
 
     `micro_batches` go through a pipeline at a time, and a step takes `accumulate` times as many. `selective` is of what
-    is computed again (see `models.recompute`). `on_gpu`: autocast widens the input of norms on a GPU, which then is
-    kept in float32.
+    is computed again (see `models.recompute`). `sequence_parallel`: between layers, a rank of a tensor group has its
+    share of the tokens. `offload`: masters and moments are in main memory. `documents`: attention is confined by masks,
+    but on a GPU. `on_gpu`: autocast widens the input of norms on a GPU, which then is kept in float32.
     """
 
     config: ModelConfig
@@ -36,6 +37,9 @@ class PlannedRun:
     selective: bool = False
     dp_mode: str = "allreduce"
     optimizer: str = "adamw"
+    sequence_parallel: bool = False
+    offload: bool = False
+    documents: bool = False
     on_gpu: bool = True
 
     @property
@@ -64,9 +68,14 @@ class PlannedRun:
         return DTYPES[self.precision].itemsize
 
     @property
-    def hidden_bytes(self) -> int:
-        """Bytes of a micro-batch's hidden states: of a message between stages, and of a sum over parts."""
+    def whole_bytes(self) -> int:
+        """Bytes of a micro-batch's hidden states, of all tokens: of a sum over parts."""
         return self.tokens * self.config.hidden_size * self.width
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states that a rank has of a micro-batch between layers: of a message between stages."""
+        return self.whole_bytes // (self.tensor_size if self.sequence_parallel else 1)
 
     def stages_of(self, pipeline_rank: int) -> list[int]:
         """Return the numbers of a rank's stages."""
