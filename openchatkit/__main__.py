@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("say what training takes on a layout", "tools/plan_training.py", "tools.planning"),
     "train": ("fine-tune, one process a rank", "training/dist_clm_train.py", "training.command"),
     "launch": ("start a process for each rank", "training/launch.py", "distributed.launcher"),
+    "verify": ("verify checkpoints", "tools/verify_checkpoint.py", "tools.checkpoint_verification"),
     "convert": ("make a Hugging Face model of a checkpoint", "tools/convert_to_hf_*.py", ""),
     "evaluate": ("examine a model with lm-eval's tasks", "tools/run_evaluation.py", "tools.evaluation.harness"),
     "chat": ("chat with a model", "inference/bot.py", "inference.bot"),

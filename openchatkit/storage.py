@@ -20,6 +20,13 @@ from openchatkit.errors import UserError
 SETTLED_SECONDS = 2.0
 Stamp = list[int]
 
+
+class FullDiskError(UserError):
+    """A disk, or the user's share of it, that has no room."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _REASONS = {
     errno.ENOSPC: "the disk is full: make room",
     errno.EDQUOT: "the disk quota is used up: make room",
@@ -104,6 +111,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def drop_cached(path: Path) -> None:
+    """Let the system forget a synced file's bytes, where it can, so that they are next read from the disk itself."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def sync_file(file: IO[Any]) -> None:
@@ -192,9 +209,9 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_room(folder: Path, needed: int, what: str, advice: str = "make room") -> None:
-    """UserError when `needed` bytes do not fit on the disk of `folder`, which need not exist yet."""
+    """FullDiskError when `needed` bytes do not fit on the disk of `folder`, which need not exist yet."""
     if needed > (free := free_bytes(folder)):
-        raise UserError(
+        raise FullDiskError(
             f"{what}: {format_bytes(needed)} are needed and {folder.absolute()} has room for {format_bytes(free)}: "
             f"{advice}"
         )
@@ -210,9 +227,10 @@ def format_bytes(size: int) -> str:
 
 @contextlib.contextmanager
 def storage_errors(what: Path | str, then: str = "", *, every: bool = False) -> Iterator[None]:
-    """Turn errors of a disk or of its permissions into a UserError; `then` says what another run does.
+    """Turn errors of a disk or of its permissions into a UserError, FullDiskError for a full one.
 
-    Errors that may be defects pass unless `every` error of the system is one of the disk here.
+    `then` says what another run does. Errors that may be defects pass unless `every` error of the system is one of the
+    disk here.
     """
     try:
         yield
@@ -223,7 +241,8 @@ def storage_errors(what: Path | str, then: str = "", *, every: bool = False) -> 
         tail = f": {then}" if then else ""
         if every and error.filename is not None and str(error.filename) not in str(what):
             tail += f" (the error is about {error.filename})"
-        raise UserError(f"cannot write {what}: {reason}, then run the same command again{tail}") from error
+        kind = FullDiskError if error.errno in _FULL else UserError
+        raise kind(f"cannot write {what}: {reason}, then run the same command again{tail}") from error
 
 
 def stamp(path: Path, stat: os.stat_result | None = None) -> Stamp:

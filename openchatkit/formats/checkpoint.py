@@ -5,9 +5,9 @@
     latest              the step, as text; moved last
 
 Files follow layers, never ranks, so any layout resumes any checkpoint. The folder grows under a temporary name:
-`begin` (one rank), `write_weights` and `write_optimizer` (each rank for its shards), `finish` (one rank, when all are
-done). Other rooms reach
-`checkpoint_folders` (which folders there are, and which can be trusted) and `legacy` through this module.
+`begin` (one rank), `write_weights`, `write_optimizer` and `reread` (each rank for its shards), `finish` (one rank, when
+all are done). Other rooms reach `checkpoint_folders` (which folders there are, and which can be trusted) and `legacy`
+through this module.
 """
 
 import contextlib
@@ -26,15 +26,21 @@ from openchatkit.formats.checkpoint_folders import (
     STATE,
     checkpoint_path,
     find,
+    is_checkpoint,
     is_legacy,
+    is_uploaded,
     latest,
     list_steps,
     locate,
+    lock_run,
+    mark_uploaded,
     newest_verified,
     parse_step,
     point_to,
     prune,
     publish,
+    read_latest,
+    read_manifest,
     remove_leftovers,
     temporary_path,
 )
@@ -45,7 +51,7 @@ from openchatkit.formats.tensor_file import TensorFile, write_tensors
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, read_json
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.shards import shard_names
-from openchatkit.storage import storage_errors, write_text
+from openchatkit.storage import check_room, drop_cached, storage_errors, write_text
 
 __all__ = [
     "STATE",
@@ -55,18 +61,26 @@ __all__ = [
     "discard",
     "find",
     "finish",
+    "is_checkpoint",
     "is_legacy",
+    "is_uploaded",
     "latest",
     "list_steps",
     "locate",
+    "lock_run",
+    "mark_uploaded",
     "newest_verified",
     "open_weights",
     "parse_step",
     "point_to",
     "prune",
+    "read_latest",
+    "read_manifest",
     "read_optimizer",
     "read_state",
     "read_weights",
+    "remove_leftovers",
+    "reread",
     "verify",
     "verify_weights",
     "write_optimizer",
@@ -82,12 +96,16 @@ def _optimizer_file(shard: str) -> str:
     return f"{shard}.optimizer.safetensors"
 
 
-def begin(root: Path, step: int) -> Path:
-    """Make the temporary folder that a checkpoint is written to, for one rank to call; leftovers of killed saves go."""
+def begin(root: Path, step: int, *, needed: int = 0) -> Path:
+    """Make the temporary folder that a checkpoint is written to, for one rank to call; leftovers of killed saves go.
+
+    FullDiskError where the disk has no room for `needed` bytes.
+    """
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
         temporary = temporary_path(root, step)
+        check_room(root, needed, str(checkpoint_path(root, step)), "make room, then run the same command again")
         temporary.mkdir()
     return temporary
 
@@ -107,6 +125,14 @@ def write_optimizer(temporary: Path, shard: str, state: _OptimizerState) -> File
     tensors = {f"{name}/{key}": v for name, entry in state.items() for key, v in entry.items() if isinstance(v, Tensor)}
     values = {name: {k: v for k, v in entry.items() if not isinstance(v, Tensor)} for name, entry in state.items()}
     return write_tensors(temporary / _optimizer_file(shard), tensors, metadata={_VALUES: json.dumps(values)})
+
+
+def reread(temporary: Path, records: Iterable[FileRecord]) -> None:
+    """Compare files, one after another, with their records; DamagedError where the disk gives other bytes back."""
+    with storage_errors(temporary), advise("the disk did not keep what was written: check it"):
+        for record in records:
+            drop_cached(temporary / record.name)
+            manifest.check_bytes(temporary, record)
 
 
 def finish(
@@ -147,7 +173,7 @@ def verify(path: Path, shards: Iterable[str] | None = None) -> None:
     DamagedError names the file, and the newest checkpoint beside it that is as it was written.
     """
     with _advice(path):
-        listed = manifest.read(path)
+        listed = read_manifest(path)
         names = None
         if shards is not None:
             wanted = list(shards)
@@ -159,7 +185,7 @@ def verify(path: Path, shards: Iterable[str] | None = None) -> None:
 def verify_weights(path: Path, shard: str) -> None:
     """`verify` for the one file that holds a shard's weights."""
     with _advice(path):
-        manifest.verify(path, [shard_file(shard)])
+        manifest.verify(path, [shard_file(shard)], manifest=read_manifest(path))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -170,7 +196,7 @@ def read_state(path: Path) -> dict[str, Any]:
             "make a model of it with tools/convert_to_hf_gptneox.py, prepare that, and train from there"
         )
     with _advice(path):
-        manifest.verify(path, [STATE])
+        manifest.verify(path, [STATE], manifest=read_manifest(path))
     return read_json(path / STATE)
 
 

@@ -1,17 +1,21 @@
 """The checkpoints of a folder: their names, which one is the latest, which can be trusted, which may be deleted."""
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import IO
 
 from openchatkit.errors import UserError
 from openchatkit.formats import legacy, manifest
-from openchatkit.formats.manifest import DamagedError
-from openchatkit.storage import replace_folder, write_text
+from openchatkit.formats.manifest import DamagedError, Manifest
+from openchatkit.storage import replace_folder, storage_errors, try_lock, write_text
 
 STATE = "state.json"
 LATEST = "latest"
+UPLOADED = "uploaded.json"  # beside a checkpoint's files, and not in its manifest: the address it was uploaded to
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)")
 
 
@@ -49,24 +53,49 @@ def is_legacy(path: Path) -> bool:
 
 
 def latest(root: Path) -> Path | None:
-    """Return the checkpoint to resume from: the one that `latest` names, else the newest whole one, else None.
+    """Return the checkpoint to resume from, which `latest` names; None where there are no checkpoints.
 
-    A `latest` that names no folder is ignored. UserError when there are checkpoints and none of them is whole:
-    starting from scratch would be a silent loss.
+    UserError when there are some and `latest` names none of them: another one in its place, or a start from scratch,
+    would be a silent loss. It names the newest one whose every byte is as it was written, which means to read them.
     """
-    if (step := _read_latest(root)) is not None and (path := find(root, step)):
-        return path
     steps = list_steps(root)
-    for step in reversed(steps):
-        path = find(root, step)
-        if path and (is_legacy(path) or _is_whole(path)):
-            return path
-    if steps:
+    if not steps:
+        return None
+    named, problem = _find_latest(root)
+    if named is not None:
+        return named
+    if trusted := newest_verified(root):
         raise UserError(
-            f"{root} holds the checkpoints {', '.join(map(str, steps))} but none is whole: copy a whole one here, "
-            "or move them elsewhere to start from scratch"
+            f"{root / LATEST} {problem}: the newest verified checkpoint is {trusted}; "
+            f"`python tools/verify_checkpoint.py {root} --repair latest` makes it the one to go on from"
         )
-    return None
+    old = [path for step in steps if (path := find(root, step)) and is_legacy(path)]
+    if old:
+        raise UserError(f"{root / LATEST} {problem}: give the checkpoint itself, such as {old[-1]}")
+    raise UserError(
+        f"{root} holds the checkpoints {', '.join(map(str, steps))} but none is whole: copy a whole one here, "
+        "or move them elsewhere to start from scratch"
+    )
+
+
+def read_latest(root: Path) -> Path | None:
+    """Return the checkpoint that `latest` names, whatever state it is in; None where it names none."""
+    return _find_latest(root)[0]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint, whole or not, of this kit or of the original one."""
+    return (path / STATE).exists() or (path / manifest.MANIFEST).exists() or is_legacy(path)
+
+
+def lock_run(root: Path) -> IO[str]:
+    """Lock a run's folder until the returned file is closed, or its holder ends; UserError while another has it."""
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(root / ".lock")
+    if lock is None:
+        raise UserError(f"{root} is in use by another run: wait for it, or give another folder")
+    return lock
 
 
 def locate(path: Path) -> Path:
@@ -74,7 +103,7 @@ def locate(path: Path) -> Path:
     path = Path(path)
     if not path.exists() and (step := parse_step(path.name)) is not None:
         path = find(path.parent, step) or path
-    if (path / STATE).exists() or (path / manifest.MANIFEST).exists() or is_legacy(path):
+    if is_checkpoint(path):
         return path
     if found := latest(path):
         return found
@@ -89,11 +118,20 @@ def newest_verified(root: Path, *, but: Path | None = None) -> Path | None:
         if path is None or path == but or is_legacy(path):
             continue
         try:
-            manifest.verify(path)
+            manifest.verify(path, manifest=read_manifest(path))
         except DamagedError:
             continue
         return path
     return None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a checkpoint's manifest; DamagedError where it is of another step than the folder's name says."""
+    listed = manifest.read(path)
+    step = parse_step(path.name)
+    if step is not None and listed.about.get("step", step) != step:
+        raise DamagedError(f"{path} holds the checkpoint of step {listed.about['step']}: it was renamed or replaced")
+    return listed
 
 
 def point_to(root: Path, step: int) -> None:
@@ -101,15 +139,21 @@ def point_to(root: Path, step: int) -> None:
     write_text(root / LATEST, f"{step}\n")
 
 
-def prune(root: Path, keep: int, *, verified: Path | None = None, protected: int | None = None) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints, and leftovers of killed saves; return the deleted checkpoints.
+def prune(
+    root: Path,
+    keep: int,
+    *,
+    verified: Path | None = None,
+    protected: Collection[int] = (),
+    uploads_to: str | None = None,
+) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints; return the deleted ones.
 
-    That of the step `protected` stays. Nothing is deleted unless a newer checkpoint is verified: `verified` if the
-    caller has done that, else this reads the newest. Newer, damaged ones are not counted and stay; those of the
-    original kit always stay.
+    Those of the steps `protected` stay, and with `uploads_to` those that are not uploaded to that address. Nothing is
+    deleted unless a newer checkpoint is verified: `verified` if the caller has done that, else this reads the newest.
+    Newer, damaged ones are not counted and stay; those of the original kit always stay.
     """
     assert keep >= 1, keep
-    remove_leftovers(root)
     ours = {step: path for step in list_steps(root) if (path := find(root, step)) and (path / STATE).exists()}
     if len(ours) <= keep:
         return []
@@ -118,7 +162,11 @@ def prune(root: Path, keep: int, *, verified: Path | None = None, protected: int
     if step is None:
         return []
     kept = [number for number in ours if number <= step][-keep:]
-    doomed = {number: path for number, path in ours.items() if number < kept[0] and number != protected}
+    doomed = {
+        number: path
+        for number, path in ours.items()
+        if number < kept[0] and number not in protected and (uploads_to is None or is_uploaded(path, uploads_to))
+    }
     for number, path in doomed.items():
         # Renamed first, so that a kill leaves a leftover and not half a checkpoint.
         os.rename(path, temporary_path(root, number))
@@ -126,9 +174,25 @@ def prune(root: Path, keep: int, *, verified: Path | None = None, protected: int
     return list(doomed.values())
 
 
+def mark_uploaded(path: Path, prefix: str) -> None:
+    """Note that a checkpoint is whole below the address `prefix`."""
+    write_text(path / UPLOADED, json.dumps({"prefix": prefix}) + "\n")
+
+
+def is_uploaded(path: Path, prefix: str) -> bool:
+    """Return whether a checkpoint is noted to be whole below the address `prefix`."""
+    try:
+        return bool(json.loads((path / UPLOADED).read_text(encoding="utf-8"))["prefix"] == prefix)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def publish(temporary: Path, root: Path, step: int) -> Path:
     """Give a whole checkpoint its name, in place of an older one of that step, and point `latest` to it."""
     path = checkpoint_path(root, step)
+    if not (root / LATEST).exists():
+        # Named before it is there: a kill in between must not leave a checkpoint that `latest` does not name.
+        point_to(root, step)
     replace_folder(temporary, path)
     point_to(root, step)
     return path
@@ -146,16 +210,13 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _read_latest(root: Path) -> int | None:
+def _find_latest(root: Path) -> tuple[Path | None, str]:
+    """Return the folder that `latest` names, or None and what is wrong with it."""
     try:
-        return parse_step((root / LATEST).read_text(encoding="utf-8").strip())
+        text = (root / LATEST).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None, "is missing"
     except (OSError, ValueError):
-        return None
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        manifest.check_sizes(path, manifest.read(path))
-    except DamagedError:
-        return False
-    return True
+        return None, "cannot be read"
+    step = parse_step(text)
+    return None if step is None else find(root, step), f"says {text[:40]!r}, and there is no such checkpoint"

@@ -87,12 +87,17 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, manifest: Manife
     wanted = list(manifest.files if names is None else names)
     check_sizes(folder, manifest, wanted)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for name, found in zip(wanted, pool.map(lambda name: sha256(folder / name), wanted), strict=True):
-            expected = manifest.files[name].sha256
-            if found != expected:
-                raise DamagedError(
-                    f"{folder / name} was altered: its SHA-256 is {found[:16]}..., the manifest says {expected[:16]}..."
-                )
+        for _ in pool.map(lambda name: check_bytes(folder, manifest.files[name]), wanted):
+            pass
+
+
+def check_bytes(folder: Path, expected: FileRecord) -> None:
+    """DamagedError unless the bytes of a file are those of its record."""
+    path = folder / expected.name
+    if (found := sha256(path)) != expected.sha256:
+        raise DamagedError(
+            f"{path} was altered: its SHA-256 is {found[:16]}..., the manifest says {expected.sha256[:16]}..."
+        )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from openchatkit import storage
 from openchatkit.data.dataset import Dataset
 from openchatkit.data.options import DataSettings
 from openchatkit.distributed.layout import Layout
@@ -26,13 +25,12 @@ from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.storage import storage_errors
-from openchatkit.training.config import OptimizationSettings, Settings
+from openchatkit.training.config import OptimizationSettings, Settings, name_moments
 from openchatkit.training.local_stages import LocalStages
+from openchatkit.training.optimizer import convert_moments
 from openchatkit.training.weights import Weights
 
 WeightSource = LayerShards | Path
-
-_EIGHT_BIT = "8bit-adam"  # keeps its state in another form than the other optimizers
 
 
 def list_source_shards(stages: LocalStages) -> list[str]:
@@ -71,7 +69,7 @@ def load_optimizer(weights: Weights, path: Path) -> None:
         stored = checkpoint.read_optimizer(path, shard)
         if config.tie_embeddings and shard == HEAD:
             stored[kind.tied_weight] = checkpoint.read_optimizer(path, EMBED)[kind.embedding_weight]
-        weights.take_state(shard, stored)
+        weights.take_state(shard, {name: convert_moments(state, weights.optimizer) for name, state in stored.items()})
 
 
 def save(
@@ -118,7 +116,7 @@ def save(
     own = [shard for shard in weights.stages.shards if is_writer and weights.writer(shard) == layout.replica]
     layout.together(lambda: checkpoint.verify(path, own) if own else None)
     if layout.rank == 0 and proven is not None:
-        checkpoint.prune(root, keep, verified=path, protected=proven)
+        checkpoint.prune(root, keep, verified=path, protected=[proven])
 
 
 def _write(temporary: Path, weights: Weights) -> list[FileRecord]:
@@ -142,8 +140,16 @@ def _write(temporary: Path, weights: Weights) -> list[FileRecord]:
 
 
 def find_newest(root: Path, layout: Layout) -> Path | None:
-    """Return the checkpoint to resume from; rank 0 decides for all."""
-    return layout.together(lambda: checkpoint.latest(root) if layout.rank == 0 else None)[0]
+    """Return the checkpoint to resume from; rank 0 decides for all, once it has tidied up after a killed save."""
+
+    def find() -> Path | None:
+        if layout.rank:
+            return None
+        with storage_errors(root):
+            checkpoint.remove_leftovers(root)
+        return checkpoint.latest(root)
+
+    return layout.together(find)[0]
 
 
 def check_resume(state: dict[str, Any], settings: Settings, *, path: Path, data: str) -> None:
@@ -158,11 +164,14 @@ def check_resume(state: dict[str, Any], settings: Settings, *, path: Path, data:
             f"--gradient-accumulate-step x --data-group-size makes {given}: {advice}, or start a new run in another "
             "--checkpoint-path"
         )
-    before, now = state.get("settings", {}).get("optimizer", settings.optimizer), settings.optimizer
-    if before != now and _EIGHT_BIT in (before, now):
+    recorded_settings = state.get("settings", {})
+    before = name_moments(
+        recorded_settings.get("optimizer", settings.optimizer), recorded_settings.get("optimizer_state", "float32")
+    )
+    if before != settings.moments and "8bit" in (before, settings.moments):
         raise UserError(
-            f"{path} was trained with --optimizer {before}, whose state --optimizer {now} cannot use: give --optimizer "
-            f"{before}, or start a new run in another --checkpoint-path"
+            f"{path} has the optimizer's state in {before}, of which none in {settings.moments} can be made: give "
+            f"--optimizer-state {before}, or start a new run in another --checkpoint-path"
         )
     if state["data"] != data:
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)
@@ -230,16 +239,8 @@ def lock_folder(root: Path, layout: Layout) -> Iterator[None]:
     with contextlib.ExitStack() as held:
 
         def lock_on_rank_0() -> None:
-            if layout.rank:
-                return
-            with storage_errors(root):
-                root.mkdir(parents=True, exist_ok=True)
-                lock = storage.try_lock(root / ".lock")
-            if lock is None:
-                raise UserError(
-                    f"--checkpoint-path {root} is in use by another run: wait for it, or give another folder"
-                )
-            held.enter_context(lock)
+            if layout.rank == 0:
+                held.enter_context(checkpoint.lock_run(root))
 
         layout.together(lock_on_rank_0)
         yield

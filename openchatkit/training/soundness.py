@@ -43,7 +43,7 @@ class Soundness:
                 self.progress.proven = saved
                 if self.layout.rank == 0:
                     verified = checkpoint.checkpoint_path(self.root, saved)
-                    checkpoint.prune(self.root, self.keep, verified=verified, protected=saved)
+                    checkpoint.prune(self.root, self.keep, verified=verified, protected=[saved])
         elif result.trained_tokens:
             self._not_finite, self._loss_is_finite = self._not_finite + 1, math.isfinite(result.loss)
             self._hopeless += not (self._loss_is_finite and scale_can_fall)

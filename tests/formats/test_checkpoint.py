@@ -12,6 +12,7 @@ from tiny_shards import NEOX, equal, flip, write_checkpoint
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, checkpoint_folders, legacy
 from openchatkit.formats.manifest import DamagedError
+from openchatkit.storage import FullDiskError
 
 SHARDS = ["embed", "layer_00000", "layer_00001", "layer_00002", "head"]
 
@@ -204,26 +205,89 @@ def test_shards_of_two_steps_mixed_are_refused(root):
 
 
 @pytest.mark.parametrize("content", ["", "abc", "99", "../../x", "-1", "7.5", "\x00", "checkpoint_99"])
-def test_a_latest_that_names_nothing_is_ignored(root, content):
-    write_checkpoint(root, 5)
-    write_checkpoint(root, 10)
-    write_checkpoint(root, 9)
+def test_a_latest_that_names_nothing_stops_with_the_newest_verified_one(root, content):
+    for step in (5, 10, 9):
+        write_checkpoint(root, step)
+    flip(root / "checkpoint_10" / "head.safetensors")
     (root / "latest").write_text(content)
-    assert checkpoint.latest(root) == root / "checkpoint_10"
+    message = (
+        f"{root}/latest says {content.strip()!r}, and there is no such checkpoint: the newest verified checkpoint "
+        f"is {root}/checkpoint_9; `python tools/verify_checkpoint.py {root} --repair latest` makes it the one to "
+        "go on from"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        checkpoint.latest(root)
 
 
-def test_a_latest_that_is_no_text_is_ignored(root):
+def test_a_latest_that_is_no_text_or_is_missing_stops(root):
     write_checkpoint(root, 5)
     (root / "latest").write_bytes(b"\xff\xfe\x00")
-    assert checkpoint.latest(root) == root / "checkpoint_5"
-
-
-def test_without_latest_the_newest_whole_one_counts(root):
-    write_checkpoint(root, 5)
-    write_checkpoint(root, 10)
+    with pytest.raises(
+        UserError, match=f"latest cannot be read: the newest verified checkpoint is {root}/checkpoint_5"
+    ):
+        checkpoint.latest(root)
     (root / "latest").unlink()
-    (root / "checkpoint_10" / "embed.safetensors").unlink()
+    with pytest.raises(UserError, match=f"latest is missing: the newest verified checkpoint is {root}/checkpoint_5"):
+        checkpoint.latest(root)
+
+
+def test_a_missing_latest_beside_checkpoints_of_the_original_kit_stops(tmp_path):
+    (tmp_path / "100").mkdir()
+    torch.save({}, tmp_path / "100" / legacy.stage_file(0))
+    with pytest.raises(UserError, match=f"latest is missing: give the checkpoint itself, such as {tmp_path}/100$"):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_kill_at_the_first_publication_leaves_no_checkpoint_that_latest_does_not_name(root, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    for moment in ("point_to", "replace_folder"):
+        monkeypatch.setattr(checkpoint_folders, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(root, 5)
+        monkeypatch.undo()
+        assert checkpoint.latest(root) is None
+    real, calls = checkpoint_folders.point_to, []
+
+    def killed_the_second_time(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    (root / "latest").unlink()
+    monkeypatch.setattr(checkpoint_folders, "point_to", killed_the_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(root, 5)
     assert checkpoint.latest(root) == root / "checkpoint_5"
+
+
+def test_a_folder_under_the_name_of_another_step_is_refused(root):
+    for step in (5, 10):
+        write_checkpoint(root, step)
+    os.rename(root / "checkpoint_5", root / "aside")
+    os.rename(root / "checkpoint_10", root / "checkpoint_5")
+    os.rename(root / "aside", root / "checkpoint_10")
+    for read in (checkpoint.verify, checkpoint.read_state):
+        with pytest.raises(DamagedError, match="checkpoint_10 holds the checkpoint of step 5: it was renamed or repla"):
+            read(root / "checkpoint_10")
+    assert checkpoint.newest_verified(root) is None
+
+
+def test_bytes_that_the_disk_did_not_keep_are_found(root):
+    temporary = checkpoint.begin(root, 1)
+    record = checkpoint.write_weights(temporary, "embed", tiny_shards.weights(NEOX)["embed"])
+    checkpoint.reread(temporary, [record])
+    flip(temporary / "embed.safetensors")
+    with pytest.raises(DamagedError, match=r"embed\.safetensors was altered: .*; the disk did not keep what"):
+        checkpoint.reread(temporary, [record])
+
+
+def test_no_save_begins_without_room_for_it(root):
+    with pytest.raises(FullDiskError, match=r"checkpoint_1: 1000000000.0 GB are needed and .* has room for"):
+        checkpoint.begin(root, 1, needed=10**18)
+    assert names(root) == []
 
 
 def test_latest_is_believed(root):
@@ -256,7 +320,6 @@ def test_newest_verified_reads_the_bytes(root):
 def test_prune_keeps_the_newest(root):
     for step in (1, 2, 10, 20):
         write_checkpoint(root, step)
-    (root / ".checkpoint_30.tmp").mkdir()
     assert checkpoint.prune(root, 2) == [root / "checkpoint_1", root / "checkpoint_2"]
     assert names(root) == ["checkpoint_10", "checkpoint_20", "latest"]
     assert checkpoint.prune(root, 2) == []
@@ -276,6 +339,19 @@ def test_prune_believes_a_caller_who_verified(root):
     for step in (1, 2, 3):
         write_checkpoint(root, step)
     assert checkpoint.prune(root, 1, verified=root / "checkpoint_2") == [root / "checkpoint_1"]
+
+
+def test_prune_leaves_what_is_protected_not_uploaded_or_still_written(root):
+    for step in (1, 2, 3, 4, 5):
+        write_checkpoint(root, step)
+    (root / ".checkpoint_6.tmp").mkdir()
+    checkpoint.mark_uploaded(root / "checkpoint_1", "s3://a/b")
+    checkpoint.mark_uploaded(root / "checkpoint_2", "s3://other")
+    checkpoint.mark_uploaded(root / "checkpoint_4", "s3://a/b")
+    assert checkpoint.prune(root, 1, protected=[4], uploads_to="s3://a/b") == [root / "checkpoint_1"]
+    checkpoint.verify(root / "checkpoint_2")
+    assert checkpoint.prune(root, 1, protected=[4]) == [root / "checkpoint_2", root / "checkpoint_3"]
+    assert names(root) == [".checkpoint_6.tmp", "checkpoint_4", "checkpoint_5", "latest"]
 
 
 def test_prune_leaves_what_is_not_ours(root):
@@ -301,7 +377,7 @@ def test_a_kill_while_pruning_leaves_no_half_checkpoint(root, monkeypatch):
         checkpoint.prune(root, 1)
     monkeypatch.undo()
     assert checkpoint.list_steps(root) == [2]
-    checkpoint.prune(root, 1)
+    checkpoint.remove_leftovers(root)
     assert names(root) == ["checkpoint_2", "latest"]
 
 
