@@ -16,10 +16,56 @@ from torch.distributed import pipelining
 from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
 from openchatkit.models.stage import Stage
+from openchatkit.training import timing
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.schedules import SCHEDULES
+from openchatkit.training.timing import StepTimer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class _TimedStage(pipelining.PipelineStage):
+    """A stage that notes its passes and messages.
+
+    It extends methods by which torch's schedules run a stage, and which torch does not document: a schedule that calls
+    others runs as well, and is only noted less.
+    """
+
+    def __init__(self, timer: StepTimer, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._timer = timer
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        with self._timer.compute(timing.FORWARD, self.stage_index, fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        kind = timing.BACKWARD if options.get("full_backward", True) else timing.BACKWARD_INPUT
+        with self._timer.compute(kind, self.stage_index, bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        with self._timer.compute(timing.BACKWARD_WEIGHT, self.stage_index, bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **options)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        return self._note(super().get_fwd_recv_ops(fwd_chunk_id), timing.RECEIVE_FORWARD, fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        return self._note(super().get_bwd_recv_ops(bwd_chunk_id), timing.RECEIVE_BACKWARD, bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        return self._note(super().get_fwd_send_ops(fwd_chunk_id), timing.SEND_FORWARD, fwd_chunk_id)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        return self._note(super().get_bwd_send_ops(bwd_chunk_id), timing.SEND_BACKWARD, bwd_chunk_id)
+
+    def _note(self, messages: Any, kind: str, micro_batch: int) -> Any:
+        """Return the messages, of which the ends of a pipeline have none in one direction."""
+        if messages:
+            note = self._timer.receive if kind in timing.RECEIVES else self._timer.send
+            note(kind, self.stage_index, micro_batch)
+        return messages
 
 
 class Pipeline:
@@ -28,7 +74,7 @@ class Pipeline:
     `loss(hidden, target)` runs on the last stage, once a micro-batch, and returns a scalar to backpropagate as it is;
     the target is one tensor with a row for each row of tokens, on whatever device `loss` wants it. `document_starts`
     (see `Stage`) do not travel: each rank gives them to its own stages. A single stage runs a plain loop over the
-    micro-batches, with the same bits.
+    micro-batches, with the same bits. `timer` notes what runs when.
     """
 
     def __init__(
@@ -44,6 +90,7 @@ class Pipeline:
         loss: Loss,
     ) -> None:
         self.stages, self.layout, self.loss = stages, layout, loss
+        self.timer = StepTimer(layout.device, layout.activity)
         self.micro_batches = micro_batches
         self._schedule: Any = None
         if layout.pipeline_size > 1:
@@ -52,7 +99,8 @@ class Pipeline:
             shape = (micro_batch_size, seq_length // stages.hidden_parts, stages.config.hidden_size)
             hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             runners = [
-                pipelining.PipelineStage(
+                _TimedStage(
+                    self.timer,
                     stage,
                     number,
                     len(stages.by_number) * layout.pipeline_size,
@@ -67,7 +115,7 @@ class Pipeline:
             logging.getLogger(pipelining.__name__).setLevel(logging.CRITICAL)
             make = getattr(pipelining, kind.torch_class)
             taken = runners if kind.takes_several else runners[0]
-            self._schedule = make(taken, micro_batches, loss_fn=loss, scale_grads=False)
+            self._schedule = make(taken, micro_batches, loss_fn=self._timed_loss, scale_grads=False)
 
     @property
     def _only_stage(self) -> Stage:
@@ -81,12 +129,18 @@ class Pipeline:
         """
         losses: list[Tensor] = []
         if self._schedule is None:
-            for x, y, starts in self._cut(tokens, target, document_starts):
-                losses.append(self.loss(self._only_stage(x, starts), y))
-                losses[-1].backward()  # type: ignore[no-untyped-call]
+            for number, (x, y, starts) in enumerate(self._cut(tokens, target, document_starts)):
+                with self.timer.compute(timing.FORWARD, 0, number):
+                    hidden = self._only_stage(x, starts)
+                losses.append(self._timed_loss(hidden, y))
+                del hidden  # backward needs its room
+                with self.timer.compute(timing.BACKWARD, 0, number):
+                    losses[-1].backward()  # type: ignore[no-untyped-call]
         else:
             inputs, options = self._arguments(tokens, target, document_starts, losses)
-            self._schedule.step(*inputs, **options)
+            with self.layout.activity.waiting():
+                self._schedule.step(*inputs, **options)
+        self.timer.end_batch(self.micro_batches)
         return self._total(losses)
 
     @torch.no_grad()
@@ -98,9 +152,13 @@ class Pipeline:
             losses = [self.loss(self._only_stage(x, starts), y) for x, y, starts in cut]
         else:
             inputs, options = self._arguments(tokens, target, document_starts, losses)
-            with pytorch.forward_only(self._schedule):
+            with pytorch.forward_only(self._schedule), self.layout.activity.waiting():
                 self._schedule.eval(*inputs, **options)
         return self._total(losses)
+
+    def _timed_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        with self.timer.compute(timing.LOSS):
+            return self.loss(hidden, target)
 
     def _arguments(
         self, tokens: Tensor, target: Tensor, document_starts: Tensor | None, losses: list[Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor
 from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.dataset import Dataset
 from openchatkit.errors import UserError
+from openchatkit.training import timing
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import learning_rate
 from openchatkit.training.pipeline import Pipeline
@@ -135,7 +136,11 @@ class Trainer:
 
     def step(self, number: int, dataset: Dataset, *, stop: bool = False) -> StepResult:
         """Take step `number`, counted from 0. `stop` on any rank becomes `stop` of the result on all."""
-        batches = [self._batch(dataset, number * self.global_batch, part) for part in range(self.schedule.accumulate)]
+        timer = self.pipeline.timer
+        timer.start_step()
+        with timer.on_host(timing.DATA):
+            first = number * self.global_batch
+            batches = [self._batch(dataset, first, part) for part in range(self.schedule.accumulate)]
         digest, trained = self._count(batches, len(dataset.sources))
         trained_tokens = sum(trained)
 
@@ -143,8 +148,10 @@ class Trainer:
         with autocast(self.layout.device, self.dtype):
             for batch in batches:
                 loss += self.pipeline.forward_backward(*self._place(batch))
-        self.weights.reduce_gradients()
-        sums = self._sum_over_ranks(loss, stop, digest)
+        with timer.compute(timing.REDUCE):
+            self.weights.reduce_gradients()
+        with timer.compute(timing.NORM):
+            sums = self._sum_over_ranks(loss, stop, digest)
 
         grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
         finite = math.isfinite(grad_norm)
@@ -152,7 +159,8 @@ class Trainer:
         peak, warmup_steps, total_steps = self.schedule.peak_lr, self.schedule.warmup_steps, self.schedule.total_steps
         lr = learning_rate(number, peak=peak, warmup_steps=warmup_steps, total_steps=total_steps)
         if applied:
-            self._update(grad_norm, lr)
+            with timer.compute(timing.UPDATE):
+                self._update(grad_norm, lr)
         self.weights.drop_gradients()
         result = StepResult(
             loss=sums.loss / self.scaler.scale if trained_tokens else math.nan,
