@@ -1,6 +1,5 @@
-"""Attention alone, forward and backward: the kit's mask for documents, and the kernels that could do without one."""
+"""Attention alone, forward and backward: causal by each of torch's kernels, and within documents by mask or borders."""
 
-import inspect
 import math
 from collections.abc import Callable
 
@@ -10,7 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _gpu_check import fixtures, timing
 from _gpu_check.rows import Context, Result, Skip
-from openchatkit.models.layers import causal_attention, document_mask
+from openchatkit.libraries import pytorch
+from openchatkit.models.documents import document_mask, find_borders
+from openchatkit.models.layers import causal_attention
 
 # Rows, heads, length and width of a head.
 FULL = ((4, 32, 2048, 128), (8, 8, 2048, 256))
@@ -53,7 +54,7 @@ class Case:
             ("causal, torch's choice", causal_attention, False, False),
             *((f"causal, {name}", forced_to(backend), False, True) for name, backend in forced.items()),
             ("documents, the mask", self._masked(), True, False),
-            ("documents, varlen", self._varlen, True, True),
+            ("documents, their borders", self._bordered, True, True),
         ]
 
     def measure(self, result: Result, attend: Attend, documents: bool) -> None:
@@ -87,22 +88,11 @@ class Case:
         mask = document_mask(self.starts.to(self.device), torch.bfloat16)
         return lambda query, key, value: causal_attention(query, key, value, mask)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """torch's attention over packed documents, which is given where each begins."""
-        try:
-            from torch.nn.attention.varlen import varlen_attn
-        except ImportError as error:
-            raise Skip(f"torch {torch.__version__} has no varlen_attn") from error
-        rows, heads, length, width = self.shape
-        first = (self.starts == torch.arange(length)).flatten().nonzero().squeeze(-1)
-        ends = torch.cat([first, torch.tensor([rows * length])])
-        longest = int(ends.diff().max())
-        borders = ends.to(self.device, torch.int32)
-        packed = (tensor.transpose(1, 2).reshape(rows * length, heads, width) for tensor in (query, key, value))
-        # Releases call it by one of two names.
-        known = inspect.signature(varlen_attn).parameters
-        causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-        return varlen_attn(*packed, borders, borders, longest, longest, **causal).view(rows, length, heads * width)
+    def _bordered(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not pytorch.attends_documents(self.device, query.dtype, self.shape[3]):
+            raise Skip(f"torch {torch.__version__} cannot attend by borders here")
+        borders = find_borders(self.starts)
+        return causal_attention(query, key, value, borders._replace(at=pytorch.send(borders.at, self.device)))
 
 
 def forced_to(backend: SDPBackend) -> Attend:

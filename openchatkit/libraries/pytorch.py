@@ -76,6 +76,42 @@ def mm_in_float32(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of main memory on `device`, without a wait for what a GPU still has to do.
+
+    Only from page-locked memory does a copy queue up behind that work while this thread goes on.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def attend_to_segments(query: Tensor, key: Tensor, value: Tensor, *, borders: Tensor, longest: int) -> Tensor:
+    """Return causal attention within each segment of a sequence, [tokens, heads, head_dim] as all three given.
+
+    Segment i is tokens borders[i] to borders[i + 1] - 1: int32 [segments + 1]. None is longer than `longest`. For
+    devices and dtypes that `attends_documents` knows.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    mixed = varlen_attn(query, key, value, borders, borders, longest, longest, window_size=(-1, 0))
+    assert isinstance(mixed, Tensor), type(mixed)
+    return mixed
+
+
+@functools.cache
+def attends_documents(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attend_to_segments` works here, and backward through it: found out by two segments of one token."""
+    borders = torch.arange(3, dtype=torch.int32, device=device)
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = torch.zeros(2, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
+        try:
+            attend_to_segments(tokens, tokens, tokens, borders=borders, longest=1).sum().backward()  # type: ignore[no-untyped-call]
+        except (ImportError, TypeError, NotImplementedError, RuntimeError):  # an older torch, or no such kernel
+            return False
+    return True
+
+
 def runs_v_schedules() -> bool:
     """Whether torch's V-shaped pipeline schedules work on gloo, as they do since those that can put off receiving."""
     from torch.distributed.pipelining import ScheduleZBVZeroBubble

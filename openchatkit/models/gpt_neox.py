@@ -13,6 +13,7 @@ from openchatkit.errors import UserError
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_first, get_positive_int
 from openchatkit.models.cuts import WHOLE, Part
+from openchatkit.models.documents import Seen
 from openchatkit.models.family import Family
 from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_halves
 
@@ -40,13 +41,13 @@ class GPTNeoXAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * width, bias=config.attention_bias)
         self.dense = nn.Linear(width, config.hidden_size, bias=config.attention_bias and part.index == 0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
         heads = self.query_key_value(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query, key, value = heads.chunk(3, dim=-1)
         query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        attended: Tensor = self.dense(causal_attention(query, key, value, mask))
+        attended: Tensor = self.dense(causal_attention(query, key, value, seen))
         return attended
 
 
@@ -66,7 +67,7 @@ class GPTNeoXMLP(nn.Module):
 
 
 class GPTNeoXLayer(nn.Module):
-    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `mask` of what they see.
+    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `seen` is what they see.
 
     With parallel residual, attention and MLP read the same hidden state and are added before they leave: one seam in
     and one out. The norms are behind the seam, so their gradients in a part are shares.
@@ -82,9 +83,9 @@ class GPTNeoXLayer(nn.Module):
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
         y = self.enter(x)
-        added: Tensor = self.attention(self.input_layernorm(y), cos, sin, mask, cache)
+        added: Tensor = self.attention(self.input_layernorm(y), cos, sin, seen, cache)
         if not self.parallel_residual:
             x = x + self.leave(added)
             y = self.enter(x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_positive_int
 from openchatkit.models.cuts import WHOLE, Part
+from openchatkit.models.documents import Seen
 from openchatkit.models.family import Family
 from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_pairs
 
@@ -41,7 +42,7 @@ class GPTJAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
         query, key, value = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -49,7 +50,7 @@ class GPTJAttention(nn.Module):
         query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        attended: Tensor = self.out_proj(causal_attention(query, key, value, mask))
+        attended: Tensor = self.out_proj(causal_attention(query, key, value, seen))
         return attended
 
 
@@ -82,9 +83,9 @@ class GPTJLayer(nn.Module):
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
         normed = self.ln_1(self.enter(x))
-        mixed: Tensor = x + self.leave(self.attn(normed, cos, sin, mask, cache) + self.mlp(normed))
+        mixed: Tensor = x + self.leave(self.attn(normed, cos, sin, seen, cache) + self.mlp(normed))
         return mixed
 
 

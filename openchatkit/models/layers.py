@@ -1,4 +1,4 @@
-"""Pieces that both families share: embedding, activations, rotary tables, rotation, attention and its masks."""
+"""Pieces that both families share: embedding, activations, rotary tables, rotation, attention."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openchatkit.errors import UserError
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
+from openchatkit.models.documents import Borders, Seen, attend_documents
 
 _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
 
@@ -91,24 +92,14 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def document_mask(document_starts: Tensor, dtype: torch.dtype, *, before: int = 0) -> Tensor:
-    """Return the block-diagonal mask with which token t sees the tokens from document_starts[t] to t and no others.
-
-    document_starts is int64 [batch, length], of tokens that follow `before` others in their row. The mask, zeros and
-    minus infinities [batch, 1, length, before + length], is added to the attention's scores. Every layer's attention
-    would make such a mask of a boolean one, and keep it for backward.
-    """
-    place = torch.arange(before + document_starts.shape[1], device=document_starts.device)
-    seen = (place >= document_starts.unsqueeze(-1)) & (place <= place[before:].unsqueeze(-1))
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, seen: Seen | None = None) -> Tensor:
     """Attend over [batch, heads, length, head_dim]; returns [batch, length, heads * head_dim].
 
-    Without a mask (see `document_mask`) a token sees itself and all before it; a single query may follow earlier keys.
+    Without `seen` (see `documents`) a token sees itself and all before it; a single query may follow earlier keys.
     """
-    causal = mask is None and query.shape[2] == key.shape[2]
-    assert causal or mask is not None or query.shape[2] == 1, f"{query.shape[2]} tokens after others need a mask"
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    if isinstance(seen, Borders):
+        return attend_documents(query, key, value, seen)
+    causal = seen is None and query.shape[2] == key.shape[2]
+    assert causal or seen is not None or query.shape[2] == 1, f"{query.shape[2]} tokens after others need a mask"
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
     return mixed.transpose(1, 2).flatten(-2)

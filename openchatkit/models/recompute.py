@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from openchatkit.models.documents import Borders
+
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    "_varlen_attn",  # of `documents`
 )
 _PRODUCTS = ("mm", "addmm")
 
 
-def recompute(layer: Callable[..., Tensor], *inputs: Tensor | None, selective: bool) -> Tensor:
+def recompute(layer: Callable[..., Tensor], *inputs: Tensor | Borders | None, selective: bool) -> Tensor:
     """Call a layer such that its backward pass computes its inner results again; the bits are those of a plain call."""
     options: dict[str, Any] = {"context_fn": _contexts} if selective else {}
     result: Tensor = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openchatkit.libraries import pytorch
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import WHOLE, Cut, Part, cut_tensor, whole_shape
-from openchatkit.models.layers import RotaryTable, document_mask
+from openchatkit.models.documents import Seen, confine
+from openchatkit.models.layers import RotaryTable
 from openchatkit.models.recompute import recompute as recompute_layer
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
@@ -21,7 +23,8 @@ class Stage(nn.Module):
     forward takes token ids [batch, length] where the stage has the embedding, else hidden states
     [batch, length, hidden_size], and returns hidden states, normed where it has the head; `logits` projects those.
     `document_starts`, int64 [batch, length], confines attention to documents that share a row: token t sees those from
-    document_starts[t] to t, and its position is t - document_starts[t]; without it a row is one document.
+    document_starts[t] to t, and its position is t - document_starts[t]; without it a row is one document. It is best on
+    the CPU, whatever the device of the stage (see `documents.confine`).
     `cache` (see `new_cache`) holds the tokens of earlier calls: those given now follow them, t counts all of them, and
     `document_starts` are those of the new ones. `mask`, bool [..., length, all tokens], is true where a row's token
     sees a column's, instead of itself and all before it.
@@ -86,14 +89,22 @@ class Stage(nn.Module):
         assert not cache or length <= cache[0].capacity, f"{length} tokens in a cache for {cache[0].capacity}"
         # Of a cache's whole capacity, so that one table serves all its calls.
         cos, sin = self.rotary(cache[0].capacity if cache else length, x.device)
+        seen: Seen | None = mask
         if document_starts is None and mask is None and before and tokens > 1:
             document_starts = torch.zeros(1, tokens, dtype=torch.int64, device=x.device)
         if document_starts is None:
             cos, sin = cos[before:length], sin[before:length]
         else:
-            positions = torch.arange(before, length, device=x.device) - document_starts
+            positions = torch.arange(before, length, device=document_starts.device) - document_starts
+            positions = pytorch.send(positions, x.device)
             cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-            mask = document_mask(document_starts, self._compute_dtype(x.device), before=before)
+            seen = confine(
+                document_starts,
+                before=before,
+                device=x.device,
+                dtype=self._compute_dtype(x.device),
+                head_dim=self.config.head_dim,
+            )
         caches = iter(cache or ())
         for name, module in self.shards.items():
             if name == EMBED:
@@ -103,11 +114,11 @@ class Stage(nn.Module):
             elif name == HEAD:
                 x = module(x)
             elif cache is not None:
-                x = module(x, cos, sin, mask, next(caches))
+                x = module(x, cos, sin, seen, next(caches))
             elif self.recompute and torch.is_grad_enabled():
-                x = recompute_layer(module, x, cos, sin, mask, selective=self.selective)
+                x = recompute_layer(module, x, cos, sin, seen, selective=self.selective)
             else:
-                x = module(x, cos, sin, mask)
+                x = module(x, cos, sin, seen)
         return x
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
