@@ -136,8 +136,8 @@ def _share_parameters(settings: Settings, layout: Layout, dtype: torch.dtype) ->
         return None
     if layout.device.type == "cuda" and settings.dp_backend == "gloo":
         raise UserError(
-            "--dp-mode sharded-parameters gathers layers on the GPUs, which --dp-backend gloo cannot: leave that out, or "
-            "use --dp-mode sharded"
+            "--dp-mode sharded-parameters and --dp-backend gloo exclude each other: layers are gathered on the GPUs; "
+            "leave --dp-backend out, or use --dp-mode sharded"
         )
     return MatrixSharding(layout, dtype)
 
