@@ -18,7 +18,8 @@ class ModerationGate:
 
     With a moderator, text waits until the whole reply up to its end has been judged. Once a verdict is not `allowed`,
     nothing more of the reply comes out: the verdict's message takes its place, after what was shown before. `verdict`
-    is the one that counts: the one that is not allowed, else the first warning, else the last.
+    is the one that counts: the one that is not allowed, else the first warning, else the last. `refused` says that it
+    was the question that was not allowed.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ModerationGate:
         self._shown: list[str] = []
         self._waiting = ""
         self.verdict: Verdict | None = None
+        self.refused = False
 
     @property
     def text(self) -> str:
@@ -60,10 +62,11 @@ class ModerationGate:
             # A warning is for the author of the system text, not for every reply.
             if not verdict.allowed:
                 self._apply_verdict(verdict)
-                return
-        self._apply_verdict(judge(self._moderator, self._question))
+        if not self.blocked:
+            self._apply_verdict(judge(self._moderator, self._question))
         if self._begun.strip() and not self.blocked:
             self._apply_verdict(judge(self._moderator, self._question, self._begun))
+        self.refused = self.blocked
 
     def add(self, text: str) -> None:
         """Take the next piece of the reply."""

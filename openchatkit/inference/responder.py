@@ -5,7 +5,7 @@ batch all use it.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -73,6 +73,58 @@ class _Prompt:
     note: str = ""
 
 
+class _ReplyWriter:
+    """Puts the tokens of one reply through its stream and its gate; `finish` says what ended it, as in `Reply`."""
+
+    def __init__(
+        self,
+        stream: ReplyStream,
+        gate: ModerationGate,
+        *,
+        stop_ids: Collection[int],
+        limit: int,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._stream, self._gate, self._stop_ids, self._limit = stream, gate, stop_ids, limit
+        self._cancelled = cancelled
+        self.tokens: list[int] = []
+        self.finish = ""
+
+    def begin(self) -> bool:
+        """Have the question judged; return whether a reply may follow."""
+        self._gate.check_question()
+        if self._gate.refused:
+            self.finish = "moderated"
+        elif self._cancelled():
+            self.finish = "interrupted"
+        return not self.finish
+
+    def take(self, token: int) -> bool:
+        """Take the next token; return whether the reply may go on."""
+        self.tokens.append(token)
+        if token in self._stop_ids:
+            self.finish = "end"
+            return False
+        self._gate.add(self._stream.push(token))
+        if self._gate.blocked or self._stream.stopped:
+            self.finish = "end"
+        elif self._cancelled():
+            self.finish = "interrupted"
+        return not self.finish
+
+    def end(self) -> None:
+        """Let the last characters through; where tokens ended by themselves, say what ended them."""
+        if not self.finish:
+            # A cancelled engine stops by itself while it reads a long prompt.
+            self.finish = "interrupted" if self._cancelled() else "length" if len(self.tokens) == self._limit else "end"
+        if not self._gate.blocked:
+            self._gate.add(self._stream.flush())
+            if self.finish != "interrupted":
+                self._gate.finish()
+        if self._gate.blocked:
+            self.finish = "moderated"
+
+
 class Responder:
     """A model ready to answer: the engine, its tokenizer, the rendering of conversations for it, and a moderator."""
 
@@ -121,19 +173,17 @@ class Responder:
             prompt = self._text_prompt(subject)
         else:
             prompt = self._chat_prompt(subject, sampling, retriever, warn)
-        stream = self._stream(prompt, stop)
         gate = ModerationGate(emit, self.moderator, prompt.question, system=prompt.system, begun=prompt.begun)
-        limit = most_tokens(len(prompt.tokens), sampling.max_tokens, self.engine.context_length)
-        tokens: list[int] = []
-        statistics, refused, finish = Statistics(), False, "end"
+        writer = _ReplyWriter(
+            self._stream(prompt, stop),
+            gate,
+            stop_ids=self.rendering.stop_ids,
+            limit=most_tokens(len(prompt.tokens), sampling.max_tokens, self.engine.context_length),
+            cancelled=cancelled,
+        )
+        statistics = Statistics()
         try:
-            gate.check_question()
-            refused = gate.blocked
-            if refused:
-                finish = "moderated"
-            elif cancelled():
-                finish = "interrupted"
-            else:
+            if writer.begin():
                 new = self.engine.generate(
                     prompt.tokens,
                     sampling,
@@ -144,36 +194,22 @@ class Responder:
                 )
                 with contextlib.closing(new):
                     for token in new:
-                        tokens.append(token)
-                        if token in self.rendering.stop_ids:
+                        if not writer.take(token):
                             break
-                        gate.add(stream.push(token))
-                        if gate.blocked or stream.stopped:
-                            break
-                        if cancelled():
-                            finish = "interrupted"
-                            break
-                    else:
-                        # A cancelled engine stops by itself while it reads a long prompt.
-                        finish = "interrupted" if cancelled() else "length" if len(tokens) == limit else "end"
-                if not gate.blocked:
-                    gate.add(stream.flush())
-                    if finish != "interrupted":
-                        gate.finish()
-                finish = "moderated" if gate.blocked else finish
+                writer.end()
         except KeyboardInterrupt:
-            finish = "interrupted"
+            writer.finish = "interrupted"
         return Reply(
             gate.text,
-            tuple(tokens),
-            finish,
+            tuple(writer.tokens),
+            writer.finish,
             dropped=prompt.dropped,
             statistics=statistics,
             passages=prompt.passages,
             verdict=gate.verdict,
-            refused=refused,
+            refused=gate.refused,
             # A question that was refused has no sources.
-            sources=() if refused and prompt.sources is not None else prompt.sources,
+            sources=() if gate.refused and prompt.sources is not None else prompt.sources,
             note=prompt.note,
         )
 
