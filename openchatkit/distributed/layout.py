@@ -3,13 +3,14 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from openchatkit.distributed.activity import Activity
 from openchatkit.errors import UserError
 
 T = TypeVar("T")
@@ -21,7 +22,8 @@ class Layout:
 
     A group of one rank is None, and needs no communication: `tensor` joins the ranks that share a stage's layers,
     `pipeline` those that a batch passes through, `data` the replicas of this rank, `control` (gloo) every rank. `ends`
-    joins the first and the last rank of this pipeline; other ranks, and models that need none, have None.
+    joins the first and the last rank of this pipeline; other ranks, and models that need none, have None. `activity` is
+    where the main thread notes what it does; what waits for a group here notes it itself.
     """
 
     rank: int
@@ -34,6 +36,7 @@ class Layout:
     tensor: dist.ProcessGroup | None = None
     ends: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
+    activity: Activity = field(default_factory=Activity, compare=False)
 
     @property
     def world_size(self) -> int:
@@ -55,57 +58,71 @@ class Layout:
         """Number of this rank's replica, from 0."""
         return self.rank // (self.tensor_size * self.pipeline_size)
 
-    def describe(self) -> str:
-        """Return this rank in words, for messages."""
+    def describe(self, host: str | None = None) -> str:
+        """Return this rank in words, for messages; with the host that it runs on, if given."""
+        rank = f"rank {self.rank}" if host is None else f"rank {self.rank} on {host}"
         axes = [
             ("pipeline rank", self.pipeline_rank, self.pipeline_size),
             ("replica", self.replica, self.replicas),
             ("tensor rank", self.tensor_rank, self.tensor_size),
         ]
         named = [f"{name} {number} of {size}" for name, number, size in axes if size > 1]
-        return f"rank {self.rank} ({', '.join(named)})" if named else f"rank {self.rank}"
+        return f"{rank} ({', '.join(named)})" if named else rank
 
     def sum_over_replicas(self, *tensors: torch.Tensor) -> None:
         """Add each tensor over the replicas of this rank, in place."""
-        _sum(tensors, self.data)
+        self._sum(tensors, self.data)
 
     def sum_over_pipeline(self, *tensors: torch.Tensor) -> None:
         """Add each tensor over the ranks of this pipeline, in place."""
-        _sum(tensors, self.pipeline)
+        self._sum(tensors, self.pipeline)
 
     def sum_over_parts(self, *tensors: torch.Tensor) -> None:
         """Add each tensor over the ranks of this tensor group, in place."""
-        _sum(tensors, self.tensor)
+        self._sum(tensors, self.tensor)
 
     def sum_over_ends(self, *tensors: torch.Tensor) -> None:
         """Add each tensor over the first and the last rank of this pipeline, in place."""
-        _sum(tensors, self.ends)
+        self._sum(tensors, self.ends)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, in rank order, on all ranks. Values are pickled between our own processes only."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
+        with self.activity.waiting():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """Return the results of `action` on all ranks. If it raises a UserError on any, all raise that of the first."""
-        result, problem = None, None
+        results, errors = self.attempt(action)
+        if errors:
+            raise UserError(str(errors[0])) from errors[0]
+        return results
+
+    def attempt(self, action: Callable[[], T]) -> tuple[list[T], list[UserError]]:
+        """Return the results of `action` on all ranks, and the UserErrors of those where it raised one, by rank."""
+        outcome: T | UserError
         try:
-            result = action()
+            outcome = action()
         except UserError as error:
-            problem = error
-        outcomes = self.gather((result, None if problem is None else str(problem)))
-        for _, message in outcomes:
-            if message is not None:
-                raise UserError(message) from problem
-        return [each for each, _ in outcomes]
+            outcome = error
+        outcomes: list[T | UserError] = self.gather(outcome)
+        errors = [each for each in outcomes if isinstance(each, UserError)]
+        return [each for each in outcomes if not isinstance(each, UserError)], errors
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.control is not None:
-            dist.barrier(group=self.control)
+            with self.activity.waiting():
+                dist.barrier(group=self.control)
+
+    def _sum(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+        if group is not None:
+            with self.activity.waiting():
+                for tensor in tensors:
+                    dist.all_reduce(tensor, group=group)
 
 
 def make_layout(
@@ -188,12 +205,6 @@ def balanced_layers(num_layers: int, *, stages: int, head: float) -> list[tuple[
     last = min(range(num_layers - others, 0, -1), key=slowest)
     borders = [round(i * (num_layers - last) / others) for i in range(stages)]
     return [*itertools.pairwise(borders), (num_layers - last, num_layers)]
-
-
-def _sum(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=group)
 
 
 def _own_group(members: torch.Tensor, rank: int, timeout: timedelta) -> dist.ProcessGroup | None:

@@ -40,8 +40,19 @@ def parse_url(url: str) -> tuple[str, int]:
     raise UserError(f"--dist-url {url}: expected tcp://HOST:PORT, for example tcp://127.0.0.1:7033")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on this address alone; UserError when the port or the address cannot be used."""
+def listen(host: str | None, port: int) -> socket.socket:
+    """Return a socket that listens on this address alone, None: on all; UserError when it or the port cannot be used.
+
+    Port 0 takes one that is free.
+    """
+    if host is None:
+        dual = socket.has_dualstack_ipv6()
+        return socket.create_server(
+            ("", port),
+            family=socket.AF_INET6 if dual else socket.AF_INET,
+            dualstack_ipv6=dual,
+            backlog=socket.SOMAXCONN,
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

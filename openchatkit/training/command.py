@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from openchatkit.cli import command
+from openchatkit.cli import INTERRUPTED, command
 from openchatkit.distributed import network
-from openchatkit.errors import Interrupted, UserError
+from openchatkit.errors import DEFECT, UserError
 from openchatkit.settings import flag
 from openchatkit.training import config, device
 from openchatkit.training.config import Settings
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from openchatkit.training.loop import Loop
 
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
+_TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 
 
 @command
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     """Open model and data, meet the other ranks, load this rank's stage; leave the others in good order at the end."""
-    from openchatkit.distributed import rendezvous
+    from openchatkit.distributed import rendezvous, watchdog
     from openchatkit.distributed.layout import make_layout
     from openchatkit.training import checkpoints, setup
     from openchatkit.training.loop import Loop
@@ -50,8 +51,9 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         _warn_of_ignored_flags(settings)
     if settings.deterministic:
         device.make_deterministic()
-    place: dict[str, Any] = {"rank": settings.rank, "timeout": timedelta(seconds=settings.timeout)}
-    place["device"] = device.choose_device(settings)
+    place: dict[str, Any] = {"rank": settings.rank, "device": device.choose_device(settings)}
+    margin = watchdog.MARGIN_SECONDS if place["device"].type == "cuda" else 0.0
+    place["timeout"] = timedelta(seconds=settings.timeout + margin)
     device.check_compiler(settings, place["device"])
     inputs = setup.prepare_run(settings)
     try:
@@ -64,13 +66,29 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
             join_ends=inputs.shards.config.tie_embeddings and not SCHEDULES[settings.pp_mode].v_shaped,
             **place,
         )
-        with checkpoints.lock_folder(settings.checkpoint_path, layout):
+        guard = watchdog.watch(
+            layout,
+            host=network.parse_url(settings.dist_url)[0] if settings.dist_url else None,
+            silence=min(settings.heartbeat_timeout, settings.timeout),
+            timeout=settings.timeout,
+            advice=_advise_resume(settings),
+        )
+        with guard, _explain_failures(settings), checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
             inputs = setup.balance_stages(settings, inputs, layout)
             trainer, progress = setup.build_trainer(settings, inputs, layout)
             yield Loop(settings, inputs, trainer, progress)
-    finally:
-        rendezvous.disconnect()
+    except BaseException as error:
+        status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else DEFECT
+        rendezvous.abandon(error.exit_status if isinstance(error, UserError) else status)
+        raise
+    rendezvous.disconnect()
+
+
+def _advise_resume(settings: Settings) -> str:
+    return (
+        f"; when the cause is mended, the same command resumes from the newest checkpoint in {settings.checkpoint_path}"
+    )
 
 
 def _warn_of_ignored_flags(settings: Settings) -> None:
@@ -87,6 +105,8 @@ def _explain_failures(settings: Settings) -> Iterator[None]:
     """Turn a lost peer or full memory into one line; any other exception is a defect, with its traceback."""
     import torch
 
+    from openchatkit.distributed.watchdog import LostPeer
+
     try:
         yield
     except RuntimeError as error:
@@ -100,8 +120,9 @@ def _explain_failures(settings: Settings) -> Iterator[None]:
             ) from error
         if settings.world_size > 1 and _LOST_PEER.search(str(causes[-1])):
             reason = str(causes[-1]).splitlines()[0][:160]
-            raise Interrupted(
-                f"rank {settings.rank} lost a peer ({reason}); when the cause is mended, the same command resumes from "
-                f"the newest checkpoint in {settings.checkpoint_path}"
+            raise LostPeer(
+                f"rank {settings.rank} lost a peer ({reason}){_advise_resume(settings)}",
+                reason=reason,
+                timed_out=_TIMED_OUT.search(reason) is not None,
             ) from error
         raise

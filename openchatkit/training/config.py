@@ -147,6 +147,12 @@ class LayoutSettings:
     )
     dp_backend: str = setting("nccl", choices=("nccl", "gloo"), help="what carries it; CPUs always use gloo")
     timeout: int = setting(1800, check=positive_int, help="seconds to wait for another rank")
+    heartbeat_timeout: int = setting(
+        60,
+        check=positive_int,
+        help="seconds without a sign of life of a rank until the run ends; at most `--timeout`, however long a rank "
+        "computes",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
