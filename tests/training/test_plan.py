@@ -5,6 +5,7 @@ torch's fake process group takes part in collectives without anyone else: number
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import weakref
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openchatkit.distributed.layout import Layout, balanced_layers, make_layout, stage_layers
-from openchatkit.distributed.seams import Enter, Leave
+from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.libraries import pytorch
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
@@ -27,6 +28,7 @@ from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, shard_names
 from openchatkit.models.stage import Stage
 from openchatkit.tools import planning
+from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixSharding, own_rows
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import build_optimizer
@@ -410,35 +412,52 @@ def saved_bytes(function, *, besides):
     return result, found
 
 
-@pytest.mark.parametrize("tensor_size", [1, 2])
+# Tensor size, and whether tokens are split between its ranks; documents.
+CONFINED = [(1, False, False), (2, False, False), (2, True, False), (2, True, True), (1, False, True)]
+
+
+@pytest.mark.parametrize(("tensor_size", "splits_tokens", "documents"), CONFINED)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_stage_keeps_what_the_plan_says(network, recompute, precision, tensor_size):
+def test_a_stage_keeps_what_the_plan_says(network, recompute, precision, tensor_size, splits_tokens, documents):
     config, dtype = NETWORKS[network], planned_run.DTYPES[precision]
     options = {"micro_batch_size": 2, "seq_length": 8, "precision": precision, "recompute": recompute}
-    run = planned(config, 4, 1, tensor_size, "1f1b", m=4, on_gpu=False, **options)
-    for number in range(4):
-        part = Part(0, tensor_size)
-        embed, head = number == 0, number == 3
-        stage = Stage(config, *run.layers[number], embed=embed, head=head, recompute=recompute, part=part)
-        stage.init_weights(0)
-        copy_matrices(stage, dtype)
-        tokens = torch.zeros(2, 8, dtype=torch.int64)
-        x = tokens if number == 0 else torch.randn(2, 8, config.hidden_size, dtype=dtype, requires_grad=True)
-        loss = VocabularyLoss(stage.projection) if head else None
+    options |= {"sequence_parallel": splits_tokens, "documents": documents, "on_gpu": False}
+    run = planned(config, 4, 1, tensor_size, "1f1b", m=4, **options)
+    starts = torch.zeros(2, 8, dtype=torch.int64) if documents else None
+    with fake_ranks(0, tensor_size):
+        for number in range(4):
+            stage = make_stage(run, number)
+            copy_matrices(stage, dtype)
+            tokens = torch.zeros(2, 8, dtype=torch.int64)
+            shape = (2, 8 // stage.hidden_parts, config.hidden_size)
+            x = tokens if number == 0 else torch.randn(shape, dtype=dtype, requires_grad=True)
+            loss = VocabularyLoss(stage.projection) if number == 3 else None
 
-        def forward(stage=stage, x=x, loss=loss, tokens=tokens):
-            hidden = stage(x)
-            return (hidden, None if loss is None else loss(hidden, tokens % (config.vocab_size // tensor_size)))
+            def forward(stage=stage, x=x, loss=loss, tokens=tokens):
+                hidden = stage(x, starts)
+                return (hidden, None if loss is None else loss(hidden, tokens % (config.vocab_size // tensor_size)))
 
-        tables = stage.rotary(8, CPU)
-        with autocast(CPU, dtype):
-            (hidden, _), found = saved_bytes(forward, besides=[*stage.parameters(), *tables, x])
-        found[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
-        # A part of the embedding notes which of the tokens' rows are elsewhere, and the others' numbers.
-        rows = 2 * 8 * (1 + 8) if embed and tensor_size > 1 else 0
-        assert sum(storage.nbytes() for storage in found.values()) - rows == memory.kept_bytes(run, number), number
+            tables = stage.rotary(8, CPU)
+            with autocast(CPU, dtype):
+                (hidden, _), found = saved_bytes(forward, besides=[*stage.parameters(), *tables, x])
+            found[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
+            # A part of the embedding notes which of the tokens' rows are elsewhere, and the others' numbers.
+            rows = 2 * 8 * (1 + 8) if number == 0 and tensor_size > 1 else 0
+            assert sum(storage.nbytes() for storage in found.values()) - rows == memory.kept_bytes(run, number), number
+
+
+def make_stage(run, number):
+    """A stage of the first part of a run's model, with its seams where it is one of several."""
+    part, ends = Part(0, run.tensor_size), {"embed": number == 0, "head": number == len(run.layers) - 1}
+    again = {"recompute": run.recompute, "selective": run.selective}
+    stage = Stage(run.config, *run.layers[number], part=part, **ends, **again)
+    stage.init_weights(0)
+    if run.tensor_size > 1:
+        seams = (Gather, Scatter) if run.sequence_parallel else (Enter, Leave)
+        stage.connect_parts(*(seam(dist.group.WORLD) for seam in seams), splits_tokens=run.sequence_parallel)
+    return stage
 
 
 def copy_matrices(stage, dtype):
@@ -451,50 +470,62 @@ def copy_matrices(stage, dtype):
 
 
 STATES = [
-    ("float32", "adamw", "allreduce"),
-    ("bfloat16", "adamw", "allreduce"),
-    ("bfloat16", "adamw", "sharded"),
-    ("float32", "adam", "sharded"),
-    ("float32", "8bit-adam", "allreduce"),
-    ("bfloat16", "8bit-adam", "sharded"),
+    ("float32", "float32", "allreduce", False),
+    ("bfloat16", "float32", "allreduce", False),
+    ("bfloat16", "float32", "sharded", False),
+    ("float32", "bf16", "sharded", False),
+    ("float32", "8bit", "allreduce", False),
+    ("bfloat16", "8bit", "sharded", False),
+    ("float32", "float32", "allreduce", True),
+    ("bfloat16", "bf16", "sharded", True),
+    ("float32", "float32", "sharded-gradients", False),
+    ("bfloat16", "8bit", "sharded-gradients", False),
+    ("bfloat16", "float32", "sharded-parameters", False),
 ]
 
 
-@pytest.mark.parametrize(("precision", "optimizer", "dp_mode"), STATES)
-def test_state_of_a_parameter_takes_the_bytes_of_the_table(monkeypatch, precision, optimizer, dp_mode):
+@pytest.mark.parametrize(("precision", "moments", "dp_mode", "offload"), STATES)
+def test_state_of_a_parameter_takes_the_bytes_of_the_table(monkeypatch, precision, moments, dp_mode, offload):
     """After one real step of the real optimizer: weights, gradients, masters and moments of each of four replicas."""
-    if optimizer == "8bit-adam":
+    if moments == "8bit":
         pytest.importorskip("bitsandbytes")
     config = dataclasses.replace(TINY, hidden_size=64, intermediate_size=160, num_layers=3)
-    run = planned(config, 1, 4, precision=precision, optimizer=optimizer, dp_mode=dp_mode)
+    options = {"precision": precision, "moments": moments, "dp_mode": dp_mode, "offload": offload, "on_gpu": False}
+    run = planned(config, 1, 4, **options)
     expected = memory.rank_bytes(run, 0)
     shared = 0
     for replica in range(4):
         with fake_ranks(replica, 4):
             layout, _ = lay_out(monkeypatch, replica, replicas=4)
-            found = allocate(
-                make_rank(config, run, layout), layout, planned_run.DTYPES[precision], optimizer, dp_mode, monkeypatch
-            )
-        assert found["weights"] == expected.weights
-        assert found["gradients"] == expected.gradients
-        if dp_mode == "allreduce":
-            assert (found["masters"], found["moments"]) == (expected.masters, expected.moments)
+            found = allocate(run, layout, monkeypatch)
+        # While the loss is computed, a replica also has the projection's own gradient.
+        projection = 4 * config.vocab_size * config.hidden_size if dp_mode == "sharded-gradients" else 0
+        if dp_mode in ("allreduce", "sharded"):
+            assert found["weights"] == expected.weights
+            assert 0 <= found["gradients"] - expected.gradients <= 4  # the factor of a fused step
+            assert found["data"].bytes == rank_traffic(run, 0)["data"].bytes
+            assert found["data"].messages >= rank_traffic(run, 0)["data"].messages
         # Runs begin at whole units of 4,096 elements: shares differ by less than one on each side.
-        own = found["masters"] + found["moments"]
-        assert abs(own - expected.masters - expected.moments) <= 2 * 4096 * (4 + memory.MOMENTS[optimizer])
+        own = found["weights"] + found["gradients"] + found["masters"] + found["moments"]
+        wanted = expected.weights + expected.gradients + expected.masters + expected.moments - projection
+        assert abs(own - wanted) <= 4 + (dp_mode != "allreduce") * 2 * 4096 * (8 + memory.MOMENTS[moments])
         shared += own
-        assert found["data"].bytes == rank_traffic(run, 0)["data"].bytes
-        assert found["data"].messages >= rank_traffic(run, 0)["data"].messages
-    if dp_mode == "sharded":
-        assert shared == 4 * (expected.masters + expected.moments)
+    assert shared == pytest.approx(4 * wanted, rel=1e-4)
+    # On a card, --use-offload leaves what layers compute with and its gradients; the rest is in main memory.
+    if offload:
+        on_card = dataclasses.replace(run, on_gpu=True)
+        held = memory.rank_bytes(on_card, 0)
+        assert (held.masters, held.moments) == (0, 0)
+        shares = 1 if dp_mode == "allreduce" else 4
+        whole = 4 * parameters.count_rank(run, 0).elements / shares
+        assert memory.main_memory_bytes(on_card, 0) == pytest.approx(expected.masters + expected.moments + whole)
 
 
-def allocate(stages, layout, dtype, optimizer, dp_mode, monkeypatch):
+def allocate(run, layout, monkeypatch):
     """Bytes of each kind after a step, and what replicas exchanged for it."""
-    weights = Weights(stages, layout, dtype=dtype, sharded=dp_mode == "sharded")
-    weights.optimizer = build_optimizer(optimizer, weights, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
-    exchanged = []
-    with monkeypatch.context() as patched:
+    dtype, exchanged = planned_run.DTYPES[run.precision], []
+    options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "moments": run.moments}
+    with monkeypatch.context() as patched, LiveBytes([]) as live:
         for name in ("all_reduce", "reduce", "broadcast"):
             original = getattr(dist, name)
 
@@ -503,24 +534,58 @@ def allocate(stages, layout, dtype, optimizer, dp_mode, monkeypatch):
                 return original(tensor, *args, **kwargs)
 
             patched.setattr(dist, name, count)
-        weights.reduce_gradients()
-        gradients = sum(parameter.grad.nbytes for parameter in stages.parameters())
+        stages = make_rank(run.config, run, layout)
+        if run.dp_mode == "sharded-parameters":
+            weights = shard_parameters(stages, layout, dtype)
+        else:
+            modes = {"sharded": run.dp_mode == "sharded", "shard_gradients": run.dp_mode == "sharded-gradients"}
+            weights = Weights(stages, layout, dtype=dtype, offloaded=run.offload, **modes)
+            weights.reduce_gradients()
+        weights.optimizer = build_optimizer("adamw", weights, **options)
         weights.step(0.5, 1e-3)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in stages.parameters()}
-    masters = [m for m in weights.masters.values() if m.untyped_storage().data_ptr() not in parameters]
-    moments = [
+    held = [weights.parameter(each) for each in weights.masters]
+    held = held if run.dp_mode == "sharded-parameters" else list(stages.parameters())
+    parameters = {storage_of(parameter).data_ptr() for parameter in held}
+    masters = [m for m in weights.masters.values() if storage_of(m).data_ptr() not in parameters]
+    state = list(weights.optimizer.state.values())
+    moments = sum(
         value.nbytes
-        for state in weights.optimizer.state.values()
-        for key, value in state.items()
+        for each in state
+        for key, value in each.items()
         if isinstance(value, torch.Tensor) and not key.startswith(("step", "qmap"))  # counts, tables that all share
-    ]
-    return {
-        "weights": sum(parameter.nbytes for parameter in stages.parameters()),
-        "gradients": gradients,
+    )
+    others = {
+        storage_of(value).data_ptr(): value.nbytes
+        for each in state
+        for key, value in each.items()
+        if isinstance(value, torch.Tensor) and key.startswith(("step", "qmap"))
+    }
+    found = {
+        "weights": sum(storage_of(parameter).nbytes() for parameter in held),
         "masters": sum(master.nbytes for master in masters),
-        "moments": sum(moments),
+        "moments": moments,
+    }
+    gc.collect()
+    return found | {
+        "gradients": live.now - sum(found.values()) - sum(others.values()),
         "data": Traffic(len(exchanged), sum(exchanged)),
     }
+
+
+def shard_parameters(stages, layout, dtype):
+    """Weights as `sharded-parameters` has them, with gradients of zeros."""
+    sharding = MatrixSharding(layout, dtype)
+    for shard, module in stages.named_shards():
+        sharding.cut(shard, module)
+    weights = FullyShardedWeights(stages, layout, sharding)
+    for run in weights.masters:
+        weights.parameter(run).grad = torch.zeros_like(weights.parameter(run))
+    return weights
+
+
+def storage_of(tensor):
+    """The memory of a tensor; of one that is spread over ranks, this rank's."""
+    return own_rows(tensor).untyped_storage()
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"])
@@ -560,7 +625,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        for storage in [r.untyped_storage() for r in tree_leaves(results) if isinstance(r, torch.Tensor)]:
+        for storage in [storage_of(result) for result in tree_leaves(results) if isinstance(result, torch.Tensor)]:
             if storage not in self._seen:
                 self._seen.add(storage)
                 self._change(storage.nbytes())

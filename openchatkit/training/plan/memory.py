@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from openchatkit.models.cuts import Part
-from openchatkit.models.shards import layer_name
+from openchatkit.models.shards import EMBED, HEAD, layer_name
+from openchatkit.training.gradients import BUCKET
 from openchatkit.training.loss import CHUNK_TOKENS
 from openchatkit.training.plan.parameters import ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun
 from openchatkit.training.plan.work import list_actions, list_products
 from openchatkit.training.schedules import SCHEDULES
-
-BUCKET = 1 << 25  # elements that replicas reduce at a time
 
 
 @dataclass(frozen=True)
@@ -26,23 +25,22 @@ class StateBytes:
 
 # The one source of the bytes of a parameter, the design of `training.weights`: layers compute with half-precision
 # copies of their matrices, and everything else is float32. Where a parameter is float32, it is its own master.
-# With --dp-mode sharded, masters and moments are divided by the number of replicas.
 STATE = {
     ("matrix", "half"): StateBytes(weight=2, gradient=4, master=4),
     ("matrix", "float32"): StateBytes(weight=4, gradient=4, master=0),
     ("other", "half"): StateBytes(weight=4, gradient=4, master=0),
     ("other", "float32"): StateBytes(weight=4, gradient=4, master=0),
 }
-# Two float32 moments, or two of 8 bits with a float32 scale for each block of 256.
-MOMENTS = {"adam": 8.0, "adamw": 8.0, "8bit-adam": 2 + 2 * 4 / 256}
+# Two moments, by what they are kept in; those of 8 bits have a float32 scale for each block of 256.
+MOMENTS = {"float32": 8.0, "bf16": 4.0, "8bit": 2 + 2 * 4 / 256}
 
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes that a rank holds, by kind, at the fullest moment of a step.
+    """Bytes that a rank holds on its device, by kind, at the fullest moment of a step.
 
-    `moments` are the optimizer's; `working` memory is that of one layer's backward, or of a bucket of gradients if
-    that is more than all that goes with the micro-batches.
+    `moments` are the optimizer's; `working` memory is that of one layer's backward, of what replicas gather of each
+    other for it, and of gradients on their way to them.
     """
 
     weights: float
@@ -59,37 +57,74 @@ class RankBytes:
         """The sum of all kinds."""
         return math.fsum(vars(self).values())
 
+    @property
+    def least(self) -> float:
+        """The sum of what is there for certain: all but the estimate of working memory."""
+        return self.total - self.working
+
 
 def rank_bytes(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> RankBytes:
-    """Return the bytes of a rank."""
+    """Return the bytes of a rank on its device."""
     count = count_rank(run, pipeline_rank, tensor_rank)
-    computes = "float32" if run.precision == "float32" else "half"
-    sizes = {"matrix": count.matrices, "other": count.elements - count.matrices}
-    share = run.replicas if run.dp_mode == "sharded" else 1
-
-    def add_up(field: str) -> float:
-        return sum(size * float(getattr(STATE[kind, computes], field)) for kind, size in sizes.items())
-
-    moments = (count.elements - count.small) * MOMENTS[run.optimizer] + count.small * MOMENTS["adamw"]
+    weights, gradients, masters, moments = _state_bytes(run, count)
+    if run.offload and run.on_gpu:
+        masters = moments = 0  # see `main_memory_bytes`
     stages = run.stages_of(pipeline_rank)
     kept = {stage: kept_bytes(run, stage) for stage in stages}
     activations = peak(run, pipeline_rank, kept, {stage: pending_bytes(run, stage) for stage in stages})
-    buffers = sum(receive_bytes(run, stage) for stage in stages)
-    logits = logits_bytes(run) if len(run.layers) - 1 in stages else 0
-    working = float(_working_bytes(run, count))
-    if run.replicas > 1:
-        # Gradients are reduced when all micro-batches have passed.
-        working = max(working, 4 * max(min(count.elements, BUCKET), count.largest) - activations)
+    has_head = len(run.layers) - 1 in stages
     return RankBytes(
-        weights=add_up("weight"),
-        gradients=add_up("gradient"),
-        masters=add_up("master") / share,
-        moments=moments / share,
+        weights=weights,
+        gradients=gradients + (_projection_gradient_bytes(run) if has_head else 0),
+        masters=masters,
+        moments=moments,
         activations=activations,
-        receive_buffers=buffers,
-        logits=logits,
-        working=working,
+        receive_buffers=sum(receive_bytes(run, stage) for stage in stages),
+        logits=logits_bytes(run) if has_head else 0,
+        working=float(_working_bytes(run, count, activations)),
     )
+
+
+def main_memory_bytes(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> float:
+    """Return the bytes that a rank with a GPU holds in main memory: with --use-offload, state and its gradients."""
+    if not (run.offload and run.on_gpu):
+        return 0.0
+    count = count_rank(run, pipeline_rank, tensor_rank)
+    _, _, masters, moments = _state_bytes(run, count)
+    return masters + moments + 4 * count.elements / _share(run, "sharded", "sharded-gradients")
+
+
+def _state_bytes(run: PlannedRun, count: ParameterCount) -> tuple[float, float, float, float]:
+    """Return the bytes of weights, gradients, masters and moments, all of them on one device."""
+    if run.dp_mode == "sharded-parameters":
+        # Float32 rows of matrices, which are their own masters; vectors are whole on every replica.
+        held = (count.elements - count.vectors) / run.replicas + count.vectors
+        return 4 * held, 4 * held, 0.0, MOMENTS["float32" if run.moments == "8bit" else run.moments] * held
+    computes = "float32" if run.precision == "float32" else "half"
+    sizes = {"matrix": count.matrices, "other": count.elements - count.matrices}
+    weights, gradients, masters = (
+        sum(size * float(getattr(STATE[kind, computes], field)) for kind, size in sizes.items())
+        for field in ("weight", "gradient", "master")
+    )
+    if run.offload:
+        masters = 4.0 * count.elements
+    moments = (count.elements - count.small) * MOMENTS[run.moments] + count.small * MOMENTS[
+        "float32" if run.moments == "8bit" else run.moments
+    ]
+    share = _share(run, "sharded", "sharded-gradients")
+    return weights, gradients / _share(run, "sharded-gradients"), masters / share, moments / share
+
+
+def _share(run: PlannedRun, *modes: str) -> int:
+    """Return among how many replicas something is shared that they share in some modes."""
+    return run.replicas if run.dp_mode in modes else 1
+
+
+def _projection_gradient_bytes(run: PlannedRun) -> int:
+    """Return the bytes of the projection's own gradient, which the loss writes, where gradients are shared."""
+    if run.replicas == 1 or run.dp_mode != "sharded-gradients":
+        return 0
+    return 4 * _count(run, HEAD).matrices
 
 
 def layer_bytes(run: PlannedRun) -> int:
@@ -131,15 +166,26 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
     """
     first, last = run.layers[stage]
     layers, received = last - first, 1 if stage else 0
-    # A layer that is not computed again needs its input for its norms, which on a GPU have a copy of their own.
-    inputs = 0 if _widens_norms(run) and not run.recompute else max(layers - received, 0)
     inner = _saved_result_bytes(run) if run.recompute else layer_bytes(run)
-    kept = inputs * run.hidden_bytes + layers * inner
+    kept = layers * inner + _confinement_bytes(run)
+    if run.recompute or not run.sequence_parallel:
+        # A layer that is not computed again needs its input for its norms, which on a GPU have a copy of their own.
+        inputs = 0 if _widens_norms(run) and not run.recompute else max(layers - received, 0)
+        kept += inputs * run.hidden_bytes
+    elif not _widens_norms(run):
+        kept += layers * run.whole_bytes  # their norms need all tokens, which were gathered for each layer
     if stage < len(run.layers) - 1:
         return kept + run.hidden_bytes  # the stage's result, while it is sent, and until its gradient comes
     # The head's norm keeps its input and two numbers a token, the stage its result, and the loss the result's gradient.
     wide = run.tokens * run.config.hidden_size * (4 if _widens_norms(run) else run.width)
     return kept + 3 * wide + run.tokens * 8
+
+
+def _confinement_bytes(run: PlannedRun) -> int:
+    """Return the bytes of a micro-batch's mask of documents and of rotary tables by the tokens' places in them."""
+    if not run.documents or run.on_gpu:
+        return 0
+    return run.tokens * (run.seq_length * run.width + run.config.rotary_dim * 4)
 
 
 def pending_bytes(run: PlannedRun, stage: int) -> int:
@@ -171,14 +217,40 @@ def logits_bytes(run: PlannedRun) -> int:
     return min(run.tokens, CHUNK_TOKENS) * rows * (run.width + probabilities) + gradient
 
 
-def _working_bytes(run: PlannedRun, count: ParameterCount) -> int:
-    """Estimate the memory of one layer's backward: its states computed again, their gradients, and a matrix's."""
-    part = Part(0, run.tensor_size)
-    largest = count_parameters(run.config, layer_name(0), part).largest
+def _working_bytes(run: PlannedRun, count: ParameterCount, activations: int) -> float:
+    """Estimate the memory of one layer's backward: its states computed again, their gradients, and a matrix's.
+
+    Besides, what replicas hold of each other, and of gradients or new weights that are on their way.
+    """
+    layer = _count(run, layer_name(0))
     inner = max(run.config.intermediate_size, 3 * run.config.hidden_size) // run.tensor_size
     gradients = run.tokens * (2 * inner + 2 * run.config.hidden_size) * run.width
-    matrix = largest * (4 if run.precision == "float32" else 2 + 4)
-    return (layer_bytes(run) if run.recompute else 0) + gradients + matrix
+    matrix = layer.largest * (4 if run.precision == "float32" else 2 + 4)
+    backward = (layer_bytes(run) if run.recompute else 0) + gradients + matrix
+    if run.replicas == 1 or run.dp_mode == "allreduce":
+        return backward
+    if run.dp_mode == "sharded":
+        # Weights are sent in buckets, when all micro-batches have passed.
+        return max(backward, 4 * min(count.elements / run.replicas, BUCKET) - activations)
+    if run.dp_mode == "sharded-gradients":
+        others = count.elements - _count(run, HEAD).matrices
+        return backward + 4 * (min(others, BUCKET + count.largest) + min(count.elements / run.replicas, BUCKET))
+    return max(backward - matrix + _gathered_bytes(run, layer.matrices), _gathered_ends_bytes(run))
+
+
+def _gathered_bytes(run: PlannedRun, matrices: int) -> int:
+    """Return the bytes of two layers that were gathered, of one's gradients, and of those on their way in float32."""
+    return matrices * (2 * run.width + run.width + 2 * 4)
+
+
+def _gathered_ends_bytes(run: PlannedRun) -> int:
+    """Return the bytes of a gathered embedding and its gradient, on its way as well, or of the head and its."""
+    embedding = _count(run, EMBED).elements
+    return max(embedding * 3 * 4, _count(run, HEAD).matrices * (run.width + 2 * 4))
+
+
+def _count(run: PlannedRun, shard: str) -> ParameterCount:
+    return count_parameters(run.config, shard, Part(0, run.tensor_size))
 
 
 def _widens_norms(run: PlannedRun) -> bool:

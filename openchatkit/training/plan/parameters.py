@@ -20,13 +20,15 @@ class ParameterCount:
     """Elements of a shard's parameters in one part of it.
 
     `matrices` are those that layers use in products alone (not the embedding), `uncut` those whose gradients parts add
-    up, `small` those of parameters too small for 8-bit moments; `largest` is the largest parameter.
+    up, `small` those of parameters too small for 8-bit moments, `vectors` those of biases and norms; `largest` is the
+    largest parameter.
     """
 
     elements: int = 0
     matrices: int = 0
     uncut: int = 0
     small: int = 0
+    vectors: int = 0
     largest: int = 0
 
     def __add__(self, other: "ParameterCount") -> "ParameterCount":
@@ -35,15 +37,15 @@ class ParameterCount:
             self.matrices + other.matrices,
             self.uncut + other.uncut,
             self.small + other.small,
+            self.vectors + other.vectors,
             max(self.largest, other.largest),
         )
 
     def times(self, number: int) -> "ParameterCount":
         """Return the count of that many such shards."""
-        elements, matrices, uncut, small = (
-            number * each for each in (self.elements, self.matrices, self.uncut, self.small)
-        )
-        return ParameterCount(elements, matrices, uncut, small, self.largest if number else 0)
+        sums = (self.elements, self.matrices, self.uncut, self.small, self.vectors)
+        elements, matrices, uncut, small, vectors = (number * each for each in sums)
+        return ParameterCount(elements, matrices, uncut, small, vectors, self.largest if number else 0)
 
 
 def count_parameters(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
@@ -66,7 +68,8 @@ def _count_kind(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
         size = parameter.numel()
         matrix = size if parameter.dim() > 1 and shard != EMBED else 0
         uncut, small = (size if kind.cuts[name] == "whole" else 0), (size if size < SMALLEST_8_BIT else 0)
-        count += ParameterCount(size, matrix, uncut, small, size)
+        vector = size if parameter.dim() == 1 else 0
+        count += ParameterCount(size, matrix, uncut, small, vector, largest=size)
     return count
 
 

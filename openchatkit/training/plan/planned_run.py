@@ -17,9 +17,10 @@ class PlannedRun:
     """A model and how it would be trained. `layers` are each stage's first and last (exclusive) layers.
 
     `micro_batches` go through a pipeline at a time, and a step takes `accumulate` times as many. `selective` is of what
-    is computed again (see `models.recompute`). `sequence_parallel`: between layers, a rank of a tensor group has its
-    share of the tokens. `offload`: masters and moments are in main memory. `documents`: attention is confined by masks,
-    but on a GPU. `on_gpu`: autocast widens the input of norms on a GPU, which then is kept in float32.
+    is computed again (see `models.recompute`). `moments` is what the optimizer's are kept in. `sequence_parallel`:
+    between layers, a rank of a tensor group has its share of the tokens. `offload`: masters and moments are in main
+    memory. `documents`: attention is confined to them, on a CPU by masks. `on_gpu`: autocast widens the input of norms
+    on a GPU, which then is kept in float32.
     """
 
     config: ModelConfig
@@ -36,7 +37,7 @@ class PlannedRun:
     recompute: bool = True
     selective: bool = False
     dp_mode: str = "allreduce"
-    optimizer: str = "adamw"
+    moments: str = "float32"
     sequence_parallel: bool = False
     offload: bool = False
     documents: bool = False

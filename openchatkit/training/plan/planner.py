@@ -34,7 +34,7 @@ def plan_run(settings: Settings, config: ModelConfig, *, on_gpu: bool = True) ->
         recompute=settings.recompute,
         selective=settings.activation_checkpointing == "selective",
         dp_mode=settings.dp_mode,
-        optimizer=settings.optimizer,
+        moments=settings.moments,
         sequence_parallel=settings.sequence_parallel,
         offload=settings.use_offload,
         documents=settings.packing == "documents",

@@ -3,9 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from openchatkit.models.cuts import Part
+from openchatkit.models.shards import HEAD
+from openchatkit.training.gradients import BUCKET
 from openchatkit.training.loss import CHUNK_TOKENS
-from openchatkit.training.plan.memory import BUCKET
-from openchatkit.training.plan.parameters import SMALLEST_8_BIT, ParameterCount, count_rank
+from openchatkit.training.plan.parameters import SMALLEST_8_BIT, ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun
 
 
@@ -23,9 +25,12 @@ class Traffic:
 def rank_traffic(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> dict[str, Traffic]:
     """Return what a rank sends in a step, by the kind of the group: `pipeline` what it sends to its neighbours,
     `received` what comes from them, `tensor`, `data` and `ends` tensors that are summed, `control` numbers of the step.
+    `gathered` are tensors of all tokens, which a tensor group gathers, or sums and scatters. `data` also has new
+    weights that are handed on, and matrices that replicas gather of each other.
     """
     parts, count = run.tensor_size, count_rank(run, pipeline_rank, tensor_rank)
-    traffic = dict.fromkeys(("pipeline", "received", "tensor", "data", "ends", "control"), Traffic())
+    kinds = ("pipeline", "received", "tensor", "gathered", "data", "ends", "control")
+    traffic = dict.fromkeys(kinds, Traffic())
     passes = run.micro_batches * run.accumulate
     for stage in run.stages_of(pipeline_rank):
         ways = [other for other in (stage - 1, stage + 1) if 0 <= other < len(run.layers)]
@@ -33,11 +38,13 @@ def rank_traffic(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> d
         for name in ("pipeline", "received"):
             traffic[name] += Traffic(away * passes, away * passes * run.hidden_bytes)
         if parts > 1:
-            traffic["tensor"] += _sums_over_parts(run, stage, passes)
+            name = "gathered" if run.sequence_parallel else "tensor"
+            traffic[name] += _seams(run, stage, passes)
+            traffic["tensor"] += _sums_of_loss(run, stage, passes)
     if parts > 1:
         traffic["tensor"] += Traffic(math.ceil(count.uncut / BUCKET), 4 * count.uncut)
     if run.replicas > 1:
-        traffic["data"] = _sums_over_replicas(run, count)
+        traffic["data"] = _between_replicas(run, count, passes)
     ends = {0, len(run.layers) - 1} & {*run.stages_of(pipeline_rank)}
     if run.config.tie_embeddings and len(ends) == 1:
         traffic["ends"] = Traffic(1, 4 * run.config.vocab_size // parts * run.config.hidden_size)
@@ -45,33 +52,64 @@ def rank_traffic(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> d
     return traffic
 
 
-def _sums_over_parts(run: PlannedRun, stage: int, passes: int) -> Traffic:
-    """Return the all-reduces of a stage's seams and of its loss, as `Stage.connect_parts` and `VocabularyLoss` say."""
+def _seams(run: PlannedRun, stage: int, passes: int) -> Traffic:
+    """Return what passes through a stage's seams, as `Stage.connect_parts` says: sums, or gathers and scatters.
+
+    A serial layer that is computed again sums its attention's results again; its last sum nothing depends on. Each
+    gather is computed again as well.
+    """
     first, last = run.layers[stage]
     serial = run.config.family == "gpt_neox" and not run.config.parallel_residual
-    # A serial layer that is computed again sums its attention's results again; its last sum nothing depends on.
-    a_layer = 2 + (2 + run.recompute if serial else 0)
+    pairs = 2 if serial else 1
+    if run.sequence_parallel:
+        a_layer = 4 * pairs + run.recompute * (2 * pairs - 1)
+    else:
+        a_layer = 2 * pairs + run.recompute * (pairs - 1)
     messages = a_layer * (last - first)
-    size = messages * run.hidden_bytes
+    size = messages * run.whole_bytes
+    ways = 2 if run.sequence_parallel else 1  # of what is summed one way alone otherwise
     if stage == 0:
-        messages += 1
-        size += run.tokens * run.config.hidden_size * 4  # the embedding is float32
+        messages += ways
+        size += ways * run.tokens * run.config.hidden_size * 4  # the embedding is float32
     if stage == len(run.layers) - 1:
-        messages += 1 + 2 * math.ceil(run.tokens / CHUNK_TOKENS)
-        size += run.hidden_bytes + run.tokens * 4 * (1 + 4)
+        messages += ways
+        size += ways * run.whole_bytes
     return Traffic(passes * messages, passes * size)
 
 
-def _sums_over_replicas(run: PlannedRun, count: ParameterCount) -> Traffic:
-    """Return the reductions of gradients, and where replicas share masters the broadcasts of new weights.
+def _sums_of_loss(run: PlannedRun, stage: int, passes: int) -> Traffic:
+    """Return the all-reduces of a stage's loss, as `VocabularyLoss` says."""
+    if stage < len(run.layers) - 1:
+        return Traffic()
+    return Traffic(passes * 2 * math.ceil(run.tokens / CHUNK_TOKENS), passes * run.tokens * 4 * (1 + 4))
+
+
+def _between_replicas(run: PlannedRun, count: ParameterCount, passes: int) -> Traffic:
+    """Return the reductions of gradients, and where replicas share state what they hand on of new weights.
 
     Messages are at least as many: buckets are cut between parameters.
     """
     if run.dp_mode == "allreduce":
         return Traffic(math.ceil(count.elements / BUCKET), 4 * count.elements)
+    if run.dp_mode == "sharded-parameters":
+        return _gathers_of_matrices(run, count, passes)
     copies = count.matrices * run.width + (count.elements - count.matrices) * 4
     messages = run.replicas * math.ceil(count.elements / run.replicas / BUCKET)
-    return Traffic(2 * messages, 4 * count.elements + copies)
+    if run.dp_mode == "sharded":
+        return Traffic(2 * messages, 4 * count.elements + copies)
+    once = count_parameters(run.config, HEAD, Part(0, run.tensor_size)).matrices
+    reduced = passes * (count.elements - once) + once
+    return Traffic((passes + 1) * messages, 4 * reduced + copies)
+
+
+def _gathers_of_matrices(run: PlannedRun, count: ParameterCount, passes: int) -> Traffic:
+    """Return what `fully_shard` gathers and scatters: each shard but the head twice, and gradients in each pass."""
+    embedding = count.elements - count.matrices - count.vectors
+    head = count_parameters(run.config, HEAD, Part(0, run.tensor_size)).matrices
+    gathered = (2 * count.matrices - head) * run.width + 2 * embedding * 4
+    scattered = 4 * (count.elements - count.vectors)
+    messages = 3 * (run.config.num_layers + 2) - 1
+    return Traffic(passes * messages + 1, passes * (gathered + scattered) + 4 * count.vectors)
 
 
 def _control(run: PlannedRun, count: ParameterCount) -> Traffic:
@@ -80,7 +118,9 @@ def _control(run: PlannedRun, count: ParameterCount) -> Traffic:
     sizes = []
     if run.replicas > 1:
         sizes += [2 + source, 2 + source]
-        if run.dp_mode == "sharded":
+        if run.dp_mode == "sharded-parameters":
+            sizes.append(norms)
+        elif run.dp_mode != "allreduce":
             sizes.append(math.ceil(count.elements / SMALLEST_8_BIT))
     if run.tensor_size > 1:
         sizes.append(norms + 2)
