@@ -67,7 +67,7 @@ class MatrixSharding:
 
         def watch(_: nn.Module, __: Any, hidden: Tensor) -> None:
             if hidden.requires_grad:
-                hidden.register_hook(complete)
+                hidden.register_hook(complete)  # type: ignore[no-untyped-call]
 
         if self._copied != torch.float32:
             head.register_forward_pre_hook(prepare)  # after fully_shard's own, which has gathered the projection

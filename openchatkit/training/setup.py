@@ -174,7 +174,7 @@ def _make_stages(
                 stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
         if settings.compile is not None:
             stage.compile_layers(settings.compile)
-    return LocalStages(stages, on_filled=sharding and sharding.cut)
+    return LocalStages(stages, on_filled=None if sharding is None else sharding.cut)
 
 
 def _fill(stages: LocalStages, settings: Settings, run: RunInputs, resumed: Path | None, device: torch.device) -> None:
