@@ -1,4 +1,4 @@
-"""What a rank is doing, as its main thread notes it: step, operation, micro-batch, and whether it waits for others.
+"""Activity of a rank, as its main thread notes it: step, operation, micro-batch, and whether it waits for others.
 
 Notes cost about a microsecond each and are read by the watchdog's thread (`distributed.watchdog`).
 """

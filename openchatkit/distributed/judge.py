@@ -1,6 +1,6 @@
-"""Who is at fault: what rank 0 knows of all ranks from their beats, and the one line that it makes of it.
+"""The verdict on a run that must end: which rank is at fault, from the beats of all, in one line.
 
-Owns no socket and no clock; `distributed.watchdog` feeds it. Times are seconds of rank 0's `time.monotonic()`.
+Owns no socket and no clock; `distributed.beat_server` feeds it. Times are seconds of rank 0's `time.monotonic()`.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _END_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RunVerdict:
     """Why a run ends: the line for the user, and the exit status of every rank."""
 
     message: str
@@ -52,7 +52,7 @@ class Judge:
     names: Sequence[str]
     silence: float
     started: float
-    verdict: Verdict | None = None
+    verdict: RunVerdict | None = None
     _failures: list[_Report] = field(default_factory=list)
     _losses: list[_Report] = field(default_factory=list)
     _timed_out: bool = False
@@ -95,7 +95,7 @@ class Judge:
         """Note that a rank's connection has ended, as it does with its process."""
         self._ranks[rank].gone = True
 
-    def decide(self, now: float) -> Verdict | None:
+    def decide(self, now: float) -> RunVerdict | None:
         """Return the verdict, once there is one; the first stays."""
         if self.verdict is None:
             self.verdict = self._find_failure(now) or self._find_dead() or self._find_silent(now)
@@ -105,37 +105,39 @@ class Judge:
                 self.verdict = self._find_late(now) if self._timed_out else self._explain_loss(loss)
         return self.verdict
 
-    def _find_failure(self, now: float) -> Verdict | None:
+    def _find_failure(self, now: float) -> RunVerdict | None:
         for failure in self._failures:
             if failure.rank == 0 or self._ranks[failure.rank].gone or now - failure.when >= _END_SECONDS:
-                return Verdict(f"{self._ranks[failure.rank].name}: {failure.words}", failure.status)
+                return RunVerdict(f"{self._ranks[failure.rank].name}: {failure.words}", failure.status)
         return None
 
-    def _find_dead(self) -> Verdict | None:
+    def _find_dead(self) -> RunVerdict | None:
         failed = {failure.rank for failure in self._failures}
         for number, rank in enumerate(self._ranks):
             if rank.gone and not rank.left and number not in failed:
-                return Verdict(f"{rank.name} died in {rank.position.describe()}", RESUMABLE)
+                return RunVerdict(f"{rank.name} died in {rank.position.describe()}", RESUMABLE)
         return None
 
-    def _find_silent(self, now: float) -> Verdict | None:
+    def _find_silent(self, now: float) -> RunVerdict | None:
         silent = [rank for rank in self._ranks if not rank.left and now - rank.heard > self.silence]
         if not silent:
             return None
-        return Verdict(describe_silence(silent[0].name, silent[0].position, self.silence, len(silent) - 1), RESUMABLE)
+        return RunVerdict(
+            describe_silence(silent[0].name, silent[0].position, self.silence, len(silent) - 1), RESUMABLE
+        )
 
-    def _find_late(self, now: float) -> Verdict:
+    def _find_late(self, now: float) -> RunVerdict:
         """Name those for whom the others waited too long: at work where others wait, in the earliest step."""
         present = [rank for rank in self._ranks if not rank.left]
         first = min((rank.position.waits, rank.position.step or 0) for rank in present)
         late = [rank for rank in present if (rank.position.waits, rank.position.step or 0) == first]
         words = [f"{rank.name}, for {now - rank.position.since:.0f} s in {rank.position.describe()}" for rank in late]
         reason = self._losses[0].words
-        return Verdict(f"others waited too long ({reason}) for {' or '.join(words)}", RESUMABLE)
+        return RunVerdict(f"others waited too long ({reason}) for {' or '.join(words)}", RESUMABLE)
 
-    def _explain_loss(self, loss: _Report) -> Verdict:
+    def _explain_loss(self, loss: _Report) -> RunVerdict:
         rank = self._ranks[loss.rank]
-        return Verdict(f"{rank.name} lost a peer ({loss.words}) in {rank.position.describe()}", RESUMABLE)
+        return RunVerdict(f"{rank.name} lost a peer ({loss.words}) in {rank.position.describe()}", RESUMABLE)
 
 
 def describe_silence(name: str, position: Position, seconds: float, others: int = 0) -> str:

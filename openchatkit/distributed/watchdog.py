@@ -12,7 +12,6 @@ rank fails, so that all ranks end with its status and its words.
 
 import asyncio
 import contextlib
-import hmac
 import json
 import os
 import secrets
@@ -21,12 +20,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from openchatkit.cli import one_line
 from openchatkit.distributed import network
 from openchatkit.distributed.activity import Position
-from openchatkit.distributed.judge import Judge, Verdict, describe_silence
+from openchatkit.distributed.beat_server import BeatServer, Message, send
+from openchatkit.distributed.judge import RunVerdict, describe_silence
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import DEFECT, RESUMABLE, Interrupted, UserError
 
@@ -35,10 +34,8 @@ MARGIN_SECONDS = 10.0
 
 _BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 1.5  # for the main thread to notice by itself what the verdict says
-_LEAVE_SECONDS = 5.0  # to leave in good order, or to end after an error
+_END_SECONDS = 5.0  # for the main thread to end after an error
 _VERDICT_SECONDS = 4.0  # within which rank 0 finds out why a rank has lost another
-
-Message = dict[str, Any]
 
 
 class LostPeer(Interrupted):
@@ -55,7 +52,7 @@ class LostPeer(Interrupted):
 class PeerEnded(UserError):
     """The end of a run by another rank's fault, with the exit status that all ranks end with."""
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, verdict: RunVerdict) -> None:
         super().__init__(verdict.message)
         self.exit_status = verdict.status
 
@@ -127,13 +124,15 @@ class _Watchdog:
         self._silence = silence
         self._patience = timeout if layout.device.type == "cuda" else None
         self._beat_seconds = min(_BEAT_SECONDS, silence / 5)
-        self._court = _Court(listener, meeting, silence, self._beat_seconds) if listener else None
+        self._server: BeatServer | None = None
+        if listener is not None:
+            self._server = BeatServer(listener, meeting.names, meeting.token, silence, self._beat_seconds)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._connected = threading.Event()
         self._problem: Exception | None = None
         self._decided = threading.Event()  # with self._verdict
         self._noted = threading.Event()  # rank 0 has taken note of this rank's end
-        self._verdict: Verdict | None = None
+        self._verdict: RunVerdict | None = None
         self._failing_since: float | None = None
         self._over = False
         self._writer: asyncio.StreamWriter | None = None
@@ -151,7 +150,7 @@ class _Watchdog:
     def leave(self) -> None:
         """Leave in good order, at the end of a run."""
         self._loop.call_soon_threadsafe(self._leave)
-        self._thread.join(_LEAVE_SECONDS + 1)
+        self._thread.join()
 
     def report_failure(self, words: str, status: int) -> None:
         """Let the other ranks end with this one's status and message; the thread sees to it that this one ends."""
@@ -159,7 +158,7 @@ class _Watchdog:
         self._send_from_main({"failed": words, "status": status})
         self._noted.wait(_GRACE_SECONDS)
 
-    def ask(self, reason: str, *, timed_out: bool) -> Verdict | None:
+    def ask(self, reason: str, *, timed_out: bool) -> RunVerdict | None:
         """Return why another rank does not answer, None if nobody knows."""
         self._failing_since = time.monotonic() + _VERDICT_SECONDS
         self._send_from_main({"lost": reason, "timed_out": timed_out})
@@ -182,8 +181,8 @@ class _Watchdog:
     async def _beat(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._leaving = asyncio.Event()
-        if self._court is not None:
-            await self._court.open()
+        if self._server is not None:
+            await self._server.open()
         meeting = self._meeting
         reader, writer = await asyncio.wait_for(asyncio.open_connection(meeting.host, meeting.port), self._silence)
         self._writer = writer
@@ -202,8 +201,8 @@ class _Watchdog:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), self._beat_seconds)
         self._send({"left": True})
-        if self._court is not None:
-            await self._court.close()
+        if self._server is not None:
+            await self._server.close()
         listening.cancel()
         writer.close()
 
@@ -211,7 +210,7 @@ class _Watchdog:
         """Look whether this rank has waited too long for an answer of rank 0, or on a GPU for another rank."""
         if self._verdict is None and not self._over and now - self._answered > self._silence:
             name = self._meeting.names[0]
-            self._decide(Verdict(describe_silence(name, self._position_of_0, self._silence), RESUMABLE))
+            self._decide(RunVerdict(describe_silence(name, self._position_of_0, self._silence), RESUMABLE))
         position = self._layout.activity.now
         if self._patience is not None and position.waits and now - position.since > self._patience:
             self._send({"lost": f"{self._patience:.0f} s", "timed_out": True})
@@ -225,26 +224,26 @@ class _Watchdog:
                 if "position" in message:
                     self._position_of_0 = Position.from_json(message["position"], self._answered)
                 elif "verdict" in message:
-                    self._decide(Verdict(**message["verdict"]))
+                    self._decide(RunVerdict(**message["verdict"]))
                 elif "noted" in message:
                     self._noted.set()
                 elif "over" in message:
                     self._over = True
         if not self._over and not self._leaving.is_set():
             words = f"{self._meeting.names[0]} died in {self._position_of_0.describe()}"
-            self._decide(Verdict(words, RESUMABLE))
+            self._decide(RunVerdict(words, RESUMABLE))
 
-    def _decide(self, verdict: Verdict) -> None:
+    def _decide(self, verdict: RunVerdict) -> None:
         if self._verdict is None:
             message = verdict.message + (self._advice if verdict.status == RESUMABLE else "")
-            self._verdict = Verdict(message, verdict.status)
+            self._verdict = RunVerdict(message, verdict.status)
             self._decided.set()
             self._loop.call_later(_GRACE_SECONDS, self._end)
 
     def _end(self) -> None:
         """End the process, unless its main thread is about to, for which it has a while."""
         assert self._verdict is not None
-        seconds = 0.0 if self._failing_since is None else self._failing_since + _LEAVE_SECONDS - time.monotonic()
+        seconds = 0.0 if self._failing_since is None else self._failing_since + _END_SECONDS - time.monotonic()
         if seconds > 0:
             self._loop.call_later(seconds, self._end)
         elif not self._leaving.is_set():
@@ -252,108 +251,15 @@ class _Watchdog:
 
     def _send(self, message: Message) -> None:
         if self._writer is not None:
-            _write(self._writer, message)
+            send(self._writer, message)
 
     def _leave(self) -> None:
         self._leaving.set()
 
 
-class _Court:
-    """Rank 0's side: the connections of all ranks, and the judge that hears them."""
-
-    def __init__(self, listener: socket.socket, meeting: _Meeting, silence: float, beat_seconds: float) -> None:
-        self._listener, self._meeting, self._beat_seconds = listener, meeting, beat_seconds
-        self._judge = Judge(meeting.names, silence, time.monotonic())
-        self._writers: list[asyncio.StreamWriter] = []
-        self._serving: set[asyncio.Task[None]] = set()
-        self._published = False
-
-    async def open(self) -> None:
-        """Listen, and look at the clock from time to time."""
-        self._server = await asyncio.start_server(self._serve, sock=self._listener)
-        self._ticking = asyncio.ensure_future(self._tick())
-
-    async def close(self) -> None:
-        """Wait for the others to leave, for a while, and release those that stay."""
-        end = time.monotonic() + _LEAVE_SECONDS
-        while not self._judge.all_left and time.monotonic() < end:
-            await asyncio.sleep(self._beat_seconds / 10)
-        for writer in self._writers:
-            _write(writer, {"over": True})
-            writer.close()
-        self._ticking.cancel()
-        self._server.close()
-        if self._serving:
-            await asyncio.wait(self._serving, timeout=1)
-
-    async def _tick(self) -> None:
-        before = time.monotonic()
-        while True:
-            await asyncio.sleep(self._beat_seconds)
-            now = time.monotonic()
-            if now - before > 2 * self._beat_seconds + 1:
-                self._judge.forgive(now - before)  # This process itself was frozen; beats may be waiting.
-            before = now
-            self._publish()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving = asyncio.current_task()
-        assert serving is not None
-        self._serving.add(serving)
-        serving.add_done_callback(self._serving.discard)
-        rank = await self._admit(reader)
-        if rank is None:
-            writer.close()
-            return
-        self._writers.append(writer)
-        with contextlib.suppress(OSError):
-            while line := await reader.readline():
-                self._take(rank, json.loads(line), writer)
-                self._publish()
-        self._judge.note_disconnection(rank)
-        self._publish()
-
-    async def _admit(self, reader: asyncio.StreamReader) -> int | None:
-        """Return the rank on the other side, None where it does not know the password."""
-        try:
-            hello = json.loads(await asyncio.wait_for(reader.readline(), 10))
-            token, rank = str(hello["token"]), int(hello["rank"])
-        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError):
-            return None
-        known = hmac.compare_digest(token.encode(), self._meeting.token.encode())
-        return rank if known and 0 <= rank < len(self._meeting.names) else None
-
-    def _take(self, rank: int, message: Message, writer: asyncio.StreamWriter) -> None:
-        now = time.monotonic()
-        if "position" in message:
-            self._judge.hear(rank, Position.from_json(message["position"], now), now)
-            _write(writer, {"position": self._judge.position(0).to_json(now)})
-        elif "lost" in message:
-            self._judge.note_loss(rank, message["lost"], now, timed_out=message["timed_out"])
-        elif "failed" in message:
-            self._judge.note_failure(rank, message["failed"], message["status"], now)
-            self._publish()
-            _write(writer, {"noted": True})
-        elif "left" in message:
-            self._judge.note_leaving(rank)
-
-    def _publish(self) -> None:
-        verdict = self._judge.decide(time.monotonic())
-        if verdict is not None and not self._published:
-            self._published = True
-            for writer in self._writers:
-                _write(writer, {"verdict": {"message": verdict.message, "status": verdict.status}})
-
-
-def end_process(verdict: Verdict) -> None:
+def end_process(verdict: RunVerdict) -> None:
     """Print a verdict and end this process, whatever its main thread waits for."""
     clear = "\r\033[K" if os.isatty(2) else ""
     # Not through sys.stderr: the main thread may hold its lock.
     os.write(2, f"{clear}error: {one_line(verdict.message)}\n".encode(errors="backslashreplace"))
     os._exit(verdict.status)
-
-
-def _write(writer: asyncio.StreamWriter, message: Message) -> None:
-    """Send a line. To a rank that does not read, what is sent waits in memory, until it is given up."""
-    if not writer.is_closing():
-        writer.write(json.dumps(message).encode() + b"\n")
