@@ -25,7 +25,8 @@ LEVELS = {
     **dict.fromkeys(("data", "retrieval", "minimal20b"), 4),
     **dict.fromkeys(("training", "inference", "convert"), 5),
     "tools": 6,
-    "__main__": 7,
+    "neox": 7,
+    "__main__": 8,
 }
 # Packages that the library is imported without: of extras, or of the tests.
 OPTIONAL = (
@@ -49,7 +50,7 @@ OPTIONAL = (
     "uvicorn",
     "wandb",
 )
-COMMAND_FOLDERS = ("data", "pretrained", "training", "tools", "inference", "retrieval")
+COMMAND_FOLDERS = ("data", "pretrained", "training", "tools", "inference", "retrieval", "neox")
 
 # Pieces of the names of files that others read, where a whole literal without spaces (not a sentence) holds one.
 ON_DISK = re.compile(

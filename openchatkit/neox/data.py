@@ -1,0 +1,103 @@
+"""The data of a GPT-NeoX configuration, as the trainer's data: stores, their weights, and the split of one store."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openchatkit.errors import UserError
+from openchatkit.formats import token_store
+from openchatkit.formats.token_store import TokenStore
+from openchatkit.neox.config import NeoxConfig
+
+_PACKINGS = {"packed": "concat", "unpacked": "none"}
+
+
+def translate(config: NeoxConfig) -> dict[str, Any]:
+    """Return the trainer's settings of data and evaluation; UserError for data that is not there or does not fit."""
+    seq_length, positions = config.need("seq_length", "max_position_embeddings")
+    if seq_length > positions:
+        raise UserError(f"{config.where('seq_length')} is above max_position_embeddings {positions}: make it smaller")
+    given = [name for name in ("data_path", "train_data_paths") if config.get(name)]
+    if len(given) != 1:
+        found = "both are given" if given else "none of them is given"
+        raise UserError(f"give data_path or train_data_paths, one of the two: {found}")
+    wanted = config.get("eval_interval") > 0 and config.get("eval_iters") > 0
+    whole = given == ["data_path"]
+    train, valid = (
+        _split_store(config, evaluated=wanted)
+        if whole
+        else (_join_stores(config, "train"), _join_stores(config, "valid"))
+    )
+    evaluated = wanted and valid is not None
+    return {
+        "task_name": train,
+        "seq_length": seq_length,
+        "packing": _PACKINGS[config.get("pack_impl")],
+        "seed": config.get("seed"),
+        "evaluation_data": valid if evaluated else None,
+        "evaluation_steps": config.get("eval_interval") if evaluated else 0,
+        "evaluation_num_batch": config.get("eval_iters") if evaluated else None,
+    }
+
+
+def split_documents(split: str, documents: int) -> list[int]:
+    """Return the borders of training, validation and test among some documents, by GPT-NeoX's rounding.
+
+    `split` is shares such as "969, 30, 1", or with `/`; missing ones are 0. UserError for anything else.
+    """
+    texts = [text.strip() for text in re.split("[,/]", split)]
+    try:
+        shares = [float(text) for text in texts]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise UserError(f"split {split!r}: expected shares of training, validation and test such as 969,30,1")
+    shares += [0.0] * (3 - len(shares))
+    borders = [0]
+    for share in shares:
+        borders.append(borders[-1] + round(share / sum(shares) * documents))
+    beyond = borders[-1] - documents
+    return [0, *(border - beyond for border in borders[1:])]
+
+
+def _split_store(config: NeoxConfig, *, evaluated: bool) -> tuple[str, str | None]:
+    """Return the documents of `data_path` to train on, and those to validate with."""
+    prefix = _find_store(config, "data_path", config.get("data_path"))
+    documents = TokenStore(prefix).documents
+    _, train, valid, _ = split_documents(config.get("split"), documents)
+    if train < 1:
+        raise UserError(
+            f"{config.where('split')}: it leaves none of the {documents} documents of {prefix} for training: give "
+            "another split"
+        )
+    if valid == train and evaluated:
+        raise UserError(
+            f"{config.where('split')}: it leaves none of the {documents} documents of {prefix} for validation, and "
+            f"eval_iters is {config.get('eval_iters')}: give another split, or eval_iters 0"
+        )
+    return f"{prefix}[0:{train}]", f"{prefix}[{train}:{valid}]" if valid > train else None
+
+
+def _join_stores(config: NeoxConfig, part: str) -> str | None:
+    """Return stores with their weights, which are all 1 where none are given."""
+    name, weights = f"{part}_data_paths", config.get(f"{part}_data_weights")
+    paths: Sequence[str] = config.get(name) or []
+    if not paths:
+        return None
+    weights = [1] * len(paths) if weights is None else weights
+    if len(weights) != len(paths):
+        raise UserError(f"{config.where(f'{part}_data_weights')}: {len(weights)} weights for {len(paths)} {name}")
+    return ",".join(f"{_find_store(config, name, path)}:{weight}" for path, weight in zip(paths, weights, strict=True))
+
+
+def _find_store(config: NeoxConfig, name: str, path: str) -> Path:
+    prefix = token_store.find_prefix(Path(path))
+    if prefix is None:
+        raise UserError(
+            f"{config.given[name].where}: {name} {path}: there is no {token_store.idx_path(Path(path))}: "
+            "make the store with prepare_data.py or tools/preprocess_data.py, or name another one"
+        )
+    if re.search(r"[,:\[\]]", str(prefix)):
+        raise UserError(f"{config.given[name].where}: {name} {path}: commas, colons and brackets cannot be named here")
+    return prefix

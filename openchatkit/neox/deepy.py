@@ -1,0 +1,73 @@
+"""`neox/deepy.py SCRIPT CONF...`: start a script of GPT-NeoX on the hosts and ranks that its configuration gives."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from openchatkit import cli
+from openchatkit.distributed import launcher
+from openchatkit.errors import UserError
+from openchatkit.neox import arguments, hosts, remote, translation
+from openchatkit.neox.arguments import CommandLine
+from openchatkit.neox.config import NeoxConfig
+from openchatkit.neox.hosts import Host
+from openchatkit.paths import ROOT
+
+_TRAINING = ("train.py", "pretrain_gpt2.py")
+_CONVERT = "convert the checkpoint with tools/convert_to_hf_gptneox.py"
+# Scripts of GPT-NeoX that are not here, and what does their work.
+_ELSEWHERE = {
+    **dict.fromkeys(("generate.py", "text_gen_gpt2.py"), f"{_CONVERT} and talk to it with inference/bot.py"),
+    **dict.fromkeys(
+        ("eval.py", "evaluate.py", "eval_tasks/run.py", "run.py"),
+        f"{_CONVERT} and examine it with tools/run_evaluation.py",
+    ),
+}
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the configuration, start the ranks of each host, and wait for them. Returns the exit status."""
+    parser = cli.Parser(
+        prog="neox/deepy.py",
+        usage="%(prog)s SCRIPT [-d DIR] CONF... [-H HOSTFILE] [--KEY VALUE ...]",
+        description="Start a script of GPT-NeoX on all ranks that its configuration files give.",
+        epilog="Any setting of the files may be given as --KEY VALUE, which wins over them.",
+    )
+    parser.add_argument("script", metavar="SCRIPT", help=f"what to run: {' or '.join(_TRAINING)}")
+    arguments.add_files(parser)
+    parser.add_argument(
+        "--print-commands", action="store_true", help="print the command of each host instead of starting them"
+    )
+    line = arguments.parse(parser, argv)
+    _check_script(line.known.script)
+    config = line.read_config()
+    there = hosts.find_hosts(config)
+    ranks = sum(len(host.slots) for host in there)
+    translation.translate(config, ranks=ranks, on_gpu=hosts.count_gpus() > 0)
+    script, given = ROOT / "neox" / "train.py", _rank_arguments(line, config, there)
+    if len(there) == 1 and there[0].is_here and not config.get("force_multi") and not line.known.print_commands:
+        if there[0].name is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, there[0].slots))
+        return launcher.launch(script, given, world_size=ranks)
+    commands = remote.make_commands(there, script, given, environment=remote.collect_environment())
+    if line.known.print_commands:
+        for each in commands:
+            print(each.text if each.host.name is None else f"{each.host.name}: {each.text}")
+        return 0
+    by_slurm = config.get("launcher") == "slurm" or config.get("deepspeed_slurm")
+    return remote.run_commands(commands, launcher="slurm" if by_slurm else "ssh", comment=config.get("comment"))
+
+
+def _check_script(name: str) -> None:
+    script = name.removeprefix("./")
+    if script in _ELSEWHERE:
+        raise UserError(f"{name} is not here yet: {_ELSEWHERE[script]}")
+    if Path(script).name not in _TRAINING:
+        raise UserError(f"there is no script {name}: expected {' or '.join(_TRAINING)}")
+
+
+def _rank_arguments(line: CommandLine, config: NeoxConfig, there: Sequence[Host]) -> list[str]:
+    """Return what each rank is given: the configuration, and where the ranks meet."""
+    address = config.get("master_addr") or ("127.0.0.1" if len(there) == 1 and there[0].is_here else there[0].name)
+    return [*line.passed_on, f"--dist-url=tcp://{address}:{config.get('master_port')}"]

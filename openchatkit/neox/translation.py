@@ -1,0 +1,247 @@
+"""A GPT-NeoX configuration -> the settings of the kit's trainer, and a line for each thing that is done otherwise."""
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openchatkit.errors import UserError
+from openchatkit.formats import checkpoint_folders, neox_checkpoint
+from openchatkit.neox import batches, data, model
+from openchatkit.neox.config import NeoxConfig
+from openchatkit.settings import fields, flag
+from openchatkit.training.config import Settings
+
+_SAVE = "checkpoints"  # where a configuration without `save` keeps its checkpoints, in the current folder
+_MODEL = "model"  # the folder in it that training starts from
+_KEEP_ALL = 1 << 30
+
+# GPT-NeoX's optimizers that the trainer has, and why it has no others.
+_OPTIMIZERS = {"adam": "adamw", "cpu_adam": "adamw"}
+_OTHER_OPTIMIZERS = {
+    **dict.fromkeys(("sm3", "madgrad_wd", "lion"), "the kit's trainer does not have it yet: use Adam"),
+    "cpu_torch_adam": "GPT-NeoX never reaches it: use CPU_Adam",
+    "onebitadam": "the kit's trainer does not have it yet: use Adam",
+    "sgd": "it belongs to µP, which is not here: use Adam",
+}
+
+
+@dataclass(frozen=True)
+class TrainerRun:
+    """`flags` of the trainer by the names of its settings, `model` is the folder to write, `notes` what to tell."""
+
+    flags: Mapping[str, Any]
+    model: Path | None
+    save: Path
+    notes: tuple[str, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags as `training/dist_clm_train.py` takes them."""
+        return to_arguments(self.flags)
+
+
+def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
+    """Return the trainer's run for a configuration on some ranks; UserError for what it cannot follow."""
+    layers = config.need("num_layers")[0]
+    model.check_attention(config, layers)
+    notes = config.check()
+    replicas = batches.count_replicas(config, ranks)
+    save = Path(config.get("save") or _SAVE)
+    if config.get("save") is None:
+        notes.append(f"save is not given: checkpoints go to {save}")
+    start = _choose_start(config, save, notes)
+    flags = {
+        **start,
+        **data.translate(config),
+        **_translate_batches(config, replicas, stages=max(config.get("pipe_parallel_size"), 1)),
+        **_translate_layout(config, replicas),
+        **_translate_optimizer(config, notes),
+        **_translate_schedule(config, notes),
+        **_translate_precision(config, notes, on_gpu=on_gpu),
+        **_translate_saving(config, save),
+        **_translate_logging(config, notes),
+    }
+    written = None if "load_pretrained_model" not in flags else save / _MODEL
+    return TrainerRun(flags, written, save, tuple(notes))
+
+
+def to_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags as the trainer takes them; None leaves one out."""
+    texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in flags.items()}
+    return [f"{flag(name)}={text}" for name, text in texts.items() if text is not None]
+
+
+def has_checkpoints(save: Path) -> bool:
+    """Return whether a run has left checkpoints in its folder."""
+    return bool(checkpoint_folders.list_steps(save))
+
+
+def _choose_start(config: NeoxConfig, save: Path, notes: list[str]) -> dict[str, Any]:
+    """Return where weights come from: random ones, the run's own checkpoint, or with `finetune` another run's."""
+    fresh = {"model_name": save / _MODEL, "load_pretrained_model": False}
+    load = None if config.get("load") is None else Path(config.get("load"))
+    for folder in (save, load):
+        if folder is not None and folder.is_dir() and neox_checkpoint.find(folder):
+            raise UserError(
+                f"{folder} holds checkpoints of GPT-NeoX itself, which training does not take yet: convert one with "
+                f"`python pretrained/GPT-NeoX-20B/prepare.py --model-name {folder}`, or name another folder"
+            )
+    if load is None:
+        return fresh | {"load_checkpoint": False}
+    same = load.resolve() == save.resolve()
+    found = None if same else checkpoint_folders.latest(load)
+    if config.get("finetune"):
+        if same:
+            raise UserError(f"{config.where('finetune')}: load and save are both {save}: give another save")
+        if found is None:
+            raise UserError(f"{config.where('finetune')}: {load} holds no checkpoint to start from")
+        return {"model_name": found}
+    if found is not None:
+        raise UserError(
+            f"{config.where('load')} is not save {save}: a run continues in its own folder; make them one, or give "
+            "finetune true to start a new run from these weights"
+        )
+    if not same:
+        notes.append(f"{config.where('load')} holds no checkpoint: training starts from random weights")
+    return fresh
+
+
+def _translate_batches(config: NeoxConfig, replicas: int, *, stages: int) -> dict[str, Any]:
+    """Return batch sizes. A pipeline takes all micro-batches of a step as one batch, as GPT-NeoX's does."""
+    sizes = batches.derive(config, replicas)
+    return {
+        "batch_size": sizes.micro * sizes.accumulation,
+        "micro_batch_size": sizes.micro,
+        "gradient_accumulate_step": 1,
+        "pp_mode": "1f1b" if 1 < stages <= sizes.accumulation else "gpipe",
+        **_translate_length(config),
+    }
+
+
+def _translate_length(config: NeoxConfig) -> dict[str, Any]:
+    steps, epochs = config.get("train_iters"), config.get("train_epochs")
+    if (steps is None) == (epochs is None):
+        found = "none of them is given" if steps is None else "both are given"
+        raise UserError(f"give train_iters or train_epochs, one of the two: {found}")
+    return {"total_steps": steps, "nepochs": epochs}
+
+
+def _translate_layout(config: NeoxConfig, replicas: int) -> dict[str, Any]:
+    zero = config.block("zero_optimization")
+    modes = {0: "allreduce", 1: "sharded", 2: "sharded-gradients", 3: "sharded-parameters"}
+    stage, parts = zero["stage"], max(config.get("model_parallel_size"), 1)
+    known = {field.name: field.metadata["choices"] for field in fields(Settings)}
+    if modes.get(stage) not in known["dp_mode"]:
+        there = ", ".join(str(number) for number, mode in modes.items() if mode in known["dp_mode"])
+        raise UserError(f"zero_optimization.stage {stage}: the kit's trainer has stages {there}")
+    stages = max(config.get("pipe_parallel_size"), 1)
+    if stage >= 2 and stages > 1:
+        raise UserError(
+            f"zero_optimization.stage {stage} and pipe_parallel_size {stages} exclude each other: use stage 1, or "
+            "pipe_parallel_size 0"
+        )
+    offload = zero["offload_optimizer"] or {}
+    return {
+        "pipeline_group_size": stages,
+        "tensor_group_size": parts,
+        "data_group_size": replicas,
+        "sequence_parallel": config.get("sequence_parallel") and parts > 1,
+        "dp_mode": modes[stage],
+        "use_offload": zero["cpu_offload"] or offload.get("device", "none") != "none" or _is_cpu_adam(config),
+        "activation_checkpointing": "full" if config.get("checkpoint_activations") else "none",
+    }
+
+
+def _is_cpu_adam(config: NeoxConfig) -> bool:
+    return bool(config.get("optimizer")) and str(config.get("optimizer").get("type")).lower() == "cpu_adam"
+
+
+def _translate_optimizer(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
+    if not (config.get("optimizer") or {}).get("type") or "params" not in config.get("optimizer"):
+        raise UserError('optimizer is missing: expected {"type": "Adam", "params": {"lr": 0.0006}} for example')
+    kind, params = config.get("optimizer")["type"].lower(), config.block("optimizer.params")
+    if kind not in _OPTIMIZERS:
+        why = _OTHER_OPTIMIZERS.get(kind, "GPT-NeoX has no such optimizer: use Adam")
+        raise UserError(f"{config.given['optimizer'].where}: optimizer.type {config.get('optimizer')['type']}: {why}")
+    if len(params["betas"]) != 2:
+        raise UserError(f"{config.given['optimizer'].where}: optimizer.params.betas {params['betas']}: expected two")
+    eight_bits = config.get("use_bnb_optimizer")
+    if eight_bits:
+        notes.append(f"{config.where('use_bnb_optimizer')}: 8-bit Adam; the embedding has no norm, as it has there")
+    return {
+        "optimizer": "8bit-adam" if eight_bits else _OPTIMIZERS[kind],
+        "lr": params["lr"],
+        "adam_beta1": params["betas"][0],
+        "adam_beta2": params["betas"][1],
+        "adam_eps": params["eps"],
+        "weight_decay": config.get("weight_decay"),
+        "max_grad_norm": config.get("gradient_clipping"),
+    }
+
+
+def _translate_schedule(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
+    """Return the steps of warm-up; those of the decay are the run's."""
+    steps, lr = config.get("train_iters"), config.block("optimizer.params")["lr"]
+    if config.get("min_lr") > lr:
+        raise UserError(f"{config.where('min_lr')} is above optimizer.params.lr {lr}: make it smaller")
+    decay = config.get("lr_decay_iters")
+    if decay is None and config.get("lr_decay_fraction") is not None and steps is not None:
+        decay = math.floor(steps * config.get("lr_decay_fraction"))
+    if decay is not None and decay != steps:
+        name = "lr_decay_iters" if config.get("lr_decay_iters") is not None else "lr_decay_fraction"
+        notes.append(f"{config.where(name)}: the learning rate falls over all steps of the run so far")
+    decay = decay if decay is not None else steps
+    if decay is None:
+        if config.get("warmup"):
+            notes.append(f"{config.where('warmup')}: it has no effect with train_epochs: give lr_decay_iters")
+        return {"warmup_steps": 0}
+    return {"warmup_steps": round(config.get("warmup") * decay)}
+
+
+def _translate_precision(config: NeoxConfig, notes: list[str], *, on_gpu: bool) -> dict[str, Any]:
+    """Return the precision, and the loss scale of float16. Without a GPU, products are in what the processor has."""
+    precision = config.precision
+    if not on_gpu and precision != "float32":
+        found = {"float16": "float32", "bfloat16": "auto"}[precision]
+        words = {"float32": "in float32", "auto": "in bfloat16 where the processor has it, else in float32"}[found]
+        notes.append(f"{precision} is for GPUs, and there is none: products are {words}")
+        precision = found
+    if precision != "float16":
+        return {"precision": precision}
+    half = config.block("fp16")
+    return {
+        "precision": precision,
+        "loss_scale": half["loss_scale"],
+        "initial_loss_scale": 2 ** half["initial_scale_power"],
+        "min_loss_scale": half["min_loss_scale"],
+        "loss_scale_window": half["loss_scale_window"],
+        "hysteresis": half["hysteresis"],
+    }
+
+
+def _translate_saving(config: NeoxConfig, save: Path) -> dict[str, Any]:
+    interval = config.get("checkpoint_factor")
+    if (
+        interval is not None
+        and config.get("checkpoint_scale") == "linear"
+        and (interval < 1 or interval != int(interval))
+    ):
+        raise UserError(f"{config.where('checkpoint_factor')}: expected a whole number of steps")
+    kept = config.get("keep_last_n_checkpoints")
+    return {
+        "checkpoint_path": save,
+        "checkpoint_steps": int(interval) if interval and config.get("checkpoint_scale") == "linear" else 0,
+        "keep_checkpoints": kept or _KEEP_ALL,
+    }
+
+
+def _translate_logging(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
+    if not config.get("use_wandb"):
+        return {}
+    if importlib.util.find_spec("wandb") is None:
+        notes.append(f"{config.where('use_wandb')}: wandb is not installed: pip install 'openchatkit[wandb]'")
+        return {}
+    return {"train_log_backend": "wandb", "project_name": config.get("wandb_project")}

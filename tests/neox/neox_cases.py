@@ -1,0 +1,35 @@
+"""GPT-NeoX's shipped configurations as key and value, and how its files write such."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+SHIPPED: dict[str, dict[str, Any]] = GOLDEN["configs"]
+
+# A model and a step, in as few settings as make a run.
+SMALLEST: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 64,
+    "max_position_embeddings": 64,
+    "pos_emb": "rotary",
+    "optimizer": {"type": "Adam", "params": {"lr": 0.001}},
+    "train_micro_batch_size_per_gpu": 2,
+    "train_iters": 3,
+    "tokenizer_type": "CharLevelTokenizer",
+    "eval_iters": 0,
+}
+
+
+def in_yaml(settings: dict[str, Any]) -> str:
+    """Settings as GPT-NeoX's files have them: a block in braces, hyphens, comments, trailing commas, True."""
+    lines = [f'  "{name.replace("_", "-")}": {in_yaml_value(value)},  # a comment' for name, value in settings.items()]
+    return "\n".join(["{", *lines, "}", ""])
+
+
+def in_yaml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f'"{name}": {in_yaml_value(inner)}' for name, inner in value.items()) + ",}"
+    return {"true": "True", "false": "False"}.get(json.dumps(value), json.dumps(value))

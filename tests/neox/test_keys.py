@@ -1,0 +1,81 @@
+"""The table of GPT-NeoX's settings: complete, without contradictions, and true of the shipped configurations."""
+
+import collections
+
+import pytest
+from neox_cases import SHIPPED
+
+from openchatkit.errors import UserError
+from openchatkit.neox import key_tables, keys
+from openchatkit.neox.config import NeoxConfig
+
+TABLES = [
+    table for name, table in vars(key_tables).items() if isinstance(table, dict) and name.isupper() and name != "BLOCKS"
+]
+# Shipped configurations of what the kit does not have, with the setting that their refusal names.
+REFUSED = {
+    "configs2021/gmlp_small.yml": "attention_config",
+    "configs2021/sparse.yml": "attention_config",
+    "configs/1-3B-transformer-engine.yml": "te_layernorm_mlp",
+    "configs/125M-dmoe.yml": "moe_num_experts",
+    "configs/llama/13B.yml": "norm",
+    "configs/llama/30B.yml": "norm",
+    "configs/llama/65B.yml": "norm",
+    "configs/llama2/13B.yml": "norm",
+    "configs/llama2/70B.yml": "num_kv_heads",
+    "configs/llama2/codellama_34B.yml": "num_kv_heads",
+    "configs/llama2/codellama_7B.yml": "norm",
+    # Of another fork: GPT-NeoX itself does not know this one either.
+    "configs/llemma/34B.yml": "attention_type",
+    "configs/mamba/mamba-130M.yml": "attention_config",
+    "configs/mamba/mamba-2.8B.yml": "attention_config",
+    "configs/mamba/mamba-370M.yml": "attention_config",
+    "configs/mistral/7B.yml": "num_kv_heads",
+    "configs/rwkv/170M.yml": "attention_config",
+}
+
+
+def test_every_shipped_key_has_an_outcome():
+    shipped = {name for settings in SHIPPED.values() for name in settings}
+    assert shipped - keys.KEYS.keys() - keys.ALIASES.keys() == {"attention_type"}
+    for outer, inner in keys.BLOCKS.items():
+        if "." not in outer:
+            found = {name for settings in SHIPPED.values() for name in settings.get(outer) or {}}
+            assert found <= inner.keys(), outer
+
+
+def test_a_key_is_in_one_table():
+    counts = collections.Counter(name for table in TABLES for name in table)
+    assert [name for name, count in counts.items() if count > 1] == []
+    assert counts.keys() == keys.KEYS.keys()
+    assert not keys.ALIASES.keys() & keys.KEYS.keys()
+    assert set(keys.ALIASES.values()) <= keys.KEYS.keys()
+
+
+def test_defaults_are_values_of_their_key_and_reasons_are_given():
+    for table in (keys.KEYS, *keys.BLOCKS.values()):
+        for name, key in table.items():
+            assert keys.read_value(name, key, key.default, "here") == key.default
+            assert key.why or key.only is None, name
+            assert key.outcome in ("use", "ignore", "differ", "refuse"), name
+            assert key.outcome not in ("ignore", "refuse") or keys.judge(key, None).outcome != "refused", name
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_are_followed_or_refused_by_name(name, write):
+    settings = SHIPPED[name]
+    if "num_layers" not in settings:  # a file of paths or of text generation goes with that of a model
+        settings = SHIPPED["configs/125M.yml"] | settings
+    path = write("shipped.yml", settings)
+    if name in REFUSED:
+        with pytest.raises(UserError, match=rf"{path}:\d+: .*\b{REFUSED[name]}\b"):
+            check(NeoxConfig.read([str(path)]))
+    else:
+        check(NeoxConfig.read([str(path)]))
+
+
+def check(config: NeoxConfig) -> None:
+    from openchatkit.neox import model
+
+    model.check_attention(config, config.get("num_layers"))
+    config.check()
