@@ -1,7 +1,7 @@
 """A batch: consecutive samples, as training takes them."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,14 +30,24 @@ class Batch:
     def rows(self) -> int:
         return self.tokens.shape[0]
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on another device."""
+    def pin(self) -> "Batch":
+        """Return the same batch in page-locked memory, from which a GPU takes it without a wait."""
+        starts = None if self.document_starts is None else self.document_starts.pin_memory()
+        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), document_starts=starts)
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+    def merge_padding(self) -> "Batch":
+        """Return the same batch, with padding at a row's end as one document. It has another digest.
 
-        document_starts = None if self.document_starts is None else move(self.document_starts)
-        return Batch(self.first, move(self.tokens), move(self.labels), document_starts, move(self.sources))
+        Padding is documents of one token, on which nothing is trained and which nothing sees. As one document it costs
+        attention less, whose work has a share for each document, and gives the same losses and gradients.
+        """
+        if self.document_starts is None:
+            return self
+        starts, length = self.document_starts.numpy(), self.tokens.shape[1]
+        alone = (starts == np.arange(length)) & (self.labels.numpy() == IGNORE)
+        padding = np.logical_and.accumulate(alone[:, ::-1], axis=1)[:, ::-1]
+        merged = np.where(padding, length - padding.sum(1, keepdims=True), starts)
+        return replace(self, document_starts=torch.from_numpy(merged))
 
     def digest(self) -> int:
         """Return the sum over the rows, modulo 2^64, of 64 bits of BLAKE2b of a sample's number and all its content.

@@ -1,4 +1,4 @@
-"""What confines attention to documents that share a row: their borders where a kernel reads them, elsewhere a mask.
+"""Confinement of attention to documents that share a row: by their borders where a kernel reads them, else by a mask.
 
 Both are made once a micro-batch, for all layers. A mask has an entry for each pair of a row's tokens, and attention to
 what it hides is computed all the same; borders are a few numbers, and that attention is not computed.

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.dataset import Dataset
+from openchatkit.data.prefetch import Prefetcher, make_thread
 from openchatkit.errors import UserError
+from openchatkit.libraries import pytorch
 from openchatkit.training import timing
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import learning_rate
@@ -86,6 +88,14 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class _StepRows:
+    """This replica's rows of a step, and the sum of their digests as the data set has them."""
+
+    batches: list[Batch]
+    digest: int
+
+
+@dataclass(frozen=True)
 class _StepSums:
     """Numbers of a step, summed over micro-batches and ranks; `loss` and gradients are times the loss scale."""
 
@@ -118,6 +128,9 @@ class Trainer:
             first_row = self.stages.part.first(self.stages.config.vocab_size)
             group = self.layout.tensor
             self._vocabulary_loss = VocabularyLoss(self.stages.projection, group=group, first=first_row)
+        thread = make_thread(self.layout.device)
+        self._step_rows = Prefetcher(self._read_step, thread)
+        self._evaluation_batches = Prefetcher(self._read_evaluation, thread)
         self.pipeline = Pipeline(
             self.stages,
             self.layout,
@@ -139,14 +152,14 @@ class Trainer:
         timer = self.pipeline.timer
         timer.start_step()
         with timer.on_host(timing.DATA):
-            first = number * self.global_batch
-            batches = [self._batch(dataset, first, part) for part in range(self.schedule.accumulate)]
-        digest, trained = self._count(batches, len(dataset.sources))
+            following = (dataset, number + 1) if number + 1 < self.schedule.total_steps else None
+            rows = self._step_rows.take((dataset, number), following=following)
+        digest, trained = self._count(rows, len(dataset.sources))
         trained_tokens = sum(trained)
 
         loss = self._start_losses(dataset, factor=self.scaler.scale / max(trained_tokens, 1))
         with autocast(self.layout.device, self.dtype):
-            for batch in batches:
+            for batch in rows.batches:
                 loss += self.pipeline.forward_backward(*self._place(batch))
         with timer.compute(timing.REDUCE):
             self.weights.reduce_gradients()
@@ -180,10 +193,10 @@ class Trainer:
         """Return the loss over the first `batches` batches of each replica's share of `dataset`."""
         loss = self._start_losses(dataset, factor=1.0).double()
         trained = torch.zeros(len(dataset.sources), dtype=torch.float64)
-        rows = self.schedule.batch_size * self.layout.replicas
         with autocast(self.layout.device, self.dtype):
             for number in range(batches):
-                batch = self._batch(dataset, number * rows, 0)
+                following = (dataset, number + 1) if number + 1 < batches else None
+                batch = self._evaluation_batches.take((dataset, number), following=following)
                 # Every rank knows the labels: were each to count them, their sum over a pipeline would be too many.
                 trained += _trained_tokens([batch], len(trained)) if self.stages.has_head else 0
                 loss += self.pipeline.evaluate(*self._place(batch))
@@ -193,27 +206,44 @@ class Trainer:
         mean = sums["loss"][0] / sum(counts) if sum(counts) else math.nan
         return Evaluation(mean, sum(counts), tuple(map(SourceLoss, sums["source_losses"], counts)))
 
-    def _batch(self, dataset: Dataset, first_row: int, part: int) -> Batch:
-        """Return this replica's rows of a step's part. Replicas take turns by the batch, so rows follow each other."""
+    def _read_step(self, step: tuple[Dataset, int]) -> _StepRows:
+        """Return this replica's rows of a step, which is given by the data set and its number."""
+        (dataset, number), parts = step, self.schedule.accumulate
+        batches = [self._read(dataset, number * parts + part) for part in range(parts)]
+        return _StepRows([self._prepare(batch) for batch in batches], sum(batch.digest() for batch in batches))
+
+    def _read_evaluation(self, batch: tuple[Dataset, int]) -> Batch:
+        """Return this replica's rows of a batch of an evaluation."""
+        return self._prepare(self._read(*batch))
+
+    def _read(self, dataset: Dataset, number: int) -> Batch:
+        """Return this replica's batch `number`. Replicas take turns by the batch, so rows of a step follow on."""
         size = self.schedule.batch_size
-        start = first_row + (part * self.layout.replicas + self.layout.replica) * size
-        return dataset.batch(start, size)
+        return dataset.batch((number * self.layout.replicas + self.layout.replica) * size, size)
+
+    def _prepare(self, batch: Batch) -> Batch:
+        merged = batch.merge_padding()
+        return merged.pin() if self.layout.device.type == "cuda" else merged
 
     def _place(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return tokens, target, document starts for the pipeline; the target stays on the CPU for `VocabularyLoss`."""
-        moved = batch.to(self.layout.device)
-        return moved.tokens, _target(batch), moved.document_starts
+        """Return tokens, target, document starts for the pipeline; `VocabularyLoss`, `Stage` want the last two here."""
+        return pytorch.send(batch.tokens, self.layout.device), _target(batch), batch.document_starts
 
-    def _count(self, batches: Sequence[Batch], sources: int) -> tuple[int, list[int]]:
-        """Return the digest of all rows of a step, over all replicas, and the trained tokens of each source."""
+    def _count(self, rows: _StepRows, sources: int) -> tuple[int, list[int]]:
+        """Return the digest of all rows of a step, over all replicas, and the trained tokens of each source.
+
+        The processors do it by themselves: a GPU is still busy with the step before.
+        """
         # Digests are added modulo 2^64, as sums of int64 wrap.
-        digest = (sum(batch.digest() for batch in batches) + (1 << 63)) % (1 << 64) - (1 << 63)
-        rows = sum(batch.rows for batch in batches)
-        trained = _trained_tokens(batches, sources)
-        shares = {"rows": torch.tensor(rows), "digest": torch.tensor(digest), "trained": trained}
+        digest = (rows.digest + (1 << 63)) % (1 << 64) - (1 << 63)
+        shares = {
+            "rows": torch.tensor(sum(batch.rows for batch in rows.batches)),
+            "digest": torch.tensor(digest),
+            "trained": _trained_tokens(rows.batches, sources),
+        }
         counts = _to_host(self._add_up(shares, self.layout.sum_over_replicas))
-        [rows], [digest] = counts["rows"], counts["digest"]
-        assert rows == self.global_batch, f"the replicas were given {rows} rows, a step has {self.global_batch}"
+        [total], [digest] = counts["rows"], counts["digest"]
+        assert total == self.global_batch, f"the replicas were given {total} rows, a step has {self.global_batch}"
         return digest % (1 << 64), counts["trained"]
 
     def _start_losses(self, dataset: Dataset, *, factor: float) -> Tensor:
@@ -256,7 +286,7 @@ class Trainer:
 
     def _add_up(self, shares: Mapping[str, Tensor], *all_reduces: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Sum named tensors of one dtype, on one device, by one call of each all-reduce; returns the sums, flat."""
-        flat = torch.cat([share.flatten() for share in shares.values()]).to(self.layout.device)
+        flat = torch.cat([share.flatten() for share in shares.values()])
         for all_reduce in all_reduces:
             all_reduce(flat)
         return dict(zip(shares, torch.split(flat, [share.numel() for share in shares.values()]), strict=True))

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from openchatkit.libraries import pytorch
 from openchatkit.models.documents import Borders, confine, document_mask, find_borders
 from openchatkit.models.layers import causal_attention
-from openchatkit.models.registry import config_from_hf
+from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.stage import Stage
 
 CPU = torch.device("cpu")
@@ -173,3 +174,17 @@ def test_all_layers_run_one_compiled_program_by_borders(kind, segments_kernel):
     assert len(programs) <= 3
     stage(tokens, torch.tensor([[0] * 3 + [3] * 8 + [11] * 13, [0] * 20 + [20, 21, 22, 23]]))
     assert len(programs) <= 3
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_layers_ask_for_no_number_of_their_tensors(kind):
+    """A GPU would be waited for. Fake tensors have no numbers: an operator that needs one is an error."""
+    config = config_from_hf(FAMILIES[kind])
+    with FakeTensorMode():
+        layer = family(config).module(config, "layer_00000")
+        x = torch.empty(2, 24, 32)
+        cos = torch.empty(2, 1, 24, config.rotary_dim // 2)
+        borders = Borders(torch.empty(7, dtype=torch.int32), 24)
+        assert layer(x, cos, cos, borders).shape == x.shape
+        with pytest.raises(DataDependentOutputException):
+            int(borders.at[-1])
