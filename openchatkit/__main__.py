@@ -15,7 +15,7 @@ COMMANDS = {
     "preprocess": ("tokenise records into .bin and .idx", "tools/preprocess_data.py", "tools.preprocess.command"),
     "tokenizer": ("train a tokenizer", "tools/train_tokenizer.py", "tools.tokenizer_training"),
     "inspect": ("show what training would be given", "tools/inspect_data.py", "tools.inspection.command"),
-    "plan": ("say what training takes on a layout", "tools/plan_training.py", "tools.planning"),
+    "plan": ("say what training takes on a layout", "tools/plan_training.py", "tools.planning.command"),
     "train": ("fine-tune, one process a rank", "training/dist_clm_train.py", "training.command"),
     "launch": ("start a process for each rank", "training/launch.py", "distributed.launcher"),
     "verify": ("verify checkpoints", "tools/verify_checkpoint.py", "tools.checkpoint_verification"),

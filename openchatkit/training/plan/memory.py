@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from openchatkit.models.cuts import Part
+from openchatkit.models.cuts import WHOLE, Part
 from openchatkit.models.shards import EMBED, HEAD, layer_name
 from openchatkit.training.gradients import BUCKET
 from openchatkit.training.loss import CHUNK_TOKENS
 from openchatkit.training.plan.parameters import ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun
-from openchatkit.training.plan.work import list_actions, list_products
+from openchatkit.training.plan.work import list_products, list_steady_passes
 from openchatkit.training.schedules import SCHEDULES
 
 
@@ -83,6 +83,11 @@ def rank_bytes(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> Ran
         logits=logits_bytes(run) if has_head else 0,
         working=float(_working_bytes(run, count, activations)),
     )
+
+
+def fullest_rank(run: PlannedRun) -> int:
+    """Return the pipeline rank that holds most; the first rank of its tensor group does."""
+    return max(range(run.pipeline_size), key=lambda rank: rank_bytes(run, rank).total)
 
 
 def main_memory_bytes(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> float:
@@ -270,7 +275,7 @@ def peak(run: PlannedRun, pipeline_rank: int, kept: Mapping[int, int], pending: 
     if run.schedule == "1f1b":
         return kept[pipeline_rank] * min(run.micro_batches, run.pipeline_size - pipeline_rank)
     splits = SCHEDULES[run.schedule].splits_backward
-    actions = list_actions(run, pipeline_rank)
+    actions = list_steady_passes(run, pipeline_rank)
     if actions is None:
         # No schedule can exceed it.
         return sum(kept[stage] + splits * pending[stage] for stage in kept) * run.micro_batches
@@ -280,3 +285,13 @@ def peak(run: PlannedRun, pipeline_rank: int, kept: Mapping[int, int], pending: 
         now += change[action]
         most = max(most, now)
     return most
+
+
+def checkpoint_bytes(run: PlannedRun) -> float:
+    """Return the bytes of a checkpoint: float32 weights of the whole model, each once, and the optimizer's state."""
+    config = run.config
+    count = count_parameters(config, layer_name(0), WHOLE).times(config.num_layers)
+    count += count_parameters(config, EMBED, WHOLE) + count_parameters(config, HEAD, WHOLE)
+    tied = count_parameters(config, HEAD, WHOLE).matrices if config.tie_embeddings else 0
+    small = count.small * MOMENTS["float32" if run.moments == "8bit" else run.moments]
+    return 4 * (count.elements - tied) + (count.elements - tied - count.small) * MOMENTS[run.moments] + small

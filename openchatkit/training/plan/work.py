@@ -10,17 +10,91 @@ from openchatkit.training.plan.planned_run import PlannedRun
 from openchatkit.training.schedules import SCHEDULES
 
 
-def list_actions(run: PlannedRun, pipeline_rank: int) -> Sequence[tuple[str, int, int]] | None:
-    """Return the passes of a rank by torch's schedule, as `pytorch.list_pipeline_actions` has them.
+def list_passes(run: PlannedRun, micro_batches: int | None = None) -> Sequence[Sequence[tuple[str, int, int]]] | None:
+    """Return each rank's passes of a batch, by torch's schedule: kind, stage, micro-batch.
 
-    Of many micro-batches only as many as it takes to reach the steady state: all further ones repeat it.
+    Kinds are those of `pytorch.list_pipeline_actions`. None where torch does not say.
     """
+    number, ranks, kind = micro_batches or run.micro_batches, run.pipeline_size, SCHEDULES[run.schedule]
+    if kind.takes_several:
+        return pytorch.list_pipeline_actions(kind.torch_class, ranks, number, run.stages_a_rank)
+    lists = []
+    for rank in range(ranks):
+        # As many forward passes come first as it takes until the last rank's gradient is there; in GPipe all.
+        first = number if run.schedule == "gpipe" else min(number, ranks - rank)
+        kinds = ["F"] * first + ["B", "F"] * (number - first) + ["B"] * first
+        done = {"F": 0, "B": 0}
+        passes = []
+        for each in kinds:
+            passes.append((each, rank, done[each]))
+            done[each] += 1
+        lists.append(passes)
+    return lists
+
+
+def list_steady_passes(run: PlannedRun, pipeline_rank: int) -> Sequence[tuple[str, int, int]] | None:
+    """Return a rank's passes of only as many micro-batches as it takes to reach what all further ones repeat."""
     number, ranks = run.micro_batches, run.pipeline_size
     if number % ranks == 0:
         number = min(number, 4 * ranks)
-    kind = SCHEDULES[run.schedule]
-    actions = pytorch.list_pipeline_actions(kind.torch_class, ranks, number, run.stages_a_rank)
-    return None if actions is None else actions[pipeline_rank]
+    lists = list_passes(run, number)
+    return None if lists is None else lists[pipeline_rank]
+
+
+def simulate(run: PlannedRun, forward: Sequence[float], backward: Sequence[float]) -> float | None:
+    """Return the seconds of a batch's way through the pipeline, from those of each stage's passes of a micro-batch.
+
+    A pass begins when its rank is free and its input there; messages take no time. Half of a split backward is for the
+    weights. None where torch does not say in which order the passes are.
+    """
+    if run.pipeline_size == 1:
+        return run.micro_batches * (forward[0] + backward[0])
+    lists = list_passes(run)
+    if lists is None:
+        return None
+    to_input = "I" if SCHEDULES[run.schedule].splits_backward else "B"
+    ends: dict[tuple[str, int, int], float] = {}
+    free, places = [0.0] * len(lists), [0] * len(lists)
+    while any(place < len(passes) for place, passes in zip(places, lists, strict=True)):
+        for rank, passes in enumerate(lists):
+            while places[rank] < len(passes):
+                kind, stage, number = passes[places[rank]]
+                needs = _list_needs(kind, stage, number, to_input=to_input, last=len(run.layers) - 1)
+                if any(need not in ends for need in needs):
+                    break
+                seconds = {"F": forward[stage], "B": backward[stage]}.get(kind, backward[stage] / 2)
+                free[rank] = max([free[rank], *(ends[need] for need in needs)]) + seconds
+                # A list may have whole backward passes among split ones, which give their input's gradient as well.
+                ends[to_input if kind == "B" else kind, stage, number] = free[rank]
+                places[rank] += 1
+    return max(free)
+
+
+def _list_needs(kind: str, stage: int, number: int, *, to_input: str, last: int) -> list[tuple[str, int, int]]:
+    """Return the passes of other stages that a pass needs to be done."""
+    if kind == "W":
+        return []
+    if kind == "F":
+        return [("F", stage - 1, number)] if stage else []
+    return [("F", stage, number) if stage == last else (to_input, stage + 1, number)]
+
+
+def idle_share(run: PlannedRun) -> float:
+    """Return the share of a step that ranks wait in, on average, with stages as uneven as their operations are.
+
+    The head's are all in its forward pass, since the loss computes its gradients there.
+    """
+    passes = layer_passes(run)
+    forward, backward = [], []
+    for stage, (first, last) in enumerate(run.layers):
+        layers = (last - first) * layer_operations(run)
+        head = head_operations(run) if stage == len(run.layers) - 1 else 0
+        forward.append(float(layers + head))
+        backward.append(layers * (passes - 1))
+    seconds = simulate(run, forward, backward)
+    if seconds is None:
+        return bubble(run)
+    return 1 - run.micro_batches * sum(forward + backward) / (run.pipeline_size * seconds)
 
 
 def bubble(run: PlannedRun) -> float:
