@@ -7,6 +7,9 @@ every rank finds a mistake in a command, and the lead has then printed it alread
 
 When a rank fails, the others notice within moments and fail as well; `_Launch.find_cause` picks the failure to name.
 No rank outlives the launcher, even when the launcher is killed (see `processes.start_guard`).
+
+With `max_restarts`, all ranks are started again after an end by chance: one was killed by a signal, or lost another.
+Restarts count until a rank notes progress (`processes.note_progress`), and come after ever longer waits.
 """
 
 import os
@@ -30,15 +33,26 @@ _SETTLE_SECONDS = 2.0
 _KILL_SECONDS = 10.0
 _KILL_SECONDS_USER_ERROR = 5.0
 _INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 130)
+_RESTART_SECONDS = 5.0
+_MOST_RESTART_SECONDS = 60.0
 
 
 def launch(
-    script: Path, arguments: Sequence[str], *, world_size: int, first_rank: int = 0, ranks_here: int | None = None
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    world_size: int,
+    first_rank: int = 0,
+    ranks_here: int | None = None,
+    max_restarts: int = 0,
+    restart_delay: float = _RESTART_SECONDS,
 ) -> int:
     """Run `script` once for each of ranks `first_rank`, `first_rank` + 1, ... and wait for all.
 
     Returns 0 if all ended with 0; otherwise the status of the rank that failed first if it is 1, 2 or 75, else 1.
     SIGINT, SIGTERM and SIGHUP are passed on to all ranks, which may then save and end with 75; a second one kills.
+    After an end by chance, all ranks are started again, at most `max_restarts` times in a row without progress; the
+    first time after `restart_delay` seconds, then after twice as long each time, up to a minute.
     UserError for a missing script, flags that the launcher sets itself, or ranks beyond the world.
     """
     here = world_size - first_rank if ranks_here is None else ranks_here
@@ -58,8 +72,39 @@ def launch(
     for local in range(here):
         identity = f"--rank {first_rank + local} --cuda-id {local} --world-size {world_size}"
         commands.append([sys.executable, str(script), *arguments, *identity.split()])
-    with processes.start_guard() as guard, processes.collect_requests() as requests:
-        return _Launch(guard, requests).run(commands, first_rank)
+    with processes.collect_requests() as requests, processes.follow_progress() as progress:
+        restarts = 0
+        while True:
+            before = progress.read()
+            with processes.start_guard() as guard:
+                attempt = _Launch(guard, requests)
+                status = attempt.run(commands, first_rank, progress.environment)
+            if requests or not max_restarts or not attempt.ended_by_chance:
+                return status
+            restarts = 1 if progress.read() != before else restarts + 1
+            if restarts > max_restarts:
+                attempt.print_line(
+                    f"error: given up: no new checkpoint in {max_restarts} restarts in a row (--max-restarts)"
+                )
+                return status
+            seconds = min(restart_delay * 2 ** (restarts - 1), _MOST_RESTART_SECONDS)
+            attempt.print_line(
+                f"starting all ranks again in {seconds:g} s (restart {restarts} of {max_restarts} without a new "
+                "checkpoint)"
+            )
+            if _sleep_until_asked(seconds, requests):
+                attempt.print_line(
+                    "error: stopped before a restart; the same command resumes from the newest checkpoint"
+                )
+                return RESUMABLE
+
+
+def _sleep_until_asked(seconds: float, requests: list[int]) -> bool:
+    """Sleep, but no longer than until the user asks for an end; returns whether that happened."""
+    end = time.monotonic() + seconds
+    while not requests and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    return bool(requests)
 
 
 class _Launch:
@@ -71,8 +116,8 @@ class _Launch:
         self.ranks: list[Rank] = []
         self.output = threading.Lock()
 
-    def run(self, commands: list[list[str]], first_rank: int) -> int:
-        environment = dict(os.environ)
+    def run(self, commands: list[list[str]], first_rank: int, variables: dict[str, str]) -> int:
+        environment = os.environ | variables
         if len(commands) > 1 and not environment.get("OMP_NUM_THREADS"):
             # As torchrun does: ranks share the cores, and results equal to the bit need the same threads a rank.
             environment["OMP_NUM_THREADS"] = "1"
@@ -156,6 +201,15 @@ class _Launch:
             if rank.status is not None and rank.status not in fine and not rank.stopped_by_us
         ]
 
+    @property
+    def ended_by_chance(self) -> bool:
+        """Whether a rank was killed or lost another one, so that the same command may well do better."""
+        if not self.failures:
+            return False
+        status = self.find_cause().status
+        assert status is not None
+        return status == RESUMABLE or status < 0
+
     def find_cause(self) -> Rank:
         """Return the failure to name: the gravest kind, and the earliest of that kind."""
         return min(self.failures, key=lambda rank: (rank.severity, rank.ended))
@@ -202,12 +256,16 @@ class _Launch:
         return cause.status if cause.status in (DEFECT, USER_ERROR, RESUMABLE) else DEFECT
 
     def print_held_lines(self, cause: Rank | None) -> None:
-        """Print the lines held back, once each, except those of ranks that ended in the same way as the lead."""
+        """Print the lines held back, once each, except those of ranks that ended in the same way as the lead.
+
+        Of a lead that was killed, the others say where it was.
+        """
         lead = self.ranks[0]
+        lead_was_killed = cause is lead and lead.status is not None and lead.status < 0
         printed: set[str] = set()
         for rank in self.ranks:
             same = rank.status == lead.status and (rank is not cause or lead.status == USER_ERROR)
-            if rank.stopped_by_us or (same and lead.status in (USER_ERROR, RESUMABLE)):
+            if (rank.stopped_by_us and not lead_was_killed) or (same and lead.status):
                 continue
             for line in rank.held_lines:
                 if line not in printed:
@@ -225,6 +283,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=cli.positive_int, required=True, help="ranks on all machines together")
     parser.add_argument("--first-rank", type=cli.natural, default=0, help="the first rank on this machine")
     parser.add_argument("--ranks-here", type=cli.positive_int, help="ranks on this machine (default: all that follow)")
+    parser.add_argument(
+        "--max-restarts",
+        type=cli.natural,
+        default=0,
+        help="restarts in a row without a new checkpoint, after a rank was killed or lost another; 0: none",
+    )
+    parser.add_argument(
+        "--restart-delay",
+        type=cli.positive_float,
+        default=_RESTART_SECONDS,
+        help="seconds before the first of these; each further one waits twice as long, up to a minute",
+    )
     parser.add_argument("script", type=Path, help="the script to run, as training/dist_clm_train.py")
     parser.add_argument("arguments", nargs="...", help="its arguments; --rank, --cuda-id and --world-size are added")
     given = parser.parse_args(argv)
@@ -234,4 +304,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         world_size=given.world_size,
         first_rank=given.first_rank,
         ranks_here=given.ranks_here,
+        max_restarts=given.max_restarts,
+        restart_delay=given.restart_delay,
     )

@@ -1,16 +1,21 @@
-"""Parts of the launcher: a rank's process, the guard that outlives the launcher, and signals as requests."""
+"""Parts of the launcher: a rank's process, the guard that outlives the launcher, signals as requests, progress."""
 
 import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from openchatkit.errors import RESUMABLE, USER_ERROR
+
+# Names the file in which a rank notes its progress, in the environment that the launcher gives it.
+_PROGRESS_FILE = "OPENCHATKIT_PROGRESS_FILE"
 
 # A second signal this soon is an echo of the first: timeout(1) and batch systems signal whole process groups.
 ECHO_SECONDS = 1.0
@@ -112,3 +117,33 @@ def collect_requests() -> Iterator[list[int]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+class ProgressFile:
+    """How far ranks have come, over all restarts: what the last of them noted by `note_progress`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a rank's environment must hold."""
+        return {_PROGRESS_FILE: str(self._path)}
+
+    def read(self) -> str:
+        """Return the last note, nothing if there is none."""
+        return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+
+
+@contextlib.contextmanager
+def follow_progress() -> Iterator[ProgressFile]:
+    """Make the file in which ranks note their progress, for as long as the launcher runs."""
+    with tempfile.TemporaryDirectory(prefix="openchatkit_progress_") as folder:
+        yield ProgressFile(Path(folder) / "progress")
+
+
+def note_progress(progress: object) -> None:
+    """Note for the launcher, if it started this process, that work is done that a restart will not repeat."""
+    if name := os.environ.get(_PROGRESS_FILE):
+        with contextlib.suppress(OSError):  # a launcher that has died, or a full disk
+            Path(name).write_text(str(progress), encoding="utf-8")

@@ -13,6 +13,7 @@ rank fails, so that all ranks end with its status and its words.
 import asyncio
 import contextlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -255,6 +256,16 @@ class _Watchdog:
 
     def _leave(self) -> None:
         self._leaving.set()
+
+
+def describe_short_timeout(timeout: float, step_seconds: float) -> str | None:
+    """Return a warning where a step takes longer than a rank waits for another, else None."""
+    if step_seconds <= timeout:
+        return None
+    return (
+        f"--timeout {timeout:g}: a step took {step_seconds:.1f} s, so a rank that waits for a slow one may give it up; "
+        f"give at least {math.ceil(3 * step_seconds)}"
+    )
 
 
 def end_process(verdict: RunVerdict) -> None:

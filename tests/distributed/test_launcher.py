@@ -317,3 +317,100 @@ def test_flags_that_the_launcher_sets_are_refused(argument):
 def test_ranks_beyond_the_world_are_refused(first, here):
     with pytest.raises(UserError, match="do not fit a world of 2: --first-rank plus --ranks-here"):
         launcher.launch(Path(__file__), [], world_size=2, first_rank=first, ranks_here=here)
+
+
+# A rank of it counts how often it was started.
+COUNTS = """
+(here / f"starts{rank}").open("a").write("x")
+start = len((here / f"starts{rank}").read_text())
+"""
+RESTART = ("--restart-delay", "0.01", "--max-restarts")
+
+
+def starts(folder: Path, rank: int = 0) -> int:
+    return len((folder / f"starts{rank}").read_text())
+
+
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), signal.SIGKILL)", "fail('error: lost a peer', 75)"], ids=["killed", "lost a peer"]
+)
+def test_an_end_by_chance_is_followed_by_a_restart_of_all_ranks(run, tmp_path, end):
+    body = f"{COUNTS}\nif start == 1: {'time.sleep(60)' if 'KILL' in end else end} if rank else {end}"
+    status, _, err = run(body, *RESTART, "3", ranks=2)
+    assert status == 0, err
+    assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (2, 2)
+    assert "starting all ranks again in 0.01 s (restart 1 of 3 without a new checkpoint)" in err
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_mistake_or_a_defect_is_not_followed_by_a_restart(run, tmp_path, wrong):
+    status, _, err = run(f"{COUNTS}\nfail('error: wrong', {wrong})", *RESTART, "3", ranks=1)
+    assert (status, starts(tmp_path)) == (wrong, 1)
+    assert "again" not in err
+
+
+def test_restarts_without_progress_are_given_up(run, tmp_path):
+    status, _, err = run(f"{COUNTS}\nsys.exit(75)", *RESTART, "2", ranks=1)
+    assert (status, starts(tmp_path)) == (75, 3)
+    assert err.splitlines()[-1] == "error: given up: no new checkpoint in 2 restarts in a row (--max-restarts)"
+
+
+def test_progress_makes_restarts_count_from_the_beginning(run, tmp_path):
+    body = f"""
+from openchatkit.distributed.processes import note_progress
+{COUNTS}
+if start <= 4: note_progress(start)
+sys.exit(75 if start < 5 else 0)
+"""
+    status, _, err = run(body, *RESTART, "1", ranks=1)
+    assert (status, starts(tmp_path)) == (0, 5), err
+    assert err.count("restart 1 of 1") == 4
+
+
+def test_waits_before_restarts_double(run, tmp_path):
+    _, _, err = run(f"{COUNTS}\nsys.exit(75)", "--restart-delay", "0.3", "--max-restarts", "2", ranks=1)
+    assert "again in 0.3 s (restart 1 of 2" in err
+    assert "again in 0.6 s (restart 2 of 2" in err
+
+
+def test_nothing_is_restarted_without_the_flag(run, tmp_path):
+    status, _, err = run(f"{COUNTS}\nsys.exit(75)", ranks=1)
+    assert (status, starts(tmp_path)) == (75, 1)
+    assert "again" not in err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_during_the_wait_ends_it(start, tmp_path, signum):
+    process = start(f"{COUNTS}\nsys.exit(75)", "--restart-delay", "60", "--max-restarts", "2", ranks=1)
+    line = process.stderr.readline()
+    while "again in 60 s" not in line:
+        line = process.stderr.readline()
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=50)
+    assert process.returncode == 75
+    assert err == "error: stopped before a restart; the same command resumes from the newest checkpoint\n"
+    assert starts(tmp_path) == 1
+
+
+def test_a_run_that_was_asked_to_stop_is_not_restarted(start, tmp_path):
+    process = start(COUNTS + SAVES_AND_ENDS, *RESTART, "5", ranks=1)
+    wait_for(lambda: (tmp_path / "ready0").exists())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err, starts(tmp_path)) == (75, "", 1)
+
+
+def test_where_the_lead_is_killed_another_rank_says_what_it_was_at(run):
+    body = """
+def end(*_): fail("error: rank 0 on here died in step 3", 75)
+handle(end)
+if rank: reached("handled"); time.sleep(60)
+await_file("handled")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    _, _, err = run(body, ranks=2)
+    assert err.splitlines() == [
+        "[rank 1] error: rank 0 on here died in step 3",
+        "error: rank 0 was killed (likely out of memory); the other ranks were stopped; the same command resumes from "
+        "the newest checkpoint",
+    ]
