@@ -81,6 +81,7 @@ __all__ = [
     "read_weights",
     "remove_leftovers",
     "reread",
+    "temporary_path",
     "verify",
     "verify_weights",
     "write_optimizer",

@@ -1,4 +1,4 @@
-"""Weights and optimizer state of a run: each rank writes its share of a checkpoint, any layout reads it again."""
+"""The checkpoint that a run starts from: which one, whether it fits the run, and what each rank loads of it."""
 
 import contextlib
 import os
@@ -18,7 +18,6 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards, read_config
-from openchatkit.formats.manifest import FileRecord
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import cut_shard
 from openchatkit.models.registry import family
@@ -70,73 +69,6 @@ def load_optimizer(weights: Weights, path: Path) -> None:
         if config.tie_embeddings and shard == HEAD:
             stored[kind.tied_weight] = checkpoint.read_optimizer(path, EMBED)[kind.embedding_weight]
         weights.take_state(shard, {name: convert_moments(state, weights.optimizer) for name, state in stored.items()})
-
-
-def save(
-    root: Path,
-    step: int,
-    *,
-    weights: Weights,
-    state: dict[str, Any],
-    raw_config: dict[str, Any],
-    tokenizer_from: Path,
-    keep: int,
-    proven: int | None,
-) -> None:
-    """Write checkpoint_<step> from all ranks, read it back, and delete those older than the newest `keep`.
-
-    Replicas share the shards of their stages among themselves. No step has been taken with this checkpoint yet, so
-    `proven`, the step of the last one with which a step was taken, is not deleted; where that is None, nothing is.
-    """
-    layout = weights.layout
-    temporary = layout.together(lambda: checkpoint.begin(root, step) if layout.rank == 0 else root)[0]
-
-    def finish() -> None:
-        if layout.rank == 0:
-            checkpoint.finish(
-                temporary,
-                root,
-                step,
-                state=state,
-                records=[record for part in written for record in part],
-                raw_config=raw_config,
-                tokenizer_from=tokenizer_from,
-            )
-
-    try:
-        written = layout.together(lambda: _write(temporary, weights))
-        layout.together(finish)
-    except UserError:
-        # A full disk, most likely, on which the half of a checkpoint is only in the way. All ranks are done with it.
-        if layout.rank == 0:
-            checkpoint.discard(temporary)
-        raise
-    path = checkpoint.checkpoint_path(root, step)
-    is_writer = layout.tensor_rank == 0
-    own = [shard for shard in weights.stages.shards if is_writer and weights.writer(shard) == layout.replica]
-    layout.together(lambda: checkpoint.verify(path, own) if own else None)
-    if layout.rank == 0 and proven is not None:
-        checkpoint.prune(root, keep, verified=path, protected=[proven])
-
-
-def _write(temporary: Path, weights: Weights) -> list[FileRecord]:
-    """Write the shards that this rank is to write, and hand the others theirs. UserError if one was not written."""
-    records: list[FileRecord] = []
-    problem: UserError | None = None
-    for shard in weights.stages.shards:
-        gathered = weights.gather(shard)
-        if gathered is None or problem is not None:
-            continue  # The other ranks wait for what this one has of further shards.
-        try:
-            tensors = {name: weight for name, (weight, _) in gathered.items()}
-            records.append(checkpoint.write_weights(temporary, shard, tensors))
-            state = {name: entry for name, (_, entry) in gathered.items()}
-            records.append(checkpoint.write_optimizer(temporary, shard, state))
-        except UserError as error:
-            problem = error
-    if problem is not None:
-        raise problem
-    return records
 
 
 def find_newest(root: Path, layout: Layout) -> Path | None:

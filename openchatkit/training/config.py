@@ -249,7 +249,18 @@ class CheckpointSettings:
         check=positive_int,
         help="how many stay, besides the last that a step was taken with; older ones are deleted",
     )
-    load_checkpoint: bool = setting(True, help="resume from the newest checkpoint")
+    checkpoint_in_background: bool = setting(
+        True,
+        help="write checkpoints beside the steps that follow, from a copy that takes as much main memory as their files "
+        "take on disk, or `false`: let steps wait",
+    )
+    on_full_disk: str = setting(
+        "stop",
+        choices=("stop", "continue"),
+        help="what a run does when a checkpoint finds no room: end with 2, or train on and say so; the last one of a run "
+        "always needs room",
+    )
+    load_checkpoint: bool = setting(True, help="resume from the checkpoint that `latest` names")
     evaluation_data: str | None = setting(None, help="data to evaluate on, written as `--task-name`")
     evaluation_steps: int = setting(0, check=natural, help="steps between evaluations; 0: never")
     evaluation_num_batch: int = setting(10, check=positive_int, help="batches of an evaluation")

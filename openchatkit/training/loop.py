@@ -11,11 +11,11 @@ from loguru import logger
 from openchatkit.distributed.processes import ECHO_SECONDS
 from openchatkit.errors import RESUMABLE, Interrupted
 from openchatkit.settings import to_json
-from openchatkit.training import checkpoints
 from openchatkit.training.config import Settings
 from openchatkit.training.device import profiler
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter
+from openchatkit.training.saving import Saver
 from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
 from openchatkit.training.step import StepResult, Trainer, by_name
@@ -28,6 +28,15 @@ class Loop:
         self.settings, self.inputs, self.trainer, self.progress = settings, inputs, trainer, progress
         self.total_steps = inputs.total_steps
         self._soundness = Soundness(settings.checkpoint_path, progress, trainer.layout, keep=settings.keep_checkpoints)
+        self._saver = Saver(
+            settings.checkpoint_path,
+            trainer.weights,
+            raw_config=inputs.shards.raw_config,
+            tokenizer_from=settings.tokenizer_name,
+            in_background=settings.checkpoint_in_background,
+            on_full_disk=settings.on_full_disk,
+            published=self._soundness.add_checkpoint,
+        )
         self._ledger: LedgerWriter | None = None  # on rank 0 only, as the next
         self._reporter: Reporter | None = None
         self._save_due = False
@@ -38,15 +47,18 @@ class Loop:
             if self.trainer.layout.rank == 0:
                 logger.info("all {} steps are done: {}", self.total_steps, self.settings.checkpoint_path)
             return 0
-        with self._open_records(), stop_requests() as requests, profiler(self.settings) as profile:
+        saver = contextlib.closing(self._saver)
+        with self._open_records(), stop_requests() as requests, profiler(self.settings) as profile, saver:
             while self.progress.step < self.total_steps:
                 started = time.perf_counter()
-                result = self.trainer.step(self.progress.step, self.inputs.dataset, stop=bool(requests))
+                result = self.trainer.step(
+                    self.progress.step, self.inputs.dataset, stop=bool(requests), saving=self._saver.is_writing
+                )
                 self._record(result, time.perf_counter() - started)
                 if profile is not None:
                     profile.step()
                 self._evaluate_if_due()
-                self._save_if_due(result.stop)
+                self._save_if_due(result)
                 if result.stop and self.progress.step < self.total_steps:
                     return self._report_stop()
         self._soundness.check_end()
@@ -77,6 +89,8 @@ class Loop:
             last = self.progress.step * self.trainer.global_batch
             samples = range(last - self.trainer.global_batch, last)
             self._reporter.report_step(row, applied=result.applied, samples=samples)
+        if self._soundness.is_hopeless:
+            self._saver.finish()  # It may be the one to go back to.
         self._soundness.check()
 
     def _evaluate_if_due(self) -> None:
@@ -93,28 +107,24 @@ class Loop:
             }
             self._reporter.report_evaluation(row)
 
-    def _save_if_due(self, stop: bool) -> None:
-        """Save every so many steps and at the end. While the weights may not be saved, it stays due."""
+    def _save_if_due(self, result: StepResult) -> None:
+        """Save every so many steps and at the end. While the weights may not be saved, it stays due.
+
+        A save that all ranks have written gets its name; one that they still write is waited for by the next.
+        """
         every = self.settings.checkpoint_steps
         if not every and self.settings.num_checkpoints:
             every = math.ceil(self.total_steps / self.settings.num_checkpoints)
         self._save_due |= bool(every) and self.progress.step % every == 0
-        last = stop or self.progress.step == self.total_steps
+        last = result.stop or self.progress.step == self.total_steps
+        if self._save_due or last or not result.saving:
+            self._saver.finish()
         if not (self._save_due or last) or not self._soundness.may_save(last=last):
             return
         if self._ledger is not None:
             self.progress.ledger = self._ledger.sync()
-        checkpoints.save(
-            self.settings.checkpoint_path,
-            self.progress.step,
-            weights=self.trainer.weights,
-            state=collect_state(self.settings, self.inputs, self.trainer, self.progress),
-            raw_config=self.inputs.shards.raw_config,
-            tokenizer_from=self.settings.tokenizer_name,
-            keep=self.settings.keep_checkpoints,
-            proven=self.progress.proven,
-        )
-        self.progress.saved = self.progress.step
+        state = collect_state(self.settings, self.inputs, self.trainer, self.progress)
+        self._saver.save(self.progress.step, state, last=last)
         self._save_due = False
 
     def _report_stop(self) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
+from openchatkit.storage import storage_errors
 from openchatkit.training.setup import RunProgress
 from openchatkit.training.step import StepResult
 
@@ -17,12 +18,16 @@ _HOPELESS = 20
 class Soundness:
     """Judges a run by its steps and keeps `progress.proven` up to date; all ranks come to the same verdict.
 
-    `root` holds the checkpoints, of which the newest `keep` stay.
+    `root` holds the checkpoints, of which the newest `keep` stay. With `uploads_to`, so do those that are not uploaded
+    to that address.
     """
 
-    def __init__(self, root: Path, progress: RunProgress, layout: Layout, *, keep: int) -> None:
-        self.root, self.progress, self.layout, self.keep = root, progress, layout, keep
+    def __init__(
+        self, root: Path, progress: RunProgress, layout: Layout, *, keep: int, uploads_to: str | None = None
+    ) -> None:
+        self.root, self.progress, self.layout, self.keep, self.uploads_to = root, progress, layout, keep, uploads_to
         self._first_step = progress.step + 1
+        self._last_applied = progress.step  # the last step that changed weights, as far as this run knows
         self._applied = 0  # steps of this run that changed weights
         self._not_finite = 0  # steps in a row, up to the last one, whose gradient was not finite
         self._hopeless = 0  # of these, those that no lower loss scale could have helped
@@ -38,12 +43,8 @@ class Soundness:
         if result.applied:
             self._not_finite, self._hopeless, self._loss_is_finite = 0, 0, True
             self._applied += 1
-            saved = self.progress.saved
-            if saved is not None and saved != self.progress.proven:
-                self.progress.proven = saved
-                if self.layout.rank == 0:
-                    verified = checkpoint.checkpoint_path(self.root, saved)
-                    checkpoint.prune(self.root, self.keep, verified=verified, protected=[saved])
+            self._last_applied = self.progress.step
+            self._prove()
         elif result.trained_tokens:
             self._not_finite, self._loss_is_finite = self._not_finite + 1, math.isfinite(result.loss)
             self._hopeless += not (self._loss_is_finite and scale_can_fall)
@@ -55,9 +56,41 @@ class Soundness:
             # Of all these steps: a source that was good in one of them is not what is wrong.
             self._blamed = bad if self._not_finite == 1 else self._blamed & bad
 
+    def add_checkpoint(self, step: int) -> None:
+        """Take note of a checkpoint that has just got its name, verified; older ones are deleted.
+
+        Where steps with its weights have changed them, it is proven; else the one before stays beside it, and where
+        none is proven all stay.
+        """
+        self.progress.saved = step
+        if self.progress.proven is not None:
+            self._prune(protected=self.progress.proven)
+        self._prove()
+
+    def _prove(self) -> None:
+        """Let the last checkpoint be the proven one if a step has been applied since."""
+        saved = self.progress.saved
+        if saved is not None and saved != self.progress.proven and self._last_applied > saved:
+            self.progress.proven = saved
+            self._prune(protected=saved)
+
+    def _prune(self, *, protected: int) -> None:
+        assert self.progress.saved is not None, "nothing is deleted before something is saved"
+        if self.layout.rank == 0:
+            verified = checkpoint.checkpoint_path(self.root, self.progress.saved)
+            with storage_errors(self.root):
+                checkpoint.prune(
+                    self.root, self.keep, verified=verified, protected=[protected], uploads_to=self.uploads_to
+                )
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether too many steps were in vain."""
+        return self._hopeless == _HOPELESS
+
     def check(self) -> None:
         """Raise UserError after too many steps in vain."""
-        if self._hopeless == _HOPELESS:
+        if self.is_hopeless:
             raise UserError(
                 f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}"
                 f"{self._blame()}: lower --lr, use --bf16 instead of --fp16, or look at the data; {self.go_back()}"

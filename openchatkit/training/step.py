@@ -53,7 +53,7 @@ class StepResult:
 
     `applied` is false when the gradient was not finite, or nothing was trained on: then no parameter of any rank has
     changed, nor the optimizer's state. `digest` is that of all the step's rows, over all replicas (see `Batch.digest`);
-    `sources` has an entry for each source.
+    `sources` has an entry for each source. `saving`: some rank was writing a checkpoint when the step began.
     """
 
     loss: float
@@ -64,6 +64,7 @@ class StepResult:
     stop: bool
     digest: int
     sources: tuple[SourceLoss, ...]
+    saving: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class _StepSums:
 
     loss: float
     stop: bool
+    saving: bool
     source_losses: list[float]
     squared_norm: float
 
@@ -147,8 +149,8 @@ class Trainer:
         """Rows that one step trains, over all replicas."""
         return self.schedule.batch_size * self.schedule.accumulate * self.layout.replicas
 
-    def step(self, number: int, dataset: Dataset, *, stop: bool = False) -> StepResult:
-        """Take step `number`, counted from 0. `stop` on any rank becomes `stop` of the result on all."""
+    def step(self, number: int, dataset: Dataset, *, stop: bool = False, saving: bool = False) -> StepResult:
+        """Take step `number`, counted from 0. `stop` and `saving` of any rank become those of the result on all."""
         timer = self.pipeline.timer
         timer.start_step()
         with timer.on_host(timing.DATA):
@@ -164,7 +166,7 @@ class Trainer:
         with timer.compute(timing.REDUCE):
             self.weights.reduce_gradients()
         with timer.compute(timing.NORM):
-            sums = self._sum_over_ranks(loss, stop, digest)
+            sums = self._sum_over_ranks(loss, (stop, saving), digest)
 
         grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
         finite = math.isfinite(grad_norm)
@@ -184,6 +186,7 @@ class Trainer:
             stop=sums.stop,
             digest=digest,
             sources=tuple(map(SourceLoss, sums.source_losses, trained)),
+            saving=sums.saving,
         )
         if applied or not finite:
             self.scaler.update(overflow=not finite)
@@ -258,18 +261,18 @@ class Trainer:
         labels, sources = target[:, :-1], target[:, -1:].expand(-1, target.shape[1] - 1)
         return self._vocabulary_loss(hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses)
 
-    def _sum_over_ranks(self, loss: Tensor, stop: bool, digest: int) -> _StepSums:
+    def _sum_over_ranks(self, loss: Tensor, votes: Sequence[bool], digest: int) -> _StepSums:
         """Add up this rank's numbers of a step with the others'. UserError where ranks of a replica had other samples.
 
         Only the rank with the head has losses, and a shard's norm only the one with the shard: adding zeros is exact.
         """
         end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of ranks
         loss = loss.double()
-        shares = {"stops": loss.new_tensor(stop), "ends_of_digests": loss.new_tensor(end_of_digest)}
+        shares = {"votes": loss.new_tensor(votes), "ends_of_digests": loss.new_tensor(end_of_digest)}
         shares["squared_norms"] = self.weights.squared_norms()
         of_parts = self._add_up(shares, self.layout.sum_over_parts)
         # Parts have the same losses, and replicas the same norms.
-        shares = {"loss": loss, "source_losses": self._source_losses, "stops": of_parts.pop("stops")}
+        shares = {"loss": loss, "source_losses": self._source_losses, "votes": of_parts.pop("votes")}
         of_replicas = self._add_up(shares, self.layout.sum_over_replicas)
         sums = _to_host(self._add_up(of_parts | of_replicas, self.layout.sum_over_pipeline))
         if sums["ends_of_digests"] != [end_of_digest * self.layout.pipeline_size * self.layout.tensor_size]:
@@ -279,7 +282,8 @@ class Trainer:
             )
         return _StepSums(
             loss=sums["loss"][0],
-            stop=sums["stops"][0] > 0,
+            stop=sums["votes"][0] > 0,
+            saving=sums["votes"][1] > 0,
             source_losses=sums["source_losses"],
             squared_norm=sum(sums["squared_norms"]),
         )

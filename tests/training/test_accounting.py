@@ -169,4 +169,4 @@ def test_stages_with_different_samples_do_not_take_the_step(flags, prepared):
     trainer.layout = Layout(0, torch.device("cpu"), pipeline_size=2)
     trainer.weights.reduce_gradients()  # zeros, where there is none
     with pytest.raises(UserError, match="was fed other samples than another rank"):
-        trainer._sum_over_ranks(torch.zeros(()), False, 12345)
+        trainer._sum_over_ranks(torch.zeros(()), (False, False), 12345)
