@@ -181,9 +181,9 @@ def _float16_products(
 
 def _move(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Return int64 tensors of one length on a device; one asynchronous copy brings all of them to a GPU."""
-    if device.type == "cuda" and tensors[0].device.type == "cpu":
-        return list(torch.stack(tensors).pin_memory().to(device, non_blocking=True).unbind())
-    return [tensor.to(device) for tensor in tensors]
+    if device.type == tensors[0].device.type:
+        return tensors
+    return list(pytorch.send(torch.stack(tensors), device).unbind())
 
 
 @dataclass(frozen=True)
