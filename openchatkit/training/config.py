@@ -140,10 +140,11 @@ class LayoutSettings:
     )
     dp_mode: str = setting(
         "allreduce",
-        choices=("allreduce", "sharded", "sharded-gradients"),
+        choices=("allreduce", "sharded", "sharded-gradients", "sharded-parameters"),
         help="how replicas agree: `allreduce` keeps all of the optimizer's state on each, `sharded` (ZeRO-1) shares it "
         "among them and gives the same weights, `sharded-gradients` (ZeRO-2) also shares gradients, which are then "
-        "added up after each micro-batch, and needs `--pipeline-group-size 1`",
+        "added up after each micro-batch, `sharded-parameters` (ZeRO-3) shares all, and gathers each layer for as long "
+        "as it computes; the last two need `--pipeline-group-size 1`",
     )
     dp_backend: str = setting("nccl", choices=("nccl", "gloo"), help="what carries it; CPUs always use gloo")
     timeout: int = setting(1800, check=positive_int, help="seconds to wait for another rank")
@@ -357,6 +358,29 @@ class Settings(
                 f"--dp-mode sharded-gradients and --pipeline-group-size {self.pipeline_group_size} exclude each other: "
                 "a pipeline has the gradients of several micro-batches at once; use --dp-mode sharded, or one stage"
             )
+        if self.dp_mode == "sharded-parameters":
+            self._check_sharded_parameters()
+
+    def _check_sharded_parameters(self) -> None:
+        """Raise UserError for what replicas that share their parameters cannot do."""
+        excluded = {
+            f"--pipeline-group-size {self.pipeline_group_size}": (
+                self.pipeline_group_size > 1,
+                "a pipeline would gather its layers again for every micro-batch; use --dp-mode sharded, or one stage",
+            ),
+            "8-bit optimizer state": (
+                self.optimizer == "8bit-adam",
+                "its blocks are not whole rows; use --optimizer adamw, or --dp-mode sharded",
+            ),
+            "--use-offload": (self.use_offload, "replicas share all there is to keep; leave it out, or use sharded"),
+            "--compile": (
+                self.compile is not None,
+                "layers are gathered and freed in between; leave it out, or use --dp-mode sharded",
+            ),
+        }
+        for other, (is_given, advice) in excluded.items():
+            if is_given:
+                raise UserError(f"--dp-mode sharded-parameters and {other} exclude each other: {advice}")
 
     def _check_batches(self) -> None:
         if self.batch_size % self.micro_batch_size:
