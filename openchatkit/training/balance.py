@@ -49,10 +49,10 @@ def measure_head(
 
     with autocast(device, dtype):
         layer = _make(config, device, last=1, recompute=recompute)
-        layer_seconds = _time(lambda: run(layer, torch.sum), device)
+        layer_seconds = time_fastest(lambda: run(layer, torch.sum), device)
         head = _make(config, device, last=0, head=True)
         vocabulary_loss = VocabularyLoss(head.projection)
-        return _time(lambda: run(head, lambda normed: vocabulary_loss(normed, labels)), device) / layer_seconds
+        return time_fastest(lambda: run(head, lambda normed: vocabulary_loss(normed, labels)), device) / layer_seconds
 
 
 def _make(
@@ -65,8 +65,8 @@ def _make(
     return stage
 
 
-def _time(run: Callable[[], None], device: torch.device) -> float:
-    """Return the seconds of the fastest of some runs, after one that does not count."""
+def time_fastest(run: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds of the fastest of some runs on `device`, after one that does not count."""
     seconds = []
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()

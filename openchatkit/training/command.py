@@ -44,6 +44,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     from openchatkit.distributed import rendezvous, watchdog
     from openchatkit.distributed.layout import make_layout
     from openchatkit.training import checkpoints, setup
+    from openchatkit.training.attention import fastest_attention
     from openchatkit.training.loop import Loop
     from openchatkit.training.schedules import SCHEDULES
 
@@ -76,8 +77,9 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         with guard, _explain_failures(settings), checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
             inputs = setup.balance_stages(settings, inputs, layout)
-            trainer, progress = setup.build_trainer(settings, inputs, layout)
-            yield Loop(settings, inputs, trainer, progress)
+            with fastest_attention(settings, inputs.shards.config, layout):
+                trainer, progress = setup.build_trainer(settings, inputs, layout)
+                yield Loop(settings, inputs, trainer, progress)
     except BaseException as error:
         status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else DEFECT
         rendezvous.abandon(error.exit_status if isinstance(error, UserError) else status)
