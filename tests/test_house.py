@@ -17,7 +17,8 @@ from openchatkit.paths import ROOT
 # A part may import itself and parts of a lower level; those of level 0 may import each other.
 LEVELS = {
     **dict.fromkeys(
-        ("errors", "paths", "storage", "jsonl", "texts", "cli", "settings", "progress", "download", "libraries"), 0
+        ("errors", "paths", "storage", "jsonl", "texts", "cli", "settings", "progress", "download", "libraries", "web"),
+        0,
     ),
     "models": 1,
     **dict.fromkeys(("distributed", "formats"), 2),
@@ -38,6 +39,7 @@ OPTIONAL = (
     "faiss",
     "ftfy",
     "lm_eval",
+    "matplotlib",
     "moto",
     "openai",
     "psutil",
@@ -46,6 +48,7 @@ OPTIONAL = (
     "sentence_transformers",
     "sentencepiece",
     "starlette",
+    "tensorboard",
     "tiktoken",
     "uvicorn",
     "wandb",

@@ -6,6 +6,7 @@ it than in float32. Elsewhere they are emulated, which gives the same results se
 
 import functools
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -133,6 +134,59 @@ def slowdown(dtype: torch.dtype) -> float:
     # A clock may be coarser than a product, which then counts as one tick.
     tick = time.get_clock_info("thread_time").resolution
     return max(best[dtype], tick) / max(best[torch.float32], tick)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
+    """Return the floating-point operations a second of large products in a precision, the fastest of some.
+
+    Measured for about so many seconds, on as many threads as torch has. Sizes grow until a product takes a share of
+    them, since small ones are slower.
+    """
+    ends = time.perf_counter() + seconds
+    size, best = 256, 0.0
+    while True:
+        left, right = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
+        torch.mm(left, right)
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(left, right)
+        synchronize(device)
+        now = time.perf_counter()
+        best = max(best, 2 * size**3 / (now - started))
+        if now >= ends:
+            return best
+        # The next size takes eight times as long, twice.
+        if size < 8192 and 16 * (now - started) < ends - now:
+            size *= 2
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was asked to."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(*([device] if device.type == "cuda" else []))
+
+
+def main_memory_in_use() -> int:
+    """Return the bytes of main memory that this process fills now; where the system does not say, at its peak."""
+    try:
+        return int(_text("/proc/self/statm").split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main_memory() -> int:
+    """Return the bytes of main memory that there are, or that a container may fill; 0 where that is unknown."""
+    try:
+        fields = dict(line.split(":", 1) for line in _text("/proc/meminfo").splitlines())
+        whole = int(fields["MemTotal"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 0
+    try:
+        return min(whole, int(_text("/sys/fs/cgroup/memory.max")))
+    except (OSError, ValueError):  # none, or "max"
+        return whole
 
 
 def available_memory() -> int:

@@ -39,13 +39,13 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
 
     from openchatkit.formats import hf_model
     from openchatkit.inference.loading import model_folders
-    from openchatkit.loading import pretrained
+    from openchatkit.loading import hardware, pretrained
 
     def timed(action: Callable[[], _T]) -> tuple[_T, float]:
-        _synchronize(device)
+        hardware.synchronize(device)
         start = time.perf_counter()
         result = action()
-        _synchronize(device)
+        hardware.synchronize(device)
         return result, time.perf_counter() - start
 
     def load(kind: Any, folder: Path, **more: object) -> Any:
@@ -56,9 +56,9 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
     small, tokenizer_download = timed(lambda: hf_model.fetch(name, weights=False))
     tokenizer, tokenizer_load = timed(lambda: load(AutoTokenizer, small))
     folder, model_download = timed(lambda: model_folders.find_model(name))
-    before = _main_memory()
+    before = hardware.main_memory_in_use()
     model, load_to_ram = timed(lambda: _read_weights(load(AutoModelForCausalLM, folder, dtype="auto").eval()))
-    main_memory = _main_memory() - before
+    main_memory = hardware.main_memory_in_use() - before
     held, transfer = _gpu_memory(device), 0.0
     if device.type != "cpu":
         model, transfer = timed(lambda: model.to(device))
@@ -165,10 +165,12 @@ def _initialise(name: str) -> "torch.device":
     """Return the device, with its context made, so that no clock measures that; UserError when there is none."""
     import torch
 
+    from openchatkit.loading import hardware
+
     try:
         device = torch.device(name)
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device))
-        _synchronize(device)
+        hardware.synchronize(device)
     except (RuntimeError, AssertionError, NotImplementedError, AttributeError) as error:
         raise UserError(f"--device {name} cannot be used here (pass -d cpu?): {str(error).splitlines()[0]}") from error
     return device
@@ -182,13 +184,6 @@ def _read_weights(model: Any) -> Any:
     return model
 
 
-def _synchronize(device: "torch.device") -> None:
-    import torch
-
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(*([device] if device.type == "cuda" else []))
-
-
 def _gpu_memory(device: "torch.device") -> int:
     """Return the bytes of tensors on a GPU."""
     import torch
@@ -196,16 +191,6 @@ def _gpu_memory(device: "torch.device") -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return torch.mps.current_allocated_memory() if device.type == "mps" else 0
-
-
-def _main_memory() -> int:
-    """Return the bytes of main memory that this process fills now; where the system does not say, at its peak."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _print_table(results: dict[str, dict[str, float]]) -> None:

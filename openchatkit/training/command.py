@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         device.let_cuda_blocks_grow()
 
     # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
-    from openchatkit.training.metrics import configure_logging
+    from openchatkit.training.sinks import check_installed, configure_logging
 
-    configure_logging(rank=settings.rank, backend=settings.train_log_backend)
+    configure_logging(rank=settings.rank)
+    if settings.rank == 0:
+        check_installed(settings.train_log_backend)
     with _explain_failures(settings), _prepare_loop(settings) as loop:
         return loop.run()
 

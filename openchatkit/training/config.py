@@ -21,6 +21,7 @@ from openchatkit.errors import UserError
 from openchatkit.settings import Given, SettingsParser, fields, setting
 from openchatkit.texts import parse_bool
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
+from openchatkit.web import is_loopback
 
 S = TypeVar("S", bound="Settings")
 
@@ -59,6 +60,9 @@ _REFUSED = {
 # What of layers is computed again, from nothing to all.
 RECOMPUTING = ("none", "selective", "full")
 
+# The places that a run's numbers can go to, besides metrics.jsonl.
+BACKENDS = ("print", "loguru", "tensorboard", "wandb")
+
 # Each of these sets says one thing in several ways.
 _ALTERNATIVES = (
     {"precision", "bf16", "fp16"},
@@ -81,6 +85,30 @@ class ModelSettings:
     """The model to start from, and what the user expects of it."""
 
     title: ClassVar[str] = "model"
+def parse_backends(text: str) -> str:
+    """Return `--train-log-backend`'s names, each once, joined by commas."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not_known := [name for name in names if name not in BACKENDS]:
+        raise argparse.ArgumentTypeError(
+            f"expected one or several of {', '.join(BACKENDS)}, separated by commas, got {not_known[0]!r}"
+        )
+    return ",".join(names)
+
+
+def parse_monitor(text: str) -> str:
+    """Return `--monitor`'s address as ADDRESS:PORT; it must be one that other machines do not reach."""
+    host, _, port = text.strip().rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"expected an address such as 127.0.0.1:8010, got {text!r}")
+    if not is_loopback(host):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} would show the run to other machines without a password: give 127.0.0.1:{port}, and elsewhere "
+            f"use ssh -L {port}:127.0.0.1:{port} HOST"
+        )
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
     model_name: Path = setting(required=True, help="folder of layer shards that a `prepare.py` wrote")
     tokenizer_name: Path = setting(help="folder of the tokenizer; not given: `--model-name`")
     model_type: str | None = setting(None, choices=MODEL_TYPES, help="family; checked against the model")
@@ -274,15 +302,35 @@ class LoggingSettings:
     title: ClassVar[str] = "logging"
     train_log_backend: str = setting(
         "print",
-        choices=("print", "loguru", "wandb"),
-        help="besides `metrics.jsonl`; `loguru` writes `./logs/`, `wandb` sends the numbers there",
+        check=parse_backends,
+        help="one or several of `print`, `loguru`, `tensorboard` and `wandb`, separated by commas; `print` is the "
+        "console, which is there in any case, `loguru` writes `./logs/`. `metrics.jsonl` is always written",
+    )
+    tensorboard_dir: Path = setting(
+        help="folder of TensorBoard's files; not given: `tensorboard/` in `--checkpoint-path`"
     )
     project_name: str = setting("openchatkit", help="of the wandb run")
-    job_id: str = setting("0", help="of the wandb run and of traces")
+    wandb_team: str | None = setting(None, help="of the wandb run; not given: the user's own")
+    wandb_group: str | None = setting(None, help="of the wandb run; not given: `--job-id`")
+    wandb_run_name: str | None = setting(None, help="of the wandb run; not given: wandb makes one up")
+    job_id: str = setting("0", help="of traces, and of the wandb run")
+    monitor: str | None = setting(
+        None,
+        check=parse_monitor,
+        alone="127.0.0.1:8010",
+        help="`ADDRESS:PORT` of this machine, at which rank 0 serves a page with the run's pictures while it runs",
+    )
+    peak_tflops: float | None = setting(
+        None,
+        check=positive_float,
+        help="10^12 operations a second of a GPU or process, of which each step's share is shown; not given: what "
+        "large products reach at the start, measured in runs of 20 steps and more",
+    )
     profiling: str = setting(
         "no-profiling",
         choices=("no-profiling", "tidy_profiling", "pytorch_profiling"),
-        help="the last two write a Chrome trace a rank to `./trace_json/`",
+        help="`tidy_profiling`: the passes and messages of three steps, in a Chrome trace a rank in `./trace_json/` "
+        "and one of all ranks in `--checkpoint-path`; `pytorch_profiling`: all operations, in a trace a rank",
     )
     trace_postfix: str = setting("default", help="of the traces' names")
 
@@ -460,6 +508,7 @@ def _read_number(name: str, environment: Mapping[str, str]) -> int:
     return int(text)
 
 
+    values.setdefault("tensorboard_dir", values["checkpoint_path"] / "tensorboard")
 def _complete_precision(values: dict[str, Any]) -> None:
     """Let --precision stand for --bf16 and --fp16 too; UserError where they say different things."""
     given = {name: flag for name, flag in (("bfloat16", "bf16"), ("float16", "fp16")) if values[flag]}

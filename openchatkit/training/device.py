@@ -68,6 +68,15 @@ def let_cuda_blocks_grow() -> None:
         os.environ[_CUDA_ALLOCATOR[0]] = "expandable_segments:True"
 
 
+def memory_in_use(device: "torch.device") -> int:
+    """Return the bytes of its memory that this rank has reserved now: of the GPU, or of main memory on a CPU."""
+    import torch
+
+    from openchatkit.loading import hardware
+
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else hardware.main_memory_in_use()
+
+
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to take no block from mmap and never to shrink its heap; does nothing elsewhere.
 

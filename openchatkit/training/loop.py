@@ -10,15 +10,15 @@ from loguru import logger
 
 from openchatkit.distributed.processes import ECHO_SECONDS
 from openchatkit.errors import RESUMABLE, Interrupted
-from openchatkit.settings import to_json
 from openchatkit.training.config import Settings
 from openchatkit.training.device import profiler
 from openchatkit.training.ledger_writer import LedgerWriter
-from openchatkit.training.metrics import Reporter
+from openchatkit.training.metrics import Reporter, open_sinks
 from openchatkit.training.saving import Saver
 from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
 from openchatkit.training.step import StepResult, Trainer, by_name
+from openchatkit.training.throughput import StepMeter
 
 
 class Loop:
@@ -39,6 +39,7 @@ class Loop:
         )
         self._ledger: LedgerWriter | None = None  # on rank 0 only, as the next
         self._reporter: Reporter | None = None
+        self._meter: StepMeter | None = None
         self._save_due = False
 
     def run(self) -> int:
@@ -74,7 +75,7 @@ class Loop:
         )
         if self._ledger is not None:
             self._ledger.add(self.progress.step, self.trainer.global_batch, result)
-        if self._reporter is not None:
+        if self._reporter is not None and self._meter is not None:
             row = {
                 "step": self.progress.step,
                 "loss": result.loss,
@@ -82,8 +83,8 @@ class Loop:
                 "grad_norm": result.grad_norm,
                 "tokens": self.progress.tokens,
                 "trained_tokens": result.trained_tokens,
-                "tokens_per_second": tokens / seconds,
                 "loss_scale": self.trainer.scaler.scale,
+                **self._meter.measure(seconds),
                 "sources": by_name(self.inputs.dataset, result.sources),
             }
             last = self.progress.step * self.trainer.global_batch
@@ -141,19 +142,14 @@ class Loop:
     @contextlib.contextmanager
     def _open_records(self) -> Iterator[None]:
         """Keep the run's ledger and report its numbers, on rank 0."""
+        self._meter = StepMeter(self.settings, self.trainer, steps=self.total_steps - self.progress.step)
         if self.trainer.layout.rank != 0:
             yield
             return
         folder = self.settings.checkpoint_path
         self._ledger = LedgerWriter(folder, self.progress, self.trainer.layout, self.trainer.schedule)
         self._reporter = Reporter(
-            folder,
-            first_step=self.progress.step,
-            total_steps=self.total_steps,
-            backend=self.settings.train_log_backend,
-            project=self.settings.project_name,
-            job_id=self.settings.job_id,
-            config=to_json(self.settings),
+            open_sinks(self.settings, first_step=self.progress.step, total_steps=self.total_steps)
         )
         try:
             yield

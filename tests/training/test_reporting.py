@@ -1,37 +1,61 @@
-"""`training/metrics.py`, and the traces of `training/device.py`: metrics.jsonl, log backends, and no secrets."""
+"""`training/metrics.py` and its sinks: metrics.jsonl, the console, log backends, and no secrets."""
 
 import json
+import re
 
 import pytest
 import ranks
 from loguru import logger
 
+from openchatkit.errors import UserError
 from openchatkit.formats import metrics
 from openchatkit.settings import to_json
-from openchatkit.training import config
+from openchatkit.training import config, sinks
 from openchatkit.training.metrics import Reporter
 
 
 def test_print_is_the_default_and_writes_lines_to_a_file(tmp_path, flags):
     ended = ranks.train(tmp_path, {**flags, "total_steps": 2, "checkpoint_path": tmp_path / "ckpt"})
     assert ended.statuses == [0]
-    assert "step 2/2 | loss " in ended.errors[0]
-    assert "tokens/s" in ended.errors[0]
+    assert re.search(r"step 2/2 0:00 left \| loss [\d.]+ lr \S+ norm [\d.]+ \| \d+ tok/s", ended.errors[0])
     assert not (tmp_path / "logs").exists()
 
 
 def test_loguru_writes_a_file(tmp_path, flags):
-    change = {"train_log_backend": "loguru", "checkpoint_path": tmp_path / "ckpt", "total_steps": 3}
-    assert ranks.train(tmp_path, {**flags, **change}, workplace=tmp_path).statuses == [0]
+    """And TensorBoard its own, in the same run."""
+    change = {"train_log_backend": "loguru,tensorboard", "checkpoint_path": tmp_path / "ckpt", "total_steps": 3}
+    ended = ranks.train(tmp_path, {**flags, **change}, workplace=tmp_path)
+    assert ended.statuses == [0], ended.errors
     (log,) = (tmp_path / "logs").glob("file_*.log")
     text = log.read_text()
-    assert all(f"step {step}/3 | loss " in text for step in (1, 2, 3))
+    assert [text.count(f"step {step}/3 | loss ") for step in (1, 2, 3)] == [1, 1, 1]
+    assert scalars(tmp_path / "ckpt" / "tensorboard")["loss"] == [
+        (row["step"], pytest.approx(row["loss"])) for row in metrics.read(tmp_path / "ckpt")
+    ]
+
+
+def scalars(folder):
+    """{name: [(step, value)]} of TensorBoard's files."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulators.EventAccumulator(str(folder))
+    found.Reload()
+    return {name: [(entry.step, entry.value) for entry in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(tmp_path):
+    for first_step, steps in ((0, (1, 2, 3)), (1, (2,))):
+        sink = sinks.TensorBoard(tmp_path, first_step=first_step)
+        for step in steps:
+            sink.add_step({"step": step, "loss": first_step + step / 10, "sources": {"a": {"loss": None}}})
+        sink.close()
+    assert scalars(tmp_path) == {"loss": [(1, pytest.approx(0.1)), (2, pytest.approx(1.2))]}
 
 
 def test_wandb_offline(tmp_path, flags, monkeypatch):
     secret = "not-to-be-seen-0123456789"
     environment = {"WANDB_MODE": "offline", "AWS_SECRET_ACCESS_KEY": secret, "WANDB_SILENT": "true"}
     change = {"train_log_backend": "wandb", "project_name": "testing", "total_steps": 2, "pipeline_group_size": 2}
+    change |= {"wandb_team": "our-team", "wandb_group": "our-group", "wandb_run_name": "our-run"}
     flags = {**flags, **change, "checkpoint_path": tmp_path / "ckpt"}
     ended = ranks.train(tmp_path, flags, world_size=2, environment=environment, workplace=tmp_path)
     assert ended.statuses == [0, 0], ended.errors
@@ -41,6 +65,9 @@ def test_wandb_offline(tmp_path, flags, monkeypatch):
     assert b"grad_norm" in written
     assert b"loss/" in written
     assert b"micro_batch_size" in written
+    assert b"our-team" in written
+    assert b"our-group" in written
+    assert b"our-run" in written
     assert secret.encode() not in written
 
 
@@ -81,8 +108,7 @@ def test_numbers_that_are_not_finite_are_null_at_every_depth(tmp_path):
     """And the step's samples are named, with the sources whose loss is not finite."""
     said = []
     sink = logger.add(lambda message: said.append(message.record["message"]))
-    place = {"first_step": 0, "total_steps": 2, "backend": "print", "project": "", "job_id": "", "config": {}}
-    reporter = Reporter(tmp_path, **place)
+    reporter = Reporter([sinks.MetricsFile(tmp_path, first_step=0)])
     sources = {"a": {"loss": float("nan"), "trained_tokens": 3}, "b": {"loss": None, "trained_tokens": 0}}
     row = {
         "step": 1,
@@ -114,3 +140,52 @@ def lines(folder):
 def test_recorded_settings_are_json():
     settings = config.parse(["--model-name", "m", "--task-name", "d", "--total-steps", "1"])
     assert json.loads(json.dumps(to_json(settings)))["model_name"] == "m"
+
+
+ROW = {
+    "step": 1200,
+    "loss": 2.34567,
+    "lr": 4.98765e-5,
+    "grad_norm": 1.23456,
+    "trained_tokens": 9,
+    "seconds": 2.0,
+    "tokens_per_second": 12345.6,
+    "data_seconds": 0.06,
+    "receive_seconds": 0.25,
+    "hardware_share": 0.345,
+    "memory_bytes": 1234567890,
+}
+
+
+def test_a_line_has_what_a_step_reached_and_waited_for():
+    assert sinks.format_step({**ROW, "step": 12}, 28, left=125) == (
+        "step 12/28 2:05 left | loss 2.346 lr 5e-05 norm 1.23 | 12346 tok/s MFU 34% wait 12%"
+    )
+    assert sinks.format_step({**ROW, "step": 12}, 28) == (
+        "step 12/28 | loss 2.346 lr 5e-05 norm 1.23 | 12346 tok/s MFU 34% wait 12% data 3% 1.2 GB"
+    )
+
+
+def test_a_line_leaves_out_what_does_not_fit_and_what_nobody_measured():
+    long = sinks.format_step(ROW, 280000, left=300000.0)
+    assert len(long) <= 89
+    assert "MFU 34%" in long
+    row = {**ROW, "hardware_share": None, "receive_seconds": None, "data_seconds": 0.001, "loss": None}
+    assert sinks.format_step(row, 2800) == ("step 1200/2800 | loss not finite lr 5e-05 norm 1.23 | 12346 tok/s 1.2 GB")
+
+
+@pytest.mark.parametrize("given", ["print, wandb", "wandb,print,wandb"])
+def test_backends_may_be_several(given):
+    assert set(config.parse_backends(given).split(",")) == {"print", "wandb"}
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(UserError, match="tensorbored") as raised:
+        config.parse(["--model-name", "m", "--task-name", "d", "--train-log-backend", "print,tensorbored"])
+    assert "print, loguru, tensorboard, wandb" in str(raised.value)
+
+
+def test_a_backend_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed: pip install 'openchatkit\[tensorboard\]'"):
+        sinks.check_installed("print,tensorboard")

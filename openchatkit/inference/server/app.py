@@ -1,9 +1,6 @@
 """The server's paths and their handlers."""
 
 import asyncio
-import base64
-import hashlib
-import re
 import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from loguru import logger
 
+from openchatkit import web
 from openchatkit.inference.conversation import context
 from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.responder import Emit, Reply, Responder
@@ -203,12 +201,7 @@ async def _read_body(request: "Request", limit: int) -> bytes:
 def _page() -> "Callable[[Request], Awaitable[Response]]":
     """Return the handler of the chat page, whose policy allows its own script and style, and this server, alone."""
     page = resources.files(__package__).joinpath("page.html").read_bytes()
-    script, style = (_digest(page, tag) for tag in (b"script", b"style"))
-    policy = (
-        f"default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
+    headers = web.page_headers(page)
 
     async def handler(request: "Request") -> "Response":
         from starlette.responses import Response
@@ -216,12 +209,6 @@ def _page() -> "Callable[[Request], Awaitable[Response]]":
         return Response(page, media_type="text/html", headers=headers)
 
     return handler
-
-
-def _digest(page: bytes, tag: bytes) -> str:
-    found = re.search(b"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
-    assert found is not None, tag
-    return "sha256-" + base64.b64encode(hashlib.sha256(found[1]).digest()).decode()
 
 
 async def _answer_api_error(request: "Request", error: Exception) -> "Response":

@@ -1,8 +1,6 @@
 """The command `inference/server.py`: its flags, and a server for the model that they name."""
 
 import argparse
-import importlib.util
-import ipaddress
 import logging
 import os
 import re
@@ -17,15 +15,13 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from openchatkit import cli
+from openchatkit import cli, web
 from openchatkit.errors import UserError
 from openchatkit.inference import flags
 from openchatkit.inference.retrieval import flags as retrieval
-from openchatkit.libraries import uvicorn_http
 
 if TYPE_CHECKING:
     import uvicorn
-    from starlette.types import ASGIApp
 
     from openchatkit.inference.responder import Responder
     from openchatkit.inference.retrieval.retriever import Retriever
@@ -81,10 +77,9 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Load the model, then answer requests until Ctrl-C or SIGTERM."""
     given = parser().parse_args(argv)
-    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
-        raise UserError("the server needs starlette and uvicorn, which are not installed: pip install -e '.[server]'")
+    web.check_installed("the server")
     token = read_token(given.token_file, given.host)
-    listener = bind(given.host, given.port)  # fails now, not after the minutes of loading a model
+    listener = web.bind(given.host, given.port)  # fails now, not after the minutes of loading a model
     with listener:
         retriever = retrieval.retriever(given, logger.info)
         responder = flags.responder(given, logger.info, slots=given.cached_conversations)
@@ -99,7 +94,7 @@ def read_token(file: Path | None, host: str) -> str | None:
         token = file.read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE, "").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--token-file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not token and (file or not _is_loopback(host)):
+    if not token and (file or not web.is_loopback(host)):
         what = (
             f"--token-file {file} is empty" if file else f"--host {host} lets other machines in, and there is no token"
         )
@@ -108,35 +103,6 @@ def read_token(file: Path | None, host: str) -> str | None:
         expected = f"at least {_SHORTEST_TOKEN} printable ASCII characters without spaces"
         raise UserError(f"{place} cannot be used: expected {expected}; {_MAKE_TOKEN}")
     return token or None
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to this address, without listening yet; UserError when that fails."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--host {host} --port {port} cannot be listened on: {reason}; --port 0 takes a free port"
-        ) from error
-    return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """Return the URL of a socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    """Whether an address to listen on is this machine's own, which no other machine reaches."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _serve(
@@ -168,7 +134,7 @@ def _serve(
     )
     worker = Worker(max_waiting=given.max_queue, stopping=lambda: server.should_exit)
     app = create_app(responder, worker, options)
-    server = uvicorn.Server(settings(app, connections=given.max_queue + 500, access_log=given.access_log))
+    server = uvicorn.Server(web.settings(app, connections=given.max_queue + 500, access_log=given.access_log))
     if given.access_log:
         _log_access()
     try:
@@ -177,7 +143,7 @@ def _serve(
         raise UserError(
             f"--port {given.port} was taken by another server while the model was loaded: {error.strerror}"
         ) from error
-    logger.info(_welcome(address_of(listener), name, token))
+    logger.info(_welcome(web.address_of(listener), name, token))
     _run(server, worker, listener)
 
 
@@ -198,32 +164,6 @@ def _run(server: "uvicorn.Server", worker: "Worker", listener: socket.socket) ->
         answering.result()
     if signal.SIGINT in received:
         raise KeyboardInterrupt
-
-
-def settings(
-    app: "ASGIApp", *, connections: int = 500, access_log: bool = False, patience: float = uvicorn_http.PATIENCE
-) -> "uvicorn.Config":
-    """Return uvicorn's configuration for the application: silent, plain HTTP, a limited number of `connections`.
-
-    `patience` is for silent clients, in seconds; see `uvicorn_http`.
-    """
-    import uvicorn
-
-    return uvicorn.Config(
-        app,
-        loop="asyncio",
-        http=uvicorn_http.protocol(patience),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level=None if access_log else "critical",
-        access_log=access_log,
-        proxy_headers=False,
-        server_header=False,
-        limit_concurrency=connections,
-        timeout_keep_alive=uvicorn_http.KEEP_ALIVE,
-        timeout_graceful_shutdown=10,
-    )
 
 
 def reply_lengths(given: argparse.Namespace) -> tuple[int, int]:

@@ -17,10 +17,10 @@ from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.responder import Responder
 from openchatkit.inference.server.app import ServerOptions, create_app
-from openchatkit.inference.server.command import address_of, bind, settings
 from openchatkit.inference.server.schema import ServedModel
 from openchatkit.inference.server.worker import Worker
 from openchatkit.libraries import uvicorn_http
+from openchatkit.web import address_of, bind, settings
 
 GREEDY = Sampling(max_tokens=30, sample=False)
 

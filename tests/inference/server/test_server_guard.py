@@ -17,11 +17,11 @@ from openchatkit.errors import UserError
 from openchatkit.inference.conversation.rendering import KitRendering
 from openchatkit.inference.engine.engine import OutOfMemory
 from openchatkit.inference.responder import Responder
-from openchatkit.inference.server.command import settings
 from openchatkit.inference.server.guard import MOST_ADDRESSES, Guard, RateLimiter
 from openchatkit.inference.server.responses import json_response
 from openchatkit.inference.server.worker import Worker
 from openchatkit.libraries import uvicorn_http
+from openchatkit.web import settings
 
 TOKEN = "a-token-of-the-tests"
 ENDLESS = {"messages": HELLO, "max_tokens": 1_000_000}

@@ -1,0 +1,224 @@
+"""Where the numbers of a run go: its metrics.jsonl, the console, and the log backends that the user has chosen.
+
+Sinks take rows as JSON can hold them, step by step. They exist on rank 0 alone.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from loguru import logger
+
+from openchatkit import progress
+from openchatkit.errors import UserError
+from openchatkit.formats import metrics
+from openchatkit.storage import storage_errors
+from openchatkit.training.forecast import Forecast, format_left
+
+Row = dict[str, Any]
+
+_LOG_FILE = "./logs/file_{time}.log"
+# Records with this key are for the sink that it names alone.
+_ONLY = "only"
+_SECONDS_BETWEEN_LINES = 10
+# Of a line on the console, which has the time of day in front.
+_COLUMNS = 100 - len("12:34:56 | ")
+
+
+class Sink(Protocol):
+    """A place for the numbers of steps and evaluations."""
+
+    def add_step(self, row: Row) -> None:
+        """Take the row of a step."""
+
+    def add_evaluation(self, row: Row) -> None:
+        """Take the row of an evaluation."""
+
+    def close(self) -> None:
+        """Finish; nothing is added afterwards."""
+
+
+def configure_logging(*, rank: int) -> None:
+    """Send the log to stderr, with the rank in front."""
+    logger.remove()
+    prefix = "{time:HH:mm:ss} | " + (f"rank {rank} | " if rank else "")
+    level = "INFO" if rank == 0 else "WARNING"
+    logger.add(progress.write, format=prefix + "{message}", level=level, filter=_keep_for("console"))
+
+
+class MetricsFile:
+    """metrics.jsonl in the folder of a run, of which the rows after `first_step` are dropped at the start."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        self._folder = folder
+        with storage_errors(folder):
+            metrics.cut(folder, first_step)
+
+    def add_step(self, row: Row) -> None:
+        with storage_errors(self._folder):
+            metrics.append(self._folder, row)
+
+    add_evaluation = add_step
+
+    def close(self) -> None:
+        """Do nothing: each row is in the file already."""
+
+
+class Console:
+    """One live line on a terminal; elsewhere a line of the log every few seconds, which is enough to follow a run.
+
+    `clock` is monotonic, in seconds.
+    """
+
+    def __init__(self, *, first_step: int, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total_steps, self._clock = total_steps, clock
+        self._bar = progress.bar(total_steps, "training", unit="step", initial=first_step)
+        self._forecast = Forecast(total_steps, clock=clock)
+        self._last_printed = 0.0
+
+    def add_step(self, row: Row) -> None:
+        self._forecast.count(row["step"])
+        self._bar.update()
+        self._bar.set_postfix_str(f"loss {_format_loss(row)}, {_format_speed(row)}", refresh=False)
+        due = row["step"] == self._total_steps or self._clock() - self._last_printed > _SECONDS_BETWEEN_LINES
+        if self._bar.disable and due:
+            self._last_printed = self._clock()
+            line = format_step(row, self._total_steps, left=self._forecast.seconds_left)
+            logger.bind(**{_ONLY: "console"}).info(line)
+        if (forecast := self._forecast.describe()) is not None:
+            logger.info(forecast)
+
+    def add_evaluation(self, row: Row) -> None:
+        logger.info(format_evaluation(row))
+
+    def close(self) -> None:
+        """End the live line."""
+        self._bar.close()
+
+
+class LogFile:
+    """A file in ./logs/ with a line for every step, and all else that rank 0 logs."""
+
+    def __init__(self, *, total_steps: int) -> None:
+        self._total_steps = total_steps
+        with storage_errors(Path(_LOG_FILE).parent):
+            self._handler = logger.add(
+                _LOG_FILE, format="{time} | {level} | {message}", level="INFO", filter=_keep_for("file")
+            )
+
+    def add_step(self, row: Row) -> None:
+        logger.bind(**{_ONLY: "file"}).info(format_step(row, self._total_steps))
+
+    def add_evaluation(self, row: Row) -> None:
+        """Do nothing: the console logs it for both."""
+
+    def close(self) -> None:
+        logger.remove(self._handler)
+
+
+class TensorBoard:
+    """Event files that TensorBoard reads; those of steps after `first_step` are hidden there."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with storage_errors(folder):
+            self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def add_step(self, row: Row) -> None:
+        for name, value in flatten(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    add_evaluation = add_step
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run on wandb's server, or with WANDB_MODE=offline in ./wandb/. `config` must hold no secrets."""
+
+    def __init__(self, *, project: str, team: str | None, group: str, name: str | None, config: dict[str, Any]) -> None:
+        import wandb
+
+        try:
+            self._run = wandb.init(project=project, entity=team, group=group, name=name, config=config, resume="allow")
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from error
+
+    def add_step(self, row: Row) -> None:
+        self._run.log(flatten(row), step=row["step"])
+
+    add_evaluation = add_step
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_installed(backends: str) -> None:
+    """Raise UserError where a backend of `--train-log-backend` needs a package that is not installed."""
+    for package in ("tensorboard", "wandb"):
+        if package in backends.split(",") and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--train-log-backend {package} needs {package}, which is not installed: "
+                f"pip install 'openchatkit[{package}]'"
+            )
+
+
+def format_step(row: Row, total_steps: int, *, left: float | None = None) -> str:
+    """Return the line of a step, of at most 89 columns: what does not fit is left out, the least important first."""
+    time_left = "" if left is None else f" {format_left(left)} left"
+    norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3g}"
+    line = (
+        f"step {row['step']}/{total_steps}{time_left} | loss {_format_loss(row)} lr {row['lr']:.2g} norm {norm} | "
+        f"{_format_speed(row)}"
+    )
+    shares = {"data": row.get("data_seconds"), "wait": row.get("receive_seconds")}
+    percents = {
+        name: f"{name} {share:.0%}" for name, of in shares.items() if of and (share := of / row["seconds"]) >= 0.005
+    }
+    share, memory = row.get("hardware_share"), row.get("memory_bytes")
+    extras = [
+        f"MFU {share:.0%}" if share else "",
+        percents.get("wait", ""),
+        percents.get("data", ""),
+        f"{memory / 1e9:.1f} GB" if memory else "",
+    ]
+    for extra in filter(None, extras):
+        if len(line) + 1 + len(extra) <= _COLUMNS:
+            line += f" {extra}"
+    return line
+
+
+def format_evaluation(row: Row) -> str:
+    """Return the line of an evaluation."""
+    loss = row["evaluation_loss"]
+    missing = "not finite" if row["evaluation_tokens"] else "none"
+    return f"step {row['step']} | evaluation loss {missing if loss is None else f'{loss:.4g}'}"
+
+
+def flatten(row: Row) -> dict[str, float]:
+    """Return a row for charts: `loss/<source>` in place of nested values, and nothing for what has no value."""
+    flat = {key: value for key, value in row.items() if key != "step" and not isinstance(value, dict)}
+    for key, loss in (("sources", "loss"), ("evaluation_sources", "evaluation_loss")):
+        flat |= {f"{loss}/{name}": source["loss"] for name, source in row.get(key, {}).items()}
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _format_loss(row: Row) -> str:
+    if row["loss"] is None:
+        return "not finite" if row["trained_tokens"] else "none"
+    return f"{row['loss']:.4g}"
+
+
+def _format_speed(row: Row) -> str:
+    speed = row["tokens_per_second"]
+    return f"{speed:.0f} tok/s" if speed < 1e5 else f"{speed / 1000:.0f}k tok/s"
+
+
+def _keep_for(sink: str) -> Callable[[Any], bool]:
+    """Return a filter of the log that drops what is for another sink alone."""
+    return lambda record: record["extra"].get(_ONLY, sink) == sink
