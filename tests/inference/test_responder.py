@@ -10,7 +10,6 @@ import torch
 from openchatkit.errors import UserError
 from openchatkit.inference.conversation.conversation import Conversation
 from openchatkit.inference.conversation.rendering import KitRendering
-from openchatkit.inference.engine import prefix_cache
 from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader
@@ -196,9 +195,8 @@ def test_a_reply_that_is_cancelled_ends_with_its_token(says):
 
 def test_a_reply_that_is_cancelled_while_a_long_prompt_is_read_never_begins(random_models, tokenizer, monkeypatch):
     loaded = loader.load(str(random_models["neox"]))
-    engine = Engine(loaded.model, eos_ids=(), device=loaded.device)
+    engine = Engine(loaded.model, eos_ids=(), device=loaded.device, chunk=16)
     responder = Responder(engine, tokenizer, KitRendering(tokenizer))
-    monkeypatch.setattr(prefix_cache, "CHUNK", 16)
     passes = []
     monkeypatch.setattr(loaded.model, "forward", partial(_counted, passes, loaded.model.forward))
     talk = Conversation().asked("word " * 60)

@@ -14,6 +14,7 @@ from openchatkit.data.records.raw_row import Mark
 from openchatkit.data.records.reader import Records, Stamps, is_unchanged
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.builder import BadRowsError, StoreBuilder, bad_row_error, is_resumable
+from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
@@ -41,6 +42,7 @@ def build_store(
     tokenizer: Tokenizer,
     separator: str,
     bad_rows: str,
+    pace: Pace,
 ) -> None:
     """Tokenise `source` into `folder`, which appears only when it is complete. The caller holds the lock.
 
@@ -51,7 +53,13 @@ def build_store(
     if read_record(temporary) is None:
         try:
             done = _tokenise(
-                source, temporary, before=stamps, tokenizer=tokenizer, separator=separator, bad_rows=bad_rows
+                source,
+                temporary,
+                before=stamps,
+                tokenizer=tokenizer,
+                separator=separator,
+                bad_rows=bad_rows,
+                pace=pace,
             )
         except BaseException as error:
             if not is_resumable(error) or read_progress(temporary) is None:
@@ -101,16 +109,19 @@ def _tokenise(
     tokenizer: Tokenizer,
     separator: str,
     bad_rows: str,
+    pace: Pace,
 ) -> StoreProgress:
     """Write the files of a store but for its record, from where the last build of it stopped."""
     _check_unchanged(source, before)
-    with Records(source) as records, _open(source, folder, tokenizer, bad_rows) as store:
+    with Records(source) as records, _open(source, folder, tokenizer, bad_rows, pace) as store:
         position = store.input.position
-        processes = workers.cores() if records.size - position > workers.SMALL and workers.cores() > 1 else 0
+        processes = workers.cores() if records.size - position > pace.alone_bytes and workers.cores() > 1 else 0
         rows = records.rows(Mark(store.input.row, store.input.row_end))
         title = f"tokenising {source.name}"
         with (
-            contextlib.closing(tokenise_all(rows, tokenizer, separator=separator, processes=processes)) as parts,
+            contextlib.closing(
+                tokenise_all(rows, tokenizer, separator=separator, batch_bytes=pace.batch_bytes, processes=processes)
+            ) as parts,
             progress.bar(records.size, title, unit="B", unit_scale=True, initial=position) as bar,
         ):
             for batch, part in parts:
@@ -138,7 +149,7 @@ def _check_unchanged(source: Path, before: Stamps) -> None:
         raise UserError(f"{source} was changed while it was tokenised: run again when it is complete")
 
 
-def _open(source: Path, folder: Path, tokenizer: Tokenizer, bad_rows: str) -> StoreBuilder:
+def _open(source: Path, folder: Path, tokenizer: Tokenizer, bad_rows: str, pace: Pace) -> StoreBuilder:
     """Open the store in `folder` as it was last saved, or an empty one."""
     folder.mkdir(exist_ok=True)
     saved = read_progress(folder)
@@ -153,4 +164,5 @@ def _open(source: Path, folder: Path, tokenizer: Tokenizer, bad_rows: str) -> St
         bad_rows=bad_rows,
         resume={_KEY: saved} if saved else None,
         write_note=lambda stores: write_progress(folder, stores[_KEY]),
+        pace=pace,
     )

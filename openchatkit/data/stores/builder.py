@@ -18,12 +18,10 @@ from loguru import logger
 
 from openchatkit import storage
 from openchatkit.data.records.raw_row import START, Mark
+from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import Tokenised
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats.token_store import StoreProgress, TokenStoreWriter, quarantine_path
-
-SAVE_TOKENS = 32 << 20  # 64 MB where an id takes two bytes
-SAVE_SECONDS = 30.0
 
 # The content of each store, by its key. Fields about the input (`rows` to `position`, quarantine) are equal in all.
 Progress = Mapping[str, StoreProgress]
@@ -64,11 +62,13 @@ class StoreBuilder:
         bad_rows: str,
         resume: Progress | None,
         write_note: Callable[[Progress], None],
+        pace: Pace,
     ) -> None:
         self._folder = folder
         self._title = title
         self._bad_rows = bad_rows
         self._write_note = write_note
+        self._pace = pace
         try:
             self._open(keys, vocab_size, masked, resume)
         except ValueError:  # files that hold less than was noted
@@ -76,7 +76,7 @@ class StoreBuilder:
         if self.input.rows:
             logger.info("{}: continues after row {:,}, where it was stopped", title, self.input.row)
         self._saved_tokens = self._tokens
-        self._save_at = time.monotonic() + SAVE_SECONDS
+        self._save_at = time.monotonic() + self._pace.save_seconds
 
     @property
     def input(self) -> StoreProgress:
@@ -152,7 +152,7 @@ class StoreBuilder:
 
     def is_save_due(self) -> bool:
         """Return whether enough is new, or the last save long enough ago, for another one."""
-        return self._tokens - self._saved_tokens >= SAVE_TOKENS or time.monotonic() >= self._save_at
+        return self._tokens - self._saved_tokens >= self._pace.save_tokens or time.monotonic() >= self._save_at
 
     def save(self) -> None:
         """Force the files to disk, then note how far they reach."""
@@ -162,7 +162,7 @@ class StoreBuilder:
         storage.sync_file(self._quarantine)
         self._write_note(progress)
         self._saved_tokens = self._tokens
-        self._save_at = time.monotonic() + SAVE_SECONDS
+        self._save_at = time.monotonic() + self._pace.save_seconds
 
     def __enter__(self) -> "StoreBuilder":
         return self

@@ -19,6 +19,7 @@ from loguru import logger
 from openchatkit import progress, storage
 from openchatkit.data.records import reader
 from openchatkit.data.stores.build import build_store, first_quarantined
+from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import VERSION
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
@@ -39,7 +40,13 @@ _PLACES, _SHORT = 1024, 1 << 12
 
 
 def cached_store(
-    source: Path, *, tokenizer: Tokenizer, separator: str, bad_rows: str, cache_dir: Path
+    source: Path,
+    *,
+    tokenizer: Tokenizer,
+    separator: str,
+    bad_rows: str,
+    cache_dir: Path,
+    pace: Pace = Pace(),  # noqa: B008 - it is frozen
 ) -> tuple[TokenStore, StoreRecord]:
     """Return the store of one file of records, built if it is missing, with a mask where any row has roles.
 
@@ -64,6 +71,7 @@ def cached_store(
                         tokenizer=tokenizer,
                         separator=separator,
                         bad_rows=bad_rows,
+                        pace=pace,
                     )
             record = read_record(folder)
             assert record is not None

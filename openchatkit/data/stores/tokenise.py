@@ -18,6 +18,7 @@ import numpy as np
 from openchatkit.data.records.document import BadRowError, decode
 from openchatkit.data.records.raw_row import RawRow
 from openchatkit.data.stores import workers
+from openchatkit.data.stores.pace import Pace
 from openchatkit.data.tokenizer import Encode, Tokenizer, encoder
 from openchatkit.formats import chat
 from openchatkit.formats.token_store import CONTEXT, EXCLUDED, TRAINED
@@ -26,9 +27,6 @@ T = TypeVar("T")
 
 # Part of every cached store's key: raise it when the same rows would give other tokens or another mask.
 VERSION = 5
-
-# Large enough that a message between processes costs little, small enough to keep all of them busy to the end.
-BATCH_BYTES = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +88,21 @@ def _mark(segment: chat.Segment) -> int:
 
 
 def tokenise_all(
-    rows: Iterable[RawRow], tokenizer: Tokenizer, *, separator: str, processes: int = 0
+    rows: Iterable[RawRow],
+    tokenizer: Tokenizer,
+    *,
+    separator: str,
+    batch_bytes: int = Pace.batch_bytes,
+    processes: int = 0,
 ) -> Generator[tuple[list[RawRow], Tokenised], None, None]:
     """Tokenise batch by batch, in order, in so many worker processes, or in this one if there are none.
 
     Rows that could not be read are among the bad ones, with the reader's reason.
     """
     closing, marker = separator_ids(tokenizer, separator), tokenizer.end_of_text_token
-    batches = ((batch, [row.data for row in batch]) for batch in in_batches(rows, lambda row: len(row.data)))
+    batches = (
+        (batch, [row.data for row in batch]) for batch in in_batches(rows, lambda row: len(row.data), batch_bytes)
+    )
     done = workers.in_order(
         batches,
         processes=processes,
@@ -122,14 +127,14 @@ def separator_ids(tokenizer: Tokenizer, separator: str) -> list[int]:
     return [tokenizer.end_of_text] if separator == "end-of-text" else tokenizer.encode(["\n"])[0]
 
 
-def in_batches(rows: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield rows in lists large enough for a message to a worker process; `size_of` returns a row's bytes."""
+def in_batches(rows: Iterable[T], size_of: Callable[[T], int], batch_bytes: int) -> Iterator[list[T]]:
+    """Yield rows in lists of at least `batch_bytes`; `size_of` returns a row's bytes."""
     batch: list[T] = []
     size = 0
     for row in rows:
         batch.append(row)
         size += size_of(row)
-        if size >= BATCH_BYTES:
+        if size >= batch_bytes:
             yield batch
             batch, size = [], 0
     if batch:

@@ -29,7 +29,6 @@ _Kept = TypeVar("_Kept")
 _Sent = TypeVar("_Sent")
 Result = TypeVar("Result")
 
-SMALL = 4 << 20  # bytes of input: one process tokenises them before workers have started
 _WINDOW = 3  # batches read ahead for each worker
 
 

@@ -19,7 +19,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from openchatkit.errors import UserError
-from openchatkit.inference.engine.prefix_cache import Cancelled, KVSlot, PrefixCache
+from openchatkit.inference.engine.prefix_cache import CHUNK, Cancelled, KVSlot, PrefixCache
 from openchatkit.inference.engine.runner import CompiledRunner, ModelRunner, can_compile
 from openchatkit.inference.engine.sampling import Sampling, check_finite, choose, mark_seen
 from openchatkit.inference.engine.speculation import PromptLookup, Speculation
@@ -49,8 +49,9 @@ class Engine:
     """A loaded model that continues texts. `device` is where its inputs belong.
 
     Keys and values of what it has read are kept between calls, for up to `slots` different texts, in `cache_dtype`
-    (None: the model's). `compile` asks for the compiled forward pass of `runner`, which keeps one text whatever `slots`
-    says (None: where a GPU runs it and the model allows it). One reply at a time: starting another ends the last one.
+    (None: the model's). Prompts are read in pieces of `chunk` tokens. `compile` asks for the compiled forward pass of
+    `runner`, which keeps one text whatever `slots` says (None: where a GPU runs it and the model allows it). One reply
+    at a time: starting another ends the last one.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         device: torch.device,
         cache_dtype: torch.dtype | None = None,
         slots: int = 1,
+        chunk: int = CHUNK,
         compile: bool | None = None,
         compile_options: dict[str, Any] | None = None,
     ) -> None:
@@ -76,7 +78,7 @@ class Engine:
             slots = 1  # each static cache would be compiled for from scratch
         else:
             self.runner = ModelRunner(model, device=device, dtype=cache_dtype, limit=limit)
-        self.prefix_cache = PrefixCache(self.runner, slots)
+        self.prefix_cache = PrefixCache(self.runner, slots, chunk)
 
     @property
     def context_length(self) -> int | None:

@@ -25,8 +25,9 @@ class Cancelled(Exception):
 class KVSlot:
     """One text's KV cache, and the tokens that it holds."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, chunk: int) -> None:
         self._runner = runner
+        self._chunk = chunk
         self._cache: Cache | None = None
         # Whether a pass or a truncation began that may have left the cache with more than the list says.
         self._uncertain = False
@@ -63,7 +64,7 @@ class KVSlot:
 
         `cancelled` is called before each chunk. Once it is true, Cancelled is raised, and the chunks read are kept.
         """
-        size = CHUNK if not self._runner.recurrent else 1 if self.tokens else len(prompt)
+        size = self._chunk if not self._runner.recurrent else 1 if self.tokens else len(prompt)
         assert len(self.tokens) < len(prompt), f"a prompt of {len(prompt)} tokens, all of them held"
         for start in range(len(self.tokens), len(prompt), size):
             if cancelled():
@@ -109,9 +110,9 @@ class KVSlot:
 class PrefixCache:
     """The last texts read, one for each of `size` slots."""
 
-    def __init__(self, runner: ModelRunner, size: int) -> None:
+    def __init__(self, runner: ModelRunner, size: int, chunk: int) -> None:
         assert size > 0, f"{size} slots"
-        self.slots = [KVSlot(runner) for _ in range(size)]  # the least recently used first
+        self.slots = [KVSlot(runner, chunk) for _ in range(size)]  # the least recently used first
 
     def take(self, prompt: Sequence[int]) -> KVSlot:
         """The best slot for `prompt`, holding only what they share.

@@ -21,6 +21,7 @@ from openchatkit.data.records.reader import ENDINGS, Records, is_readable
 from openchatkit.data.records.reader import files as record_files
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.builder import Progress
+from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import in_batches
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
@@ -29,6 +30,8 @@ from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES, Archive
 from openchatkit.tools.preprocess.work_folder import set_aside_path, store_prefix, unfinished_stores
 
 NamedRow = tuple[str, RawRow]  # a row with the name of its file
+
+PACE = Pace()
 
 
 @cli.command
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         overwrite=args.overwrite,
         expected=args.num_docs,
         interval=args.log_interval,
+        pace=PACE,
     )
 
 
@@ -120,6 +124,7 @@ def preprocess(
     overwrite: bool = False,
     expected: int | None = None,
     interval: int = 100,
+    pace: Pace,
 ) -> None:
     """Write `<prefix>_<key>_document` for each key of the job, and log what they hold.
 
@@ -129,10 +134,12 @@ def preprocess(
     source = InputRows(files, job.keys)
     title = f"tokenising {files[0].name if len(files) == 1 else f'{len(files)} files'}"
     try:
-        with unfinished_stores(prefix, job, files=files, title=title, bad_rows=bad_rows, overwrite=overwrite) as stores:
+        with unfinished_stores(
+            prefix, job, files=files, title=title, bad_rows=bad_rows, overwrite=overwrite, pace=pace
+        ) as stores:
             done = stores.input.rows
             with (
-                contextlib.closing(_tokenise(source, done, job, processes)) as parts,
+                contextlib.closing(_tokenise(source, done, job, processes, pace)) as parts,
                 progress.bar(expected, title, unit="docs", initial=done, miniters=interval) as bar,
             ):
                 began = time.monotonic()
@@ -155,12 +162,12 @@ def preprocess(
 
 
 def _tokenise(
-    source: "InputRows", start: int, job: fields.FieldOptions, processes: int
+    source: "InputRows", start: int, job: fields.FieldOptions, processes: int, pace: Pace
 ) -> Generator[tuple[list[NamedRow], fields.TokenisedFields], None, None]:
     """Yield what the rows after the first `start` ones become, batch by batch."""
-    rows = in_batches(source.rows(start), lambda named: len(named[1].data))
+    rows = in_batches(source.rows(start), lambda named: len(named[1].data), pace.batch_bytes)
     batches = ((batch, [row.data for _, row in batch]) for batch in rows)
-    processes = processes if processes > 1 and source.size > workers.SMALL else 0
+    processes = processes if processes > 1 and source.size > pace.alone_bytes else 0
     with contextlib.closing(
         workers.in_order(
             batches,

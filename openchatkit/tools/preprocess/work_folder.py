@@ -18,6 +18,7 @@ from pathlib import Path
 from openchatkit import storage
 from openchatkit.data.records import reader
 from openchatkit.data.stores.builder import Progress, StoreBuilder, is_resumable
+from openchatkit.data.stores.pace import Pace
 from openchatkit.errors import UserError
 from openchatkit.formats.token_store import StoreProgress, bin_path, idx_path, mask_path, quarantine_path
 from openchatkit.tools.preprocess import fields
@@ -37,7 +38,14 @@ def set_aside_path(prefix: Path) -> Path:
 
 @contextlib.contextmanager
 def unfinished_stores(
-    prefix: Path, job: fields.FieldOptions, *, files: Sequence[Path], title: str, bad_rows: str, overwrite: bool
+    prefix: Path,
+    job: fields.FieldOptions,
+    *,
+    files: Sequence[Path],
+    title: str,
+    bad_rows: str,
+    overwrite: bool,
+    pace: Pace,
 ) -> Iterator[StoreBuilder]:
     """Yield the open stores of a job, where an earlier run of it stopped; give them their names when that succeeds.
 
@@ -69,6 +77,7 @@ def unfinished_stores(
                 bad_rows=bad_rows,
                 resume=_read_note(note, identity, bad_rows),
                 write_note=write_note,
+                pace=pace,
             ) as stores:
                 yield stores
                 if not all(map(reader.is_unchanged, files, stamps)):

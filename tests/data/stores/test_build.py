@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,9 +21,10 @@ import pytest
 import zstandard
 
 from openchatkit.data.records import json_files
-from openchatkit.data.stores import builder, tokenise, workers
+from openchatkit.data.stores import builder, workers
 from openchatkit.data.stores import cache as cache_module
 from openchatkit.data.stores.cache import cached_store
+from openchatkit.data.stores.pace import Pace
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats.token_store import StoreRecord, TokenStore
 
@@ -50,11 +52,9 @@ class KilledError(BaseException):
     """Stands for a kill: nothing between it and the end of the process saves anything."""
 
 
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row or so a batch, saved after each."""
-    monkeypatch.setattr(tokenise, "BATCH_BYTES", 1)
-    monkeypatch.setattr(builder, "SAVE_TOKENS", 1)
+# A row or so a batch, saved after each; and the same without saving.
+OFTEN = Pace(batch_bytes=1, save_tokens=1)
+NEVER = replace(OFTEN, save_tokens=1 << 30)
 
 
 def write(path: Path, texts: list[str | None]) -> Path:
@@ -75,7 +75,7 @@ def some_texts(*, bad: bool) -> list[str | None]:
 
 
 def build(
-    source: Path, tokenizer: Bytes, *, bad_rows: str = "error", cache: str = "cache"
+    source: Path, tokenizer: Bytes, *, bad_rows: str = "error", cache: str = "cache", pace: Pace = OFTEN
 ) -> tuple[TokenStore, StoreRecord]:
     return cached_store(
         source,
@@ -83,6 +83,7 @@ def build(
         separator="end-of-text",
         bad_rows=bad_rows,
         cache_dir=source.parent / cache,
+        pace=pace,
     )
 
 
@@ -154,11 +155,10 @@ CHILD = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from openchatkit.data.stores import builder, tokenise, workers
 from openchatkit.data.stores.cache import cached_store
+from openchatkit.data.stores.pace import Pace
 from openchatkit.data.tokenizer import encoder
 source, tokenizer, cache = map(Path, sys.argv[1:])
-tokenise.BATCH_BYTES, workers.SMALL, builder.SAVE_TOKENS = 500, 0, 1
 serialised = tokenizer.read_text()
 tokenizer = SimpleNamespace(
     serialised=serialised,
@@ -168,7 +168,8 @@ tokenizer = SimpleNamespace(
     end_of_text_token="<end>",
     digest="tiny",
 )
-cached_store(source, tokenizer=tokenizer, separator="end-of-text", bad_rows="quarantine", cache_dir=cache)
+pace = Pace(batch_bytes=500, alone_bytes=0, save_tokens=1)
+cached_store(source, tokenizer=tokenizer, separator="end-of-text", bad_rows="quarantine", cache_dir=cache, pace=pace)
 """
 
 
@@ -203,22 +204,19 @@ def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     """What was tokenised is kept, though no save was due, and the next build logs that it continues."""
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
     tokenizer = Bytes()
-    monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
     with stop_after(monkeypatch, "add", 50, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
-        build(source, tokenizer)
+        build(source, tokenizer, pace=NEVER)
     assert "a.jsonl: stopped; the same command continues after row 99" in capsys.readouterr().err
     count = tokenizer.texts
-    assert build(source, tokenizer)[1].documents == ROWS
+    assert build(source, tokenizer, pace=NEVER)[1].documents == ROWS
     assert tokenizer.texts < count + 40
     assert "a.jsonl: continues after row 99, where it was stopped" in capsys.readouterr().err
 
 
 def test_progress_is_saved_after_some_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
-    monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
-    monkeypatch.setattr(builder, "SAVE_SECONDS", 0.0)
     with stop_after(monkeypatch, "add", 50, KilledError()), pytest.raises(KilledError):
-        build(source, Bytes())
+        build(source, Bytes(), pace=replace(NEVER, save_seconds=0.0))
     assert saved_row(tmp_path / "cache") == 99
 
 
@@ -226,8 +224,8 @@ def test_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_t
     from openchatkit.data.tokenizer import Tokenizer
 
     source = write(tmp_path / "a.jsonl", some_texts(bad=False) * 5)
-    monkeypatch.setattr(workers, "SMALL", 0)
     monkeypatch.setattr(workers, "cores", lambda: 2)
+    pace = replace(OFTEN, alone_bytes=0)
     plain = builder.StoreBuilder.add
 
     def add(self: object, *arguments: object, **options: object) -> None:
@@ -238,9 +236,9 @@ def test_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_t
     with monkeypatch.context() as patch:
         patch.setattr(builder.StoreBuilder, "add", add)
         with pytest.raises(Interrupted, match="a worker process was killed"):
-            build(source, tokenizer)
+            build(source, tokenizer, pace=pace)
     assert saved_row(tmp_path / "cache") > 0
-    assert build(source, tokenizer)[1].documents == 5 * ROWS
+    assert build(source, tokenizer, pace=pace)[1].documents == 5 * ROWS
 
 
 @pytest.mark.parametrize("calls", [0, 30])
@@ -267,10 +265,10 @@ import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 from pathlib import Path
-from test_build import Bytes, build, left
+from test_build import Bytes, Pace, build, left
 source = Path({str(source)!r})
 try:
-    build(source, Bytes())
+    build(source, Bytes(), pace=Pace())
 except Exception as error:
     print(type(error).__name__, error)
 print(left(source))
@@ -306,8 +304,6 @@ def test_a_source_changed_during_the_build(tmp_path: Path, monkeypatch: pytest.M
     source = write(tmp_path / "a.jsonl", some_texts(bad=False))
     tokenizer = Bytes()
     encode = tokenizer.encode
-    if when == "at the end":
-        monkeypatch.setattr(builder, "SAVE_TOKENS", 1 << 30)
 
     def change(texts: list[str]) -> list[list[int]]:
         if tokenizer.texts > ROWS:
@@ -316,7 +312,7 @@ def test_a_source_changed_during_the_build(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(tokenizer, "encode", change)
     with pytest.raises(UserError, match=r"a\.jsonl was changed while it was tokenised"):
-        build(source, tokenizer)
+        build(source, tokenizer, pace=NEVER if when == "at the end" else OFTEN)
     assert left(source) == []
 
 

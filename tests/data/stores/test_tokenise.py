@@ -11,7 +11,6 @@ import pytest
 from openchatkit import paths
 from openchatkit.data.records.document import texts
 from openchatkit.data.records.raw_row import Mark, RawRow
-from openchatkit.data.stores import tokenise as module
 from openchatkit.data.stores.tokenise import Tokenised, separator_ids, tokenise, tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
@@ -98,16 +97,13 @@ def test_random_chats(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("separator", ["end-of-text", "newline"])
 @pytest.mark.parametrize("processes", [0, 2])
-def test_batches_keep_the_order(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, processes: int, separator: str
-) -> None:
+def test_batches_keep_the_order(tokenizer: Tokenizer, processes: int, separator: str) -> None:
     """Bad rows among them, and rows that could not be read."""
-    monkeypatch.setattr(module, "BATCH_BYTES", 200)
     texts = [f"<human>: {'q' * (n % 37)}\n<bot>: {n}\n{END}" for n in range(100)]
     mixed = list(rows(texts))
     mixed.insert(70, RawRow(1070, b"{}", Mark(1070)))
     mixed.insert(30, RawRow(1030, b"", Mark(1030), error="too long"))
-    found = list(tokenise_all(iter(mixed), tokenizer, separator=separator, processes=processes))
+    found = list(tokenise_all(iter(mixed), tokenizer, separator=separator, batch_bytes=200, processes=processes))
     assert len(found) > 10
     assert [row for batch, _ in found for row in batch] == mixed
     bad = [(batch[place].number, reason) for batch, part in found for place, reason in part.bad]

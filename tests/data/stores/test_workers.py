@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from openchatkit.data.records.raw_row import Mark, RawRow
-from openchatkit.data.stores import tokenise as module
 from openchatkit.data.stores.tokenise import tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import Interrupted
@@ -23,9 +22,9 @@ def rows(texts: Iterable[str]) -> Iterator[RawRow]:
         yield RawRow(number, json.dumps({"text": text}).encode(), Mark(number))
 
 
-def test_a_killed_worker_is_an_error(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_BYTES", 1)
-    parts = tokenise_all(rows(map(str, range(10**6))), Tokenizer(tiny_tokenizer), separator="end-of-text", processes=2)
+def test_a_killed_worker_is_an_error(tiny_tokenizer: Path) -> None:
+    tokenizer = Tokenizer(tiny_tokenizer)
+    parts = tokenise_all(rows(map(str, range(10**6))), tokenizer, separator="end-of-text", batch_bytes=1, processes=2)
     next(parts)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(Interrupted, match=r"killed, most likely for lack of memory: .* continues where it stopped"):

@@ -125,7 +125,7 @@ def test_no_sequence_of_prompts_changes_a_token(models, name, data):
 def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypatch):
     model, prompt = models[name], [2 + number % 381 for number in range(200)]
     expected = fresh(model, prompt)
-    running = engine(model)
+    running = engine(model, chunk=64)
     sizes = []
     forward = model.forward
 
@@ -133,7 +133,6 @@ def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypa
         sizes.append(inputs["input_ids"].shape[1])
         return forward(**inputs)
 
-    monkeypatch.setattr(prefix_cache, "CHUNK", 64)
     monkeypatch.setattr(model, "forward", counted)
     assert say(running, prompt)[0] == expected
     assert sizes[:5] == [64, 64, 64, 8, 1]
@@ -142,8 +141,7 @@ def test_a_long_prompt_is_read_in_parts_and_says_the_same(models, name, monkeypa
 @pytest.mark.parametrize("name", [*FAMILIES, "sliding"])
 def test_a_cancelled_prefill_stops_and_is_resumed(models, name, monkeypatch):
     model, prompt = models[name], [2 + number % 381 for number in range(200)]
-    monkeypatch.setattr(prefix_cache, "CHUNK", 64)
-    running, statistics, asked = engine(model), Statistics(), []
+    running, statistics, asked = engine(model, chunk=64), Statistics(), []
     stream = running.generate(
         prompt, GREEDY, statistics=statistics, cancelled=lambda: asked.append(1) or len(asked) > 2
     )
@@ -251,9 +249,8 @@ def test_a_model_with_recurrent_states_goes_on_one_token_at_a_time_or_starts_afr
     torch.manual_seed(4)
     states = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 1}
     model = JambaForCausalLM(JambaConfig(**TINY, **states, num_experts_per_tok=1, pad_token_id=1)).eval()
-    monkeypatch.setattr(prefix_cache, "CHUNK", 16)
     prompt = [*range(40, 80)]
-    running = engine(model)
+    running = engine(model, chunk=16)
     reply, _ = say(running, prompt)
     assert reply == oracle(model, prompt)
     # The last token that was said has not been read yet.

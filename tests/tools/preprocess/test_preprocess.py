@@ -21,7 +21,9 @@ from tokenizers import models, pre_tokenizers
 from openchatkit.data.dataset import build_dataset
 from openchatkit.data.options import DataOptions
 from openchatkit.data.records.document import decode
-from openchatkit.data.stores import builder, tokenise, workers
+from openchatkit.data.stores import builder
+from openchatkit.data.stores.pace import Pace
+from openchatkit.data.stores.tokenise import tokenise
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore, mask_path
 from openchatkit.storage import own_folder
@@ -280,7 +282,7 @@ def test_the_loss_mask_is_the_one_of_training(tiny_tokenizer: Path, tmp_path: Pa
         where = ["--input", tmp_path / f"{key}.jsonl", "--jsonl-keys", key, "--output-prefix", tmp_path / "o"]
         assert run(*where, *flags) == 0
         store = TokenStore(tmp_path / f"o_{key}_document")
-        expected = tokenise.tokenise(rows.splitlines(), tokenizer.encode, [tokenizer.end_of_text])
+        expected = tokenise(rows.splitlines(), tokenizer.encode, [tokenizer.end_of_text])
         assert store.tokens.tolist() == expected.tokens.tolist()
         assert store.sizes.tolist() == expected.sizes.tolist()
         assert store.mask.tolist() == expected.mask.tolist()
@@ -321,8 +323,7 @@ def test_ftfy(tmp_path: Path) -> None:
 
 def test_workers_write_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--input", data, *BYTES, "--loss-mask", "--workers", 1, "--output-prefix", tmp_path / "one") == 0
-    monkeypatch.setattr(workers, "SMALL", 0)
-    monkeypatch.setattr(tokenise, "BATCH_BYTES", 300)
+    monkeypatch.setattr(module, "PACE", Pace(alone_bytes=0, batch_bytes=300))
     assert run("--input", data, *BYTES, "--loss-mask", "--workers", 2, "--output-prefix", tmp_path / "two") == 0
     assert written(tmp_path / "one") == written(tmp_path / "two")
     masks = [mask_path(tmp_path / f"{name}_text_document").read_bytes() for name in ("one", "two")]
@@ -337,7 +338,7 @@ def test_a_stopped_run_continues(
     data.write_bytes(data.read_bytes().replace(b'"text"', b'"tex"', 1))
     flags = ["--input", data, *BYTES, "--loss-mask", "--bad-rows", "quarantine", "--output-prefix"]
     assert run(*flags, tmp_path / "whole") == 0
-    monkeypatch.setattr(tokenise, "BATCH_BYTES", 300)
+    monkeypatch.setattr(module, "PACE", Pace(batch_bytes=300))
     encode, batches = module.fields.encode, itertools.count()
 
     def stop(error: BaseException) -> None:
@@ -396,8 +397,7 @@ def test_a_run_stopped_at_the_very_end_continues(
 def test_unfitting_work_is_started_from_scratch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, damage: str
 ) -> None:
-    monkeypatch.setattr(tokenise, "BATCH_BYTES", 300)
-    monkeypatch.setattr(builder, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "PACE", Pace(batch_bytes=300, save_seconds=0.0))
     flags = ["--input", data, *BYTES, "--output-prefix", tmp_path / "o"]
     encode, batches = module.fields.encode, itertools.count()
 
