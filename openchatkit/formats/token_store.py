@@ -37,6 +37,7 @@ _PIECE = 1 << 20  # documents indexed at a time when a store is closed, so that 
 _FOLDER_PREFIX = "tokens"
 _RECORD = "store.json"
 _PROGRESS = "progress.json"
+_MAKER = ".tokenizer"
 _QUARANTINE = "quarantine.jsonl"
 
 
@@ -61,6 +62,20 @@ def find_prefix(path: Path) -> Path | None:
         if path.name and idx_path(prefix).is_file():
             return prefix
     return None
+
+
+def write_maker(prefix: Path, maker: dict[str, str]) -> None:
+    """Write beside a store which tokenizer made it, by GPT-NeoX's names: tokenizer_type, vocab_file, merge_file."""
+    storage.write_text(prefix.with_name(f"{prefix.name}{_MAKER}"), json.dumps(maker, indent=1) + "\n")
+
+
+def read_maker(prefix: Path) -> dict[str, str]:
+    """Return which tokenizer made a store; nothing where it is not known."""
+    try:
+        maker = json.loads(prefix.with_name(f"{prefix.name}{_MAKER}").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return maker if isinstance(maker, dict) else {}
 
 
 def folder_prefix(folder: Path) -> Path:

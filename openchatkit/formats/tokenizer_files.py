@@ -67,6 +67,12 @@ def write_tokenizer(folder: Path, tokenizer: str, *, end_of_text: str, padding: 
     write_text(folder / "tokenizer.json", tokenizer + "\n")
 
 
+def read_tokenizer(folder: Path) -> str | None:
+    """Return what `write_tokenizer` was given; None where there is no tokenizer.json."""
+    path = tokenizer_json(folder)
+    return path.read_text(encoding="utf-8").removesuffix("\n") if path.is_file() else None
+
+
 def tokenizer_json(path: Path) -> Path:
     """Return the tokenizer.json of a path: the path itself, or the file in that folder."""
     return path / "tokenizer.json" if path.is_dir() else path

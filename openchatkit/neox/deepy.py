@@ -7,7 +7,7 @@ from pathlib import Path
 from openchatkit import cli
 from openchatkit.distributed import launcher
 from openchatkit.errors import UserError
-from openchatkit.neox import arguments, hosts, remote, translation
+from openchatkit.neox import arguments, hosts, model, remote, translation
 from openchatkit.neox.arguments import CommandLine
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.neox.hosts import Host
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = line.read_config()
     there = hosts.find_hosts(config)
     ranks = sum(len(host.slots) for host in there)
-    translation.translate(config, ranks=ranks, on_gpu=hosts.count_gpus() > 0)
+    run = translation.translate(config, ranks=ranks, on_gpu=hosts.count_gpus() > 0)
+    if run.model is not None and not line.known.print_commands:
+        model.write_model(run.model, config, resumes=translation.has_checkpoints(run.save))
     script, given = ROOT / "neox" / "train.py", _rank_arguments(line, config, there)
     if len(there) == 1 and there[0].is_here and not config.get("force_multi") and not line.known.print_commands:
         if there[0].name is not None:

@@ -303,7 +303,8 @@ LOGGING: Mapping[str, Key] = {
     "wandb_team": _use("text"),
     "wandb_group": _use("text"),
     "tensorboard_dir": _use("text"),
-    **_ignore("wandb_host wandb_init_all_ranks", "wandb takes its host from WANDB_BASE_URL, and rank 0 sends"),
+    "wandb_host": _use("text", "https://api.wandb.ai"),
+    **_ignore("wandb_init_all_ranks", "rank 0 sends"),
     **_ignore("log_interval log_dir", "each step is logged, in metrics.jsonl beside the checkpoints"),
     **_ignore(
         "log_grad_norm log_param_norm log_grad_pct_zeros log_optimizer_states log_gradient_noise_scale "

@@ -9,7 +9,7 @@ from typing import Any
 
 from openchatkit import storage
 from openchatkit.errors import UserError
-from openchatkit.formats import layer_shards, tokenizer_files
+from openchatkit.formats import layer_shards, token_store, tokenizer_files
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.tools.preprocess import neox_tokenizers
 from openchatkit.tools.preprocess.neox_tokenizers import NeoxTokenizer
@@ -20,19 +20,34 @@ _SPARSE_ATTENTION = ("local", "sparse_fixed", "sparse_variable", "bigbird", "bsl
 
 
 def load_tokenizer(config: NeoxConfig) -> NeoxTokenizer:
-    """Load the configuration's tokenizer; UserError where a file is missing, or it is of no kind to train with."""
-    kind = config.get("tokenizer_type")
+    """Load the configuration's tokenizer; UserError where a file is missing, or it is of no kind to train with.
+
+    Where no `tokenizer_type` is given it is the one that made the data, if that is known, else GPT-NeoX's default.
+    """
+    chosen = find_tokenizer(config)
+    kind = chosen["tokenizer_type"]
     # Configurations name GPT-2's files whatever tokenizer is chosen.
-    vocab = None if kind == "CharLevelTokenizer" else config.get("vocab_file")
-    merges = config.get("merge_file") if kind == "GPT2BPETokenizer" else None
+    vocab = None if kind == "CharLevelTokenizer" else chosen.get("vocab_file")
+    merges = chosen.get("merge_file") if kind == "GPT2BPETokenizer" else None
     if vocab is None and kind == "HFGPT2Tokenizer":
         vocab = "gpt2"  # GPT-NeoX's default
     loaded = neox_tokenizers.load(kind, vocab and Path(vocab), merges and Path(merges))
     if loaded.to_json() is None:
-        raise UserError(f"{config.where('tokenizer_type')}: training needs one of the tokenizers library: HFTokenizer")
+        raise UserError(f"tokenizer_type {kind}: training needs one of the tokenizers library: use HFTokenizer")
     if loaded.end_of_text is None:
         raise UserError(f"{config.where('vocab_file')}: the tokenizer has no {neox_tokenizers.END_OF_TEXT} token")
     return loaded
+
+
+def find_tokenizer(config: NeoxConfig) -> dict[str, Any]:
+    """Return tokenizer_type, vocab_file and merge_file: the configuration's, or those that made its data."""
+    names = ("tokenizer_type", "vocab_file", "merge_file")
+    paths = [config.get("data_path"), *(config.get("train_data_paths") or [])]
+    if "tokenizer_type" not in config.given and (path := next(filter(None, paths), None)):
+        maker = token_store.read_maker(Path(path))
+        if maker.get("tokenizer_type") in neox_tokenizers.KINDS:
+            return maker
+    return {name: config.get(name) for name in names}
 
 
 def pad_vocabulary(size: int, *, divisor: int, parts: int) -> int:
@@ -145,7 +160,7 @@ def _spread(config: NeoxConfig, name: str, layers: int, width: int) -> float:
 
 
 def write_model(folder: Path, config: NeoxConfig, *, resumes: bool) -> None:
-    """Write the folder that training starts from. Every rank may call this at once.
+    """Write the folder that training starts from, unless it is there already. Every rank may call this at once.
 
     A run that `resumes` keeps its embedding's rows, which depend on the tensor ranks it was started with.
     """
@@ -154,13 +169,15 @@ def write_model(folder: Path, config: NeoxConfig, *, resumes: bool) -> None:
     assert serialised is not None, "load_tokenizer refuses it"
     assert end is not None, "load_tokenizer refuses it"
     raw = make_config(config, tokenizer.vocab_size) | {"bos_token_id": end, "eos_token_id": end}
+    before = layer_shards.read_config(folder)[0] if (folder / layer_shards.CONFIG).is_file() else {}
+    rows, parts = before.get("vocab_size", 0), max(config.get("model_parallel_size"), 1)
+    if resumes and rows >= tokenizer.vocab_size and rows % parts == 0:
+        raw["vocab_size"] = rows
+    if before == raw and tokenizer_files.read_tokenizer(folder) == serialised:
+        return
     with storage.storage_errors(folder), storage.hold_lock(storage.lock_path(folder), f"waiting for {folder}"):
-        before = layer_shards.read_config(folder)[0] if (folder / layer_shards.CONFIG).is_file() else {}
-        rows, parts = before.get("vocab_size", 0), max(config.get("model_parallel_size"), 1)
-        if resumes and rows >= tokenizer.vocab_size and rows % parts == 0:
-            raw["vocab_size"] = rows
-        layer_shards.write_config(folder, raw)
         tokenizer_files.write_tokenizer(folder, serialised, **_name_special_tokens(serialised, end))
+        layer_shards.write_config(folder, raw)
 
 
 def _name_special_tokens(serialised: str, end: int) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import netrc
+import os
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,9 @@ def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
     model.check_attention(config, layers)
     notes = config.check()
     replicas = batches.count_replicas(config, ranks)
+    kind = model.find_tokenizer(config)["tokenizer_type"]
+    if "tokenizer_type" not in config.given and kind != config.get("tokenizer_type"):
+        notes.append(f"tokenizer_type is not given: it is {kind}, which made the data")
     save = Path(config.get("save") or _SAVE)
     if config.get("save") is None:
         notes.append(f"save is not given: checkpoints go to {save}")
@@ -242,6 +248,19 @@ def _translate_logging(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
     if not config.get("use_wandb"):
         return {}
     if importlib.util.find_spec("wandb") is None:
-        notes.append(f"{config.where('use_wandb')}: wandb is not installed: pip install 'openchatkit[wandb]'")
+        notes.append(f"{config.where('use_wandb')}: nothing is sent: pip install 'openchatkit[wandb]'")
+        return {}
+    if not _has_wandb_key(config.get("wandb_host")):
+        notes.append(f"{config.where('use_wandb')}: nothing is sent: run `wandb login`, or set WANDB_MODE=offline")
         return {}
     return {"train_log_backend": "wandb", "project_name": config.get("wandb_project")}
+
+
+def _has_wandb_key(host: str) -> bool:
+    """Return whether wandb can log in, or need not; without a key GPT-NeoX goes on without it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    try:
+        return netrc.netrc().authenticators(urllib.parse.urlsplit(host).hostname or host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -7,6 +7,28 @@ from typing import Any
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 SHIPPED: dict[str, dict[str, Any]] = GOLDEN["configs"]
 
+# Shipped configurations of what the kit does not have, with the setting that their refusal names.
+REFUSED = {
+    "configs2021/gmlp_small.yml": "attention_config",
+    "configs2021/sparse.yml": "attention_config",
+    "configs/1-3B-transformer-engine.yml": "te_layernorm_mlp",
+    "configs/125M-dmoe.yml": "moe_num_experts",
+    "configs/llama/13B.yml": "norm",
+    "configs/llama/30B.yml": "norm",
+    "configs/llama/65B.yml": "norm",
+    "configs/llama2/13B.yml": "norm",
+    "configs/llama2/70B.yml": "num_kv_heads",
+    "configs/llama2/codellama_34B.yml": "num_kv_heads",
+    "configs/llama2/codellama_7B.yml": "norm",
+    # Of another fork: GPT-NeoX itself does not know this one either.
+    "configs/llemma/34B.yml": "attention_type",
+    "configs/mamba/mamba-130M.yml": "attention_config",
+    "configs/mamba/mamba-2.8B.yml": "attention_config",
+    "configs/mamba/mamba-370M.yml": "attention_config",
+    "configs/mistral/7B.yml": "num_kv_heads",
+    "configs/rwkv/170M.yml": "attention_config",
+}
+
 # A model and a step, in as few settings as make a run.
 SMALLEST: dict[str, Any] = {
     "num_layers": 4,
@@ -31,5 +53,5 @@ def in_yaml(settings: dict[str, Any]) -> str:
 
 def in_yaml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f'"{name}": {in_yaml_value(inner)}' for name, inner in value.items()) + ",}"
+        return "{" + "".join(f'"{name}": {in_yaml_value(inner)}, ' for name, inner in value.items()) + "}"
     return {"true": "True", "false": "False"}.get(json.dumps(value), json.dumps(value))

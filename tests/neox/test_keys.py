@@ -3,7 +3,7 @@
 import collections
 
 import pytest
-from neox_cases import SHIPPED
+from neox_cases import REFUSED, SHIPPED
 
 from openchatkit.errors import UserError
 from openchatkit.neox import key_tables, keys
@@ -12,27 +12,6 @@ from openchatkit.neox.config import NeoxConfig
 TABLES = [
     table for name, table in vars(key_tables).items() if isinstance(table, dict) and name.isupper() and name != "BLOCKS"
 ]
-# Shipped configurations of what the kit does not have, with the setting that their refusal names.
-REFUSED = {
-    "configs2021/gmlp_small.yml": "attention_config",
-    "configs2021/sparse.yml": "attention_config",
-    "configs/1-3B-transformer-engine.yml": "te_layernorm_mlp",
-    "configs/125M-dmoe.yml": "moe_num_experts",
-    "configs/llama/13B.yml": "norm",
-    "configs/llama/30B.yml": "norm",
-    "configs/llama/65B.yml": "norm",
-    "configs/llama2/13B.yml": "norm",
-    "configs/llama2/70B.yml": "num_kv_heads",
-    "configs/llama2/codellama_34B.yml": "num_kv_heads",
-    "configs/llama2/codellama_7B.yml": "norm",
-    # Of another fork: GPT-NeoX itself does not know this one either.
-    "configs/llemma/34B.yml": "attention_type",
-    "configs/mamba/mamba-130M.yml": "attention_config",
-    "configs/mamba/mamba-2.8B.yml": "attention_config",
-    "configs/mamba/mamba-370M.yml": "attention_config",
-    "configs/mistral/7B.yml": "num_kv_heads",
-    "configs/rwkv/170M.yml": "attention_config",
-}
 
 
 def test_every_shipped_key_has_an_outcome():

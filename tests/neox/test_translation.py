@@ -1,0 +1,201 @@
+"""GPT-NeoX's settings as the trainer's, and refusals of what the trainer cannot follow."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from neox_cases import GOLDEN, REFUSED, SHIPPED
+
+from openchatkit.errors import UserError
+from openchatkit.formats.token_store import TokenStoreWriter, write_maker
+from openchatkit.neox import data, model
+from openchatkit.neox.config import NeoxConfig
+from openchatkit.neox.translation import TrainerRun, translate
+from openchatkit.training import config as trainer
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store of 100 documents, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with TokenStoreWriter(tmp_path / "a_store", vocab_size=256, masked=False) as writer:
+        writer.add(np.full(1000, 97), np.full(100, 10))
+    return "a_store"
+
+
+@pytest.fixture
+def run(configure, store):
+    """Translate SMALLEST, with a store and other settings."""
+
+    def run(*, ranks: int = 1, on_gpu: bool = True, **settings: object) -> TrainerRun:
+        return translate(configure(**{"data_path": store, "save": "out"} | settings), ranks=ranks, on_gpu=on_gpu)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "expected"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8},
+            2,
+            {"batch_size": 32, "micro_batch_size": 4, "gradient_accumulate_step": 1, "data_group_size": 2},
+        ),
+        (
+            {"pipe_parallel_size": 2, "model_parallel_size": 2, "gradient_accumulation_steps": 2},
+            8,
+            {"pipeline_group_size": 2, "tensor_group_size": 2, "data_group_size": 2, "pp_mode": "1f1b"},
+        ),
+        ({"pipe_parallel_size": 2}, 2, {"pp_mode": "gpipe"}),
+        ({"pipe_parallel_size": 0}, 1, {"pipeline_group_size": 1, "dp_mode": "allreduce"}),
+        ({"zero_optimization": {"stage": 1}}, 2, {"dp_mode": "sharded", "use_offload": False}),
+        ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, 2, {"use_offload": True}),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 2, {"use_offload": True}),
+        ({"zero_optimization": {"stage": 2}}, 2, {"dp_mode": "sharded-gradients"}),
+        (
+            {"optimizer": {"type": "CPU_Adam", "params": {"lr": 1, "betas": [0.8, 0.9], "eps": 1e-3}}},
+            1,
+            {
+                "optimizer": "adamw",
+                "use_offload": True,
+                "lr": 1,
+                "adam_beta1": 0.8,
+                "adam_beta2": 0.9,
+                "adam_eps": 1e-3,
+            },
+        ),
+        ({}, 1, {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}),
+        ({"use_bnb_optimizer": True}, 1, {"optimizer": "8bit-adam"}),
+        ({"train_iters": 1000, "warmup": 0.05}, 1, {"total_steps": 1000, "warmup_steps": 50, "nepochs": None}),
+        ({"train_iters": None, "train_epochs": 2}, 1, {"total_steps": None, "nepochs": 2}),
+        ({"checkpoint_activations": True}, 1, {"activation_checkpointing": "full"}),
+        ({}, 1, {"activation_checkpointing": "none", "precision": "float32", "seed": 1234}),
+        (
+            {"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 3, "loss_scale_window": 500}},
+            1,
+            {"precision": "float16", "initial_loss_scale": 4096, "hysteresis": 3, "loss_scale_window": 500},
+        ),
+        ({"fp16": {"enabled": True}}, 1, {"initial_loss_scale": 65536, "min_loss_scale": 1, "loss_scale": 0}),
+        ({"bf16": {"enabled": True}}, 1, {"precision": "bfloat16"}),
+        ({"model_parallel_size": 2, "sequence_parallel": True}, 2, {"sequence_parallel": True}),
+        ({"sequence_parallel": True}, 2, {"sequence_parallel": False}),
+        ({"save_interval": 500, "keep_last_n_checkpoints": 4}, 1, {"checkpoint_steps": 500, "keep_checkpoints": 4}),
+        ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, 1, {"checkpoint_steps": 0}),
+        ({"pack_impl": "unpacked"}, 1, {"packing": "none"}),
+        ({"eval_iters": 7, "eval_interval": 50}, 1, {"evaluation_steps": 50, "evaluation_num_batch": 7}),
+        ({"eval_iters": 7, "split": "9,1"}, 1, {"task_name": "a_store[0:90]", "evaluation_data": "a_store[90:100]"}),
+        ({}, 1, {"evaluation_data": None, "evaluation_steps": 0, "packing": "concat", "seq_length": 64}),
+    ],
+)
+def test_settings_become_the_trainers(run, settings, ranks, expected):
+    found = run(ranks=ranks, **settings)
+    assert expected.items() <= found.flags.items()
+    trainer.parse(found.arguments)  # they are flags of the trainer, and fit each other
+
+
+def test_stores_with_weights(run, store):
+    paths = {"data_path": None, "train_data_paths": [store, store], "valid_data_paths": store, "eval_iters": 2}
+    flags = run(**paths, train_data_weights=[1, 0.5]).flags
+    assert (flags["task_name"], flags["evaluation_data"]) == ("a_store:1,a_store:0.5", "a_store:1")
+    assert run(**paths).flags["task_name"] == "a_store:1,a_store:1"
+
+
+def test_without_a_gpu_products_are_in_what_the_processor_has(run):
+    half = run(on_gpu=False, fp16={"enabled": True})
+    assert half.flags["precision"] == "float32"
+    assert half.notes[-1] == "float16 is for GPUs, and there is none: products are in float32"
+    assert run(on_gpu=False, bf16={"enabled": True}).flags["precision"] == "auto"
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "num_layers" in SHIPPED[name] and name not in REFUSED])
+def test_shipped_configurations_are_runs_of_the_trainer(name, write, store):
+    paths = {"data_path": store, "save": "out", "tokenizer_type": "CharLevelTokenizer", "load": None, "hostfile": None}
+    model_alone = {key: value for key, value in SHIPPED[name].items() if not key.endswith("_data_paths")}
+    # Finetuning starts from a checkpoint, which is not here.
+    config = NeoxConfig.read([str(write("c.yml", model_alone | paths | {"finetune": False}))])
+    ranks = max(config.get("pipe_parallel_size"), 1) * config.get("model_parallel_size")
+    settings = trainer.parse(translate(config, ranks=ranks, on_gpu=True).arguments)
+    assert settings.lr == SHIPPED[name]["optimizer"]["params"]["lr"]
+    rows = SHIPPED[name]["train_micro_batch_size_per_gpu"] * SHIPPED[name].get("gradient_accumulation_steps", 1)
+    assert settings.batch_size == rows
+    assert settings.tensor_group_size == SHIPPED[name]["model_parallel_size"]
+
+
+@pytest.mark.parametrize(("split", "documents", "borders"), GOLDEN["split"])
+def test_splits_are_gpt_neox_s_own(split, documents, borders):
+    assert data.split_documents(split, documents) == borders
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_iters": None}, r"give train_iters or train_epochs, one of the two: none of them is given"),
+        ({"train_epochs": 1}, r"give train_iters or train_epochs, one of the two: both are given"),
+        (
+            {"optimizer": {"type": "SM3", "params": {}}},
+            r"c.yml:\d+: optimizer.type SM3: the kit's trainer does not have it",
+        ),
+        ({"optimizer": {"type": "sgd", "params": {}}}, r"optimizer.type sgd: it belongs to µP"),
+        (
+            {"optimizer": {"type": "Adafactor", "params": {}}},
+            r"optimizer.type Adafactor: GPT-NeoX has no such optimizer",
+        ),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer is missing: expected"),
+        ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, r"optimizer.params.betas \[0.9\]: expected two"),
+        ({"min_lr": 0.1}, r"min_lr 0.1 is above optimizer.params.lr 0.001"),
+        ({"zero_optimization": {"stage": 4}}, r"zero_optimization.stage 4: the kit's trainer has stages 0, 1, 2"),
+        ({"checkpoint_factor": 0.5}, r"checkpoint_factor 0.5: expected a whole number of steps"),
+        ({"seq_length": 128}, r"seq_length 128 is above max_position_embeddings 64"),
+        ({"data_path": None}, r"give data_path or train_data_paths, one of the two: none of them is given"),
+        ({"train_data_paths": ["a_store"]}, r"give data_path or train_data_paths, one of the two: both are given"),
+        (
+            {"data_path": "no_store"},
+            r"c.yml:\d+: data_path no_store: there is no no_store.idx: make the store with prepa",
+        ),
+        ({"split": "1,x"}, r"split '1,x': expected shares of training, validation and test such as 969,30,1"),
+        ({"split": "0,1,0"}, r"split 0,1,0: it leaves none of the 100 documents of a_store for training"),
+        (
+            {"eval_iters": 5, "split": "999,1"},
+            r"split 999,1: it leaves none of the 100 documents .* for validation, and",
+        ),
+        (
+            {"data_path": None, "train_data_paths": ["a_store"], "train_data_weights": [1, 2]},
+            r"train_data_weights \[1, 2\]: 2 weights for 1 train_data_paths",
+        ),
+        ({"finetune": True, "load": "elsewhere"}, r"finetune True: elsewhere holds no checkpoint to start from"),
+        ({"finetune": True, "load": "out"}, r"finetune True: load and save are both out: give another save"),
+        ({"gpt_j_tied": True}, r"gpt_j_tied True: "),
+        ({"launcher": "openmpi"}, r"launcher openmpi: there are no MPI launchers: use ssh"),
+    ],
+)
+def test_refusals(run, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_pipelines_share_states_of_the_optimizer_alone(run):
+    with pytest.raises(UserError, match=r"stage 2 and pipe_parallel_size 2 exclude each other: use stage 1"):
+        run(ranks=2, zero_optimization={"stage": 2}, pipe_parallel_size=2)
+
+
+def test_where_a_run_starts(run, tmp_path):
+    first = run(load="out")
+    assert (first.flags["model_name"], first.flags.get("load_checkpoint")) == (Path("out/model"), None)
+    assert run().flags["load_checkpoint"] is False
+    assert (
+        run(load="nowhere").notes[-1].endswith("load nowhere holds no checkpoint: training starts from random weights")
+    )
+    assert run(save=None).notes[-1] == "save is not given: checkpoints go to checkpoints"
+    (tmp_path / "neox" / "global_step3").mkdir(parents=True)
+    (tmp_path / "neox" / "global_step3" / "layer_00-model_00-model_states.pt").touch()
+    with pytest.raises(UserError, match="neox holds checkpoints of GPT-NeoX itself, which training does not take yet"):
+        run(load="neox")
+
+
+def test_data_say_which_tokenizer_made_them(run, configure, store):
+    write_maker(Path(store), {"tokenizer_type": "CharLevelTokenizer"})
+    found = run(tokenizer_type=None, vocab_file="data/gpt2-vocab.json")
+    assert "tokenizer_type is not given: it is CharLevelTokenizer, which made the data" in found.notes
+    config = configure(tokenizer_type=None, data_path=store, vocab_file="data/gpt2-vocab.json")
+    assert model.load_tokenizer(config).vocab_size == 512
