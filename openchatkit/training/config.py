@@ -175,6 +175,12 @@ class LayoutSettings:
         "as it computes; the last two need `--pipeline-group-size 1`",
     )
     dp_backend: str = setting("nccl", choices=("nccl", "gloo"), help="what carries it; CPUs always use gloo")
+    check_replicas: int = setting(
+        0,
+        check=natural,
+        help="compare the weights of replicas after every so many steps and before each checkpoint, and stop where a "
+        "bit differs; 0: never",
+    )
     timeout: int = setting(1800, check=positive_int, help="seconds to wait for another rank")
     heartbeat_timeout: int = setting(
         60,
@@ -280,14 +286,14 @@ class CheckpointSettings:
     )
     checkpoint_in_background: bool = setting(
         True,
-        help="write checkpoints beside the steps that follow, from a copy that takes as much main memory as their files "
-        "take on disk, or `false`: let steps wait",
+        help="write checkpoints beside the steps that follow, from a copy that takes as much main memory as their "
+        "files take on disk; `false`: let steps wait",
     )
     on_full_disk: str = setting(
         "stop",
         choices=("stop", "continue"),
-        help="what a run does when a checkpoint finds no room: end with 2, or train on and say so; the last one of a run "
-        "always needs room",
+        help="what a run does when a checkpoint finds no room: end with 2, or train on and say so; its last one always "
+        "needs room",
     )
     load_checkpoint: bool = setting(True, help="resume from the checkpoint that `latest` names")
     evaluation_data: str | None = setting(None, help="data to evaluate on, written as `--task-name`")
@@ -396,6 +402,8 @@ class Settings(
                 "--optimizer 8bit-adam and --tensor-group-size exclude each other: blocks of 8-bit state that hold "
                 "columns of a part are of no other layout; use --optimizer adamw, or stages in place of tensor groups"
             )
+        if self.check_replicas and self.data_group_size == 1:
+            raise UserError("--check-replicas compares replicas, and --data-group-size 1 means one: leave it out")
         if self.sequence_parallel and self.seq_length % self.tensor_group_size:
             raise UserError(
                 f"--sequence-parallel: --seq-length {self.seq_length} is not a multiple of --tensor-group-size "
@@ -420,6 +428,7 @@ class Settings(
                 self.optimizer == "8bit-adam",
                 "its blocks are not whole rows; use --optimizer adamw, or --dp-mode sharded",
             ),
+            "--check-replicas": (self.check_replicas > 0, "replicas have nothing in common to compare; leave it out"),
             "--use-offload": (self.use_offload, "replicas share all there is to keep; leave it out, or use sharded"),
             "--compile": (
                 self.compile is not None,

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from loguru import logger
 
 from openchatkit.distributed.processes import ECHO_SECONDS
-from openchatkit.errors import RESUMABLE, Interrupted
+from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training.config import Settings
 from openchatkit.training.device import profiler
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter, open_sinks
+from openchatkit.training.replica_check import ReplicaCheck
 from openchatkit.training.saving import Saver
 from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
@@ -37,6 +38,7 @@ class Loop:
             on_full_disk=settings.on_full_disk,
             published=self._soundness.add_checkpoint,
         )
+        self._replica_check = ReplicaCheck(trainer.weights, shares_state=settings.dp_mode != "allreduce")
         self._ledger: LedgerWriter | None = None  # on rank 0 only, as the next
         self._reporter: Reporter | None = None
         self._meter: StepMeter | None = None
@@ -59,6 +61,8 @@ class Loop:
                 if profile is not None:
                     profile.step()
                 self._evaluate_if_due()
+                if self.settings.check_replicas and self.progress.step % self.settings.check_replicas == 0:
+                    self._compare_replicas()
                 self._save_if_due(result)
                 if result.stop and self.progress.step < self.total_steps:
                     return self._report_stop()
@@ -122,11 +126,22 @@ class Loop:
             self._saver.finish()
         if not (self._save_due or last) or not self._soundness.may_save(last=last):
             return
+        self._compare_replicas()
         if self._ledger is not None:
             self.progress.ledger = self._ledger.sync()
         state = collect_state(self.settings, self.inputs, self.trainer, self.progress)
         self._saver.save(self.progress.step, state, last=last)
         self._save_due = False
+
+    def _compare_replicas(self) -> None:
+        """Raise UserError, with the checkpoint to go back to, where replicas have other weights; on all ranks."""
+        difference = self._replica_check.find_difference() if self.settings.check_replicas else None
+        if difference is not None:
+            self._saver.finish()  # Its weights were compared before it was begun.
+            raise UserError(
+                f"after step {self.progress.step}, {difference}: have the memory and the processor there checked, and "
+                f"leave them out until then; {self._soundness.go_back()}"
+            )
 
     def _report_stop(self) -> int:
         """Return the exit status of a stopped run; on rank 0, raise it with a line that says where it stands."""
