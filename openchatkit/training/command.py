@@ -78,7 +78,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         )
         with guard, _explain_failures(settings), checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
-            inputs = setup.balance_stages(settings, inputs, layout)
+            inputs = setup.settle_plan(settings, inputs, layout)
             with fastest_attention(settings, inputs.shards.config, layout):
                 trainer, progress = setup.build_trainer(settings, inputs, layout)
                 yield Loop(settings, inputs, trainer, progress)

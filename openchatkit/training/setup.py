@@ -19,6 +19,7 @@ from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.libraries import pytorch
+from openchatkit.loading import hardware
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
 from openchatkit.models.stage import Stage
@@ -92,26 +93,31 @@ def prepare_run(settings: Settings) -> RunInputs:
     return run
 
 
-def balance_stages(settings: Settings, run: RunInputs, layout: Layout) -> RunInputs:
-    """Return a run's inputs with the layers of each stage as --balance has them, the same on all ranks."""
-    if settings.balance == "even" or settings.num_layers or layout.pipeline_size == 1:
-        return run
-    layers = balance_layers(
-        run.shards.config,
-        layout,
-        stages=settings.stages,
-        rows=settings.micro_batch_size,
-        length=settings.seq_length,
-        dtype=compute_dtype(settings.precision, layout),
-        recompute=settings.recompute,
-    )
-    return replace(run, plan=replace(run.plan, layers=tuple(layers)))
+def settle_plan(settings: Settings, run: RunInputs, layout: Layout) -> RunInputs:
+    """Return a run's inputs with the plan as this layout's devices decide it, the same on all ranks.
+
+    They decide what is computed in, and with --balance auto each stage's layers.
+    """
+    dtype = compute_dtype(settings.precision, layout)
+    plan = replace(run.plan, precision=_name(dtype), on_gpu=layout.device.type == "cuda")
+    if settings.balance == "auto" and not settings.num_layers and layout.pipeline_size > 1:
+        layers = balance_layers(
+            run.shards.config,
+            layout,
+            stages=settings.stages,
+            rows=settings.micro_batch_size,
+            length=settings.seq_length,
+            dtype=dtype,
+            recompute=settings.recompute,
+        )
+        plan = replace(plan, layers=tuple(layers))
+    return replace(run, plan=plan)
 
 
 def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[Trainer, RunProgress]:
     """Build this rank's stages with the weights of the newest checkpoint, or of the model where there is none."""
     checkpoints.check_same_data([run.dataset, run.evaluation], layout)
-    dtype = compute_dtype(settings.precision, layout)
+    dtype = hardware.DTYPES[run.plan.precision]
     sharding = _share_parameters(settings, layout, dtype)
     stages = _make_stages(settings, run, layout, sharding)
     resumed = layout.together(lambda: _find_checkpoint(settings, run, layout))[layout.rank]
@@ -125,7 +131,7 @@ def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[T
     if layout.rank == 0:
         logger.info("resuming from {}", resumed)
         checkpoints.warn_of_changes(
-            state, settings, path=resumed, total_steps=run.total_steps, dtype=_dtype_name(trainer)
+            state, settings, path=resumed, total_steps=run.total_steps, dtype=_name(trainer.dtype)
         )
     return trainer, RunProgress(state["step"], state["tokens"], state.get("ledger"), state["step"], state.get("proven"))
 
@@ -201,7 +207,7 @@ def collect_state(settings: Settings, run: RunInputs, trainer: Trainer, progress
         "data": run.dataset.fingerprint,
         "ledger": progress.ledger,
         "proven": progress.proven,
-        "precision": _dtype_name(trainer),
+        "precision": _name(trainer.dtype),
         "loss_scaler": trainer.scaler.state_dict(),
         "layout": {
             "stages": len(run.layers),
@@ -259,8 +265,8 @@ def _log_epochs(dataset: Dataset, samples: int) -> None:
         logger.info("{}: {:.3g} epochs in {:,} samples of all sources", source.name, epochs, samples)
 
 
-def _dtype_name(trainer: Trainer) -> str:
-    return str(trainer.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _find_checkpoint(settings: Settings, run: RunInputs, layout: Layout) -> Path | None:

@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from openchatkit.distributed.layout import stage_numbers
+from openchatkit.loading.hardware import DTYPES
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.shards import EMBED, HEAD, layer_name
 from openchatkit.training.schedules import SCHEDULES
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
