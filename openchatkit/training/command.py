@@ -46,7 +46,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     from openchatkit.distributed import rendezvous, watchdog
     from openchatkit.distributed.layout import make_layout
     from openchatkit.training import checkpoints, setup
-    from openchatkit.training.attention import fastest_attention
+    from openchatkit.training.attention_kernels import fastest_attention
     from openchatkit.training.loop import Loop
     from openchatkit.training.schedules import SCHEDULES
 

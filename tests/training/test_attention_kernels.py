@@ -1,4 +1,4 @@
-"""`training/attention.py`, as far as it goes on a CPU: torch has one fused kernel there, besides the plain formula."""
+"""`training/attention_kernels.py`, as far as it goes on a CPU: torch has one fused kernel there, besides the plain formula."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from openchatkit.distributed.layout import Layout
-from openchatkit.training.attention import fastest_attention, measure_kernels, try_kernels
+from openchatkit.training.attention_kernels import fastest_attention, measure_kernels, try_kernels
 
 CPU = torch.device("cpu")
 CUDA = torch.backends.cuda
