@@ -157,6 +157,19 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
+def scale_gradients_in_step(optimizer: torch.optim.Optimizer, factor: float) -> bool:
+    """Let the optimizer's step multiply gradients by `factor` in its own pass over them; False if it cannot.
+
+    Fused optimizers can, by what torch's GradScaler gives them: the inverse, as a float32 tensor.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), None)
+    scale = None if factor == 1.0 else torch.full((), 1 / factor, dtype=torch.float32, device=device)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    return True
+
+
 @functools.lru_cache(maxsize=64)
 def list_pipeline_actions(
     torch_class: str, ranks: int, micro_batches: int, stages_a_rank: int

@@ -27,7 +27,7 @@ from openchatkit.storage import storage_errors
 from openchatkit.training.config import OptimizationSettings, Settings, name_moments
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import convert_moments
-from openchatkit.training.weights import Weights
+from openchatkit.training.rank_weights import RankWeights
 
 WeightSource = LayerShards | Path
 
@@ -56,7 +56,7 @@ def load_weights(stages: LocalStages, source: WeightSource, device: torch.device
         stages.load(shard, {name: _copy(tensor, device) for name, tensor in own.items()})
 
 
-def load_optimizer(weights: Weights, path: Path) -> None:
+def load_optimizer(weights: RankWeights, path: Path) -> None:
     """Give the optimizer of `weights` the state that a verified checkpoint holds for what it updates.
 
     Each tensor goes from the file to its parameter's device by itself. `Optimizer.load_state_dict` wants all of them at

@@ -71,6 +71,11 @@ _ALTERNATIVES = (
 )
 
 
+def name_moments(optimizer: str, state: str) -> str:
+    """Return what moments are kept in, by `--optimizer` and `--optimizer-state`."""
+    return "8bit" if optimizer == "8bit-adam" else state
+
+
 def parse_recomputing(text: str) -> str:
     """Return `--activation-checkpointing`'s value, which was yes or no in the original kit."""
     answer = parse_bool(text)
@@ -80,11 +85,6 @@ def parse_recomputing(text: str) -> str:
     return value
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """The model to start from, and what the user expects of it."""
-
-    title: ClassVar[str] = "model"
 def parse_backends(text: str) -> str:
     """Return `--train-log-backend`'s names, each once, joined by commas."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -109,6 +109,11 @@ def parse_monitor(text: str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model to start from, and what the user expects of it."""
+
+    title: ClassVar[str] = "model"
     model_name: Path = setting(required=True, help="folder of layer shards that a `prepare.py` wrote")
     tokenizer_name: Path = setting(help="folder of the tokenizer; not given: `--model-name`")
     model_type: str | None = setting(None, choices=MODEL_TYPES, help="family; checked against the model")
@@ -230,7 +235,16 @@ class OptimizationSettings:
 
     title: ClassVar[str] = "optimization"
     optimizer: str = setting(
-        "adamw", choices=("adam", "adamw", "8bit-adam"), help="`8bit-adam` keeps its state in a quarter of the memory"
+        "adamw",
+        choices=("adam", "adamw", "8bit-adam"),
+        help="Adam with weight decay in the gradient, or apart from it; `8bit-adam` is `adamw` with "
+        "`--optimizer-state 8bit`",
+    )
+    optimizer_state: str = setting(
+        "float32",
+        choices=("float32", "bf16", "8bit"),
+        help="what the optimizer keeps its two moments in: 8, 4 or 2 bytes a parameter. `bf16` rounds at random, so "
+        "that small changes add up; `8bit` has a scale for each 256 elements, and needs bitsandbytes",
     )
     use_offload: bool = setting(
         False,
@@ -378,6 +392,11 @@ class Settings(
         return self.activation_checkpointing != "none"
 
     @property
+    def moments(self) -> str:
+        """What the optimizer's moments are kept in: float32, bf16 or 8bit."""
+        return name_moments(self.optimizer, self.optimizer_state)
+
+    @property
     def stages(self) -> int:
         """Number of stages in a pipeline."""
         return self.pipeline_group_size * resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
@@ -397,10 +416,14 @@ class Settings(
         resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
         if self.dist_url is not None:
             parse_url(self.dist_url)
-        if self.tensor_group_size > 1 and self.optimizer == "8bit-adam":
+        if self.optimizer == "8bit-adam" and self.optimizer_state == "bf16":
             raise UserError(
-                "--optimizer 8bit-adam and --tensor-group-size exclude each other: blocks of 8-bit state that hold "
-                "columns of a part are of no other layout; use --optimizer adamw, or stages in place of tensor groups"
+                "--optimizer 8bit-adam keeps its state in 8 bits: leave --optimizer-state out, or use adamw"
+            )
+        if self.tensor_group_size > 1 and self.moments == "8bit":
+            raise UserError(
+                "8-bit optimizer state and --tensor-group-size exclude each other: blocks of it that hold columns of a "
+                "part are of no other layout; use --optimizer-state bf16, or stages in place of tensor groups"
             )
         if self.check_replicas and self.data_group_size == 1:
             raise UserError("--check-replicas compares replicas, and --data-group-size 1 means one: leave it out")
@@ -425,7 +448,7 @@ class Settings(
                 "a pipeline would gather its layers again for every micro-batch; use --dp-mode sharded, or one stage",
             ),
             "8-bit optimizer state": (
-                self.optimizer == "8bit-adam",
+                self.moments == "8bit",
                 "its blocks are not whole rows; use --optimizer adamw, or --dp-mode sharded",
             ),
             "--check-replicas": (self.check_replicas > 0, "replicas have nothing in common to compare; leave it out"),
@@ -485,6 +508,7 @@ def complete(given: Given, cls: type[S], *, environment: Mapping[str, str]) -> S
     _complete_precision(values)
     model = values["model_name"]
     values = {"tokenizer_name": model, "checkpoint_path": paths.MODEL_CKPTS / model.name} | values
+    values.setdefault("tensorboard_dir", values["checkpoint_path"] / "tensorboard")
     return cls(**values, ignored=tuple(name for name in IGNORED if name in given.values))
 
 
@@ -517,7 +541,6 @@ def _read_number(name: str, environment: Mapping[str, str]) -> int:
     return int(text)
 
 
-    values.setdefault("tensorboard_dir", values["checkpoint_path"] / "tensorboard")
 def _complete_precision(values: dict[str, Any]) -> None:
     """Let --precision stand for --bf16 and --fp16 too; UserError where they say different things."""
     given = {name: flag for name, flag in (("bfloat16", "bf16"), ("float16", "fp16")) if values[flag]}

@@ -23,7 +23,7 @@ from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import learning_rate
 from openchatkit.training.pipeline import Pipeline
 from openchatkit.training.precision import LossScaler, autocast
-from openchatkit.training.weights import Weights
+from openchatkit.training.rank_weights import RankWeights
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Trainer:
 
     def __init__(
         self,
-        weights: Weights,
+        weights: RankWeights,
         scaler: LossScaler,
         schedule: Schedule,
         *,
@@ -133,11 +133,13 @@ class Trainer:
         thread = make_thread(self.layout.device)
         self._step_rows = Prefetcher(self._read_step, thread)
         self._evaluation_batches = Prefetcher(self._read_evaluation, thread)
+        micro_batches = schedule.batch_size // micro_batch_size
+        weights.expect_passes(micro_batches * schedule.accumulate)
         self.pipeline = Pipeline(
             self.stages,
             self.layout,
             schedule=pp_mode,
-            micro_batches=schedule.batch_size // micro_batch_size,
+            micro_batches=micro_batches,
             micro_batch_size=micro_batch_size,
             seq_length=seq_length,
             dtype=dtype,
@@ -153,6 +155,7 @@ class Trainer:
         """Take step `number`, counted from 0. `stop` and `saving` of any rank become those of the result on all."""
         timer = self.pipeline.timer
         timer.start_step()
+        self.layout.activity.begin("step", step=number + 1)
         with timer.on_host(timing.DATA):
             following = (dataset, number + 1) if number + 1 < self.schedule.total_steps else None
             rows = self._step_rows.take((dataset, number), following=following)
@@ -163,9 +166,9 @@ class Trainer:
         with autocast(self.layout.device, self.dtype):
             for batch in rows.batches:
                 loss += self.pipeline.forward_backward(*self._place(batch))
-        with timer.compute(timing.REDUCE):
+        with timer.compute(timing.REDUCE), self.layout.activity.waiting():
             self.weights.reduce_gradients()
-        with timer.compute(timing.NORM):
+        with timer.compute(timing.NORM), self.layout.activity.waiting():
             sums = self._sum_over_ranks(loss, (stop, saving), digest)
 
         grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
@@ -203,6 +206,7 @@ class Trainer:
                 # Every rank knows the labels: were each to count them, their sum over a pipeline would be too many.
                 trained += _trained_tokens([batch], len(trained)) if self.stages.has_head else 0
                 loss += self.pipeline.evaluate(*self._place(batch))
+        self.weights.release_copies()
         shares = {"loss": loss, "trained": trained.to(loss.device), "source_losses": self._source_losses}
         sums = _to_host(self._add_up(shares, self.layout.sum_over_replicas, self.layout.sum_over_pipeline))
         counts = [int(count) for count in sums["trained"]]

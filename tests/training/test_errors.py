@@ -77,7 +77,10 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble", "--compile"], "leave one of them out"),
         ([*SHORT, "--use-offload", "disk"], "--use-offload: expected true or false, got 'disk'"),
         ([*SHORT, "--activation-checkpointing", "some"], "expected none, full or selective, got 'some'"),
-        ([*SHORT, "--tensor-group-size", "2", "--optimizer", "8bit-adam"], "exclude each other: blocks of 8-bit state"),
+        (
+            [*SHORT, "--tensor-group-size", "2", "--optimizer", "8bit-adam"],
+            "exclude each other: blocks of it that hold columns",
+        ),
         ([*SHORT, "--tensor-group-size", "2", "--world-size", "1"], "x --tensor-group-size 2 = 2: make them agree"),
         (["--pp-mode", "zigzag"], "--pp-mode: invalid choice: 'zigzag'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -237,13 +240,18 @@ def test_resume_with_another_global_batch(tmp_path, flags):
     assert sorted(path.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("before", "now"), [("adamw", "8bit-adam"), ("8bit-adam", "adam")])
-def test_resume_with_an_optimizer_whose_state_has_another_form(tmp_path, flags, before, now):
-    path = run(tmp_path, flags, optimizer=before)
-    ended = ranks.train(tmp_path, {**flags, "checkpoint_path": path.parent, "total_steps": 2, "optimizer": now})
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [({}, {"optimizer": "8bit-adam"}), ({"optimizer_state": "8bit"}, {"optimizer": "adam", "optimizer_state": "bf16"})],
+    ids=str,
+)
+def test_resume_with_moments_in_another_form(tmp_path, flags, before, now):
+    path = run(tmp_path, flags, **before)
+    ended = ranks.train(tmp_path, {**flags, "checkpoint_path": path.parent, "total_steps": 2, **now})
     assert ended.statuses == [2], ended.errors
-    assert f"{path} was trained with --optimizer {before}, whose state --optimizer {now} cannot use" in ended.errors[0]
-    assert f"give --optimizer {before}" in ended.errors[0]
+    had, has = before.get("optimizer_state", "float32"), now.get("optimizer_state", "8bit")
+    assert f"{path} has the optimizer's state in {had}, of which none in {has} can be made" in ended.errors[0]
+    assert f"give --optimizer-state {had}" in ended.errors[0]
 
 
 def test_resume_of_another_model(tmp_path, flags, prepared):

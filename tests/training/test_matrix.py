@@ -19,12 +19,12 @@ AXES: dict[str, tuple[object, ...]] = {
     "model": ("neox", "tied", "gptj"),
     # Of two ranks, but for the first value.
     "pipeline": ("one rank", "gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
-    "replicas": ("one rank", "allreduce", "sharded", "sharded-gradients"),
+    "replicas": ("one rank", "allreduce", "sharded", "sharded-gradients", "sharded-parameters"),
     "tensor": ("one rank", "two ranks", "two ranks, tokens split"),
     "precision": ("float32", "bfloat16", "float16"),
     "activation_checkpointing": ("none", "full", "selective"),
     "packing": ("none", "documents"),
-    "optimizer": ("adamw", "8bit-adam"),
+    "optimizer_state": ("float32", "bf16", "8bit"),
     "use_offload": ("false", "true"),
     "gradient_accumulate_step": (1, 2),
 }
@@ -32,11 +32,15 @@ AXES: dict[str, tuple[object, ...]] = {
 
 def fits(row: dict[str, object]) -> bool:
     """Whether a run can have these values, as far as they are there."""
+    if row.get("replicas") == "sharded-parameters":
+        excluded = {"optimizer_state": "8bit", "use_offload": "true"}
+        if row.get("pipeline", "one rank") != "one rank" or any(row.get(k) == v for k, v in excluded.items()):
+            return False
     return not (
         (str(row.get("pipeline")).startswith("zero") and row.get("activation_checkpointing", "none") != "none")
         or (row.get("replicas") == "sharded-gradients" and row.get("pipeline", "one rank") != "one rank")
         or (row.get("replicas") == "sharded-gradients" and row.get("model") == "tied")
-        or (row.get("optimizer") == "8bit-adam" and row.get("tensor", "one rank") != "one rank")
+        or (row.get("optimizer_state") == "8bit" and row.get("tensor", "one rank") != "one rank")
     )
 
 
@@ -119,7 +123,7 @@ def test_layouts_against_one_process(tmp_path, flags, prepared, row):
         values = [[each[key] for each in metrics.read(path.parent)] for path in (one, found)]
         assert len(values[0]) == 10
         assert values[0] == pytest.approx(values[1], rel=near), key
-    if row["precision"] == "float32" and row["optimizer"] == "adamw":
+    if row["precision"] == "float32" and row["optimizer_state"] == "float32":
         expected, weights = tensors(one), tensors(found)
         assert expected.keys() == weights.keys()
         for name, tensor in expected.items():

@@ -8,7 +8,8 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
 from openchatkit.models.stage import Stage
 from openchatkit.training.local_stages import LocalStages
-from openchatkit.training.weights import Place, Run, Weights, _join_runs
+from openchatkit.training.runs import Place, Run
+from openchatkit.training.weights import Weights, _join_runs
 
 SIZES = {
     "family": "gptj",
@@ -97,5 +98,5 @@ def test_a_replica_may_have_nothing_to_update():
     found = weights(replicas=500, rank=499, num_layers=1)
     assert not found.masters
     found.optimizer = torch.optim.AdamW([{"params": []}])
-    found._publish = lambda: None  # exchanges with the others
+    found._exchange_weights = lambda: None  # exchanges with the others
     found.step(0.5, 1e-3)

@@ -1,0 +1,343 @@
+"""Float32 gradients of a rank's parameters: added up over passes, the tensor group, tied ends and replicas.
+
+All of them are views of one buffer, so that a message between replicas is a slice of it. Gradients that a backward pass
+is done with for the last time in a step are sent while it goes on with others. Messages have one order, the same on all
+replicas, whatever is ready first: later layers before earlier ones, and at the end what has to be added up over other
+ranks before.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from openchatkit.distributed.layout import Layout
+from openchatkit.libraries import pytorch
+from openchatkit.models.registry import family
+from openchatkit.models.shards import EMBED, HEAD
+from openchatkit.training.local_stages import LocalStages
+from openchatkit.training.runs import UNIT, Run, is_tied_copy
+
+BUCKET = 1 << 25  # elements that one collective takes
+
+Key = tuple[str, str]  # shard and name of a parameter
+
+
+class Gradients:
+    """Gradients of the parameters by shard and name; `runs` are all of these, in the order of the data's flow.
+
+    `owner` is the replica whose runs this one updates, None where it updates all. `keeps_own`: gradients are added over
+    replicas as soon as a backward pass has them, and those of own runs alone are kept (ZeRO-2). `through_cpu`: replicas
+    exchange by gloo on the CPU. `bucket` is the number of elements that one message takes, unless a run has more.
+    """
+
+    def __init__(
+        self,
+        stages: LocalStages,
+        layout: Layout,
+        parameters: Mapping[Key, nn.Parameter],
+        runs: Sequence[Run],
+        *,
+        owner: int | None,
+        keeps_own: bool,
+        through_cpu: bool,
+        bucket: int = BUCKET,
+    ) -> None:
+        self.stages, self.layout, self.parameters, self.runs = stages, layout, parameters, runs
+        self._bucket_elements = bucket
+        self._owner, self._keeps_own, self._through_cpu = owner, keeps_own, through_cpu
+        self._cuts = family(stages.config).cuts
+        self.own = [run for run in runs if owner in (None, run.owner)]
+        kept = self.own if keeps_own else [*self._by_lateness(late=False), *self._by_lateness(late=True)]
+        device = next(iter(parameters.values())).device
+        self._buffer = torch.zeros(sum(run.elements for run in kept), dtype=torch.float32, device=device)
+        self._views = dict(zip(kept, torch.split(self._buffer, [run.elements for run in kept]), strict=True))
+        self._ready: list[Key] = []  # parameters whose gradients are to be added to those of own runs
+        self._buckets: list[_Bucket] = []  # in the order in which they are sent
+        self._sent = 0  # of these
+        if keeps_own:
+            assert not stages.config.tie_embeddings, "their gradients belong to two parameters"
+            self._call_after_passes(self._collect)
+            return
+        self._attach()
+        if layout.data is not None:
+            for late in (False, True):
+                runs_of_kind = self._by_lateness(late=late)
+                self._buckets += reversed([_Bucket(part, late=late) for part in _split(runs_of_kind, bucket)])
+
+    def of(self, run: Run) -> Tensor:
+        """Return the gradient of a run, flat, as a view; with `keeps_own` of own runs alone."""
+        return self._views[run]
+
+    def expect_passes(self, passes: int) -> None:
+        """Send gradients after so many backward passes in a step, before the step's end. Call it once.
+
+        Passes count where autograd adds gradients up, as it does unless a schedule splits backward passes.
+        """
+        if self.layout.data is None or self._keeps_own or self._through_cpu:
+            return
+        of_parameter: dict[Key, list[_Bucket]] = {}
+        for bucket in self._buckets:
+            for run in () if bucket.is_late else bucket.runs:
+                of_parameter.setdefault(run.place.key, []).append(bucket)
+                bucket.passes += passes
+        counted = {key: self.parameters[key] for key in of_parameter}
+
+        def count(key: Key, _: Tensor) -> None:
+            for bucket in of_parameter[key]:
+                bucket.passes_left -= 1
+                assert bucket.passes_left >= 0, f"a backward pass of {key} after its gradient was sent"
+            self._send(only_ready=True)
+
+        self._call_after_passes(count, counted)
+        self._start_counting()
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Add gradients over parts, both ends of tied embeddings, and replicas; if these share them, to the owners."""
+        if self._keeps_own:
+            # Those of the projection are left, which the loss writes; without a trained token there are none.
+            left = [key for key in self.parameters if self._is_projection(key)]
+            for key in left:
+                parameter = self.parameters[key]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter, dtype=pytorch.gradient_dtype(parameter))
+            self._ready += left
+            self._reduce_ready()
+            self._add_over_parts(self.own)
+            return
+        for key, parameter in self.parameters.items():
+            assert gradient_of(parameter).data_ptr() == self._starts[key], key
+        self._send(early_only=True)
+        self._add_over_parts(self.runs)
+        self._add_tied()
+        self._send()
+        for bucket in self._buckets:
+            bucket.wait()
+
+    def squared_norms(self) -> Tensor:
+        """Return the squared norm of each shard's gradient in float64 [num_layers + 2], 0 for those of other ranks.
+
+        In a tensor group, each rank counts its own part, and the first what all have: their sum is the whole norm.
+        Sums of units are added in the order of the data's flow, so that the bits are the same over any stages and runs.
+        """
+        counted = set(self.own) if self.stages.part.index == 0 else set(filter(self._is_cut, self.own))
+        counted -= {run for run in self.own if is_tied_copy(self.stages, run.place)}
+        norms = iter(norms_of_units([self.of(run) for run in self.runs if run in counted]))
+        sums = [next(norms).double().square() if run in counted else self._zeros(run.units) for run in self.runs]
+        flat = torch.cat(sums) if sums else self._zeros(0)
+        if self._owner is not None:
+            self.layout.sum_over_replicas(flat)  # of which all but one have zeros
+        shards = self._zeros(self.stages.config.num_layers + 2)
+        parts = zip(self.runs, torch.split(flat, [run.units for run in self.runs]), strict=True)
+        for number, of_shard in itertools.groupby(parts, key=lambda pair: pair[0].place.shard_number):
+            shards[number] = torch.cat([each for _, each in of_shard]).sum()
+        return shards
+
+    def clear(self) -> None:
+        """Start the sums of the next step."""
+        self._buffer.zero_()
+        self._start_counting()
+
+    def _attach(self) -> None:
+        """Let autograd add each parameter's gradient to its place in the buffer."""
+        self._starts: dict[Key, int] = {}
+        for key, runs in itertools.groupby(self._views, key=lambda run: run.place.key):
+            views = [self._views[run] for run in runs]
+            parameter = self.parameters[key]
+            first = views[0].storage_offset()
+            whole = self._buffer[first : first + parameter.numel()]
+            parameter.grad = whole.view_as(parameter)
+            self._starts[key] = whole.data_ptr()
+
+    def _by_lateness(self, *, late: bool) -> list[Run]:
+        """Return the runs that can only be sent at a step's end, or the others.
+
+        Late are those that the loss writes, that are first added up over the tensor group, or that tied ends share.
+        """
+        kind = family(self.stages.config)
+        tied = (
+            {(EMBED, kind.embedding_weight), (HEAD, kind.tied_weight)} if self.stages.config.tie_embeddings else set()
+        )
+
+        def is_late(run: Run) -> bool:
+            over_parts = self.layout.tensor is not None and not self._is_cut(run)
+            return over_parts or run.place.key in tied or self._is_projection(run.place.key)
+
+        return [run for run in self.runs if is_late(run) == late]
+
+    def _is_cut(self, run: Run) -> bool:
+        """Whether each rank of a tensor group has its own part of a parameter, or it alone has it."""
+        return self._cuts[run.place.name] != "whole"
+
+    def _is_projection(self, key: Key) -> bool:
+        return key[0] == HEAD and key[1].startswith(f"{family(self.stages.config).projection}.")
+
+    def _call_after_passes(
+        self, hook: Callable[[Key, Tensor], None], parameters: Mapping[Key, nn.Parameter] | None = None
+    ) -> None:
+        for key, parameter in (parameters or self.parameters).items():
+            parameter.register_post_accumulate_grad_hook(functools.partial(hook, key))  # type: ignore[no-untyped-call]
+
+    def _start_counting(self) -> None:
+        self._sent = 0
+        for bucket in self._buckets:
+            bucket.passes_left = bucket.passes
+
+    def _send(self, *, only_ready: bool = False, early_only: bool = False) -> None:
+        """Send buckets in their order: all that are left, or up to the first that is not ready, or is late."""
+        for bucket in self._buckets[self._sent :]:
+            if (only_ready and (bucket.is_late or bucket.passes_left > 0)) or (early_only and bucket.is_late):
+                return
+            first = self._views[bucket.runs[0]].storage_offset()
+            flat = self._buffer[first : first + sum(run.elements for run in bucket.runs)]
+            bucket.work = self._add_over_replicas(flat, bucket.runs[0].owner)
+            self._sent += 1
+
+    def _add_over_replicas(self, flat: Tensor, owner: int) -> "dist.Work | None":
+        """Start to add a tensor over replicas, to the owner if there is one; returns what to wait for."""
+        sent = flat.cpu() if self._through_cpu else flat
+        work: dist.Work | None
+        if self._owner is None:
+            work = dist.all_reduce(sent, group=self.layout.data, async_op=not self._through_cpu)
+        else:
+            assert self.layout.data is not None
+            rank = dist.get_global_rank(self.layout.data, owner)
+            work = dist.reduce(sent, rank, group=self.layout.data, async_op=not self._through_cpu)
+        if self._through_cpu:
+            flat.copy_(sent)
+        return work
+
+    def _add_over_parts(self, runs: Sequence[Run]) -> None:
+        if self.layout.tensor is None:
+            return
+        for bucket in gather_buckets([self.of(run) for run in runs if not self._is_cut(run)]):
+            with Flat(bucket) as flat:
+                dist.all_reduce(flat, group=self.layout.tensor)
+
+    def _add_tied(self) -> None:
+        """With tied embeddings, give the embedding and the head's projection the sum of their gradients."""
+        stages, kind = self.stages, family(self.stages.config)
+        if not stages.config.tie_embeddings:
+            return
+        keys = ((EMBED, kind.embedding_weight), (HEAD, kind.tied_weight))
+        ends = [gradient_of(self.parameters[key]) for key in keys if key in self.parameters]
+        if len(ends) == 2:
+            ends[0].add_(ends[1])
+            ends[1].copy_(ends[0])
+        elif ends:
+            self.layout.sum_over_ends(ends[0])
+
+    def _collect(self, key: Key, _: Tensor) -> None:
+        """Take note of a gradient that a backward pass is done with; some together are worth a message."""
+        self._ready.append(key)
+        if sum(self.parameters[each].numel() for each in self._ready) >= self._bucket_elements:
+            self._reduce_ready()
+
+    @torch.no_grad()
+    def _reduce_ready(self) -> None:
+        """Add ready gradients over replicas, keep the sums of own runs, and free the rest.
+
+        Backward passes of all replicas come to their gradients in the same order, and so do these messages.
+        """
+        ready, self._ready = set(self._ready), []
+        runs = [run for run in self.runs if run.place.key in ready]
+        for owner, of_owner in itertools.groupby(runs, key=lambda run: run.owner):
+            owned = list(of_owner)
+            for bucket in gather_buckets([self._new_gradient(run) for run in owned]):
+                with Flat(bucket) as flat:
+                    work = self._add_over_replicas(flat, owner)
+                    if work is not None:
+                        work.wait()
+            for run in owned if owner == self._owner else ():
+                self.of(run).add_(self._new_gradient(run))
+        for key in ready:
+            self.parameters[key].grad = None
+
+    def _new_gradient(self, run: Run) -> Tensor:
+        return gradient_of(self.parameters[run.place.key]).view(-1)[run.start : run.stop]
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=self._buffer.device)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter that has one."""
+    assert parameter.grad is not None, tuple(parameter.shape)
+    return parameter.grad
+
+
+class _Bucket:
+    """Runs of one owner that follow each other in the buffer, sent together; `passes` of all of them together."""
+
+    def __init__(self, runs: Sequence[Run], *, late: bool) -> None:
+        self.runs, self.is_late = runs, late
+        self.passes, self.passes_left = 0, 1
+        self.work: dist.Work | None = None
+
+    def wait(self) -> None:
+        """Wait until the sum is there; on a GPU, let what follows on it wait."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class Flat:
+    """A bucket of tensors as one, in a context after which they have what has become of it."""
+
+    def __init__(self, bucket: Sequence[Tensor], *, on_cpu: bool = False) -> None:
+        self.bucket, self.on_cpu = bucket, on_cpu
+
+    def __enter__(self) -> Tensor:
+        alone = len(self.bucket) == 1 and self.bucket[0].is_contiguous()
+        flat = self.bucket[0].view(-1) if alone else torch.cat([tensor.reshape(-1) for tensor in self.bucket])
+        self._flat = flat.cpu() if self.on_cpu else flat
+        return self._flat
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None and self._flat.data_ptr() != self.bucket[0].data_ptr():
+            sizes = [tensor.numel() for tensor in self.bucket]
+            for tensor, part in zip(self.bucket, torch.split(self._flat, sizes), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def gather_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in order, as many at once as one collective takes; a larger one by itself."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(each.numel() for each in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def norms_of_units(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of each flat gradient's units, and of the rest, in float32 [units]."""
+    rests = [gradient[len(gradient) // UNIT * UNIT :] for gradient in gradients]
+    of_rests = iter(torch._foreach_norm([rest for rest in rests if len(rest)]) if any(map(len, rests)) else ())
+    norms = []
+    for gradient, rest in zip(gradients, rests, strict=True):
+        whole = gradient[: len(gradient) - len(rest)].view(-1, UNIT)
+        parts = [torch.linalg.vector_norm(whole, dim=1)] if len(whole) else []
+        if len(rest):
+            parts.append(next(of_rests).view(1))
+        norms.append(torch.cat(parts))
+    return norms
+
+
+def _split(runs: Sequence[Run], limit: int) -> Iterator[list[Run]]:
+    """Yield runs in order, as many of one owner as one collective takes; a larger one by itself."""
+    for _, of_owner in itertools.groupby(runs, key=lambda run: run.owner):
+        bucket: list[Run] = []
+        for run in of_owner:
+            if bucket and sum(each.elements for each in bucket) + run.elements > limit:
+                yield bucket
+                bucket = []
+            bucket.append(run)
+        if bucket:
+            yield bucket
