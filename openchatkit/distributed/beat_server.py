@@ -75,6 +75,7 @@ class BeatServer:
             while line := await reader.readline():
                 self._take(rank, json.loads(line), writer)
                 self._publish()
+        writer.close()
         self._judge.note_disconnection(rank)
         self._publish()
 
