@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from loguru import logger
 
 from openchatkit.distributed.processes import ECHO_SECONDS
+from openchatkit.distributed.watchdog import describe_short_timeout
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training.config import Settings
 from openchatkit.training.device import profiler
@@ -43,6 +44,7 @@ class Loop:
         self._reporter: Reporter | None = None
         self._meter: StepMeter | None = None
         self._save_due = False
+        self._slow_step_warned = False
 
     def run(self) -> int:
         """Train; returns 0 when all steps are done, 75 when stopped before (a checkpoint is written either way)."""
@@ -94,14 +96,24 @@ class Loop:
             last = self.progress.step * self.trainer.global_batch
             samples = range(last - self.trainer.global_batch, last)
             self._reporter.report_step(row, applied=result.applied, samples=samples)
+        self._warn_of_timeout(seconds)
         if self._soundness.is_hopeless:
             self._saver.finish()  # It may be the one to go back to.
         self._soundness.check()
+
+    def _warn_of_timeout(self, seconds: float) -> None:
+        """Warn once where a step takes longer than a rank waits for another."""
+        warning = describe_short_timeout(self.settings.timeout, seconds)
+        layout = self.trainer.layout
+        if warning is not None and layout.world_size > 1 and layout.rank == 0 and not self._slow_step_warned:
+            logger.warning(warning)
+            self._slow_step_warned = True
 
     def _evaluate_if_due(self) -> None:
         every, evaluation = self.settings.evaluation_steps, self.inputs.evaluation
         if evaluation is None or (self.progress.step % every and self.progress.step < self.total_steps):
             return
+        self.trainer.layout.activity.begin("evaluation")
         result = self.trainer.evaluate(evaluation, self.settings.evaluation_num_batch)
         if self._reporter is not None:
             row = {

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit.distributed.layout import Layout
+from openchatkit.distributed.processes import note_progress
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.storage import storage_errors
@@ -63,6 +64,7 @@ class Soundness:
         none is proven all stay.
         """
         self.progress.saved = step
+        note_progress(step)
         if self.progress.proven is not None:
             self._prune(protected=self.progress.proven)
         self._prove()
