@@ -119,6 +119,8 @@ def test_layouts_against_one_process(tmp_path, flags, prepared, row):
     if row["replicas"] == "sharded":
         assert_same_bits(found, train(tmp_path / "plain", flags, {**row, "replicas": "allreduce"}))
     near = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}[str(row["precision"])]
+    if row["optimizer_state"] == "bf16" and row["tensor"] != "one rank":
+        near = max(near, 1e-3)  # moments are rounded at random, by the place in a part
     for key in ("loss", "grad_norm", "trained_tokens"):
         values = [[each[key] for each in metrics.read(path.parent)] for path in (one, found)]
         assert len(values[0]) == 10
