@@ -30,6 +30,23 @@ def recompute(layer: Callable[..., Tensor], *inputs: Tensor | Borders | None, se
     return result
 
 
+def keep_in_main_memory() -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which layers that are computed again keep their inputs in main memory until then.
+
+    On a GPU, copies are in the order of its work, and nothing waits for them. (torch's own `save_on_cpu` does.)
+    """
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 def _contexts() -> Any:
     return create_selective_checkpoint_contexts(_choose)  # type: ignore[no-untyped-call]
 

@@ -1,5 +1,6 @@
 """Consecutive layers of a model, with or without the embedding before and the head after them, or a part of each."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import WHOLE, Cut, Part, cut_tensor, whole_shape
 from openchatkit.models.documents import Seen, confine
 from openchatkit.models.layers import RotaryTable
+from openchatkit.models.recompute import keep_in_main_memory
 from openchatkit.models.recompute import recompute as recompute_layer
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
@@ -30,6 +32,8 @@ class Stage(nn.Module):
     sees a column's, instead of itself and all before it.
     With tied embeddings the head's projection is a parameter of its own that starts equal to the embedding: training
     adds the two gradients and applies the sum to both.
+    `recompute`: the backward pass computes layers again, but for some results if `selective`; `offload` keeps what it
+    starts from in main memory.
     A stage may be one `part` of its layers: `connect_parts` gives it what adds up the parts' results. Its hidden states
     are then whole, and its logits those of its rows of the vocabulary.
     """
@@ -44,11 +48,12 @@ class Stage(nn.Module):
         head: bool = True,
         recompute: bool = False,
         selective: bool = False,
+        offload: bool = False,
         part: Part = WHOLE,
     ) -> None:
         super().__init__()
         self.config, self.part = config, part
-        self.recompute, self.selective = recompute, selective
+        self.recompute, self.selective, self.offload = recompute, selective, offload
         last = config.num_layers if last is None else last
         names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
         self.shards = nn.ModuleDict({name: family(config).module(config, name, part) for name in names})
@@ -116,7 +121,8 @@ class Stage(nn.Module):
             elif cache is not None:
                 x = module(x, cos, sin, seen, next(caches))
             elif self.recompute and torch.is_grad_enabled():
-                x = recompute_layer(module, x, cos, sin, seen, selective=self.selective)
+                with keep_in_main_memory() if self.offload else contextlib.nullcontext():
+                    x = recompute_layer(module, x, cos, sin, seen, selective=self.selective)
             else:
                 x = module(x, cos, sin, seen)
         return x

@@ -44,16 +44,17 @@ IGNORED = {
 }
 
 # Flags of the original kit that cannot be honoured; giving one is an error that says why.
-_SECRET = "a command line and a file of settings are no place for a secret, and training needs none: leave it out"
-_NO_UPLOAD = "checkpoints are not uploaded; copy the folder that --checkpoint-path names"
+_SECRET = (
+    "a command line and a file of settings are no place for a secret: --checkpoint-upload-prefix takes "
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN from the environment, and nothing else needs one"
+)
 _REFUSED = {
     "aws_access_key_id": _SECRET,
     "aws_secret_access_key": _SECRET,
     "aws_session_token": _SECRET,
     "event_auth_token": _SECRET,
-    "aws_endpoint_url": _NO_UPLOAD,
-    "aws_region": _NO_UPLOAD,
-    "checkpoint_upload_prefix": _NO_UPLOAD,
+    "aws_endpoint_url": "set AWS_ENDPOINT_URL in the environment",
+    "aws_region": "set AWS_REGION in the environment",
     "event_host": "events are not posted; read metrics.jsonl in --checkpoint-path, or use --train-log-backend wandb",
 }
 
@@ -107,6 +108,14 @@ def parse_monitor(text: str) -> str:
             f"use ssh -L {port}:127.0.0.1:{port} HOST"
         )
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_upload_prefix(text: str) -> str:
+    """Return `--checkpoint-upload-prefix`'s address, without a slash at its end."""
+    bucket = text.removeprefix("s3://").partition("/")[0]
+    if not text.startswith("s3://") or not bucket:
+        raise argparse.ArgumentTypeError(f"expected s3://BUCKET/PREFIX, got {text!r}")
+    return text.rstrip("/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +226,11 @@ class StepSettings:
         "its input), or `selective` (all but attention and the products with small results). `true` and `false` stand "
         "for `full` and `none`",
     )
+    activation_offload: bool = setting(
+        False,
+        help="keep the inputs of layers that are computed again in main memory until then; needs "
+        "`--activation-checkpointing`, and has no use on CPUs",
+    )
     compile: str | None = setting(
         None,
         choices=("inductor", "aot_eager"),
@@ -308,6 +322,12 @@ class CheckpointSettings:
         choices=("stop", "continue"),
         help="what a run does when a checkpoint finds no room: end with 2, or train on and say so; its last one always "
         "needs room",
+    )
+    checkpoint_upload_prefix: str | None = setting(
+        None,
+        check=parse_upload_prefix,
+        help="`s3://BUCKET/PREFIX` that finished checkpoints are uploaded to beside the steps; none is deleted here "
+        "before it is there. Keys are those of the environment, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     )
     load_checkpoint: bool = setting(True, help="resume from the checkpoint that `latest` names")
     evaluation_data: str | None = setting(None, help="data to evaluate on, written as `--task-name`")
@@ -463,6 +483,11 @@ class Settings(
                 raise UserError(f"--dp-mode sharded-parameters and {other} exclude each other: {advice}")
 
     def _check_batches(self) -> None:
+        if self.activation_offload and not self.recompute:
+            raise UserError(
+                "--activation-offload keeps inputs of layers that are computed again: give --activation-checkpointing "
+                "full or selective with it"
+            )
         if self.batch_size % self.micro_batch_size:
             raise UserError(
                 f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}"

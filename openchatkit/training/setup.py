@@ -13,7 +13,6 @@ from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout, stage_numbers
-from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
 from openchatkit.formats.layer_shards import LayerShards
@@ -28,7 +27,7 @@ from openchatkit.training import checkpoints
 from openchatkit.training.balance import balance_layers
 from openchatkit.training.config import Settings
 from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixSharding
-from openchatkit.training.local_stages import LocalStages
+from openchatkit.training.local_stages import LocalStages, join_parts
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.plan.planned_run import PlannedRun
 from openchatkit.training.plan.planner import plan_run
@@ -87,6 +86,8 @@ def prepare_run(settings: Settings) -> RunInputs:
         evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
     if settings.rank == 0:
         _warn_of_model_settings(settings, shards)
+        if settings.checkpoint_upload_prefix is not None:
+            check_upload(settings.checkpoint_upload_prefix, json.dumps(shards.raw_config))
     run = RunInputs(shards, plan, dataset, evaluation, _count_steps(settings, dataset))
     if settings.rank == 0:
         _log_epochs(dataset, run.total_steps * _count_rows(settings))
@@ -168,16 +169,13 @@ def _make_stages(
                 head=number == count - 1,
                 recompute=settings.recompute,
                 selective=settings.activation_checkpointing == "selective",
+                offload=settings.activation_offload,
                 part=Part(layout.tensor_rank, layout.tensor_size),
             )
             for number in numbers
         }
     for stage in stages.values():
-        if layout.tensor is not None:
-            if settings.sequence_parallel:
-                stage.connect_parts(Gather(layout.tensor), Scatter(layout.tensor), splits_tokens=True)
-            else:
-                stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
+        join_parts(stage, layout, splits_tokens=settings.sequence_parallel)
         if settings.compile is not None:
             stage.compile_layers(settings.compile)
     return LocalStages(stages, on_filled=None if sharding is None else sharding.cut)

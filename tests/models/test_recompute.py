@@ -1,5 +1,6 @@
 """`models/recompute.py`: the same bits, and what layers keep for their backward pass."""
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -71,6 +72,26 @@ def test_recomputed_layers_have_the_same_gradients(kind, documents):
     for width in wide:
         assert full_backward[width] - backward[width] == selective_backward[width] - backward[width] == 2
     assert full_backward["product 32"] > selective_backward["product 32"] == backward["product 32"]
+
+
+@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_offloaded_inputs_are_kept_as_copies_in_main_memory(kind, selective):
+    """Of each layer's input a copy is kept, from which the same gradients come, and the input itself is freed."""
+    found = {}
+    for offload in (False, True):
+        stage = Stage(config_from_hf(FAMILIES[kind]), recompute=True, selective=selective, offload=offload)
+        stage.init_weights(0)
+        inputs = []
+        for name, layer in stage.shards.items():
+            if name.startswith("layer"):
+                layer.register_forward_pre_hook(lambda _, given, into=inputs: into.append(weakref.ref(given[0])))
+        loss = stage.logits(stage(torch.arange(48).reshape(2, 24) % 64)).square().mean()
+        alive = sum(reference() is not None for reference in inputs)
+        loss.backward()
+        found[offload] = alive, [parameter.grad for parameter in stage.parameters()]
+    assert (found[False][0], found[True][0]) == (2, 0)
+    assert all(torch.equal(one, two) for one, two in zip(found[False][1], found[True][1], strict=True))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -26,6 +26,7 @@ AXES: dict[str, tuple[object, ...]] = {
     "packing": ("none", "documents"),
     "optimizer_state": ("float32", "bf16", "8bit"),
     "use_offload": ("false", "true"),
+    "activation_offload": ("false", "true"),
     "gradient_accumulate_step": (1, 2),
 }
 
@@ -38,7 +39,9 @@ def fits(row: dict[str, object]) -> bool:
             return False
     return not (
         (str(row.get("pipeline")).startswith("zero") and row.get("activation_checkpointing", "none") != "none")
+        or (str(row.get("pipeline")).startswith("zero") and row.get("activation_offload") == "true")
         or (row.get("replicas") == "sharded-gradients" and row.get("pipeline", "one rank") != "one rank")
+        or (row.get("activation_offload") == "true" and row.get("activation_checkpointing", "full") == "none")
         or (row.get("replicas") == "sharded-gradients" and row.get("model") == "tied")
         or (row.get("optimizer_state") == "8bit" and row.get("tensor", "one rank") != "one rank")
     )
@@ -112,7 +115,7 @@ def test_the_matrix_has_every_pair():
 def test_layouts_against_one_process(tmp_path, flags, prepared, row):
     flags = {**flags, "model_name": prepared[str(row["model"])], "lr": 1e-4, "initial_loss_scale": 64}
     alone = {**row, **dict.fromkeys(("pipeline", "replicas", "tensor"), "one rank")}
-    alone |= {"activation_checkpointing": "none", "use_offload": "false"}
+    alone |= {"activation_checkpointing": "none", "use_offload": "false", "activation_offload": "false"}
     one, found = train(tmp_path / "one", flags, alone), train(tmp_path / "found", flags, row)
     if row["replicas"] == row["tensor"] == "one rank":
         assert_same_bits(one, found)
