@@ -1,6 +1,5 @@
 """The device of this rank: choice, memory, determinism, profile. Some of it is set before torch is imported."""
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -14,7 +13,7 @@ from openchatkit.training.config import Settings
 if TYPE_CHECKING:
     import torch
 
-_TRACES = Path("trace_json")
+TRACES = Path("trace_json")
 
 # Each of them is the user's own choice. torch reads the first two for CUDA, whichever is set.
 _CUDA_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -110,22 +109,22 @@ def make_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def profiler(settings: Settings) -> "contextlib.AbstractContextManager[torch.profiler.profile | None]":
-    """Return `--profiling`'s profiler, whose `step` is to be called after each step, or a context of None without it.
+def profiler(settings: Settings) -> "torch.profiler.profile":
+    """Return torch's profiler, whose `step` is to be called after each step.
 
-    It lets two steps pass and records three, with the pipeline's forwards and backwards by name, in a Chrome trace a
-    rank. `tidy_profiling` records which operations run; `pytorch_profiling` also their shapes and memory.
+    It lets two steps pass and records three, with shapes and memory of all operations, in a Chrome trace a rank.
     """
     import torch
 
-    if settings.profiling == "no-profiling":
-        return contextlib.nullcontext()
-    _TRACES.mkdir(exist_ok=True)
-    name = f"{settings.job_id}_rank{settings.rank}_{settings.trace_postfix}.json"
-    full = settings.profiling == "pytorch_profiling"
+    TRACES.mkdir(exist_ok=True)
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(str(_TRACES / name)),
-        record_shapes=full,
-        profile_memory=full,
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(TRACES / trace_name(settings))),
+        record_shapes=True,
+        profile_memory=True,
     )
+
+
+def trace_name(settings: Settings) -> str:
+    """Return the name of this rank's trace in `TRACES`."""
+    return f"{settings.job_id}_rank{settings.rank}_{settings.trace_postfix}.json"

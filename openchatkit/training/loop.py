@@ -12,7 +12,6 @@ from openchatkit.distributed.processes import ECHO_SECONDS
 from openchatkit.distributed.watchdog import describe_short_timeout
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training.config import Settings
-from openchatkit.training.device import profiler
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter, open_sinks
 from openchatkit.training.replica_check import ReplicaCheck
@@ -22,6 +21,7 @@ from openchatkit.training.soundness import Soundness
 from openchatkit.training.step import StepResult, Trainer, by_name
 from openchatkit.training.throughput import StepMeter
 
+from openchatkit.training.trace import Profile, open_profile
 
 class Loop:
     """One rank's way through all steps of a run, which all ranks go together."""
@@ -53,7 +53,7 @@ class Loop:
                 logger.info("all {} steps are done: {}", self.total_steps, self.settings.checkpoint_path)
             return 0
         saver = contextlib.closing(self._saver)
-        with self._open_records(), stop_requests() as requests, profiler(self.settings) as profile, saver:
+        with self._open_records(), stop_requests() as requests, self._open_profile() as profile, saver:
             while self.progress.step < self.total_steps:
                 started = time.perf_counter()
                 result = self.trainer.step(
@@ -177,6 +177,15 @@ class Loop:
         self._ledger = LedgerWriter(folder, self.progress, self.trainer.layout, self.trainer.schedule)
         self._reporter = Reporter(
             open_sinks(self.settings, first_step=self.progress.step, total_steps=self.total_steps)
+    def _open_profile(self) -> "contextlib.AbstractContextManager[Profile | None]":
+        return open_profile(
+            self.settings,
+            self.trainer.layout,
+            self.trainer.pipeline.timer,
+            first_step=self.progress.step,
+            total_steps=self.total_steps,
+        )
+
         )
         try:
             yield

@@ -7,11 +7,11 @@ between two events of the stream that passes run on, which are read when the dev
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from openchatkit.distributed.activity import Activity
+from openchatkit.formats.trace import TraceSpan
 
 FORWARD, LOSS, BACKWARD = "Forward", "Loss", "Backward"
 # The halves of a split backward: gradients of a stage's input, and of its weights.
@@ -24,20 +24,6 @@ DATA, REDUCE, NORM, UPDATE = "Data", "Sum gradients", "Norm", "Update"
 RECEIVES, SENDS = (RECEIVE_FORWARD, RECEIVE_BACKWARD), (SEND_FORWARD, SEND_BACKWARD)
 
 Mark = float | torch.cuda.Event
-
-
-@dataclass(frozen=True)
-class StepSpan:
-    """One span, in seconds of `time.perf_counter` of its host; stage and micro-batch are None for a step's own parts.
-
-    Micro-batches are numbered through all batches of a step.
-    """
-
-    kind: str
-    start: float
-    end: float
-    stage: int | None = None
-    micro_batch: int | None = None
 
 
 class StepTimer:
@@ -56,7 +42,7 @@ class StepTimer:
         self._pending: set[tuple[str, int | None, int]] = set()
         self._last: Mark = 0.0
         self._first_micro_batch = 0
-        self._anchor: tuple[float, torch.cuda.Event] | None = None
+        self._anchor: tuple[float, Mark] | None = None
 
     def start_step(self) -> None:
         """Forget the spans of the step before."""
@@ -68,14 +54,11 @@ class StepTimer:
         """Count the micro-batches of a batch that is done, so that those of the next have other numbers."""
         self._first_micro_batch += micro_batches
 
-    def synchronize(self) -> None:
-        """Wait for a GPU and compare its clock with the host's; before that, only lengths of its spans are known."""
+    def compare_clocks(self) -> None:
+        """Wait for a GPU and note where its clock stands, which `spans` of the steps that follow need."""
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
-            event = self._mark()
-            assert not isinstance(event, float), event
-            event.synchronize()
-            self._anchor = time.perf_counter(), event
+            self._anchor = time.perf_counter(), self._mark()
 
     @contextlib.contextmanager
     def compute(self, kind: str, stage: int | None = None, micro_batch: int = 0) -> Iterator[None]:
@@ -117,9 +100,14 @@ class StepTimer:
         """Return the length of the step's spans of some kinds; the device must be done with them."""
         return sum(_measure(start, end) for kind, start, end, _, _ in self._spans if kind in kinds)
 
-    def spans(self) -> list[StepSpan]:
-        """Return the step's spans in the order of their ends, after a `synchronize` that followed them."""
-        return [StepSpan(kind, self._place(start), self._place(end), *of) for kind, start, end, *of in self._spans]
+    def spans(self, step: int) -> list[TraceSpan]:
+        """Return the spans of the step that was taken last, in the order of their ends, by `time.perf_counter`."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        return [
+            TraceSpan(kind, step, self._place(start), self._place(end), stage, number, on_host=kind == DATA)
+            for kind, start, end, stage, number in self._spans
+        ]
 
     def _mark(self) -> Mark:
         if not self._on_gpu:

@@ -71,17 +71,6 @@ def test_wandb_offline(tmp_path, flags, monkeypatch):
     assert secret.encode() not in written
 
 
-def test_traces(tmp_path, flags):
-    change = {"profiling": "tidy_profiling", "pipeline_group_size": 2, "total_steps": 6, "trace_postfix": "x"}
-    flags = {**flags, **change, "checkpoint_path": tmp_path / "ckpt", "job_id": "job"}
-    ended = ranks.train(tmp_path, flags, world_size=2, workplace=tmp_path)
-    assert ended.statuses == [0, 0], ended.errors
-    for rank in (0, 1):
-        trace = json.loads((tmp_path / "trace_json" / f"job_rank{rank}_x.json").read_text())
-        names = {event.get("name", "") for event in trace["traceEvents"]}
-        assert {"Forward 0", "Backward 3"} <= names
-
-
 def test_metrics_broken_by_a_crash_are_cut_where_a_run_resumes(tmp_path):
     for step in range(1, 6):
         metrics.append(tmp_path, {"step": step})
