@@ -117,7 +117,7 @@ class _Launch:
         self.output = threading.Lock()
 
     def run(self, commands: list[list[str]], first_rank: int, variables: dict[str, str]) -> int:
-        environment = os.environ | variables
+        environment = os.environ | variables | {"LOCAL_WORLD_SIZE": str(len(commands))}
         if len(commands) > 1 and not environment.get("OMP_NUM_THREADS"):
             # As torchrun does: ranks share the cores, and results equal to the bit need the same threads a rank.
             environment["OMP_NUM_THREADS"] = "1"

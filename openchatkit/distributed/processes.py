@@ -119,6 +119,11 @@ def collect_requests() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
+def has_ranks_elsewhere(world_size: int) -> bool:
+    """Whether other machines have ranks of this run, by what the launcher and torchrun say of this one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size) < world_size
+
+
 class ProgressFile:
     """How far ranks have come, over all restarts: what the last of them noted by `note_progress`."""
 

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import socket
 import sys
 from datetime import timedelta
 from typing import Any
@@ -40,6 +41,16 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
             f"rank {rank} did not meet all of the {world_size} ranks at {where} within "
             f"{timeout.total_seconds():.0f} s: check that each was started and reaches that address ({reason})"
         ) from error
+
+
+def share_problem(problem: UserError | None, rank: int) -> None:
+    """Raise UserError on all ranks, which have just met, if one has a problem; the first rank's is raised."""
+    own = None if problem is None else f"rank {rank} on {socket.gethostname()}: {problem}"
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    for message in found:
+        if message is not None:
+            raise UserError(message) from problem
 
 
 def disconnect() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from openchatkit.cli import INTERRUPTED, command
 from openchatkit.distributed import network
+from openchatkit.distributed.processes import has_ranks_elsewhere
 from openchatkit.errors import DEFECT, UserError
 from openchatkit.settings import flag
 from openchatkit.training import config, device
@@ -15,6 +16,7 @@ from openchatkit.training.config import Settings
 
 if TYPE_CHECKING:
     from openchatkit.training.loop import Loop
+    from openchatkit.training.setup import RunInputs
 
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
 _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
@@ -45,9 +47,10 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     """Open model and data, meet the other ranks, load this rank's stage; leave the others in good order at the end."""
     from openchatkit.distributed import rendezvous, watchdog
     from openchatkit.distributed.layout import make_layout
-    from openchatkit.training import checkpoints, setup
+    from openchatkit.training import checkpoints, fit, setup
     from openchatkit.training.attention_kernels import fastest_attention
     from openchatkit.training.loop import Loop
+    from openchatkit.training.prediction import make_prediction
     from openchatkit.training.schedules import SCHEDULES
 
     if settings.rank == 0:
@@ -58,10 +61,11 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
     margin = watchdog.MARGIN_SECONDS if place["device"].type == "cuda" else 0.0
     place["timeout"] = timedelta(seconds=settings.timeout + margin)
     device.check_compiler(settings, place["device"])
-    inputs = setup.prepare_run(settings)
+    inputs, problem = _prepare_inputs(settings)
     try:
         if settings.world_size > 1:
-            rendezvous.connect(settings.dist_url, world_size=settings.world_size, **place)
+            _meet(settings, place, problem)
+        assert inputs is not None, problem
         layout = make_layout(
             pipeline_size=settings.pipeline_group_size,
             replicas=settings.data_group_size,
@@ -79,14 +83,42 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
         with guard, _explain_failures(settings), checkpoints.lock_folder(settings.checkpoint_path, layout):
             checkpoints.check_shared_folder(settings.checkpoint_path, layout)
             inputs = setup.settle_plan(settings, inputs, layout)
+            fit.check_run(settings, inputs.plan, layout, total_steps=inputs.total_steps)
             with fastest_attention(settings, inputs.shards.config, layout):
+                expected = make_prediction(settings, inputs.plan, layout, total_steps=inputs.total_steps)
                 trainer, progress = setup.build_trainer(settings, inputs, layout)
-                yield Loop(settings, inputs, trainer, progress)
+                yield Loop(settings, inputs, trainer, progress, expected)
     except BaseException as error:
         status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else DEFECT
         rendezvous.abandon(error.exit_status if isinstance(error, UserError) else status)
         raise
     rendezvous.disconnect()
+
+
+def _prepare_inputs(settings: Settings) -> "tuple[RunInputs | None, UserError | None]":
+    """Open model and data. A mistake is raised, or returned where ranks of other machines are to hear of it first."""
+    from loguru import logger
+
+    from openchatkit.training import setup
+
+    try:
+        return setup.prepare_run(settings), None
+    except UserError as error:
+        if not has_ranks_elsewhere(settings.world_size):
+            raise
+        logger.error("{}; the ranks of other machines are met first, so that they end as well", error)
+        return None, error
+
+
+def _meet(settings: Settings, place: dict[str, Any], problem: UserError | None) -> None:
+    """Meet the other ranks; UserError on all of them if one has a problem."""
+    from openchatkit.distributed import rendezvous
+
+    try:
+        rendezvous.connect(settings.dist_url, world_size=settings.world_size, **place)
+    except UserError as error:
+        raise problem or error from error
+    rendezvous.share_problem(problem, settings.rank)
 
 
 def _advise_resume(settings: Settings) -> str:
