@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from openchatkit.distributed.layout import Layout
+from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
 
@@ -73,3 +75,13 @@ class LocalStages:
     def _note_filled(self, shard: str) -> None:
         if self._on_filled is not None:
             self._on_filled(shard, self._owners[shard].shards[shard])
+
+
+def join_parts(stage: Stage, layout: Layout, *, splits_tokens: bool) -> None:
+    """Put the seams to the other parts of a tensor group into a stage, if there is one."""
+    if layout.tensor is None:
+        return
+    if splits_tokens:
+        stage.connect_parts(Gather(layout.tensor), Scatter(layout.tensor), splits_tokens=True)
+    else:
+        stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))

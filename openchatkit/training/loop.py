@@ -14,22 +14,38 @@ from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training.config import Settings
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter, open_sinks
+from openchatkit.training.prediction import Prediction
 from openchatkit.training.replica_check import ReplicaCheck
 from openchatkit.training.saving import Saver
 from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
 from openchatkit.training.step import StepResult, Trainer, by_name
 from openchatkit.training.throughput import StepMeter
-
 from openchatkit.training.trace import Profile, open_profile
+from openchatkit.training.uploads import Uploader, finish_uploads
+
 
 class Loop:
     """One rank's way through all steps of a run, which all ranks go together."""
 
-    def __init__(self, settings: Settings, inputs: RunInputs, trainer: Trainer, progress: RunProgress) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        inputs: RunInputs,
+        trainer: Trainer,
+        progress: RunProgress,
+        expected: Prediction | None = None,
+    ) -> None:
+        self._expected = expected
         self.settings, self.inputs, self.trainer, self.progress = settings, inputs, trainer, progress
         self.total_steps = inputs.total_steps
-        self._soundness = Soundness(settings.checkpoint_path, progress, trainer.layout, keep=settings.keep_checkpoints)
+        self._soundness = Soundness(
+            settings.checkpoint_path,
+            progress,
+            trainer.layout,
+            keep=settings.keep_checkpoints,
+            uploads_to=settings.checkpoint_upload_prefix,
+        )
         self._saver = Saver(
             settings.checkpoint_path,
             trainer.weights,
@@ -37,10 +53,11 @@ class Loop:
             tokenizer_from=settings.tokenizer_name,
             in_background=settings.checkpoint_in_background,
             on_full_disk=settings.on_full_disk,
-            published=self._soundness.add_checkpoint,
+            published=self._add_checkpoint,
         )
         self._replica_check = ReplicaCheck(trainer.weights, shares_state=settings.dp_mode != "allreduce")
-        self._ledger: LedgerWriter | None = None  # on rank 0 only, as the next
+        self._ledger: LedgerWriter | None = None  # on rank 0 only, as the next two
+        self._uploader: Uploader | None = None
         self._reporter: Reporter | None = None
         self._meter: StepMeter | None = None
         self._save_due = False
@@ -51,9 +68,17 @@ class Loop:
         if self.progress.step >= self.total_steps:
             if self.trainer.layout.rank == 0:
                 logger.info("all {} steps are done: {}", self.total_steps, self.settings.checkpoint_path)
+            with stop_requests() as requests, self._open_uploads():
+                self._finish_uploads(requests)
             return 0
         saver = contextlib.closing(self._saver)
-        with self._open_records(), stop_requests() as requests, self._open_profile() as profile, saver:
+        with (
+            self._open_records(),
+            stop_requests() as requests,
+            self._open_profile() as profile,
+            self._open_uploads(),
+            saver,
+        ):
             while self.progress.step < self.total_steps:
                 started = time.perf_counter()
                 result = self.trainer.step(
@@ -68,6 +93,7 @@ class Loop:
                 self._save_if_due(result)
                 if result.stop and self.progress.step < self.total_steps:
                     return self._report_stop()
+            self._finish_uploads(requests)
         self._soundness.check_end()
         return 0
 
@@ -96,6 +122,8 @@ class Loop:
             last = self.progress.step * self.trainer.global_batch
             samples = range(last - self.trainer.global_batch, last)
             self._reporter.report_step(row, applied=result.applied, samples=samples)
+        if self._expected is not None:
+            self._expected.add(seconds)
         self._warn_of_timeout(seconds)
         if self._soundness.is_hopeless:
             self._saver.finish()  # It may be the one to go back to.
@@ -145,6 +173,28 @@ class Loop:
         self._saver.save(self.progress.step, state, last=last)
         self._save_due = False
 
+    def _add_checkpoint(self, step: int) -> None:
+        """Take note of a checkpoint that has just got its name."""
+        self._soundness.add_checkpoint(step)
+        if self._uploader is not None:
+            self._uploader.wake()
+
+    @contextlib.contextmanager
+    def _open_uploads(self) -> Iterator[None]:
+        """Upload checkpoints from rank 0, those of a run before included, if that is asked for."""
+        if self.settings.checkpoint_upload_prefix is None or self.trainer.layout.rank != 0:
+            yield
+            return
+        self._uploader = Uploader(self.settings.checkpoint_path, self.settings.checkpoint_upload_prefix)
+        self._uploader.wake()
+        with contextlib.closing(self._uploader):
+            yield
+
+    def _finish_uploads(self, requests: list[int]) -> None:
+        if self.settings.checkpoint_upload_prefix is not None:
+            finish_uploads(self._uploader, self.trainer.layout, requests)
+            self._soundness.prune()
+
     def _compare_replicas(self) -> None:
         """Raise UserError, with the checkpoint to go back to, where replicas have other weights; on all ranks."""
         difference = self._replica_check.find_difference() if self.settings.check_replicas else None
@@ -166,6 +216,15 @@ class Loop:
             )
         return RESUMABLE
 
+    def _open_profile(self) -> "contextlib.AbstractContextManager[Profile | None]":
+        return open_profile(
+            self.settings,
+            self.trainer.layout,
+            self.trainer.pipeline.timer,
+            first_step=self.progress.step,
+            total_steps=self.total_steps,
+        )
+
     @contextlib.contextmanager
     def _open_records(self) -> Iterator[None]:
         """Keep the run's ledger and report its numbers, on rank 0."""
@@ -177,15 +236,6 @@ class Loop:
         self._ledger = LedgerWriter(folder, self.progress, self.trainer.layout, self.trainer.schedule)
         self._reporter = Reporter(
             open_sinks(self.settings, first_step=self.progress.step, total_steps=self.total_steps)
-    def _open_profile(self) -> "contextlib.AbstractContextManager[Profile | None]":
-        return open_profile(
-            self.settings,
-            self.trainer.layout,
-            self.trainer.pipeline.timer,
-            first_step=self.progress.step,
-            total_steps=self.total_steps,
-        )
-
         )
         try:
             yield

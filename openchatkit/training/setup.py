@@ -1,5 +1,6 @@
 """From settings to a trainer that is ready for its next step; most of what can fail fails before the ranks meet."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from openchatkit.training.precision import LossScaler, compute_dtype
 from openchatkit.training.rank_weights import RankWeights
 from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.step import Schedule, Trainer
+from openchatkit.training.uploads import check_upload
 from openchatkit.training.weights import Weights
 
 _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")

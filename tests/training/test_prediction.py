@@ -1,0 +1,48 @@
+"""`training/prediction.py` and `training/fit.py`: what a run is expected to take, against what it takes."""
+
+import re
+import shutil
+
+import pytest
+import ranks
+
+# A model whose state is many times the memory that Python, torch and gloo take besides.
+CONFIG = {
+    "model_type": "gpt_neox",
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 64,
+}
+LAYOUTS = {
+    "one process": {},
+    "pipeline": {"pipeline_group_size": 2, "pp_mode": "1f1b"},
+    "sharded": {"data_group_size": 2, "dp_mode": "sharded"},
+    "tensor group": {"tensor_group_size": 2, "packing": "documents"},
+}
+
+
+@pytest.fixture
+def large(tmp_path, tiny_tokenizer):
+    """A folder of a model that starts at random."""
+    import json
+
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_tokenizer, folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_is_predicted_within_a_tenth(tmp_path, flags, large, layout):
+    size = {"pipeline_group_size": 2, "data_group_size": 2, "tensor_group_size": 2}
+    world_size = 2 if size.keys() & LAYOUTS[layout].keys() else 1
+    options = {"total_steps": 20, "batch_size": 4, "micro_batch_size": 2, "seq_length": 64}
+    options |= {"model_name": large, "load_pretrained_model": "false", "checkpoint_path": tmp_path / "ckpt"}
+    ended = ranks.train(tmp_path, {**flags, **options, **LAYOUTS[layout]}, world_size=world_size)
+    assert ended.statuses == [0] * world_size, ended.errors
+    found = re.search(r"after 20 steps: .* tokens/s, .*; (.*) GiB on the fullest rank, predicted (.*) \(", ended.errors[0])
+    measured, predicted = float(found[1]), float(found[2])
+    assert predicted == pytest.approx(measured, rel=0.1)
