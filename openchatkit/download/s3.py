@@ -36,7 +36,7 @@ def remotes(address: str, retry: RetryPolicy, *, sha256: str | None = None) -> l
     bucket, _, key = address.removeprefix(SCHEME).partition("/")
     if not bucket or not address.startswith(SCHEME):
         raise UserError(f"{address} is not an object: expected s3://bucket/key, or s3://bucket/folder/")
-    client = _client()
+    client = connect()
     if key and not key.endswith("/"):
         found, prefix = [key], key.rfind("/") + 1
     else:
@@ -47,7 +47,7 @@ def remotes(address: str, retry: RetryPolicy, *, sha256: str | None = None) -> l
 
 
 def _keys(client: "BaseClient", address: str, bucket: str, prefix: str) -> list[str]:
-    with _errors(address):
+    with explain_errors(address):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         found = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
     if not (found := [each for each in found if not each.endswith("/")]):
@@ -57,7 +57,7 @@ def _keys(client: "BaseClient", address: str, bucket: str, prefix: str) -> list[
 
 def _remote(client: "BaseClient", bucket: str, key: str, name: str, sha256: str | None) -> Remote:
     address = f"{SCHEME}{bucket}/{key}"
-    with _errors(address, client, bucket):
+    with explain_errors(address, client, bucket):
         head = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
     digests = _digests(head)
     if sha256:
@@ -67,7 +67,7 @@ def _remote(client: "BaseClient", bucket: str, key: str, name: str, sha256: str 
     def open_at(start: int, version: str | None) -> Iterator[Answer]:
         options = {"Range": f"bytes={start}-"} if start else {}
         logger.debug("GET {} from byte {}", address, start)
-        with _errors(address, client, bucket):
+        with explain_errors(address, client, bucket):
             answer = client.get_object(Bucket=bucket, Key=key, IfMatch=version or head["ETag"], **options)
             with contextlib.closing(answer["Body"]) as body:
                 first = start if "ContentRange" in answer else 0
@@ -90,7 +90,8 @@ def _digests(head: dict[str, Any]) -> tuple[Digest, ...]:
     return tuple(digests)
 
 
-def _client() -> "BaseClient":
+def connect() -> "BaseClient":
+    """Return a client of the storage that the environment names; UserError without keys or without boto3."""
     try:
         import boto3
         from botocore.config import Config
@@ -112,6 +113,7 @@ def _client() -> "BaseClient":
             # Retries and digests are up to the loop: a digest is of a whole file, however often it was resumed.
             config=Config(
                 retries={"total_max_attempts": 1, "mode": "standard"},
+                request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 connect_timeout=10,
                 read_timeout=60,
@@ -122,7 +124,7 @@ def _client() -> "BaseClient":
 
 
 @contextlib.contextmanager
-def _errors(address: str, client: "BaseClient | None" = None, bucket: str = "") -> Iterator[None]:
+def explain_errors(address: str, client: "BaseClient | None" = None, bucket: str = "") -> Iterator[None]:
     """Turn errors of boto3 about `address` into UserError or TransientError."""
     from botocore import exceptions
 
@@ -153,7 +155,7 @@ def _explain(error: Any, address: str, client: "BaseClient | None", bucket: str)
         says = "there is no such object: check the key; a folder ends in /"
     elif status in (401, 403):
         what = code if code not in ("403", "401") else "AccessDenied"
-        says = f"the storage refuses ({what}): check {ID_VARIABLE}, {SECRET_VARIABLE} and what they may read"
+        says = f"the storage refuses ({what}): check {ID_VARIABLE}, {SECRET_VARIABLE} and what they may do there"
     else:
         says = f"the storage answers {status} {code}: check the address, AWS_ENDPOINT_URL and AWS_REGION"
     return UserError(f"{address}: {says}")

@@ -31,6 +31,7 @@ from openchatkit.formats.checkpoint_folders import (
     is_uploaded,
     latest,
     list_steps,
+    list_to_upload,
     locate,
     lock_run,
     mark_uploaded,
@@ -54,6 +55,8 @@ from openchatkit.models.shards import shard_names
 from openchatkit.storage import check_room, drop_cached, storage_errors, write_text
 
 __all__ = [
+    "CONFIG",
+    "LATEST",
     "STATE",
     "StageCheckpoint",
     "begin",
@@ -65,7 +68,9 @@ __all__ = [
     "is_legacy",
     "is_uploaded",
     "latest",
+    "list_files",
     "list_steps",
+    "list_to_upload",
     "locate",
     "lock_run",
     "mark_uploaded",
@@ -126,6 +131,13 @@ def write_optimizer(temporary: Path, shard: str, state: _OptimizerState) -> File
     tensors = {f"{name}/{key}": v for name, entry in state.items() for key, v in entry.items() if isinstance(v, Tensor)}
     values = {name: {k: v for k, v in entry.items() if not isinstance(v, Tensor)} for name, entry in state.items()}
     return write_tensors(temporary / _optimizer_file(shard), tensors, metadata={_VALUES: json.dumps(values)})
+
+
+def list_files(path: Path) -> list[FileRecord]:
+    """Return the records of all files of a checkpoint, that of its manifest last."""
+    with _advice(path):
+        listed = read_manifest(path)
+    return [*listed.files.values(), manifest.record(path / manifest.MANIFEST)]
 
 
 def reread(temporary: Path, records: Iterable[FileRecord]) -> None:

@@ -187,6 +187,12 @@ def is_uploaded(path: Path, prefix: str) -> bool:
         return False
 
 
+def list_to_upload(root: Path, prefix: str) -> list[Path]:
+    """Return the checkpoints of this kit that are not noted to be below the address `prefix`, the oldest first."""
+    found = [path for step in list_steps(root) if (path := find(root, step))]
+    return [path for path in found if (path / manifest.MANIFEST).exists() and not is_uploaded(path, prefix)]
+
+
 def publish(temporary: Path, root: Path, step: int) -> Path:
     """Give a whole checkpoint its name, in place of an older one of that step, and point `latest` to it."""
     path = checkpoint_path(root, step)

@@ -65,25 +65,23 @@ class Soundness:
         """
         self.progress.saved = step
         note_progress(step)
-        if self.progress.proven is not None:
-            self._prune(protected=self.progress.proven)
+        self.prune()
         self._prove()
+
+    def prune(self) -> None:
+        """Delete checkpoints that are not kept, if one is proven."""
+        if self.layout.rank != 0 or self.progress.saved is None or self.progress.proven is None:
+            return
+        verified, protected = checkpoint.checkpoint_path(self.root, self.progress.saved), [self.progress.proven]
+        with storage_errors(self.root):
+            checkpoint.prune(self.root, self.keep, verified=verified, protected=protected, uploads_to=self.uploads_to)
 
     def _prove(self) -> None:
         """Let the last checkpoint be the proven one if a step has been applied since."""
         saved = self.progress.saved
         if saved is not None and saved != self.progress.proven and self._last_applied > saved:
             self.progress.proven = saved
-            self._prune(protected=saved)
-
-    def _prune(self, *, protected: int) -> None:
-        assert self.progress.saved is not None, "nothing is deleted before something is saved"
-        if self.layout.rank == 0:
-            verified = checkpoint.checkpoint_path(self.root, self.progress.saved)
-            with storage_errors(self.root):
-                checkpoint.prune(
-                    self.root, self.keep, verified=verified, protected=[protected], uploads_to=self.uploads_to
-                )
+            self.prune()
 
     @property
     def is_hopeless(self) -> bool:

@@ -75,6 +75,8 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
             "--seq-length 2048 is not a multiple of --tensor-group-size 3: make it one",
         ),
         ([*SHORT, *PIPELINE, "--pp-mode", "zero-bubble", "--compile"], "leave one of them out"),
+        ([*SHORT, "--checkpoint-upload-prefix", "bucket/x"], "prefix: expected s3://BUCKET/PREFIX, got 'bucket/x'"),
+        ([*SHORT, "--aws-endpoint-url", "x"], "--aws-endpoint-url: set AWS_ENDPOINT_URL in the environment"),
         ([*SHORT, "--use-offload", "disk"], "--use-offload: expected true or false, got 'disk'"),
         ([*SHORT, "--activation-checkpointing", "some"], "expected none, full or selective, got 'some'"),
         (
@@ -124,7 +126,7 @@ def test_a_file_may_have_what_the_command_line_may(tmp_path):
     assert (settings.total_steps, settings.precision, settings.ignored) == (3, "bfloat16", ("num_heads",))
     assert config.parse([*BASE, "--config", str(path), "--precision", "float32"]).bf16 is False
     path.write_text("aws_region: here\n", encoding="utf-8")
-    with pytest.raises(UserError, match="--aws-region: checkpoints are not uploaded"):
+    with pytest.raises(UserError, match="--aws-region: set AWS_REGION in the environment"):
         config.parse([*BASE, "--config", str(path)])
 
 

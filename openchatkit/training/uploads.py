@@ -1,0 +1,120 @@
+"""Copies of a run's checkpoints in S3-compatible storage, made by a thread of rank 0 beside the steps.
+
+A checkpoint is there when its manifest is, which comes last, as `latest` comes after that. One that is there is noted
+so in its folder, and only then may it be deleted here. What a run leaves undone, the next one of the folder does.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from loguru import logger
+
+from openchatkit.distributed.layout import Layout
+from openchatkit.download.s3_upload import S3Folder
+from openchatkit.errors import Interrupted, UserError
+from openchatkit.formats import checkpoint
+from openchatkit.storage import storage_errors
+
+_LOOK_SECONDS = 1.0  # between two looks for requests to stop, while all wait
+
+
+class Uploader:
+    """Uploads the checkpoints in `root`, from the oldest, to `prefix`, s3://bucket/prefix.
+
+    UserError without keys, and for storage that refuses a first small file.
+    """
+
+    def __init__(self, root: Path, prefix: str) -> None:
+        self._root, self._prefix = root, prefix
+        self._stopped = threading.Event()
+        self._folder = S3Folder(prefix, stopped=self._stopped)
+        self._changed = threading.Condition()
+        self._wanted = self._done = 0  # how often `wake` was called, and how many of these calls were answered
+        self._problem: Exception | None = None  # of the last answer
+        self._thread = threading.Thread(target=self._answer, name="uploads", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Let the thread look for checkpoints that are not uploaded."""
+        with self._changed:
+            self._wanted += 1
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so many seconds for what `wake` asked for; returns whether it is done, or raises its error."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._done == self._wanted, timeout=seconds)
+            problem = self._problem if done else None
+        if isinstance(problem, UserError):
+            raise type(problem)(f"{problem}; checkpoints are whole in {self._root}, and the same command uploads them")
+        if problem is not None:
+            raise problem
+        return done
+
+    def close(self) -> None:
+        """Stop after the parts that are under way; nothing waits for them."""
+        with self._changed:
+            self._stopped.set()
+            self._changed.notify_all()
+
+    def _answer(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._done < self._wanted or self._stopped.is_set())
+                wanted = self._wanted
+            if self._stopped.is_set():
+                return
+            problem = self._upload_all()
+            with self._changed:
+                self._done, self._problem = wanted, problem
+                self._changed.notify_all()
+
+    def _upload_all(self) -> Exception | None:
+        """Upload what is not there yet; returns the first error, which `wait` raises, and goes on with the others."""
+        problems: list[Exception] = []
+        for path in checkpoint.list_to_upload(self._root, self._prefix):
+            if self._stopped.is_set():
+                break
+            try:
+                self._upload(path)
+            except Exception as error:
+                problems.append(error)
+                logger.warning("{} is not uploaded, and is kept and tried again later: {}", path, error)
+        return problems[0] if problems else None
+
+    def _upload(self, path: Path) -> None:
+        started = time.perf_counter()
+        with storage_errors(path, every=True):
+            for record in checkpoint.list_files(path):
+                self._folder.put_file(f"{path.name}/{record.name}", path / record.name, sha256=record.sha256)
+            self._folder.put_text(checkpoint.LATEST, f"{checkpoint.parse_step(path.name)}\n")
+            checkpoint.mark_uploaded(path, self._prefix)
+        logger.info("uploaded {} to {} in {:.0f} s", path.name, self._prefix, time.perf_counter() - started)
+
+
+def finish_uploads(uploader: Uploader | None, layout: Layout, requests: Sequence[int]) -> None:
+    """Wait, with all ranks, until rank 0 has uploaded all there is; only that rank has an `uploader`.
+
+    Raises its error on all ranks, and Interrupted where some rank has `requests` to stop.
+    """
+    layout.activity.begin("uploading")
+    while True:
+        outcomes, errors = layout.attempt(
+            lambda: (uploader is None or uploader.wait(_LOOK_SECONDS), len(requests) > 0)
+        )
+        if errors:
+            raise errors[0]
+        if all(done for done, _ in outcomes):
+            return
+        if any(stop for _, stop in outcomes):
+            raise Interrupted("stopped before all checkpoints were uploaded: the same command uploads the others")
+
+
+def check_upload(prefix: str, config: str) -> None:
+    """Write the text of a model's config.json to `prefix`; UserError where nothing can be uploaded there."""
+    try:
+        S3Folder(prefix).put_text(checkpoint.CONFIG, config)
+    except UserError as error:
+        raise UserError(f"--checkpoint-upload-prefix: {error}") from error
