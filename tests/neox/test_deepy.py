@@ -1,0 +1,199 @@
+"""`deepy.py`: runs of real ranks on the processor, what it passes on to other hosts, and what it refuses."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from neox_cases import SHIPPED, in_yaml
+
+from openchatkit.formats import checkpoint
+from openchatkit.paths import ROOT
+
+DEEPY = str(ROOT / "neox" / "deepy.py")
+# What makes a shipped configuration small enough for a test: two stages of two layers.
+SHRUNKEN = {
+    "pipe_parallel_size": 2,
+    "model_parallel_size": 1,
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 64,
+    "max_position_embeddings": 64,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "train_iters": 3,
+    "lr_decay_iters": 3,
+    "eval_interval": 2,
+    "eval_iters": 1,
+    "zero_optimization": {"stage": 0},
+    "attention_config": None,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def deepy(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, DEEPY, *arguments, "--master_port", str(free_port())],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
+
+
+def prepare(folder: Path, name: str = "configs2021/small.yml", **settings: object) -> None:
+    """A corpus where its host is gone, its store, and the two configuration files of GPT-NeoX's first example."""
+    place = folder / "data" / "enron"
+    place.mkdir(parents=True)
+    words = ["the", "a", "mail", "from", "to", "of", "enron", "energy", "market", "power"]
+    texts = [" ".join(words[(i * j) % 10] for j in range(1, 40)) for i in range(200)]
+    (place / "mails.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    prepared = subprocess.run(
+        [sys.executable, str(ROOT / "neox" / "prepare_data.py"), "enron", "-t", "CharLevelTokenizer", "-d", "./data/"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    (folder / "configs").mkdir()
+    model = {key: value for key, value in SHIPPED[name].items() if not key.endswith("_data_paths")}
+    model = {key: value for key, value in model.items() if key not in ("tokenizer_type", "vocab_file")}
+    (folder / "configs" / "small.yml").write_text(in_yaml(model | SHRUNKEN | settings), encoding="utf-8")
+    local = SHIPPED["configs2021/local_setup.yml"]
+    (folder / "configs" / "local_setup.yml").write_text(in_yaml(local), encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, object]:
+    return checkpoint.read_state(folder / "checkpoints" / "checkpoint_3")
+
+
+def test_the_first_two_commands(tmp_path):
+    prepare(tmp_path)
+    done = deepy(tmp_path, "pretrain_gpt2.py", "-d", "configs", "small.yml", "local_setup.yml")
+    assert done.returncode == 0, done.stderr
+    state = read_state(tmp_path)
+    assert (state["step"], state["global_batch"], state["layout"]["stages"]) == (3, 4, 2)
+    losses = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "evaluation_loss" in row] == [2, 3]
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "configs").iterdir()) == [
+        "local_setup.yml",
+        "small.yml",
+    ]
+    assert done.stderr.count("without effect here: ") == 1  # said by one rank
+    assert "tokenizer_type is not given: it is CharLevelTokenizer, which made the data" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in SHIPPED
+        if name.startswith(("configs2021/", "configs/pythia"))
+        and "num_layers" in SHIPPED[name]
+        and not re.search("gmlp|sparse", name)
+    ],
+)
+def test_configurations_of_2021_and_pythia_train_on_two_stages(tmp_path, name):
+    prepare(tmp_path, name)
+    done = deepy(tmp_path, "train.py", "-d", "configs", "small", "local_setup")
+    assert done.returncode == 0, done.stderr
+    assert read_state(tmp_path)["step"] == 3
+
+
+@pytest.mark.long
+def test_a_run_goes_on_in_another_layout(tmp_path):
+    prepare(tmp_path)
+    command = ["train.py", "-d", "configs", "small", "local_setup", "--save-interval", "1"]
+    assert deepy(tmp_path, *command, "--checkpoint_factor=1", "--train_iters", "2").returncode == 2  # given twice
+    first = deepy(tmp_path, *command, "--train_iters", "2")
+    assert first.returncode == 0, first.stderr
+    layout = ["--pipe-parallel-size", "1", "--model-parallel-size", "2", "--zero_optimization", "{stage: 0}"]
+    then = deepy(tmp_path, *command, *layout)
+    assert then.returncode == 0, then.stderr
+    assert "resuming from checkpoints/checkpoint_2" in then.stderr
+    assert (read_state(tmp_path)["step"], read_state(tmp_path)["layout"]["tensor"]) == (3, 2)
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> str:
+    """A PATH with an ssh that runs the command here, as the host's name says in a file."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    script = (
+        f'#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 9\necho "$3" >> {tmp_path}/hosts_used\nexec sh -c "$4"\n'
+    )
+    (tools / "ssh").write_text(script)
+    (tools / "ssh").chmod(0o755)
+    return f"{tools}:{os.environ['PATH']}"
+
+
+@pytest.mark.long
+def test_ranks_of_two_hosts_meet(tmp_path, ssh):
+    prepare(tmp_path)
+    (tmp_path / "hosts").write_text("worker-1.invalid slots=1\nworker-2.invalid slots=1\n")
+    command = ["train.py", "-d", "configs", "small", "local_setup", "-H", "hosts", "--master_addr", "127.0.0.1"]
+    done = deepy(tmp_path, *command, PATH=ssh)
+    assert done.returncode == 0, done.stderr
+    assert read_state(tmp_path)["step"] == 3
+    assert sorted((tmp_path / "hosts_used").read_text().split()) == ["worker-1.invalid", "worker-2.invalid"]
+
+
+def test_commands_of_hosts_are_printed(tmp_path, monkeypatch):
+    prepare(tmp_path)
+    (tmp_path / "hosts").write_text("worker-1.invalid slots=2\nworker-2.invalid slots=4\n")
+    (tmp_path / ".deepspeed_env").write_text("MY_SETTING=a b\n")
+    command = ["train.py", "-d", "configs", "small", "local_setup", "-H", "hosts", "--include", "worker-1.invalid@"]
+    command[-1] += "worker-2.invalid:1,3"
+    done = deepy(tmp_path, *command, "--print-commands", NCCL_DEBUG="INFO", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "checkpoints").exists()
+    first, second = done.stdout.splitlines()
+    host, _, text = second.partition(": ")
+    words = shlex.split(text)
+    assert host == "worker-2.invalid"
+    assert words[:3] == ["cd", str(tmp_path), "&&"]
+    assert {"MY_SETTING=a b", "NCCL_DEBUG=INFO", "CUDA_VISIBLE_DEVICES=1,3"} <= set(words)
+    assert " ".join(words).count("--world-size 4 --first-rank 2 --ranks-here 2") == 1
+    assert re.search(r"--dist-url=tcp://worker-1.invalid:\d+$", text)
+    assert "--first-rank 0 --ranks-here 2" in first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate.py", "c.yml"], r"generate.py is not here yet: convert the checkpoint with tools/convert_to_hf"),
+        (["trian.py", "c.yml"], r"there is no script trian.py: expected train.py or pretrain_gpt2.py"),
+        (
+            ["train.py", "c.yml", "--num_layres", "2"],
+            r"--num_layres: GPT-NeoX has no setting 'num_layres': the nearest is",
+        ),
+        (["train.py", "c.yml", "--seed"], r"--seed is there without a value: settings are given as --seed VALUE"),
+        (["train.py", "c.yml", "--seed", "1", "--seed=2"], r"--seed=2 is there twice: leave one out"),
+        (["train.py", "c.yml", "--autotuning", "run"], r"--autotuning run: a feature of DeepSpeed that is not here"),
+        (["train.py"], r"the following arguments are required: CONF"),
+    ],
+)
+def test_mistakes(write, monkeypatch, capsys, arguments, message):
+    from openchatkit.neox import deepy as command
+
+    path = write("c.yml", SHIPPED["configs/125M.yml"] | {"hostfile": None})
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    assert re.match(f"error: {message}", capsys.readouterr().err)
