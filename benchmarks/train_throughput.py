@@ -1,21 +1,25 @@
-"""Training tokens per second and peak memory against transformers.Trainer: same model, batch and precision, one run.
+"""Training tokens per second and peak memory against transformers.Trainer and litgpt: same model, batch and precision.
 
     python benchmarks/train_throughput.py --shapes 14m 70m 160m
+    python benchmarks/train_throughput.py --shapes 14m 70m --compile --litgpt ../litgpt/bin/python
 
 Every measurement is a process of its own; the contestants take turns, and the median of their steps counts. With a GPU,
-`--shapes auto` takes the widest GPT-NeoX that fits it with Adam and prints the share of the card's bfloat16 rate.
+`--shapes auto` takes the widest GPT-NeoX that fits it with Adam and prints the share of the card's matrix rate.
+litgpt has its own dependencies, so it is given as an interpreter that has it and torch: its model, loss and loop of
+`litgpt pretrain`, which compiles the model; `--compile` also lets ours and litgpt's run both ways.
 """
 
 import argparse
 import json
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
-from _random_tokens import RandomTokens
 
 # Published Pythia shapes: layers, width, heads; the vocabulary is 50,304 for all of them.
 SHAPES = {"14m": (6, 128, 4), "70m": (6, 512, 8), "160m": (12, 768, 12), "410m": (24, 1024, 16), "1b": (16, 2048, 8)}
@@ -41,6 +45,8 @@ def hf_config(shape: str, seq_length: int) -> dict:
 
 
 def run_ours(options: argparse.Namespace) -> list[float]:
+    from _random_tokens import RandomTokens
+
     from openchatkit.distributed.layout import Layout
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
@@ -58,13 +64,16 @@ def run_ours(options: argparse.Namespace) -> list[float]:
         stage = Stage(config_from_hf(hf_config(options.shape, options.seq_length)), recompute=options.recompute)
     stage.to_empty(device=device)
     stage.init_weights(0)
-    weights = Weights(LocalStages({0: stage}), Layout(0, device), dtype=torch.bfloat16)
+    if options.compile:
+        stage.compile_layers("inductor")
+    dtype = getattr(torch, options.precision)
+    weights = Weights(LocalStages({0: stage}), Layout(0, device), dtype=dtype)
     weights.optimizer = build_optimizer("adamw", weights, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     trainer = Trainer(
         weights,
         LossScaler(1.0, dynamic=False),
         Schedule(options.batch, 1, 1e-4, 0, 1000, 1.0),
-        dtype=torch.bfloat16,
+        dtype=dtype,
         pp_mode="gpipe",
         micro_batch_size=options.batch,
         seq_length=options.seq_length,
@@ -80,6 +89,7 @@ def run_ours(options: argparse.Namespace) -> list[float]:
 def run_transformers(options: argparse.Namespace) -> list[float]:
     import tempfile
 
+    from _random_tokens import RandomTokens
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):
@@ -102,7 +112,7 @@ def run_transformers(options: argparse.Namespace) -> list[float]:
             output_dir=folder,
             per_device_train_batch_size=options.batch,
             max_steps=options.steps + 1,
-            bf16=True,
+            bf16=options.precision == "bfloat16",
             use_cpu=options.device == "cpu",
             gradient_checkpointing=options.recompute,
             learning_rate=1e-4,
@@ -119,13 +129,51 @@ def run_transformers(options: argparse.Namespace) -> list[float]:
     return times[1:]
 
 
-CONTESTANTS = {"openchatkit": run_ours, "transformers.Trainer": run_transformers}
+def run_litgpt(options: argparse.Namespace) -> list[float]:
+    import lightning
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    precision = "bf16-mixed" if options.precision == "bfloat16" else "32-true"
+    fabric = lightning.Fabric(accelerator=options.device, devices=1, precision=precision)
+    layers, width, heads = SHAPES[options.shape]
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "intermediate_size": 4 * width}
+    config = Config.from_name("pythia-14m", **sizes, n_query_groups=heads, head_size=width // heads)
+    with fabric.init_module():
+        model = GPT(config)
+    model.max_seq_length = options.seq_length
+    model = fabric.setup(torch.compile(model) if options.compile else model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=options.device == "cuda")
+    optimizer = fabric.setup_optimizers(optimizer)
+    times = []
+    for _ in range(options.steps + 1):
+        rows = torch.randint(0, VOCABULARY, (options.batch, options.seq_length + 1), device=options.device)
+        started = time.perf_counter()
+        loss = chunked_cross_entropy(model(rows[:, :-1].contiguous()), rows[:, 1:].contiguous())
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
+CONTESTANTS = {"openchatkit": run_ours, "transformers.Trainer": run_transformers, "litgpt": run_litgpt}
+COMPILED = ", compiled"
+
+
+def list_contestants(options: argparse.Namespace) -> list[str]:
+    names = ["openchatkit", "transformers.Trainer"] + ["litgpt"] * bool(options.litgpt)
+    return names + [name + COMPILED for name in names if options.compile and name != "transformers.Trainer"]
 
 
 def measure(contestant: str, shape: str, options: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--contestant", contestant, "--shape", shape, "--device", options.device]
+    name = contestant.removesuffix(COMPILED)
+    command = [options.litgpt if name == "litgpt" else sys.executable, __file__, "--contestant", name]
+    command += ["--shape", shape, "--device", options.device, "--precision", options.precision]
     command += ["--batch", str(options.batch), "--seq-length", str(options.seq_length), "--steps", str(options.steps)]
-    command += ["--recompute"] if options.recompute else []
+    command += ["--recompute"] * options.recompute + ["--compile"] * (name != contestant)
     output = subprocess.run(command, capture_output=True, text=True, check=False)
     if output.returncode:
         return {"error": (output.stderr.strip().splitlines() or ["killed"])[-1][:80]}
@@ -139,17 +187,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=4, help="measured steps, after one that is not")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each contestant")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing for both")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing, but for litgpt")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: what the hardware computes in")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, which needs a C++ compiler")
+    parser.add_argument("--litgpt", help="a Python interpreter that has litgpt, and the same torch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--shape", choices=SHAPES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def matmul_rate(device: str) -> float:
-    """Measured bfloat16 matrix rate of the device in FLOP/s: the best of a few large square products."""
+def name_processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def matmul_rate(device: str, precision: str) -> float:
+    """Measured matrix rate of the device in FLOP/s: the best of a few large square products."""
     size = 8192 if device == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
     best = 0.0
     for _ in range(5):
         started = time.perf_counter()
@@ -186,15 +248,21 @@ def main() -> None:
         print(json.dumps({"times": times, "peak": peak}))
         return
     shapes = [widest(torch.cuda.mem_get_info()[1]) if s == "auto" else s for s in options.shapes]
-    rate = matmul_rate(options.device)
-    print(f"{options.device}, torch {torch.__version__}, {torch.get_num_threads()} threads, bfloat16, ", end="")
+    if options.precision is None:
+        from openchatkit.loading.hardware import choose_dtype
+
+        dtype = choose_dtype("auto", torch.device(options.device), purpose="training")
+        options.precision = str(dtype).removeprefix("torch.")
+    rate = matmul_rate(options.device, options.precision)
+    print(f"{name_processor(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, ", end="")
+    print(f"{options.precision}, ", end="")
     print(f"batch {options.batch} x {options.seq_length}; measured matrix rate {rate / 1e12:.2f} TFLOP/s\n")
     print("| shape | contestant | tokens/s | against Trainer | of the matrix rate | peak memory |")
     print("|-|-|-|-|-|-|")
     for shape in shapes:
-        found = {name: [] for name in CONTESTANTS}
+        found = {name: [] for name in list_contestants(options)}
         for _ in range(options.rounds):
-            for name in CONTESTANTS:
+            for name in found:
                 found[name].append(measure(name, shape, options))
         report(shape, found, rate, options)
 
