@@ -4,6 +4,7 @@ Both are made once a micro-batch, for all layers. A mask has an entry for each p
 what it hides is computed all the same; borders are a few numbers, and that attention is not computed.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,16 +27,31 @@ class Borders(NamedTuple):
 Seen = Tensor | Borders
 
 
-def confine(document_starts: Tensor, *, before: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> Seen:
+@dataclass(frozen=True)
+class Documents:
+    """A micro-batch's documents, on the device that attends: each token's position in its own, and what it sees.
+
+    `positions` is int64 [batch, length].
+    """
+
+    positions: Tensor
+    seen: Seen
+
+
+def confine(
+    document_starts: Tensor, *, before: int = 0, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Documents:
     """Return what lets token t see the tokens from document_starts[t] to t, for attention on `device` in `dtype`.
 
     `document_starts` is int64 [batch, length], of tokens that follow `before` others in their row. Borders need it on
     the CPU: how many documents there are decides shapes, and reading it from a GPU would wait for all its work.
     """
+    place = torch.arange(before, before + document_starts.shape[1], device=document_starts.device)
+    positions = pytorch.send(place - document_starts, device)
     if not before and document_starts.device.type == "cpu" and pytorch.attends_documents(device, dtype, head_dim):
         borders = find_borders(document_starts)
-        return Borders(pytorch.send(borders.at, device), borders.longest)
-    return document_mask(pytorch.send(document_starts, device), dtype, before=before)
+        return Documents(positions, borders._replace(at=pytorch.send(borders.at, device)))
+    return Documents(positions, document_mask(pytorch.send(document_starts, device), dtype, before=before))
 
 
 def document_mask(document_starts: Tensor, dtype: torch.dtype, *, before: int = 0) -> Tensor:

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openchatkit.libraries import pytorch
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import WHOLE, Cut, Part, cut_tensor, whole_shape
-from openchatkit.models.documents import Seen, confine
+from openchatkit.models.documents import Documents, Seen, confine
 from openchatkit.models.layers import RotaryTable
 from openchatkit.models.recompute import keep_in_main_memory
 from openchatkit.models.recompute import recompute as recompute_layer
@@ -83,7 +82,7 @@ class Stage(nn.Module):
     def forward(
         self,
         x: Tensor,
-        document_starts: Tensor | None = None,
+        document_starts: Tensor | Documents | None = None,
         *,
         cache: Sequence[KVCache] | None = None,
         mask: Tensor | None = None,
@@ -100,16 +99,10 @@ class Stage(nn.Module):
         if document_starts is None:
             cos, sin = cos[before:length], sin[before:length]
         else:
-            positions = torch.arange(before, length, device=document_starts.device) - document_starts
-            positions = pytorch.send(positions, x.device)
+            if isinstance(document_starts, Tensor):
+                document_starts = self.confine(document_starts, x.device, before=before)
+            seen, positions = document_starts.seen, document_starts.positions
             cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-            seen = confine(
-                document_starts,
-                before=before,
-                device=x.device,
-                dtype=self._compute_dtype(x.device),
-                head_dim=self.config.head_dim,
-            )
         caches = iter(cache or ())
         for name, module in self.shards.items():
             if name == EMBED:
@@ -126,6 +119,11 @@ class Stage(nn.Module):
             else:
                 x = module(x, cos, sin, seen)
         return x
+
+    def confine(self, document_starts: Tensor, device: torch.device, *, before: int = 0) -> Documents:
+        """Return what `forward` makes of document starts; it takes either, and a wrapper may move tensors to a GPU."""
+        dtype = self._compute_dtype(device)
+        return confine(document_starts, before=before, device=device, dtype=dtype, head_dim=self.config.head_dim)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of products: autocast's where it is on, else that of the parameters."""

@@ -15,7 +15,6 @@ from torch.distributed import pipelining
 
 from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
-from openchatkit.models.stage import Stage
 from openchatkit.training import timing
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.schedules import SCHEDULES
@@ -117,10 +116,12 @@ class Pipeline:
             taken = runners if kind.takes_several else runners[0]
             self._schedule = make(taken, micro_batches, loss_fn=self._timed_loss, scale_grads=False)
 
-    @property
-    def _only_stage(self) -> Stage:
+    def _forward(self, tokens: Tensor, document_starts: Tensor | None) -> Tensor:
+        """Let the only stage compute. `fully_shard` would move document starts to the GPU, and wait for that."""
         [stage] = self.stages
-        return stage
+        documents = None if document_starts is None else stage.confine(document_starts, tokens.device)
+        hidden: Tensor = stage(tokens, documents)
+        return hidden
 
     def forward_backward(self, tokens: Tensor, target: Tensor, document_starts: Tensor | None = None) -> Tensor:
         """Add the gradients of a batch, int64 [micro_batches * micro_batch_size, seq_length], to the parameters'.
@@ -131,7 +132,7 @@ class Pipeline:
         if self._schedule is None:
             for number, (x, y, starts) in enumerate(self._cut(tokens, target, document_starts)):
                 with self.timer.compute(timing.FORWARD, 0, number):
-                    hidden = self._only_stage(x, starts)
+                    hidden = self._forward(x, starts)
                 losses.append(self._timed_loss(hidden, y))
                 del hidden  # backward needs its room
                 with self.timer.compute(timing.BACKWARD, 0, number):
@@ -149,7 +150,7 @@ class Pipeline:
         losses: list[Tensor] = []
         if self._schedule is None:
             cut = self._cut(tokens, target, document_starts)
-            losses = [self.loss(self._only_stage(x, starts), y) for x, y, starts in cut]
+            losses = [self.loss(self._forward(x, starts), y) for x, y, starts in cut]
         else:
             inputs, options = self._arguments(tokens, target, document_starts, losses)
             with pytorch.forward_only(self._schedule), self.layout.activity.waiting():

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from openchatkit.libraries import pytorch
+from openchatkit.models.cuts import Part, cut_shard
 from openchatkit.models.documents import Borders, confine, document_mask, find_borders
-from openchatkit.models.layers import causal_attention
+from openchatkit.models.layers import RotaryTable, causal_attention
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.stage import Stage
 
@@ -114,13 +115,16 @@ def test_starts_that_are_not_documents_have_no_borders():
 
 def test_without_a_kernel_there_is_a_mask():
     assert not pytorch.attends_documents(CPU, torch.float32, 8)
-    seen = confine(STARTS, before=0, device=CPU, dtype=torch.float32, head_dim=8)
-    assert torch.equal(seen, document_mask(STARTS, torch.float32))
+    documents = confine(STARTS, device=CPU, dtype=torch.float32, head_dim=8)
+    assert torch.equal(documents.seen, document_mask(STARTS, torch.float32))
+    assert documents.positions[3].tolist() == [0, 0, 1, 2, 3, 0, *range(17), 0]
 
 
 def test_tokens_after_others_have_a_mask(segments_kernel):
-    assert isinstance(confine(STARTS, before=0, device=CPU, dtype=torch.float32, head_dim=8), Borders)
-    assert isinstance(confine(STARTS + 3, before=3, device=CPU, dtype=torch.float32, head_dim=8), Tensor)
+    rows, after = (confine(STARTS + n, before=n, device=CPU, dtype=torch.float32, head_dim=8) for n in (0, 3))
+    assert isinstance(rows.seen, Borders)
+    assert isinstance(after.seen, Tensor)
+    assert torch.equal(after.positions, rows.positions)
 
 
 def test_attention_by_borders_is_that_by_the_mask(segments_kernel):
@@ -152,6 +156,24 @@ def test_models_learn_the_same_by_borders(kind, request):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
     for options in ({"recompute": True}, {"recompute": True, "selective": True}):
         assert all(torch.equal(one, other) for one, other in zip(gradients(kind, **options), plain, strict=True))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_parts_of_a_layer_by_borders_add_up_to_the_whole(kind, segments_kernel):
+    config, name = config_from_hf(FAMILIES[kind]), "layer_00000"
+    module, cuts = family(config).module, family(config).cuts
+    whole, documents = module(config, name).double(), confine(STARTS, device=CPU, dtype=torch.float64, head_dim=8)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 24, 32, dtype=torch.float64, generator=generator)
+    cos, sin = RotaryTable(config.rotary_dim, config.rotary_base)(24, CPU)
+    places = [table[documents.positions].unsqueeze(1) for table in (cos, sin)]
+    added = torch.zeros_like(x)
+    for index in range(2):
+        part = Part(index, 2)
+        layer = module(config, name, part).double()
+        layer.load_state_dict(cut_shard(whole.state_dict(), cuts, part))
+        added += layer(x, *places, documents.seen) - x
+    torch.testing.assert_close(x + added, whole(x, *places, documents.seen), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
