@@ -473,10 +473,6 @@ class Settings(
             ),
             "--check-replicas": (self.check_replicas > 0, "replicas have nothing in common to compare; leave it out"),
             "--use-offload": (self.use_offload, "replicas share all there is to keep; leave it out, or use sharded"),
-            "--compile": (
-                self.compile is not None,
-                "layers are gathered and freed in between; leave it out, or use --dp-mode sharded",
-            ),
         }
         for other, (is_given, advice) in excluded.items():
             if is_given:

@@ -27,8 +27,9 @@ from openchatkit.libraries import pytorch
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, shard_names
 from openchatkit.models.stage import Stage
+from openchatkit.training.gradients import Flat, gather_buckets, gradient_of
 from openchatkit.training.local_stages import LocalStages
-from openchatkit.training.rank_weights import OptimizerState, RankWeights, gather_pieces, gradient_of
+from openchatkit.training.rank_weights import OptimizerState, RankWeights, gather_pieces
 from openchatkit.training.runs import Place, Run, is_tied_copy
 
 
@@ -173,11 +174,11 @@ class FullyShardedWeights(RankWeights):
     def _gather_rows(self, tensor: Tensor, run: Run, writer: int) -> Tensor:
         """Return all rows at the writer, on the CPU, of a tensor that has those of a run; others are whole already."""
         parameter = self.parameter(run)
-        if run.place.key in self._vectors or tensor.dim() != parameter.dim():
+        if run.place.key in self._vectors or tensor.shape != own_rows(parameter).shape:
             return tensor.detach().cpu()
         assert self.layout.data is not None
         borders = self._borders(parameter.shape)
-        padded = tensor.new_zeros(borders[1] - borders[0], *parameter.shape[1:])
+        padded = tensor.new_zeros(borders[1], *parameter.shape[1:])
         padded[: len(tensor)] = tensor
         pieces = gather_pieces(padded, self.layout.data, to=writer)
         if pieces is None:
@@ -209,11 +210,9 @@ def own_rows(tensor: Tensor) -> Tensor:
 
 
 def _add_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Add the gradients of parameters over a group, in one message."""
-    if group is None or not parameters:
+    """Add the gradients of parameters over a group."""
+    if group is None:
         return
-    gradients = [gradient_of(parameter) for parameter in parameters]
-    flat = torch.cat(gradients)
-    dist.all_reduce(flat, group=group)
-    for gradient, total in zip(gradients, torch.split(flat, [len(each) for each in gradients]), strict=True):
-        gradient.copy_(total)
+    for bucket in gather_buckets([gradient_of(parameter) for parameter in parameters]):
+        with Flat(bucket) as flat:
+            dist.all_reduce(flat, group=group)

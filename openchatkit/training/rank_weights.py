@@ -141,9 +141,3 @@ def gather_pieces(piece: Tensor, group: dist.ProcessGroup, *, to: int) -> list[T
     pieces = [torch.empty_like(piece) for _ in range(dist.get_world_size(group))]
     dist.gather(piece, pieces, root, group=group)
     return [each.cpu() for each in pieces]
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter that has one."""
-    assert parameter.grad is not None, tuple(parameter.shape)
-    return parameter.grad
