@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # torch takes seconds to import; --help need not wait for it.
     from openchatkit.formats import checkpoint
 
+    if flags.repair not in (None, checkpoint.LATEST):
+        raise UserError(f"--repair {flags.repair}: only the file {checkpoint.LATEST} can be repaired")
     path: Path = flags.folder
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: give a checkpoint, or a folder that holds some")
@@ -50,9 +52,9 @@ def _build_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--repair",
-        choices=("latest",),
+        metavar="FILE",
         default=argparse.SUPPRESS,
-        help="let `latest` name the newest checkpoint that is whole, where it names none that is",
+        help="the file `latest`: let it name the newest checkpoint that is whole, where it names none that is",
     )
     parser.set_defaults(repair=None)
     return parser

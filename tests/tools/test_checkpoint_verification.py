@@ -113,5 +113,6 @@ def test_mistakes(root, verify, tmp_path):
         assert "no checkpoint is whole: copy a whole one here, or move these away (and 3 mo" in verify(root, *flags)[2]
     assert "--repair latest is for the folder of a run" in verify(root / "checkpoint_5", "--repair", "latest")[2]
     assert f"{tmp_path}/none: no such folder" in verify(tmp_path / "none")[2]
+    assert "--repair state: only the file latest can be repaired" in verify(root, "--repair", "state")[2]
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty holds no checkpoint: expected checkpoint_<step>" in verify(tmp_path / "empty")[2]
