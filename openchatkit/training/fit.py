@@ -109,8 +109,8 @@ def _check_memory(
         if own.card is not None:
             advice = "leave --use-offload out, give --dp-mode sharded, or start fewer ranks on a host"
         raise UserError(
-            f"the {len(here)} ranks of {layout.describe()}'s host hold {_format(least)} of main memory at least, and "
-            f"it has {_format(main)}: {advice}"
+            f"ranks of this host, {len(here)}, hold {_format(least)} of main memory at least, and it has "
+            f"{_format(main)}: {advice}"
         )
     if own.card is not None and own.likely + _SPARE > own.card:
         return (
