@@ -1,13 +1,16 @@
 """What tests of several parts share."""
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub, serving
 from loguru import logger
+from quick_python import Server
 from random_models import write_random_models
 
 
@@ -16,6 +19,15 @@ def log_to_the_present_stderr() -> None:
     """loguru keeps the stderr that it met when it was imported; a test that captures its own would miss the log."""
     logger.remove()
     logger.add(lambda text: sys.stderr.write(text))
+
+
+@pytest.fixture(scope="session")
+def quick_python() -> Iterator[Path]:
+    """A python that has imported the libraries already, for commands whose start is not what is tested."""
+    with tempfile.TemporaryDirectory(prefix="quick-") as folder:  # the name of a socket must be short
+        server = Server(Path(folder) / "venv")
+        yield server.python
+        server.close()
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +76,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield served
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Headless Chromium, driven through its own driver."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the dev extra has it)")
+    program, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("chromium and chromedriver are not installed (Debian, Ubuntu: apt install chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
