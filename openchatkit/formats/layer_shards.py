@@ -6,7 +6,6 @@ The manifest is written last and makes the folder whole. Until then `prepare.jso
 and lists the finished shards. The original kit's pickled shards (no manifest) are read where there are no others.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,17 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from openchatkit.errors import UserError
-from openchatkit.formats import legacy, manifest
+from openchatkit.formats import config_file, legacy, manifest
 from openchatkit.formats.manifest import Manifest, advise
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.formats.tensor_file import TensorFile, TensorSpec
-from openchatkit.formats.tokenizer_files import has_tokenizer, read_json
+from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
-from openchatkit.storage import write_text
 
-CONFIG = "config.json"
+CONFIG = config_file.CONFIG
 JOURNAL = "prepare.json"
 _AGAIN = "run the same prepare command again, it writes only what is missing"
 
@@ -43,19 +41,8 @@ def folder_name(model_name: str) -> str:
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """Read config.json as it is and as the models use it; UserError also when it asks for remote code."""
-    raw = read_json(folder / CONFIG)
-    if "auto_map" in raw:
-        raise UserError(
-            f"{folder / CONFIG} names code to download and run (auto_map), which the kit never does; "
-            "use a version of the model that transformers knows by itself"
-        )
+    raw = config_file.read_raw(folder)
     return raw, config_from_hf(raw)
-
-
-def write_config(folder: Path, raw: dict[str, Any]) -> None:
-    """Write the config.json of a model whose weights start at random."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, json.dumps(raw, indent=2) + "\n")
 
 
 def check_shard(where: Path, config: ModelConfig, shard: str, found: dict[str, TensorSpec]) -> None:

@@ -1,6 +1,7 @@
 """`neox/deepy.py SCRIPT CONF...`: start a script of GPT-NeoX on the hosts and ranks that its configuration gives."""
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     there = hosts.find_hosts(config)
     ranks = sum(len(host.slots) for host in there)
     run = translation.translate(config, ranks=ranks, on_gpu=hosts.count_gpus() > 0)
-    if run.model is not None and not line.known.print_commands:
-        model.write_model(run.model, config, resumes=translation.has_checkpoints(run.save))
+    if run.model is not None and not line.known.print_commands and not model.is_written(run.model):
+        model.write_model(run.model, config, resumes=False)
     script, given = ROOT / "neox" / "train.py", _rank_arguments(line, config, there)
     if len(there) == 1 and there[0].is_here and not config.get("force_multi") and not line.known.print_commands:
         if there[0].name is not None:
@@ -71,5 +72,24 @@ def _check_script(name: str) -> None:
 
 def _rank_arguments(line: CommandLine, config: NeoxConfig, there: Sequence[Host]) -> list[str]:
     """Return what each rank is given: the configuration, and where the ranks meet."""
-    address = config.get("master_addr") or ("127.0.0.1" if len(there) == 1 and there[0].is_here else there[0].name)
-    return [*line.passed_on, f"--dist-url=tcp://{address}:{config.get('master_port')}"]
+    alone = len(there) == 1 and there[0].is_here
+    address, port = config.get("master_addr") or ("127.0.0.1" if alone else there[0].name), config.get("master_port")
+    if alone and "master_port" not in config.given and not _is_free(port):
+        port = 0  # another run of this machine has it
+    return [*line.passed_on, f"--dist-url=tcp://{address}:{port or _find_port()}"]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -179,7 +179,6 @@ TRAINING: Mapping[str, Key] = {
             "exit_interval": "a run ends at its last step; SIGTERM saves and ends it earlier",
             "eval_tasks": "tasks are evaluated by tools/run_evaluation.py, after training",
             "char_level_ppl": "the loss is given a token",
-            "s3_path": "checkpoints are not uploaded: copy the folder that save names",
         }.items()
     },
     **_ignore("override_lr_scheduler", _CONFIG_WINS),
@@ -196,7 +195,8 @@ TRAINING: Mapping[str, Key] = {
     ),
     **_ignore("zero_allow_untested_optimizer load_universal checkpoint", "any layout resumes any checkpoint"),
     **_ignore("checkpoint_validation_with_forward_pass", "checkpoints are verified by SHA-256"),
-    **_ignore("s3_chunk_size", "it belongs to a choice that is not made"),
+    "s3_path": _use("text"),
+    **_ignore("s3_chunk_size", "uploads choose the sizes of their pieces"),
 }
 
 _NO_LABELS = f"{_NOT_YET}: label stores; tools/preprocess_data.py --loss-mask writes a mask beside a store"

@@ -9,7 +9,7 @@ from typing import Any
 
 from openchatkit import storage
 from openchatkit.errors import UserError
-from openchatkit.formats import layer_shards, token_store, tokenizer_files
+from openchatkit.formats import config_file, token_store, tokenizer_files
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.tools.preprocess import neox_tokenizers
 from openchatkit.tools.preprocess.neox_tokenizers import NeoxTokenizer
@@ -159,6 +159,11 @@ def _spread(config: NeoxConfig, name: str, layers: int, width: int) -> float:
     return deviations[config.get(name)]
 
 
+def is_written(folder: Path) -> bool:
+    """Return whether `write_model` has written a folder, for whatever configuration."""
+    return (folder / config_file.CONFIG).is_file()
+
+
 def write_model(folder: Path, config: NeoxConfig, *, resumes: bool) -> None:
     """Write the folder that training starts from, unless it is there already. Every rank may call this at once.
 
@@ -169,7 +174,7 @@ def write_model(folder: Path, config: NeoxConfig, *, resumes: bool) -> None:
     assert serialised is not None, "load_tokenizer refuses it"
     assert end is not None, "load_tokenizer refuses it"
     raw = make_config(config, tokenizer.vocab_size) | {"bos_token_id": end, "eos_token_id": end}
-    before = layer_shards.read_config(folder)[0] if (folder / layer_shards.CONFIG).is_file() else {}
+    before = config_file.read_raw(folder) if is_written(folder) else {}
     rows, parts = before.get("vocab_size", 0), max(config.get("model_parallel_size"), 1)
     if resumes and rows >= tokenizer.vocab_size and rows % parts == 0:
         raw["vocab_size"] = rows
@@ -177,7 +182,7 @@ def write_model(folder: Path, config: NeoxConfig, *, resumes: bool) -> None:
         return
     with storage.storage_errors(folder), storage.hold_lock(storage.lock_path(folder), f"waiting for {folder}"):
         tokenizer_files.write_tokenizer(folder, serialised, **_name_special_tokens(serialised, end))
-        layer_shards.write_config(folder, raw)
+        config_file.write_raw(folder, raw)
 
 
 def _name_special_tokens(serialised: str, end: int) -> dict[str, str]:

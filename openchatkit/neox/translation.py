@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint_folders, neox_checkpoint
 from openchatkit.neox import batches, data, model
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.settings import fields, flag
@@ -81,24 +80,33 @@ def to_arguments(flags: Mapping[str, Any]) -> list[str]:
 
 
 def has_checkpoints(save: Path) -> bool:
-    """Return whether a run has left checkpoints in its folder."""
-    return bool(checkpoint_folders.list_steps(save))
+    """Return whether a run has left checkpoints in its folder; UserError where they are GPT-NeoX's own."""
+    return _find_checkpoint(save) is not None
+
+
+def _find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a folder; UserError where it holds those of GPT-NeoX itself."""
+    if not folder.is_dir():
+        return None
+    # They import torch, which takes seconds, and which deepy.py needs for nothing else.
+    from openchatkit.formats import checkpoint_folders, neox_checkpoint
+
+    if neox_checkpoint.find(folder):
+        raise UserError(
+            f"{folder} holds checkpoints of GPT-NeoX itself, which training does not take yet: convert one with "
+            f"`python pretrained/GPT-NeoX-20B/prepare.py --model-name {folder}`, or name another folder"
+        )
+    return checkpoint_folders.latest(folder)
 
 
 def _choose_start(config: NeoxConfig, save: Path, notes: list[str]) -> dict[str, Any]:
     """Return where weights come from: random ones, the run's own checkpoint, or with `finetune` another run's."""
     fresh = {"model_name": save / _MODEL, "load_pretrained_model": False}
     load = None if config.get("load") is None else Path(config.get("load"))
-    for folder in (save, load):
-        if folder is not None and folder.is_dir() and neox_checkpoint.find(folder):
-            raise UserError(
-                f"{folder} holds checkpoints of GPT-NeoX itself, which training does not take yet: convert one with "
-                f"`python pretrained/GPT-NeoX-20B/prepare.py --model-name {folder}`, or name another folder"
-            )
     if load is None:
         return fresh | {"load_checkpoint": False}
     same = load.resolve() == save.resolve()
-    found = None if same else checkpoint_folders.latest(load)
+    found = None if same else _find_checkpoint(load)
     if config.get("finetune"):
         if same:
             raise UserError(f"{config.where('finetune')}: load and save are both {save}: give another save")
@@ -241,19 +249,30 @@ def _translate_saving(config: NeoxConfig, save: Path) -> dict[str, Any]:
         "checkpoint_path": save,
         "checkpoint_steps": int(interval) if interval and config.get("checkpoint_scale") == "linear" else 0,
         "keep_checkpoints": kept or _KEEP_ALL,
+        "checkpoint_upload_prefix": config.get("s3_path"),
     }
 
 
 def _translate_logging(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
-    if not config.get("use_wandb"):
-        return {}
-    if importlib.util.find_spec("wandb") is None:
-        notes.append(f"{config.where('use_wandb')}: nothing is sent: pip install 'openchatkit[wandb]'")
-        return {}
-    if not _has_wandb_key(config.get("wandb_host")):
-        notes.append(f"{config.where('use_wandb')}: nothing is sent: run `wandb login`, or set WANDB_MODE=offline")
-        return {}
-    return {"train_log_backend": "wandb", "project_name": config.get("wandb_project")}
+    """Return where the numbers go besides the console and metrics.jsonl; GPT-NeoX, too, goes on without a logger."""
+    backends, flags = ["print"], {}
+    if config.get("tensorboard_dir"):
+        if importlib.util.find_spec("tensorboard") is None:
+            where = config.where("tensorboard_dir")
+            notes.append(f"{where}: nothing is written: pip install 'openchatkit[tensorboard]'")
+        else:
+            backends.append("tensorboard")
+            flags["tensorboard_dir"] = config.get("tensorboard_dir")
+    if config.get("use_wandb"):
+        if importlib.util.find_spec("wandb") is None:
+            notes.append(f"{config.where('use_wandb')}: nothing is sent: pip install 'openchatkit[wandb]'")
+        elif not _has_wandb_key(config.get("wandb_host")):
+            notes.append(f"{config.where('use_wandb')}: nothing is sent: run `wandb login`, or set WANDB_MODE=offline")
+        else:
+            backends.append("wandb")
+            flags |= {name: config.get(name) for name in ("wandb_team", "wandb_group", "wandb_run_name")}
+            flags["project_name"] = config.get("wandb_project")
+    return {"train_log_backend": ",".join(backends), **flags}
 
 
 def _has_wandb_key(host: str) -> bool:

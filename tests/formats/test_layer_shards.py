@@ -9,7 +9,7 @@ import torch
 from tiny_shards import GPTJ, NEOX, equal, flip
 
 from openchatkit.errors import UserError
-from openchatkit.formats import layer_shards, legacy, shard_writer
+from openchatkit.formats import config_file, layer_shards, legacy, shard_writer
 from openchatkit.formats.layer_shards import LayerShards, folder_name
 from openchatkit.formats.manifest import DamagedError
 from openchatkit.models.registry import config_from_hf, family
@@ -288,7 +288,7 @@ def test_names_on_disk():
 
 def test_a_model_whose_weights_start_at_random_is_a_config_alone(tmp_path):
     folder = tmp_path / "new"
-    layer_shards.write_config(folder, NEOX)
+    config_file.write_raw(folder, NEOX)
     assert LayerShards.open(folder, weights=False).config.num_layers == NEOX["num_hidden_layers"]
     with pytest.raises(UserError, match="is not a prepared model"):
         LayerShards.open(folder)

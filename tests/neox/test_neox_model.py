@@ -9,7 +9,7 @@ from neox_cases import SHIPPED
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.formats import layer_shards
+from openchatkit.formats import config_file
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.stage import Stage
 from openchatkit.neox import model
@@ -114,7 +114,7 @@ def test_the_folder_that_training_starts_from(configure, tmp_path, tiny_tokenize
     folder = tmp_path / "save" / "model"
     config = configure(vocab_file="data/gpt2-vocab.json")  # which is not there: characters need no file
     model.write_model(folder, config, resumes=False)
-    raw, _ = layer_shards.read_config(folder)
+    raw = config_file.read_raw(folder)
     assert (raw["vocab_size"], raw["eos_token_id"]) == (512, 0)
     assert Tokenizer(folder).encode(["ab"]) == [[97, 98]]
     # A tokenizer of its own replaces it, and pads with end-of-text where it has nothing else.
@@ -131,11 +131,11 @@ def test_a_resumed_run_keeps_the_rows_of_its_embedding(configure, tmp_path):
     folder = tmp_path / "model"
     settings = {"make_vocab_size_divisible_by": 100}
     model.write_model(folder, configure(model_parallel_size=4, **settings), resumes=False)
-    assert layer_shards.read_config(folder)[0]["vocab_size"] == 800
+    assert config_file.read_raw(folder)["vocab_size"] == 800
     model.write_model(folder, configure(**settings), resumes=True)
-    assert layer_shards.read_config(folder)[0]["vocab_size"] == 800
+    assert config_file.read_raw(folder)["vocab_size"] == 800
     model.write_model(folder, configure(**settings), resumes=False)
-    assert layer_shards.read_config(folder)[0]["vocab_size"] == 600
+    assert config_file.read_raw(folder)["vocab_size"] == 600
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """GPT-NeoX's settings as the trainer's, and refusals of what the trainer cannot follow."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,9 @@ def run(configure, store):
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, 2, {"use_offload": True}),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 2, {"use_offload": True}),
         ({"zero_optimization": {"stage": 2}}, 2, {"dp_mode": "sharded-gradients"}),
+        ({"zero_optimization": {"stage": 3}}, 2, {"dp_mode": "sharded-parameters"}),
+        ({"s3_path": "s3://bucket/runs"}, 1, {"checkpoint_upload_prefix": "s3://bucket/runs"}),
+        ({}, 1, {"train_log_backend": "print", "checkpoint_upload_prefix": None}),
         (
             {"optimizer": {"type": "CPU_Adam", "params": {"lr": 1, "betas": [0.8, 0.9], "eps": 1e-3}}},
             1,
@@ -177,6 +181,34 @@ def test_refusals(run, settings, message):
 def test_pipelines_share_states_of_the_optimizer_alone(run):
     with pytest.raises(UserError, match=r"stage 2 and pipe_parallel_size 2 exclude each other: use stage 1"):
         run(ranks=2, zero_optimization={"stage": 2}, pipe_parallel_size=2)
+
+
+def test_wandb_is_used_where_it_can_log_in(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"use_wandb": True, "wandb_team": "t", "wandb_group": "g", "wandb_run_name": "r"}
+    without = run(**settings)
+    assert without.flags["train_log_backend"] == "print"
+    assert "use_wandb True: nothing is sent: " in without.notes[-1]
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    expected = {"train_log_backend": "print,wandb", "wandb_team": "t", "wandb_group": "g", "wandb_run_name": "r"}
+    assert (expected | {"project_name": "neox"}).items() <= run(**settings).flags.items()
+    monkeypatch.delenv("WANDB_MODE")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert run(**settings).flags["train_log_backend"] == "print,wandb"
+
+
+def test_tensorboard_is_written_where_it_is_installed(run):
+    found = run(tensorboard_dir="curves")
+    if importlib.util.find_spec("tensorboard") is None:
+        assert "tensorboard_dir curves: nothing is written: pip install 'openchatkit[tensorboard]'" in found.notes[-1]
+    else:
+        expected = {"train_log_backend": "print,tensorboard", "tensorboard_dir": "curves"}
+        assert expected.items() <= found.flags.items()
 
 
 def test_where_a_run_starts(run, tmp_path):
