@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("fine-tune, one process a rank", "training/dist_clm_train.py", "training.command"),
     "launch": ("start a process for each rank", "training/launch.py", "distributed.launcher"),
     "verify": ("verify checkpoints", "tools/verify_checkpoint.py", "tools.checkpoint_verification"),
+    "plot": ("draw the curves of training runs", "tools/plot_training.py", "tools.plots"),
     "convert": ("make a Hugging Face model of a checkpoint", "tools/convert_to_hf_*.py", ""),
     "evaluate": ("examine a model with lm-eval's tasks", "tools/run_evaluation.py", "tools.evaluation.harness"),
     "chat": ("chat with a model", "inference/bot.py", "inference.bot"),

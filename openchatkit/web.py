@@ -82,13 +82,17 @@ def settings(
 
 
 def page_headers(page: bytes) -> dict[str, str]:
-    """Return the headers of a page with one script and one style: it may run these and ask its own server alone."""
+    """Return the headers of a page with one script and one style."""
+    return {"Content-Security-Policy": f"{page_policy(page)}; frame-ancestors 'none'", "Cache-Control": "no-cache"}
+
+
+def page_policy(page: bytes) -> str:
+    """Return the policy of such a page: it may run its own script and style, and ask its own server alone."""
     script, style = (_digest(page, tag) for tag in (b"script", b"style"))
-    policy = (
+    return (
         f"default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'"
     )
-    return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}
 
 
 def _digest(page: bytes, tag: bytes) -> str:

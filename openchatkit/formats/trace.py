@@ -15,7 +15,9 @@ from openchatkit.storage import write_text
 
 TRACE = "trace.json"
 
-_SEND, _RECEIVE = "Send ", "Receive "
+# Kinds of messages begin so.
+SEND, RECEIVE = "Send ", "Receive "
+
 _THREADS = ("passes and waits", "sends", "host")
 _SHORTEST = 1.0  # microseconds: what has no length cannot be seen
 
@@ -111,20 +113,20 @@ def _list_spans(ranks: Sequence[RankTrace], first: float) -> Iterator[dict[str, 
 def _connect(ranks: Sequence[RankTrace], first: float) -> Iterator[dict[str, Any]]:
     """Yield an arrow for each message that both its sender and its receiver have noted."""
     receives = {
-        (rank.replica, rank.tensor_rank, span.step, span.kind.removeprefix(_RECEIVE), span.stage, span.micro_batch): (
+        (rank.replica, rank.tensor_rank, span.step, span.kind.removeprefix(RECEIVE), span.stage, span.micro_batch): (
             rank,
             span,
         )
         for rank in ranks
         for span in rank.spans
-        if span.kind.startswith(_RECEIVE)
+        if span.kind.startswith(RECEIVE)
     }
     number = 0
     for rank in ranks:
         for span in rank.spans:
-            if not span.kind.startswith(_SEND) or span.stage is None:
+            if not span.kind.startswith(SEND) or span.stage is None:
                 continue
-            direction = span.kind.removeprefix(_SEND)
+            direction = span.kind.removeprefix(SEND)
             to = span.stage + (1 if direction == "forward" else -1)
             found = receives.get((rank.replica, rank.tensor_rank, span.step, direction, to, span.micro_batch))
             if found is None:
@@ -140,7 +142,7 @@ def _connect(ranks: Sequence[RankTrace], first: float) -> Iterator[dict[str, Any
 
 
 def _find_thread(span: TraceSpan) -> int:
-    return 2 if span.on_host else int(span.kind.startswith(_SEND))
+    return 2 if span.on_host else int(span.kind.startswith(SEND))
 
 
 def _microseconds(seconds: float) -> float:

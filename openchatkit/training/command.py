@@ -33,11 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         device.let_cuda_blocks_grow()
 
     # torch takes seconds to import; --help and mistakes in the flags need not wait for it.
+    from openchatkit.training.monitor import check_address
     from openchatkit.training.sinks import check_installed, configure_logging
 
     configure_logging(rank=settings.rank)
     if settings.rank == 0:
         check_installed(settings.train_log_backend)
+        if settings.monitor is not None:
+            check_address(settings.monitor)
     with _explain_failures(settings), _prepare_loop(settings) as loop:
         return loop.run()
 

@@ -9,6 +9,7 @@ from loguru import logger
 from openchatkit.settings import to_json
 from openchatkit.training import sinks
 from openchatkit.training.config import Settings
+from openchatkit.training.monitor import Monitor
 from openchatkit.training.sinks import Row, Sink
 
 
@@ -30,6 +31,8 @@ def open_sinks(settings: Settings, *, first_step: int, total_steps: int) -> list
             )
         if "tensorboard" in names:
             opened.append(sinks.TensorBoard(settings.tensorboard_dir, first_step=first_step))
+        if settings.monitor is not None:
+            opened.append(Monitor(settings.monitor, folder, total_steps=total_steps))
         if "loguru" in names:
             opened.append(sinks.LogFile(total_steps=total_steps))
     except BaseException:

@@ -27,7 +27,7 @@ _ROUNDS = 16
 
 
 class Profile(Protocol):
-    """What is to be called after each step."""
+    """A recorder of steps, which is called after each."""
 
     def step(self) -> None:
         """Take note of a step."""

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import re
-import shutil
 
 import pytest
 from served import Broken, Refusing, Running
@@ -53,24 +52,14 @@ def test_texts_run_as_their_script_does_and_settings_are_no_part_of_the_chat(tra
 # -- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, driven through its own driver."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the dev extra has it)")
-    program, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("chromium and chromedriver are not installed (Debian, Ubuntu: apt install chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    # Chromium's own window would be no narrower than 500 pixels.
+@pytest.fixture
+def browser(chromium):
+    """Chromium, with a window of a phone's size."""
+    # Its own window would be no narrower than 500 pixels.
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     yield chromium
-    chromium.quit()
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 class Page:
