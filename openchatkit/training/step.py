@@ -272,8 +272,9 @@ class Trainer:
         """
         end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of ranks
         loss = loss.double()
-        shares = {"votes": loss.new_tensor(votes), "ends_of_digests": loss.new_tensor(end_of_digest)}
-        shares["squared_norms"] = self.weights.squared_norms()
+        numbers = torch.tensor([*votes, end_of_digest], dtype=torch.float64)
+        of_votes, of_digest = torch.split(pytorch.send(numbers, loss.device), [len(votes), 1])
+        shares = {"votes": of_votes, "ends_of_digests": of_digest, "squared_norms": self.weights.squared_norms()}
         of_parts = self._add_up(shares, self.layout.sum_over_parts)
         # Parts have the same losses, and replicas the same norms.
         shares = {"loss": loss, "source_losses": self._source_losses, "votes": of_parts.pop("votes")}
