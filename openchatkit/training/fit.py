@@ -119,7 +119,8 @@ def _check_memory(
         )
     if main and likely > 0.9 * main:
         return (
-            f"memory will be close: the {len(here)} ranks of a host may hold {_format(likely)} of its {_format(main)}"
+            f"memory will be close: ranks of this host, {len(here)}, may hold {_format(likely)} of main memory, and it "
+            f"has {_format(main)}"
         )
     return None
 
