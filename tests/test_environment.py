@@ -330,6 +330,15 @@ def test_the_tests_environment_will_do_for_the_quickstart(checkout):
     assert not [call for call in checkout.run(script="quickstart.sh").calls if call.startswith("-m pip")]
 
 
+def test_an_environment_that_another_checkout_has_taken_over_is_installed_again(checkout, tmp_path):
+    shared = {"OPENCHATKIT_VENV": str(tmp_path / "shared")}
+    checkout.run(**shared)
+    other = shutil.copytree(checkout.root, tmp_path / "other")
+    checkout.run(script=str(other / "quickstart.sh"), **shared)
+    assert [call for call in checkout.run(**shared).calls if call.startswith("-m pip")]
+    assert not [call for call in checkout.run(**shared).calls if call.startswith("-m pip")]
+
+
 def test_conda_installs_the_same(checkout):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *packages, pip = environment["dependencies"]

@@ -120,6 +120,8 @@ make_environment() {
     if [ -z "${OPENCHATKIT_TORCH_INDEX:-}" ] && [ "$(uname)" = Linux ] && [ ! -e /dev/nvidiactl ]; then
         echo "(no NVIDIA GPU here: OPENCHATKIT_TORCH_INDEX=https://download.pytorch.org/whl/cpu takes a smaller torch)"
     fi
+    # What was installed for other extras, or from another checkout, no longer stands.
+    rm -f "$kit_venv"/installed*
     # torch first and alone: its index has nothing else.
     pip_install ${OPENCHATKIT_TORCH_INDEX:+--index-url "$OPENCHATKIT_TORCH_INDEX"} "$(torch_wanted)"
     pip_install -e "$kit_root${extra:+[$extra]}"
