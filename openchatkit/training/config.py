@@ -469,10 +469,10 @@ class Settings(
             ),
             "8-bit optimizer state": (
                 self.moments == "8bit",
-                "its blocks are not whole rows; use --optimizer adamw, or --dp-mode sharded",
+                "a block of it is no number of rows; use --optimizer-state bf16, or --dp-mode sharded",
             ),
             "--check-replicas": (self.check_replicas > 0, "replicas have nothing in common to compare; leave it out"),
-            "--use-offload": (self.use_offload, "replicas share all there is to keep; leave it out, or use sharded"),
+            "--use-offload": (self.use_offload, "rows are updated in place; leave it out, or use --dp-mode sharded"),
         }
         for other, (is_given, advice) in excluded.items():
             if is_given:

@@ -1,4 +1,4 @@
-"""What a step, the optimizer and checkpoints ask of a rank's weights, however replicas keep them.
+"""The face of a rank's weights that a step, the optimizer and checkpoints see, however replicas keep them.
 
 Owns what all ways of keeping them have in common: which parameters there are, how an optimizer's stored state comes to
 this rank's share of them, and how the parts of a tensor group are put together for a checkpoint.
