@@ -28,9 +28,10 @@ from openchatkit.models.cuts import Part
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, shard_names
 from openchatkit.models.stage import Stage
+from openchatkit.paths import ROOT
 from openchatkit.tools.planning import command as planning
 from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixSharding, own_rows
-from openchatkit.training.local_stages import LocalStages
+from openchatkit.training.local_stages import LocalStages, join_parts
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.pipeline import Pipeline
@@ -283,17 +284,14 @@ def test_every_send_of_the_schedule_has_its_receive(name):
 
 
 def make_rank(config, run, layout):
-    numbers = run.stages_of(layout.pipeline_rank)
-    part = Part(layout.tensor_rank, layout.tensor_size)
     stages = {}
-    for number in numbers:
+    for number in run.stages_of(layout.pipeline_rank):
+        part = Part(layout.tensor_rank, layout.tensor_size)
         ends = {"embed": number == 0, "head": number == len(run.layers) - 1}
         again = {"recompute": run.recompute, "selective": run.selective}
-        stage = Stage(config, *run.layers[number], part=part, **ends, **again)
-        stage.init_weights(0)
-        if layout.tensor is not None:
-            stage.connect_parts(Enter(layout.tensor), Leave(layout.tensor))
-        stages[number] = stage
+        stages[number] = Stage(config, *run.layers[number], part=part, **ends, **again)
+        stages[number].init_weights(0)
+        join_parts(stages[number], layout, splits_tokens=run.sequence_parallel)
     return LocalStages(stages)
 
 
@@ -316,6 +314,7 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.sent = self.received = Traffic()
+        self.gathered = Traffic()
         self.sums = {}
         self._monkeypatch = monkeypatch
 
@@ -335,11 +334,21 @@ class Counter:
             self.sums[group] = self.sums.get(group, Traffic()) + Traffic(1, tensor.nbytes)
             return reduce(tensor, op, group)
 
+        def gather(output, tensor, group=None):
+            self.gathered += Traffic(1, output.nbytes)
+            output.view(-1, *tensor.shape).copy_(tensor)
+
+        def scatter(output, tensor, group=None):
+            self.gathered += Traffic(1, tensor.nbytes)
+            output.copy_(tensor[: len(output)])
+
         self._patch = self._monkeypatch.context()
         patched = self._patch.__enter__()
         patched.setattr(dist, "P2POp", Operation)
         patched.setattr(dist, "recv", receive)
         patched.setattr(dist, "all_reduce", all_reduce)
+        patched.setattr(dist, "all_gather_into_tensor", gather)
+        patched.setattr(dist, "reduce_scatter_tensor", scatter)
         return self
 
     def __exit__(self, *error):
@@ -358,11 +367,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tensor_size", [1, 2])
+@pytest.mark.parametrize(("tensor_size", "splits_tokens"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize(("network", "schedule", "stages_a_rank", "recompute"), CASES)
-def test_messages_are_those_of_a_real_pipeline(monkeypatch, network, schedule, stages_a_rank, recompute, tensor_size):
+def test_messages_are_those_of_a_real_pipeline(
+    monkeypatch, network, schedule, stages_a_rank, recompute, tensor_size, splits_tokens
+):
     config = NETWORKS[network]
     options = {"micro_batch_size": 2, "seq_length": 8, "precision": "float32", "recompute": recompute}
+    options["sequence_parallel"] = splits_tokens
     run = planned(config, 4, 2, tensor_size, schedule, stages_a_rank, m=8, on_gpu=False, **options)
     for pipeline_rank in (0, 1, 3):
         rank = (run.pipeline_size + pipeline_rank) * tensor_size
@@ -375,6 +387,7 @@ def test_messages_are_those_of_a_real_pipeline(monkeypatch, network, schedule, s
             with Counter(monkeypatch) as counter:
                 pipeline.forward_backward(tokens, tokens)
             traffic = rank_traffic(run, pipeline_rank)
+            assert counter.gathered == traffic["gathered"]
             assert counter.sent == traffic["pipeline"]
             assert counter.received == traffic["received"]
             # The sums of gradients come with the step.
@@ -521,6 +534,47 @@ def test_state_of_a_parameter_takes_the_bytes_of_the_table(monkeypatch, precisio
         shares = 1 if dp_mode == "allreduce" else 4
         whole = 4 * parameters.count_rank(run, 0).elements / shares
         assert memory.main_memory_bytes(on_card, 0) == pytest.approx(expected.masters + expected.moments + whole)
+
+
+def read_table():
+    """Rows of the table of bytes a parameter in training's README: {(precision, moments): cells after them}."""
+    text = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| precision | moments |") :].split("\n\n")[0]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {(row[0], row[1]): row[2:] for row in cells}
+
+
+@pytest.mark.parametrize(("precision", "moments"), itertools.product(("float32", "half"), memory.MOMENTS))
+def test_the_table_of_bytes_is_the_planners(precision, moments):
+    """Of a model that is nothing but matrices, as good as; scales of 8-bit moments are not in the table."""
+    row = read_table()[precision, moments]
+    config = dataclasses.replace(TINY, hidden_size=1024, intermediate_size=4096, num_layers=64, vocab_size=64)
+    modes = ("allreduce", "sharded", "sharded-gradients", "sharded-parameters")
+    for mode, cell in zip(modes, row[4:], strict=True):
+        options = {"precision": {"half": "bfloat16"}.get(precision, precision), "moments": moments, "dp_mode": mode}
+        run = planned(config, 1, 4, **options)
+        held, elements = memory.rank_bytes(run, 0), parameters.count_rank(run, 0).elements
+        found = (held.weights + held.gradients + held.masters + held.moments) / elements
+        if cell:
+            expected = sum(float(term) for term in cell.split(" + ") if "/" not in term)
+            expected += sum(float(term.removesuffix("/R")) / 4 for term in cell.split(" + ") if "/" in term)
+            assert found == pytest.approx(expected, rel=0.02), mode
+        if mode == "allreduce":
+            kinds = (held.weights, held.gradients, held.masters, held.moments)
+            assert [size / elements for size in kinds] == pytest.approx([float(each) for each in row[:4]], abs=0.1)
+
+
+def test_inputs_in_main_memory_are_not_on_the_card():
+    options = {"schedule": "1f1b", "m": 8, "recompute": True}
+    run = planned(NEOX_20B, 4, **options)
+    moved = dataclasses.replace(run, activation_offload=True)
+    for rank in range(4):
+        freed = memory.rank_bytes(run, rank).activations - memory.rank_bytes(moved, rank).activations
+        layers, passes = 11, min(8, 4 - rank)
+        # The input of a rank's first layer is a receive buffer, which stays.
+        assert freed == (layers - (rank > 0)) * passes * run.hidden_bytes
+        assert memory.main_memory_bytes(moved, rank) == layers * passes * run.hidden_bytes
+    assert memory.main_memory_bytes(run, 0) == 0
 
 
 def allocate(run, layout, monkeypatch):

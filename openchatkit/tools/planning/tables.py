@@ -50,7 +50,7 @@ def print_memory(run: PlannedRun, settings: PlanSettings) -> None:
     print(f"  {'total':16} {held.total / GIB:9.2f} GiB{verdict}")
     if settings.compile is not None:
         print("  --compile keeps other states than those counted: take the total as an upper bound")
-    if run.offload:
+    if run.offload or run.activation_offload:
         _print_main_memory(run, settings)
     print(f"a checkpoint: {memory.checkpoint_bytes(run) / _GB:.2f} GB; --keep-checkpoints {settings.keep_checkpoints}")
 

@@ -91,12 +91,21 @@ def fullest_rank(run: PlannedRun) -> int:
 
 
 def main_memory_bytes(run: PlannedRun, pipeline_rank: int, tensor_rank: int = 0) -> float:
-    """Return the bytes that a rank with a GPU holds in main memory: with --use-offload, state and its gradients."""
-    if not (run.offload and run.on_gpu):
+    """Return the bytes that a rank with a GPU holds in main memory: state and its gradients, and inputs of layers."""
+    if not run.on_gpu:
         return 0.0
-    count = count_rank(run, pipeline_rank, tensor_rank)
-    _, _, masters, moments = _state_bytes(run, count)
-    return masters + moments + 4 * count.elements / _share(run, "sharded", "sharded-gradients")
+    size = 0.0
+    if run.offload:
+        count = count_rank(run, pipeline_rank, tensor_rank)
+        _, _, masters, moments = _state_bytes(run, count)
+        size += masters + moments + 4 * count.elements / _share(run, "sharded", "sharded-gradients")
+    if run.activation_offload:
+        inputs = {
+            stage: (run.layers[stage][1] - run.layers[stage][0]) * run.hidden_bytes
+            for stage in run.stages_of(pipeline_rank)
+        }
+        size += peak(run, pipeline_rank, inputs, dict.fromkeys(inputs, 0))
+    return size
 
 
 def _state_bytes(run: PlannedRun, count: ParameterCount) -> tuple[float, float, float, float]:
@@ -173,7 +182,9 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
     layers, received = last - first, 1 if stage else 0
     inner = _saved_result_bytes(run) if run.recompute else layer_bytes(run)
     kept = layers * inner + _confinement_bytes(run)
-    if run.recompute or not run.sequence_parallel:
+    if run.activation_offload and run.on_gpu:
+        pass  # see `main_memory_bytes`
+    elif run.recompute or not run.sequence_parallel:
         # A layer that is not computed again needs its input for its norms, which on a GPU have a copy of their own.
         inputs = 0 if _widens_norms(run) and not run.recompute else max(layers - received, 0)
         kept += inputs * run.hidden_bytes

@@ -16,7 +16,7 @@ class PlannedRun:
     `micro_batches` go through a pipeline at a time, and a step takes `accumulate` times as many. `selective` is of what
     is computed again (see `models.recompute`). `moments` is what the optimizer's are kept in. `sequence_parallel`:
     between layers, a rank of a tensor group has its share of the tokens. `offload`: masters and moments are in main
-    memory. `documents`: attention is confined to them, on a CPU by masks. `on_gpu`: autocast widens the input of norms
+    memory; `activation_offload`: inputs of layers that are computed again. `documents`: attention is confined to them, on a CPU by masks. `on_gpu`: autocast widens the input of norms
     on a GPU, which then is kept in float32.
     """
 
@@ -37,6 +37,7 @@ class PlannedRun:
     moments: str = "float32"
     sequence_parallel: bool = False
     offload: bool = False
+    activation_offload: bool = False
     documents: bool = False
     on_gpu: bool = True
 

@@ -37,6 +37,7 @@ def plan_run(settings: Settings, config: ModelConfig, *, on_gpu: bool = True) ->
         moments=settings.moments,
         sequence_parallel=settings.sequence_parallel,
         offload=settings.use_offload,
+        activation_offload=settings.activation_offload,
         documents=settings.packing == "documents",
         on_gpu=on_gpu,
     )
