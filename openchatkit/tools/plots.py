@@ -94,7 +94,7 @@ def draw_curves(runs: Sequence[dict[str, Any]]) -> "Figure":
         colour = _COLOURS[number % len(_COLOURS)]
         label = run["name"] if len(runs) > 1 else None
         _draw_noisy(loss, run, "loss", colour, label)
-        _draw_evaluation(loss, run, colour if label else _COLOURS[1])
+        _draw_evaluation(loss, run, colour if label else _COLOURS[1], "evaluation" if number == 0 else None)
         rate.plot(run["steps"], _with_gaps(run["lr"]), color=colour, linewidth=1.6)
         _draw_noisy(speed, run, "tokens_per_second", colour)
         _draw_noisy(norm, run, "grad_norm", colour)
@@ -165,7 +165,7 @@ def _draw_noisy(axes: "Axes", run: dict[str, Any], key: str, colour: str, label:
     )
 
 
-def _draw_evaluation(axes: "Axes", run: dict[str, Any], colour: str) -> None:
+def _draw_evaluation(axes: "Axes", run: dict[str, Any], colour: str, label: str | None) -> None:
     if run["evaluation_steps"]:
         axes.plot(
             run["evaluation_steps"],
@@ -174,7 +174,7 @@ def _draw_evaluation(axes: "Axes", run: dict[str, Any], colour: str) -> None:
             color=colour,
             markerfacecolor="white",
             markersize=5,
-            label="evaluation" if colour == _COLOURS[1] else None,
+            label=label,
         )
 
 
