@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import resource
 import socket
 import sys
 from datetime import timedelta
@@ -12,6 +13,10 @@ import torch.distributed as dist
 
 from openchatkit.distributed.network import listen, parse_url
 from openchatkit.errors import UserError
+from openchatkit.libraries import pytorch
+
+# From more ranks on, gloo connects two of them when they first exchange something, and not all at the start.
+_CONNECTED_RANKS = 64
 
 
 def connect(url: str | None, *, rank: int, world_size: int, device: torch.device, timeout: timedelta) -> None:
@@ -26,6 +31,9 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
             f"RANK is set, and {missing[0]} is not: set it to where rank 0 listens, as torchrun does, or give --rank, "
             "--world-size and --dist-url"
         )
+    if world_size > _CONNECTED_RANKS:
+        pytorch.connect_gloo_on_first_use()
+        _allow_open_files(4 * world_size)
     options: dict[str, Any] = {"backend": "gloo", "rank": rank, "world_size": world_size, "timeout": timeout}
     if device.type == "cuda":
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
@@ -51,6 +59,14 @@ def share_problem(problem: UserError | None, rank: int) -> None:
     for message in found:
         if message is not None:
             raise UserError(message) from problem
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files as far as it may by itself: rank 0 has connections of all others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(soft, min(count, hard) if hard != resource.RLIM_INFINITY else count)
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def disconnect() -> None:

@@ -7,6 +7,7 @@ more slowly.
 import contextlib
 import functools
 import inspect
+import os
 import platform
 import types
 from collections.abc import Callable, Iterator
@@ -110,6 +111,15 @@ def attends_documents(device: torch.device, dtype: torch.dtype, head_dim: int) -
         except (ImportError, TypeError, NotImplementedError, RuntimeError):  # an older torch, or no such kernel
             return False
     return True
+
+
+def connect_gloo_on_first_use() -> None:
+    """Let gloo connect two ranks when one first sends to the other, in process groups that are made from now on.
+
+    Otherwise each rank of a group connects with all others: as many open files as ranks, for every group. An older
+    torch takes no notice; the environment's own choice stays.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def runs_v_schedules() -> bool:
