@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("show what training would be given", "tools/inspect_data.py", "tools.inspection.command"),
     "plan": ("say what training takes on a layout", "tools/plan_training.py", "tools.planning.command"),
     "train": ("fine-tune, one process a rank", "training/dist_clm_train.py", "training.command"),
+    "deepy": ("train as GPT-NeoX's settings say", "neox/deepy.py", "neox.deepy"),
     "launch": ("start a process for each rank", "training/launch.py", "distributed.launcher"),
     "verify": ("verify checkpoints", "tools/verify_checkpoint.py", "tools.checkpoint_verification"),
     "plot": ("draw the curves of training runs", "tools/plot_training.py", "tools.plots"),

@@ -6,7 +6,7 @@ import pytest
 from neox_cases import REFUSED, SHIPPED
 
 from openchatkit.errors import UserError
-from openchatkit.neox import key_tables, keys
+from openchatkit.neox import key_page, key_tables, keys
 from openchatkit.neox.config import NeoxConfig
 
 TABLES = [
@@ -58,3 +58,9 @@ def check(config: NeoxConfig) -> None:
 
     model.check_attention(config, config.get("num_layers"))
     config.check()
+
+
+def test_the_page_of_keys_is_up_to_date():
+    text = key_page.PAGE.read_text(encoding="utf-8")
+    assert key_page.make_page(text) == text
+    assert all(f"`{name}`" in text for name in keys.KEYS)
