@@ -80,7 +80,12 @@ def test_no_rank_waits_longer_for_a_frozen_one_than_the_timeout(tmp_path, flags)
 
 @pytest.mark.parametrize(
     ("sign", "victims"),
-    [(signal.SIGTERM, [0]), (signal.SIGTERM, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1])],
+    [
+        (signal.SIGTERM, [1]),
+        (signal.SIGINT, [0, 1]),
+        pytest.param(signal.SIGTERM, [0], marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, [0, 1], marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_all_ranks_save_the_same_step_when_asked_to_stop(tmp_path, flags, unstopped, sign, victims):
