@@ -1,6 +1,5 @@
 """Addresses and network interfaces, checked before torch.distributed is asked to use them."""
 
-import ipaddress
 import os
 import socket
 from urllib.parse import urlsplit
@@ -8,6 +7,7 @@ from urllib.parse import urlsplit
 import netifaces
 
 from openchatkit.errors import UserError
+from openchatkit.web import is_loopback
 
 
 def choose_interface(name: str | None, host: str) -> None:
@@ -18,7 +18,7 @@ def choose_interface(name: str | None, host: str) -> None:
     """
     known = netifaces.interfaces()
     if name is None:
-        if not _is_loopback(host) or "GLOO_SOCKET_IFNAME" in os.environ:
+        if not is_loopback(host) or "GLOO_SOCKET_IFNAME" in os.environ:
             return
         name = next((loop for loop in ("lo", "lo0") if loop in known), None)
         if name is None:
@@ -66,10 +66,3 @@ def listen(host: str | None, port: int) -> socket.socket:
             "give another one with --dist-url"
         ) from error
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

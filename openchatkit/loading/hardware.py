@@ -156,7 +156,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
         if now >= ends:
             return best
         # The next size takes eight times as long, twice.
-        if size < 8192 and 16 * (now - started) < ends - now:
+        if size < 4096 and 16 * (now - started) < ends - now:
             size *= 2
 
 

@@ -8,6 +8,7 @@ from loguru import logger
 from torch import Tensor
 
 from openchatkit.distributed.layout import Layout, balanced_layers
+from openchatkit.loading import hardware
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.stage import Stage
 from openchatkit.training.loss import VocabularyLoss
@@ -71,7 +72,6 @@ def time_fastest(run: Callable[[], None], device: torch.device) -> float:
     for _ in range(1 + _REPEATS):
         started = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        hardware.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])

@@ -43,6 +43,8 @@ def find_peak_rate(settings: Settings, layout: Layout, dtype: torch.dtype, *, st
         return None
     layout.barrier()
     rates = layout.gather(hardware.matrix_rate(layout.device, dtype))
+    if layout.device.type == "cuda":
+        torch.cuda.empty_cache()  # The blocks of such matrices would suit nothing else.
     if layout.rank == 0:
         name = str(dtype).removeprefix("torch.")
         logger.info("large products in {} reach {:.3g} TFLOP/s a rank", name, sum(rates) / len(rates) / _TERA)
