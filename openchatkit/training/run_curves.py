@@ -50,7 +50,7 @@ class _Point:
 
 
 class RunCurves:
-    """Takes the rows of a run one by one, in memory that does not grow with their number."""
+    """Takes the rows of a run one by one, in memory that does not grow with the number of steps."""
 
     def __init__(self, name: str, total_steps: int | None = None) -> None:
         self.name, self.total_steps = name, total_steps
