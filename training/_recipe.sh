@@ -11,10 +11,12 @@ python=$(kit_python)
 #   FINETUNE_TOTAL_STEPS, FINETUNE_CHECKPOINT_STEPS   instead of the recipe's $TOTAL_STEPS and $CHECKPOINT_STEPS
 #   FINETUNE_CHECKPOINT_PATH                          instead of model_ckpts/$NAME
 #   FINETUNE_DATA                                     FILE:WEIGHT,... instead of $SOURCES
+#   FINETUNE_MAX_RESTARTS                             restarts without a new checkpoint, instead of 3
 train() {
     local ranks=$1
     shift
-    exec "$python" "$root/training/launch.py" --world-size "$ranks" "$root/training/dist_clm_train.py" \
+    exec "$python" "$root/training/launch.py" --world-size "$ranks" --max-restarts "${FINETUNE_MAX_RESTARTS:-3}" \
+        "$root/training/dist_clm_train.py" \
         --model-name "$BASE_MODEL" \
         --task-name "${FINETUNE_DATA:-$SOURCES}" \
         --checkpoint-path "${FINETUNE_CHECKPOINT_PATH:-$root/model_ckpts/$NAME}" \

@@ -221,6 +221,7 @@ class _Launch:
         elapsed = time.monotonic() - min(rank.ended for rank in self.failures)
         limit = _KILL_SECONDS_USER_ERROR if cause.status == USER_ERROR else _KILL_SECONDS
         for rank in running:
+            rank.send(signal.SIGCONT)  # A suspended rank could not end.
             if elapsed > limit:
                 rank.kill_group()
             elif not rank.stopped_by_us and (cause.status < 0 or elapsed > _SETTLE_SECONDS):
@@ -229,7 +230,6 @@ class _Launch:
                     continue  # It ended by itself since the last poll, and its error lines are to be printed.
                 rank.stopped_by_us = True
                 rank.send(signal.SIGTERM)
-                rank.send(signal.SIGCONT)  # A suspended rank could not end.
 
     def report(self) -> int:
         """Print the lines held back and how it ended; returns the launcher's exit status."""

@@ -335,7 +335,12 @@ def starts(folder: Path, rank: int = 0) -> int:
     "end", ["os.kill(os.getpid(), signal.SIGKILL)", "fail('error: lost a peer', 75)"], ids=["killed", "lost a peer"]
 )
 def test_an_end_by_chance_is_followed_by_a_restart_of_all_ranks(run, tmp_path, end):
-    body = f"{COUNTS}\nif start == 1: {'time.sleep(60)' if 'KILL' in end else end} if rank else {end}"
+    other = "time.sleep(60)" if "KILL" in end else end
+    body = f"""
+{COUNTS}
+if start == 1 and rank: {other}
+if start == 1: await_file("starts1"); {end}
+"""
     status, _, err = run(body, *RESTART, "3", ranks=2)
     assert status == 0, err
     assert (starts(tmp_path, 0), starts(tmp_path, 1)) == (2, 2)

@@ -84,7 +84,7 @@ def machines() -> Iterator[Machines]:
         yield Machines(names)
 
 
-RUN = {"total_steps": 300, "checkpoint_steps": 20, "pipeline_group_size": 2}
+RUN = {"total_steps": 150, "checkpoint_steps": 20, "pipeline_group_size": 2}
 
 
 def train_over_machines(
@@ -125,6 +125,8 @@ def launch_by_launcher(number: int) -> list[object]:
 
 def launch_by_torchrun(number: int) -> list[object]:
     meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "kit", "--rdzv-endpoint", f"{ADDRESSES[0]}:29500"]
+    # Else torchrun finds out by the address of the host name, which both namespaces share.
+    meeting += ["--rdzv-conf", f"is_host={'false' if number else 'true'}"]
     sizes = ["--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3, "--local-addr", ADDRESSES[number]]
     return [sys.executable, "-m", "torch.distributed.run", *sizes, *meeting]
 
@@ -138,7 +140,7 @@ def test_a_partition_ends_both_machines_and_both_go_on_after_it(tmp_path, flags,
     expected = run(tmp_path / "unstopped", flags, **RUN)
     processes = train_over_machines(tmp_path, {**flags, **RUN, **own, "use_cuda": "false"}, machines, launch)
     try:
-        wait_until(lambda: reached(tmp_path, 60), tmp_path)
+        wait_until(lambda: reached(tmp_path, 50) or any(process.poll() for process in processes), tmp_path)
         machines.cut()
         silence = f"gave no sign of life for {HEARTBEAT} s after step "
         wait_until(lambda: all(silence in text for text in read_output(tmp_path)), tmp_path, 120)
