@@ -52,8 +52,10 @@ class Gradients:
         self._cuts = family(stages.config).cuts
         self.own = [run for run in runs if owner in (None, run.owner)]
         kept = self.own if keeps_own else [*self._by_lateness(late=False), *self._by_lateness(late=True)]
-        device = next(iter(parameters.values())).device
-        self._buffer = torch.zeros(sum(run.elements for run in kept), dtype=torch.float32, device=device)
+        first = next(iter(parameters.values()))
+        # That of all: float32, but for a model in float64, which others are compared with.
+        dtype = pytorch.gradient_dtype(first)
+        self._buffer = torch.zeros(sum(run.elements for run in kept), dtype=dtype, device=first.device)
         self._views = dict(zip(kept, torch.split(self._buffer, [run.elements for run in kept]), strict=True))
         self._ready: list[Key] = []  # parameters whose gradients are to be added to those of own runs
         self._buckets: list[_Bucket] = []  # in the order in which they are sent
