@@ -25,6 +25,8 @@ _ONLY = "only"
 _SECONDS_BETWEEN_LINES = 10
 # Of a line on the console, which has the time of day in front.
 _COLUMNS = 100 - len("12:34:56 | ")
+_LIVE_LINE = "step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+_LIVE_COLUMNS = 38  # of a live line before its numbers, with a short bar
 
 
 class Sink(Protocol):
@@ -74,14 +76,16 @@ class Console:
 
     def __init__(self, *, first_step: int, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total_steps, self._clock = total_steps, clock
-        self._bar = progress.bar(total_steps, "training", unit="step", initial=first_step)
+        self._bar = progress.bar(total_steps, "training", initial=first_step, bar_format=_LIVE_LINE)
         self._forecast = Forecast(total_steps, clock=clock)
         self._last_printed = 0.0
 
     def add_step(self, row: Row) -> None:
         self._forecast.count(row["step"])
+        if not self._bar.disable:
+            numbers = format_numbers(row, (self._bar.ncols or 100) - _LIVE_COLUMNS)
+            self._bar.set_postfix_str(numbers, refresh=False)
         self._bar.update()
-        self._bar.set_postfix_str(f"loss {_format_loss(row)}, {_format_speed(row)}", refresh=False)
         due = row["step"] == self._total_steps or self._clock() - self._last_printed > _SECONDS_BETWEEN_LINES
         if self._bar.disable and due:
             self._last_printed = self._clock()
@@ -169,13 +173,16 @@ def check_installed(backends: str) -> None:
 
 
 def format_step(row: Row, total_steps: int, *, left: float | None = None) -> str:
-    """Return the line of a step, of at most 89 columns: what does not fit is left out, the least important first."""
+    """Return the line of a step, of at most 89 columns."""
     time_left = "" if left is None else f" {format_left(left)} left"
+    head = f"step {row['step']}/{total_steps}{time_left} | "
+    return head + format_numbers(row, _COLUMNS - len(head))
+
+
+def format_numbers(row: Row, columns: int) -> str:
+    """Return a step's numbers; what does not fit into so many columns is left out, the least important first."""
     norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3g}"
-    line = (
-        f"step {row['step']}/{total_steps}{time_left} | loss {_format_loss(row)} lr {row['lr']:.2g} norm {norm} | "
-        f"{_format_speed(row)}"
-    )
+    line = f"loss {_format_loss(row)} lr {row['lr']:.2g} norm {norm} | {_format_speed(row)}"
     shares = {"data": row.get("data_seconds"), "wait": row.get("receive_seconds")}
     percents = {
         name: f"{name} {share:.0%}" for name, of in shares.items() if of and (share := of / row["seconds"]) >= 0.005
@@ -188,7 +195,7 @@ def format_step(row: Row, total_steps: int, *, left: float | None = None) -> str
         f"{memory / 1e9:.1f} GB" if memory else "",
     ]
     for extra in filter(None, extras):
-        if len(line) + 1 + len(extra) <= _COLUMNS:
+        if len(line) + 1 + len(extra) <= columns:
             line += f" {extra}"
     return line
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 
+import pexpect
 import pytest
 import ranks
 from loguru import logger
@@ -180,3 +182,22 @@ def test_a_backend_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed: pip install 'openchatkit\[tensorboard\]'"):
         sinks.check_installed("print,tensorboard")
+
+
+def test_a_terminal_shows_one_live_line(tmp_path):
+    script = tmp_path / "console.py"
+    script.write_text(
+        "from openchatkit.training.sinks import Console\n"
+        f"row = {ROW}\n"
+        "console = Console(first_step=0, total_steps=2)\n"
+        "for step in (1, 2):\n"
+        "    console.add_step({**row, 'step': step})\n"
+        "console.close()\n"
+    )
+    terminal = pexpect.spawn(sys.executable, [str(script)], dimensions=(24, 100), encoding="utf-8", timeout=60)
+    terminal.expect(pexpect.EOF)
+    last = terminal.before.split("\r")[-2].strip()
+    assert re.fullmatch(
+        r"step 2/2 \|\S+\| 00:00 left, loss 2.346 lr 5e-05 norm 1.23 \| 12346 tok/s MFU 34% wait 12%", last
+    ), last
+    assert len(last) < 100
