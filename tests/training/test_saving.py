@@ -1,15 +1,20 @@
 """`training/saving.py`: what is saved beside the steps is what was true at its step, whole or not there."""
 
+import contextlib
+import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from loguru import logger
+from test_layouts import assert_same_bits, run
 
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, manifest
+from openchatkit.formats import checkpoint, ledger, manifest
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.loading import hardware
 from openchatkit.models.stage import Stage
@@ -219,3 +224,49 @@ def make_room_for(checkpoints: float, tmp_path, make, mount_small_disk) -> tuple
     make(tmp_path / "elsewhere").save(1, {}, last=True)
     size = sum(path.stat().st_size + 4096 for path in (tmp_path / "elsewhere" / "checkpoint_1").iterdir())
     return mount_small_disk(int(size * checkpoints)), size
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_killed_during_its_saves_loses_none_and_ends_in_the_same_bits(tmp_path, flags):
+    """Both ranks are killed at 12 moments after a save has begun: in copies, files, publications and deletions."""
+    flags = {**flags, "data_group_size": 2, "batch_size": 4, "dp_mode": "sharded", "total_steps": 50}
+    golden = run(tmp_path / "golden", flags)
+    root, moments = tmp_path / "killed" / "ckpt", random.Random(7)
+    again = {**flags, "checkpoint_steps": 1, "keep_checkpoints": 1, "checkpoint_path": root}
+    newest = 0
+    for number in range(12):
+        started = time.time()
+        processes = ranks.start(tmp_path / str(number), again, world_size=2)
+        limit, goal = time.monotonic() + 120, newest + moments.randrange(3)
+        while processes[0].is_alive() and not (read_step(root) >= goal and is_saving(root, since=started)):
+            assert time.monotonic() < limit, "no save began"
+        time.sleep(moments.uniform(0, 0.1))
+        for process in processes:
+            process.kill()
+        ranks.finish(tmp_path / str(number), processes)
+        for step in checkpoint.list_steps(root):
+            checkpoint.verify(checkpoint.checkpoint_path(root, step))
+        checkpoint.latest(root)  # which stops a run whose `latest` names none
+        assert read_step(root) >= newest, "a checkpoint that had its name is gone"
+        newest = read_step(root)
+    assert 0 < newest < 50
+    ended = ranks.finish(tmp_path / "whole", ranks.start(tmp_path / "whole", again, world_size=2), seconds=900)
+    assert ended.statuses == [0, 0], ended.errors
+    assert_same_bits(golden, root / "checkpoint_50")
+    entries = ledger.read(root)
+    assert [entry.step for entry in entries] == list(range(1, 51))
+    assert checkpoint.read_state(root / "checkpoint_50")["ledger"] == ledger.chain(entries)
+
+
+def read_step(root: Path) -> int:
+    """Return the step that a run would go on from."""
+    named = checkpoint.read_latest(root)
+    return 0 if named is None else checkpoint.parse_step(named.name)
+
+
+def is_saving(root: Path, *, since: float) -> bool:
+    """Whether a save is under way that was begun after a moment, in seconds of `time.time()`."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_mtime > since for path in root.glob(".checkpoint_*.tmp"))
+    return False
