@@ -162,6 +162,7 @@ def test_clocks_are_compared(tmp_path):
     assert len(none) == 0
 
 
+@pytest.mark.long
 def test_torchs_profiler_writes_a_trace_a_rank(tmp_path, flags):
     change = {"profiling": "pytorch_profiling", "total_steps": 5, "checkpoint_path": tmp_path / "ckpt"}
     ended = ranks.train(tmp_path, {**flags, **change}, workplace=tmp_path)
