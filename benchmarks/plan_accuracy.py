@@ -1,0 +1,99 @@
+"""Predicted speed and memory of short CPU runs against what they were, for several layouts: the line after 20 steps.
+
+    python benchmarks/plan_accuracy.py
+
+Each run is the training command itself, one process a rank and one thread each, on a model that starts at random. Speed
+is of use only on a machine that does nothing else, with a core for each rank.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from openchatkit.paths import ROOT
+
+LAYOUTS = {
+    "one process": "",
+    "1f1b": "--pipeline-group-size 2 --pp-mode 1f1b",
+    "interleaved": "--pipeline-group-size 2 --pp-mode interleaved",
+    "zero-bubble": "--pipeline-group-size 2 --pp-mode zero-bubble --activation-checkpointing none",
+    "allreduce": "--data-group-size 2",
+    "sharded": "--data-group-size 2 --dp-mode sharded",
+    "tensor group": "--tensor-group-size 2",
+    "tokens split": "--tensor-group-size 2 --sequence-parallel",
+    "documents": "--tensor-group-size 2 --packing documents",
+}
+LINE = re.compile(
+    r"after \d+ steps: ([\d,]+) tokens/s, predicted ([\d,]+) .*; ([\d.]+) GiB on the fullest rank, predicted ([\d.]+)"
+)
+
+
+def write_model(folder: Path, options: argparse.Namespace) -> None:
+    """Write a config.json, a tokenizer of bytes, and text to train on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = {
+        "model_type": "gpt_neox",
+        "vocab_size": options.vocabulary,
+        "hidden_size": options.width,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": 8,
+        "max_position_embeddings": options.seq_length,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rows = [json.dumps({"text": f"{number} is followed by {number + 1}. " * 20}) for number in range(200)]
+    (folder / "text.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def run(folder: Path, flags: str, options: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Train; return tokens a second and GiB, each as measured and as predicted."""
+    ranks = 2 if "group-size" in flags else 1
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "training/launch.py", "--world-size", str(ranks), "training/dist_clm_train.py"]
+        command += ["--model-name", str(folder), "--load-pretrained-model", "false", "--use-cuda", "false"]
+        command += ["--task-name", str(folder / "text.jsonl"), "--data-cache", str(folder / "cache")]
+        command += ["--checkpoint-path", f"{out}/ckpt", "--total-steps", "20", "--seq-length", str(options.seq_length)]
+        command += ["--batch-size", "8", "--micro-batch-size", str(options.micro_batch_size), *flags.split()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    found = LINE.search(ended.stderr)
+    assert found is not None, ended.stderr[-2000:]
+    speed, predicted, held, counted = (float(number.replace(",", "")) for number in found.groups())
+    return speed, predicted, held, counted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--seq-length", type=int, default=64)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--only", choices=LAYOUTS, action="append", help="layouts; not given: all")
+    options = parser.parse_args()
+    print("| layout | tokens/s | predicted | | GiB | predicted | |\n|-|-|-|-|-|-|-|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_model(model, options)
+        for name in options.only or LAYOUTS:
+            speed, predicted, held, counted = run(model, LAYOUTS[name], options)
+            cells = [name, f"{speed:,.0f}", f"{predicted:,.0f}", f"{predicted / speed - 1:+.0%}"]
+            cells += [f"{held:.2f}", f"{counted:.2f}", f"{counted / held - 1:+.0%}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
