@@ -31,6 +31,8 @@ class Position:
             parts.append(f"stage {self.stage}")
         if self.micro_batch is not None:
             parts.append(f"micro-batch {self.micro_batch}")
+        if self.waits:
+            parts.append("waiting for others")
         if self.step is None:
             return ", ".join(parts)
         return f"step {self.step} ({', '.join(parts)})" if parts else f"step {self.step}"

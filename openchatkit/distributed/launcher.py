@@ -264,8 +264,8 @@ class _Launch:
         lead_was_killed = cause is lead and lead.status is not None and lead.status < 0
         printed: set[str] = set()
         for rank in self.ranks:
-            same = rank.status == lead.status and (rank is not cause or lead.status == USER_ERROR)
-            if (rank.stopped_by_us and not lead_was_killed) or (same and lead.status):
+            ended_as_lead = lead.status and rank.status == lead.status
+            if ended_as_lead or (rank.stopped_by_us and not lead_was_killed):
                 continue
             for line in rank.held_lines:
                 if line not in printed:

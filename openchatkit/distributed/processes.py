@@ -132,7 +132,7 @@ class ProgressFile:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a rank's environment must hold."""
+        """The variable that a rank's environment must hold."""
         return {_PROGRESS_FILE: str(self._path)}
 
     def read(self) -> str:

@@ -98,7 +98,7 @@ def test_a_lost_connection_is_explained_by_a_death_that_is_noticed_later(judge):
 def test_a_lost_connection_without_a_cause_names_who_lost_it(judge):
     judge.note_loss(1, "Connection reset by peer", now=100, timed_out=False)
     assert judge.decide(101) == RunVerdict(
-        "rank 1 on host-0 lost a peer (Connection reset by peer) in step 17 (sum gradients)", 75
+        "rank 1 on host-0 lost a peer (Connection reset by peer) in step 17 (sum gradients, waiting for others)", 75
     )
 
 
@@ -116,7 +116,7 @@ def test_where_all_wait_the_one_in_the_earliest_step_is_named(judge):
     judge.note_loss(1, "Timed out", now=104, timed_out=True)
     verdict = judge.decide(105)
     assert verdict is not None
-    assert verdict.message.endswith("for rank 2 on host-1, for 15 s in step 16 (sum gradients)")
+    assert verdict.message.endswith("for rank 2 on host-1, for 15 s in step 16 (sum gradients, waiting for others)")
 
 
 def test_positions_keep_their_age_between_clocks():
@@ -130,6 +130,7 @@ def test_positions_keep_their_age_between_clocks():
         (Position("start"), "start"),
         (Position("step", step=3), "step 3"),
         (Position("saving", step=3), "step 3 (saving)"),
+        (WAITS, "step 17 (sum gradients, waiting for others)"),
         (FORWARD, "step 17 (forward, stage 1, micro-batch 3)"),
     ],
 )
