@@ -49,7 +49,7 @@ class Corpus:
     hub: str | None = None
 
 
-def _numbered(pattern: str, count: int) -> tuple[str, ...]:
+def _number_addresses(pattern: str, count: int) -> tuple[str, ...]:
     return tuple(pattern.format(number) for number in range(count))
 
 
@@ -57,7 +57,7 @@ CORPORA = {
     "enron": Corpus("enron", (f"{_EAI_DATA}/enron_emails.jsonl.zst",), 517401),
     "pile_subset": Corpus("pile_00", (f"{_THE_EYE}/pile/train/00.jsonl.zst",), hub="monology/pile-uncopyrighted"),
     "pile": Corpus(
-        "pile", _numbered(f"{_THE_EYE}/pile/train/{{:02}}.jsonl.zst", 30), hub="monology/pile-uncopyrighted"
+        "pile", _number_addresses(f"{_THE_EYE}/pile/train/{{:02}}.jsonl.zst", 30), hub="monology/pile-uncopyrighted"
     ),
     "github": Corpus("github", (f"{_EAI_DATA}/github_small.jsonl.zst",)),
     "arxiv": Corpus("arxiv", (f"{_PARTS}/2020-09-08-arxiv-extracts-nofallback-until-2007-068.tar.gz",)),
@@ -72,9 +72,11 @@ CORPORA = {
     "stackexchange": Corpus("stackexchange", (f"{_PARTS}/stackexchange_dataset.tar",)),
     "ubuntu_irc": Corpus("ubuntu_irc", (f"{_PARTS}/ubuntu_irc_until_2020_9_1.jsonl.zst",)),
     "youtube_subtitles": Corpus("youtube_subtitles", (f"{_PARTS}/yt_subs.jsonl.zst",)),
-    "c4": Corpus("c4", _numbered(f"{_C4}/en/c4-train.{{:05}}-of-01024.json.gz", 1024), hub="allenai/c4"),
+    "c4": Corpus("c4", _number_addresses(f"{_C4}/en/c4-train.{{:05}}-of-01024.json.gz", 1024), hub="allenai/c4"),
     "c4_openwebtext": Corpus(
-        "c4_openwebtext", _numbered(f"{_C4}/realnewslike/c4-train.{{:05}}-of-00512.json.gz", 512), hub="allenai/c4"
+        "c4_openwebtext",
+        _number_addresses(f"{_C4}/realnewslike/c4-train.{{:05}}-of-00512.json.gz", 512),
+        hub="allenai/c4",
     ),
     "enwik8": Corpus("enwik8", ("https://mattmahoney.net/dc/enwik8.zip",), 1),
 }

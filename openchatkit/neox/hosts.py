@@ -139,17 +139,23 @@ def is_here(name: str) -> bool:
 
 def count_gpus() -> int:
     """Return the GPUs that CUDA shows here, without importing torch, which takes seconds."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([each for each in visible.split(",") if each.strip() not in ("", "-1")])
     if Path("/dev/kfd").exists():  # AMD's driver, which torch asks
         import torch
 
         return torch.cuda.device_count()
+    there = _count_nvidia_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return there
+    return min(there, len([each for each in visible.split(",") if each.strip() not in ("", "-1")]))
+
+
+def _count_nvidia_gpus() -> int:
+    """Return the GPUs of NVIDIA's driver; containers may lack its command."""
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 def _find_hostfile(config: NeoxConfig) -> Path | None:

@@ -35,24 +35,24 @@ BLOCKS: Mapping[str, Mapping[str, Key]] = key_tables.BLOCKS
 # Spellings of 2021 and duplicates of today, with the key that they stand for.
 ALIASES = {"save_interval": "checkpoint_factor", "gas": "gradient_accumulation_steps"}
 
-Attention = Literal["followed", "ignored", "followed differently", "refused"]
+Treatment = Literal["followed", "ignored", "followed differently", "refused"]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of one value, and why where it is not followed."""
+class KeyOutcome:
+    """The outcome of one value, and why where it is not followed."""
 
-    outcome: Attention
+    outcome: Treatment
     why: str = ""
 
 
-def judge(key: Key, value: Any) -> Verdict:
+def judge(key: Key, value: Any) -> KeyOutcome:
     """Return what becomes of a value that `read_value` has accepted."""
     if key.outcome == "ignore":
-        return Verdict("ignored", key.why)
+        return KeyOutcome("ignored", key.why)
     if key.only is None or any(_equal(value, fine) for fine in key.only):
-        return Verdict("followed")
-    return Verdict("followed differently" if key.outcome == "differ" else "refused", key.why)
+        return KeyOutcome("followed")
+    return KeyOutcome("followed differently" if key.outcome == "differ" else "refused", key.why)
 
 
 def find_key(name: str, where: str, keys: Mapping[str, Key] = KEYS) -> Key:

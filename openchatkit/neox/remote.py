@@ -19,8 +19,8 @@ from openchatkit.errors import DEFECT, RESUMABLE, USER_ERROR, UserError
 from openchatkit.neox.hosts import Host
 from openchatkit.paths import ROOT
 
-# Variables that GPT-NeoX hands on to all hosts, by how their names begin, and the file that lists more.
-_EXPORTED = ("NCCL", "MLFLOW", "PYTHON", "MV2", "UCX")
+# Variables handed on to all hosts, by how their names begin (GPT-NeoX's, and gloo's), and a file that lists more.
+_EXPORTED = ("NCCL", "MLFLOW", "PYTHON", "MV2", "UCX", "GLOO")
 _ENVIRONMENT_FILE = ".deepspeed_env"
 
 _POLL_SECONDS = 0.1

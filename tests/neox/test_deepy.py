@@ -6,9 +6,11 @@ import os
 import random
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,41 @@ def test_ranks_of_two_hosts_meet(tmp_path, ssh):
     assert done.returncode == 0, done.stderr
     assert read_state(tmp_path)["step"] == 3
     assert sorted((tmp_path / "hosts_used").read_text().split()) == ["worker-1.invalid", "worker-2.invalid"]
+
+
+@pytest.mark.long
+def test_a_request_to_end_reaches_the_ranks_of_all_hosts(tmp_path, ssh):
+    prepare(tmp_path, train_iters=100_000, eval_iters=0)
+    (tmp_path / "hosts").write_text("worker-1.invalid slots=1\nworker-2.invalid slots=1\n")
+    command = ["train.py", "-d", "configs", "small", "local_setup", "-H", "hosts", "--master_addr", "127.0.0.1"]
+    process = subprocess.Popen(
+        [sys.executable, DEEPY, *command, "--master_port", str(free_port())],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": ssh},
+    )
+    metrics = tmp_path / "checkpoints" / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert list((tmp_path / "checkpoints").glob("checkpoint_*")), errors
+
+
+@pytest.mark.long
+def test_a_host_that_fails_ends_the_run(tmp_path, ssh):
+    prepare(tmp_path)
+    (tmp_path / "hosts").write_text("worker-1.invalid slots=1\nworker-2.invalid slots=1\n")
+    command = ["train.py", "-d", "configs", "small", "local_setup", "-H", "hosts", "--master_addr", "127.0.0.1"]
+    done = deepy(
+        tmp_path, *command, "--seq_length", "64", "--vocab-file", "x", "--tokenizer_type", "HFTokenizer", PATH=ssh
+    )
+    assert done.returncode == 2
+    assert "error: --tokenizer-type HFTokenizer: there is no x" in done.stderr
 
 
 def test_nothing_of_deepy_waits_for_torch():

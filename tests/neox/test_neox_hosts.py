@@ -18,6 +18,19 @@ def no_gpus(monkeypatch):
 
 
 @pytest.fixture
+def eight_gpus(tmp_path, monkeypatch):
+    """A driver's command that lists eight GPUs."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(
+        '#!/bin/sh\nfor gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: A100 (UUID: x)"; done\n'
+    )
+    (tools / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture
 def hostfile(write):
     return write("hosts", "# two machines\nworker-1 slots=4\n\n  worker-2   slots=2   rack=7\n")
 
@@ -108,10 +121,20 @@ def test_mistakes_of_hosts(configure, hostfile, settings, message):
         find_hosts(configure(**{"hostfile": str(hostfile)} | settings))
 
 
-def test_this_machine_alone(configure, monkeypatch):
+@pytest.mark.usefixtures("eight_gpus")
+def test_this_machine_without_gpus(configure, monkeypatch, tmp_path):
+    (tmp_path / "tools" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    for visible in ("", "0,1,2,3"):  # which does not make any
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert hosts.count_gpus() == 0
+        assert find_hosts(configure(pipe_parallel_size=2)) == [Host(None, (0, 1))]  # one replica, on the processor
+        assert find_hosts(configure(num_gpus=3)) == [Host(None, (0, 1, 2))]
+
+
+@pytest.mark.usefixtures("eight_gpus")
+def test_this_machine_with_gpus(configure, monkeypatch):
     config = configure(pipe_parallel_size=2)
-    assert find_hosts(config) == [Host(None, (0, 1))]  # one replica, on the processor
-    assert find_hosts(configure(num_gpus=3)) == [Host(None, (0, 1, 2))]
+    assert find_hosts(config) == [Host(None, tuple(range(8)))]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7,1")
     assert find_hosts(config) == [Host(None, (0, 1, 2, 3))]
     with pytest.raises(UserError, match=r"num_gpus 8: this machine has 4 GPUs: make it at most that"):
@@ -120,10 +143,11 @@ def test_this_machine_alone(configure, monkeypatch):
         find_hosts(configure(include="a"))
 
 
-def test_slots_beyond_the_gpus_of_this_machine(configure, write, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with pytest.raises(UserError, match=r"slot 3 of localhost: this machine has 2 GPUs, 0 to 1"):
-        find_hosts(configure(hostfile=str(write("hosts", "localhost slots=4\n"))))
+@pytest.mark.usefixtures("eight_gpus")
+def test_slots_beyond_the_gpus_of_this_machine(configure, write):
+    assert find_hosts(configure(hostfile=str(write("hosts", "localhost slots=8\n"))))[0].is_here
+    with pytest.raises(UserError, match=r"slot 9 of localhost: this machine has 8 GPUs, 0 to 7"):
+        find_hosts(configure(hostfile=str(write("hosts", "localhost slots=10\n"))))
 
 
 def test_slurm(configure, tmp_path, monkeypatch):
