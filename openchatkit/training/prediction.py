@@ -53,7 +53,7 @@ class PartSeconds:
 
 
 class Prediction:
-    """What a run is expected to do, compared with its first steps. All ranks make it and add their steps together."""
+    """Speed and memory that a run is expected to have, and how its first steps compare; of all ranks together."""
 
     def __init__(self, settings: Settings, plan: PlannedRun, layout: Layout) -> None:
         self._layout, self._plan = layout, plan
