@@ -53,7 +53,8 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, flags, unstopped, vict
     [line] = [line for line in ended.errors[1 - victim].splitlines() if line.startswith("error: ")]
     assert f"rank {victim} on {socket.gethostname()} (pipeline rank {victim} of 2) died in step " in line
     assert "the same command resumes" in line
-    assert checkpoint.latest(tmp_path / "ckpt").name in ("checkpoint_14", "checkpoint_21", "checkpoint_28")
+    # The save of step 14 may still have been under way.
+    assert checkpoint.latest(tmp_path / "ckpt").name in [f"checkpoint_{step}" for step in (7, 14, 21, 28)]
     again = run(tmp_path, flags, **LONG, **STAGES)
     assert_same_bits(unstopped, again)
     assert [row["step"] for row in metrics.read(again.parent)] == list(range(1, 61))
