@@ -30,6 +30,7 @@ from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import autocast
+from openchatkit.training.setup import _share_parameters
 from openchatkit.training.weights import Weights
 
 REPLICAS = {"data_group_size": 2, "batch_size": 4}
@@ -177,6 +178,16 @@ def test_what_shared_parameters_exclude_is_named(change, message):
         config.parse(ranks.to_argv(given))
     assert str(error.value).startswith("--dp-mode sharded-parameters and")
     assert message in str(error.value)
+
+
+def test_layers_that_gpus_are_to_gather_by_gloo_are_refused():
+    settings = config.parse(
+        ranks.to_argv({"model_name": "m", "task_name": "d", "total_steps": 1, **SHARED, "dp_backend": "gloo"})
+    )
+    layout = Layout(0, torch.device("cuda"), replicas=2, data=object())
+    with pytest.raises(UserError, match="--dp-backend gloo exclude each other: layers are gathered on the GPUs"):
+        _share_parameters(settings, layout, torch.float32)
+    assert _share_parameters(settings, Layout(0, torch.device("cuda")), torch.float32) is None, "one has all anyway"
 
 
 def build(
