@@ -10,9 +10,9 @@ import ranks
 # A model whose state is many times the memory that Python, torch and gloo take besides, and rows of few tokens.
 CONFIG = {
     "model_type": "gpt_neox",
-    "vocab_size": 65536,
+    "vocab_size": 8192,
     "hidden_size": 512,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 24,
     "num_attention_heads": 8,
     "max_position_embeddings": 64,
 }

@@ -16,8 +16,8 @@ class PlannedRun:
     `micro_batches` go through a pipeline at a time, and a step takes `accumulate` times as many. `selective` is of what
     is computed again (see `models.recompute`). `moments` is what the optimizer's are kept in. `sequence_parallel`:
     between layers, a rank of a tensor group has its share of the tokens. `offload`: masters and moments are in main
-    memory; `activation_offload`: inputs of layers that are computed again. `documents`: attention is confined to them, on a CPU by masks. `on_gpu`: autocast widens the input of norms
-    on a GPU, which then is kept in float32.
+    memory; `activation_offload`: inputs of layers that are computed again. `documents`: attention is confined to them,
+    on a CPU by masks. `on_gpu`: autocast widens the input of norms on a GPU, which then is kept in float32.
     """
 
     config: ModelConfig
