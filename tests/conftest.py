@@ -3,13 +3,13 @@
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub, serving
 from loguru import logger
+from make_once import MakeOnce, session_folder
 from quick_python import Server
 from random_models import write_random_models
 
@@ -22,12 +22,17 @@ def log_to_the_present_stderr() -> None:
 
 
 @pytest.fixture(scope="session")
-def quick_python() -> Iterator[Path]:
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A python that has imported the libraries already, for commands whose start is not what is tested."""
-    with tempfile.TemporaryDirectory(prefix="quick-") as folder:  # the name of a socket must be short
-        server = Server(Path(folder) / "venv")
-        yield server.python
-        server.close()
+    server = Server(session_folder(tmp_path_factory) / "quick")  # the name of a socket must be short
+    yield server.python
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Return a folder that is filled once for all workers, given its name and a function that writes into it."""
+    return MakeOnce(session_folder(tmp_path_factory))
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,12 @@
 """A function on several ranks for tests: processes over gloo, each with one thread, that return tensors."""
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-# The server, and so what it has imported, is the same as that of tests/training/ranks.py.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "openchatkit.training.setup"])
+from forkserver import context
 
 
 def run(function: Callable[[int], Any], count: int, folder: Path, *, seconds: float = 120) -> list[Any]:
@@ -17,7 +14,7 @@ def run(function: Callable[[int], Any], count: int, folder: Path, *, seconds: fl
 
     After `seconds` the ranks are killed, and the test fails. `function` is one of a test file, at its top level.
     """
-    processes = [_context.Process(target=_rank, args=(function, rank, count, folder)) for rank in range(count)]
+    processes = [context.Process(target=_rank, args=(function, rank, count, folder)) for rank in range(count)]
     for process in processes:
         process.start()
     limit = time.monotonic() + seconds

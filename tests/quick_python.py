@@ -1,14 +1,15 @@
-"""A python that starts in milliseconds: it forks from a server that has imported torch, transformers and the chat.
+"""A python that starts in milliseconds: it forks from a server that has imported torch, transformers and more.
 
-A command that chats takes five seconds of a core to start from scratch, nearly all of it for imports. `Server` makes a
-program `bin/python` that has the server run the script (or `-c CODE`, or `-m MODULE`) instead, with its own arguments,
-environment, folder and streams, forwards signals, and ends as the script does. Differences to a start from scratch:
-modules are imported already, limits and sessions are the server's. Where the start itself is the subject of a test,
-sys.executable starts from scratch.
+A command that chats takes seven seconds of a core to start from scratch and answer, six of them for imports. `Server`
+makes a program `bin/python` that has the server run the script (or `-c CODE`, `-m MODULE`, or `-`: a program on stdin)
+instead, with its own arguments, environment, folder and streams, forwards signals, and ends as the script does.
+Differences to a start from scratch: modules are imported already, limits and sessions are the server's. Where the start
+itself is the subject of a test, sys.executable starts from scratch.
 """
 
 import atexit
 import contextlib
+import fcntl
 import json
 import os
 import runpy
@@ -25,6 +26,7 @@ from pathlib import Path
 
 # What libraries read from the environment as they are imported: it must be as it was for the server.
 _READ_EARLY = ("HF_", "TRANSFORMERS_", "CUDA_", "LD_", "PYTHON")
+_USE = (0).to_bytes(4, "big")  # in place of a request's length
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGWINCH)
 
 _CLIENT = """#!{python} -IS
@@ -48,31 +50,43 @@ os._exit(status)
 
 
 class Server:
-    """The server, in a folder that looks like a virtual environment: `folder / "bin" / "python"` is the program."""
+    """The server that all workers of a session share; its `folder` looks like a virtual environment.
+
+    `python` is the program, `folder / "bin" / "python"`. The server ends with the last of those that use it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.python = folder / "bin" / "python"
-        self.python.parent.mkdir(parents=True)
-        address = str(folder / "socket")
-        text = _CLIENT.format(python=sys.executable, address=address, signals=[*map(int, _FORWARDED)])
+        self._address = folder / "socket"
+        self._use = socket.socket(socket.AF_UNIX)
+        self.python.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._use.connect(str(self._address))
+            except OSError:
+                self._start()
+                self._use.connect(str(self._address))
+            self._use.sendall(_USE)
+            assert self._use.recv(1) == b"+"
+
+    def _start(self) -> None:
+        text = _CLIENT.format(python=sys.executable, address=str(self._address), signals=[*map(int, _FORWARDED)])
         self.python.write_text(text)
         self.python.chmod(0o755)
-        # It ends when its input does, so with this process at the latest.
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, address],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdout.readline() == b"ready\n"
+        self._address.unlink(missing_ok=True)
+        server = subprocess.Popen([sys.executable, __file__, self._address], stdout=subprocess.PIPE)
+        assert server.stdout.readline() == b"ready\n"
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._use.close()
 
 
 def _serve(address: str) -> None:
-    """Run what clients ask for, each in a process of its own, until the end of the input."""
+    """Run what clients ask for, each in a process of its own, until nobody uses the server any more."""
+    import faiss  # noqa: F401
+    import sentence_transformers  # noqa: F401
     import torch  # noqa: F401
     import transformers.models.gpt_neox.modeling_gpt_neox
     import transformers.models.gptj.modeling_gptj  # noqa: F401
@@ -93,25 +107,32 @@ def _serve(address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C for pytest reaches the whole group
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     clients: dict[int, socket.socket] = {}
+    users: set[socket.socket] = set()
     with selectors.DefaultSelector() as selector:
-        for file in (listener, ended, sys.stdin):
+        for file in (listener, ended):
             selector.register(file, selectors.EVENT_READ)
         print("ready", flush=True)
         while True:
             for key, _ in selector.select():
                 if key.fileobj is listener:
                     client, _ = listener.accept()
-                    clients[_start(client)] = client
+                    if pid := _start(client):
+                        clients[pid] = client
+                    else:
+                        users.add(client)
                     selector.register(client, selectors.EVENT_READ)
                 elif key.fileobj == ended:
                     os.read(ended, 4096)
-                elif key.fileobj is sys.stdin:
-                    for pid in clients:
-                        os.kill(pid, signal.SIGKILL)
-                    return
+                elif key.fileobj in users:
+                    users.remove(key.fileobj)
+                    selector.unregister(key.fileobj)
+                    if not users:
+                        for pid in clients:
+                            os.kill(pid, signal.SIGKILL)
+                        return
                 else:
                     pid = next(pid for pid, client in clients.items() if client is key.fileobj)
-                    numbers = key.fileobj.recv(16)
+                    numbers = _receive(key.fileobj, 16)
                     for number in numbers or [signal.SIGKILL]:
                         os.kill(pid, number)
                     if not numbers:
@@ -128,11 +149,23 @@ def _serve(address: str) -> None:
                 client.close()
 
 
+def _receive(client: socket.socket, size: int) -> bytes:
+    """Receive at most so many bytes; none where the client is gone."""
+    try:
+        return client.recv(size)
+    except OSError:
+        return b""
+
+
 def _start(client: socket.socket) -> int:
+    """Start what a client asks for and return its process's number; 0 for one who only uses the server."""
     head, descriptors, _, _ = socket.recv_fds(client, 4, 3)
+    if head == _USE:
+        client.sendall(b"+")
+        return 0
     size, request = int.from_bytes(head, "big"), b""
-    while len(request) < size:
-        request += client.recv(size - len(request))
+    while len(request) < size and (more := _receive(client, size - len(request))):
+        request += more
     pid = os.fork()
     if not pid:
         status = 1
@@ -193,11 +226,15 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], folder
 
 
 def _execute(arguments: list[str]) -> None:
+    if arguments[0] == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        arguments = arguments[1:]
     what = arguments[0]
-    if what == "-c":
-        sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
+    if what in ("-c", "-"):
+        code, rest = (arguments[1], arguments[2:]) if what == "-c" else (sys.stdin.read(), arguments[1:])
+        sys.argv, sys.path[0] = [what, *rest], ""
         main = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(arguments[1], "<string>", "exec"), main.__dict__)
+        exec(compile(code, "<string>", "exec"), main.__dict__)
     elif what == "-m":
         sys.argv, sys.path[0] = arguments[1:], os.getcwd()
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -52,11 +52,11 @@ def place(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
-def start(place: Path, commands: str) -> subprocess.Popen:
+def start(place: Path, python: Path | str, commands: str) -> subprocess.Popen:
     """A shell that runs commands as the page has them, in that folder; the scripts are the checkout's."""
     commands = re.sub(r"(?<![\w/])(tools|training)/", lambda match: f"{ROOT}/{match[0]}", commands)
     commands = commands.replace("--total-steps 200 --checkpoint-steps 20", "--total-steps 120 --checkpoint-steps 12")
-    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": f"{Path(python).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     commands = re.sub(r"(--use-cuda false|inspect_data\.py(?= --task))", r"\1 --data-cache cache", commands)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -73,20 +73,25 @@ def start(place: Path, commands: str) -> subprocess.Popen:
     )
 
 
-def run(place: Path, commands: str) -> str:
+@pytest.fixture
+def run(quick_python):
     """Run commands to their end and return what they print."""
-    process = start(place, commands)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
+
+    def run_in(place: Path, commands: str) -> str:
+        process = start(place, quick_python, commands)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        return out
+
+    return run_in
 
 
-def test_three_sources_two_kills_another_layout(place):
+def test_three_sources_two_kills_another_layout(place, run):
     make, train, verify = BLOCKS["Three sources, two kills, another layout"]
     *variable, stages, replicas = train.rstrip("\n").rsplit("\n", 2)
     run(place, make)
     for enough in (16, 50):
-        process = start(place, "\n".join([*variable, f"exec {stages}"]))
+        process = start(place, sys.executable, "\n".join([*variable, f"exec {stages}"]))
         limit = time.monotonic() + 120
         while not any(row["step"] >= enough for row in metrics.read(place / "example" / "run")):
             assert process.poll() is None, process.communicate()[1]
@@ -107,7 +112,7 @@ def test_three_sources_two_kills_another_layout(place):
     }
 
 
-def test_stores_of_gpt_neox(place):
+def test_stores_of_gpt_neox(place, run):
     (commands,) = BLOCKS["GPT-NeoX's stores"]
     run(place, commands)
     assert [row["step"] for row in metrics.read(place / "example" / "neox")] == list(range(1, 21))
@@ -116,7 +121,7 @@ def test_stores_of_gpt_neox(place):
     )
 
 
-def test_looking_at_data(place):
+def test_looking_at_data(place, run):
     (command,) = BLOCKS["Looking at it"]
     assert "<bot>:" in run(place, command)
     assert "<bot>" in (place / "example" / "data.html").read_text(encoding="utf-8").replace("&lt;bot&gt;", "<bot>")

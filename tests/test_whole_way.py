@@ -7,8 +7,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -35,12 +33,12 @@ def place(tmp_path, tiny_tokenizer):
 
 
 @pytest.fixture
-def shell(place):
+def shell(place, quick_python):
     """Run a command line as the READMEs have it, in that folder; the scripts are the checkout's."""
 
     def run(line: str, *, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         line = re.sub(r"\b(tools|training|inference)/", lambda match: shlex.quote(str(ROOT)) + "/" + match[0], line)
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{quick_python.parent}:{os.environ['PATH']}"
         result = subprocess.run(
             ["bash", "-c", line],
             cwd=place,
@@ -48,7 +46,7 @@ def shell(place):
             capture_output=True,
             text=True,
             # Recipes take the Python of this environment, whichever else there are.
-            env={**os.environ, "PATH": path, "OPENCHATKIT_VENV": sys.prefix, **environment},
+            env={**os.environ, "PATH": path, "OPENCHATKIT_VENV": str(quick_python.parents[1]), **environment},
         )
         assert result.returncode == 0, result.stderr
         return result

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 import tiny_models
@@ -159,11 +158,11 @@ from_hf.prepare(sys.argv[1], sys.argv[2])
 
 
 @pytest.mark.parametrize("pieces", [1, 30, 70])
-def test_a_kill_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path, monkeypatch, pieces):
+def test_a_kill_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path, monkeypatch, pieces, quick_python):
     tiny_models.save(tmp_path / "model", "neox")
     whole = prepare(str(tmp_path / "model"), tmp_path / "whole")
     arguments = [str(tmp_path / "model"), str(tmp_path / "out"), str(pieces)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    killed = subprocess.run([quick_python, "-c", KILLED, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
     folder = tmp_path / "out" / "model"
     with pytest.raises(UserError, match="not finished; run the same prepare command again"):

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -325,9 +324,9 @@ to_hf.convert(sys.argv[1], sys.argv[2])
 
 
 @pytest.mark.parametrize("step", ["write_weights", "write_config", "write_tokenizer"])
-def test_a_killed_conversion_leaves_nothing_under_its_name_and_can_be_run_again(made, tmp_path, step):
+def test_a_killed_conversion_leaves_nothing_under_its_name_and_can_be_run_again(made, tmp_path, step, quick_python):
     arguments = [str(tmp_path / "ckpts"), str(tmp_path / "hf"), step]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    killed = subprocess.run([quick_python, "-c", KILLED, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "hf").exists()
     convert(tmp_path / "ckpts", tmp_path / "hf")

@@ -2,7 +2,6 @@
 
 import gc
 import subprocess
-import sys
 import threading
 
 import pytest
@@ -92,12 +91,12 @@ def test_the_thread_ends_with_its_prefetchers():
 
 
 @pytest.mark.parametrize("end", ["raise SystemExit(75)", "raise KeyboardInterrupt"])
-def test_a_process_that_leaves_with_a_result_to_come_ends(end):
+def test_a_process_that_leaves_with_a_result_to_come_ends(end, quick_python):
     program = (
         "import time, torch\n"
         "from openchatkit.data.prefetch import Prefetcher, make_thread\n"
         "prefetcher = Prefetcher(lambda number: time.sleep(0.2 * number), make_thread(torch.device('cpu')))\n"
         f"prefetcher.take(0, following=1)\n{end}\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], timeout=LONG, capture_output=True, check=False)
+    ended = subprocess.run([quick_python, "-c", program], timeout=LONG, capture_output=True, check=False)
     assert ended.returncode == (75 if "75" in end else -2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_once import MakeOnce
 from random_models import SMALL, add_tokenizer
 
 from openchatkit.data.tokenizer import Tokenizer
@@ -29,11 +30,15 @@ def chat_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_model(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_model(tiny_tokenizer: Path, make_once: MakeOnce) -> Path:
     """A GPT-NeoX that has learnt, in seconds, to answer from the passage, to count its turns, and to end its replies.
 
     It says "日本 <passage>" to a question with a passage, "two\nlines" to "lines", and "first" or "again" else.
     """
+    return make_once("trained_model", lambda folder: _write_trained_model(folder, tiny_tokenizer))
+
+
+def _write_trained_model(folder: Path, tiny_tokenizer: Path) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     tokenizer = Tokenizer(tiny_tokenizer)
@@ -56,10 +61,8 @@ def trained_model(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
         optimizer.zero_grad()
     # Not nearer to zero: whether another turn or end-of-text follows a reply is nothing to be known.
     assert loss < 0.05, loss
-    folder = tmp_path_factory.mktemp("trained_model")
     model.save_pretrained(folder)
     add_tokenizer(tiny_tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -109,12 +112,12 @@ class Done:
 
 
 @pytest.fixture(scope="session")
-def pipe() -> Callable[..., Done]:
+def pipe(quick_python: Path) -> Callable[..., Done]:
     """Run inference/bot.py as a process with some bytes piped in."""
 
     def run(sent: bytes, model: Path, *flags: str) -> Done:
         done = subprocess.run(
-            [sys.executable, BOT, "--model", str(model), *flags],
+            [quick_python, BOT, "--model", str(model), *flags],
             input=sent,
             capture_output=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

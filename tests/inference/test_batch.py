@@ -216,10 +216,10 @@ def test_a_disk_that_is_full_is_one_line_and_what_was_written_is_gone_on_from(ba
     assert [line["reply"] for line in resumed] == [line["reply"] for line in whole]
 
 
-def test_ctrl_c_ends_a_batch_after_the_last_whole_row(trained_model, endless_model, tmp_path):
+def test_ctrl_c_ends_a_batch_after_the_last_whole_row(trained_model, endless_model, tmp_path, quick_python):
     given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     given.write_text('{"prompt": "a", "max_tokens": 3}\n{"prompt": "b"}\n')
-    command = [sys.executable, BOT, "--model", endless_model, "--max-tokens", "900000"]
+    command = [quick_python, BOT, "--model", endless_model, "--max-tokens", "900000"]
     run = subprocess.Popen([*command, "--batch", given, "--output", out], stderr=subprocess.PIPE)
     while not (out.exists() and out.read_bytes().endswith(b"\n")):
         assert run.poll() is None

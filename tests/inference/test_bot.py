@@ -80,7 +80,7 @@ def test_the_readme_names_every_flag_and_command():
     ]
 
 
-def test_the_readmes_commands_run(random_models, tmp_path):
+def test_the_readmes_commands_run(random_models, tmp_path, quick_python):
     readme = (ROOT / "inference" / "README.md").read_text(encoding="utf-8").partition("\n## Server")[0]
     blocks = re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
     commands = [block for block in blocks if re.search(r"\||--batch", block)]
@@ -89,7 +89,7 @@ def test_the_readmes_commands_run(random_models, tmp_path):
         command = command.replace("huggingface_models/NAME", str(random_models["neox"])).replace(
             "inference/bot.py", str(BOT)
         )
-        command = command.replace("inference/README.md", "file.txt").replace("python ", f"{sys.executable} ")
+        command = command.replace("inference/README.md", "file.txt").replace("python ", f"{quick_python} ")
         (tmp_path / "file.txt").write_text("blue", encoding="utf-8")
         done = subprocess.run(
             ["bash", "-c", command], capture_output=True, cwd=tmp_path, text=True, timeout=240, check=False
@@ -163,9 +163,9 @@ def test_json_is_safe_on_a_terminal():
 # -- leaving
 
 
-def test_an_output_that_cannot_be_written_is_one_line(trained_model):
+def test_an_output_that_cannot_be_written_is_one_line(trained_model, quick_python):
     done = subprocess.run(
-        ["bash", "-c", f"yes hello | {sys.executable} {BOT} --model {trained_model} > /dev/full"],
+        ["bash", "-c", f"yes hello | {quick_python} {BOT} --model {trained_model} > /dev/full"],
         capture_output=True,
         timeout=120,
         check=False,

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -385,8 +384,8 @@ def test_forgotten_turns_and_cut_replies_are_noted(piped, random_models):
     assert done.status == 0
 
 
-def test_a_reader_that_leaves_early_is_no_traceback(trained_model):
-    command = f"yes hello | {sys.executable} {BOT} --model {trained_model} --no-sample --no-date | head -n 1"
+def test_a_reader_that_leaves_early_is_no_traceback(trained_model, quick_python):
+    command = f"yes hello | {quick_python} {BOT} --model {trained_model} --no-sample --no-date | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, check=True)
     assert done.stdout == b"first\n"
     assert b"Traceback" not in done.stderr

@@ -16,12 +16,23 @@ PASTE = "\x1b[200~{}\x1b[201~"
 
 
 @pytest.fixture
-def terminal():
+def terminal(quick_python):
+    """Start the command on a terminal."""
+    yield from starting(quick_python)
+
+
+@pytest.fixture
+def new_terminal():
+    """Start the command on a terminal from scratch, where how it starts is the subject."""
+    yield from starting(sys.executable)
+
+
+def starting(python):
     started = []
 
     def start(model, *flags: str, **environment: str) -> pexpect.spawn:
         shell = pexpect.spawn(
-            sys.executable,
+            str(python),
             [str(BOT), "--model", str(model), *flags],
             env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "INPUTRC": "/dev/null", **environment},
             encoding="utf-8",
@@ -158,8 +169,8 @@ def test_ctrl_c_twice_at_the_prompt_leaves_with_130(terminal, trained_model):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has loaded is in /proc on Linux")
-def test_ctrl_c_while_the_model_is_loaded_leaves_without_a_traceback(terminal, trained_model):
-    shell = terminal(trained_model)
+def test_ctrl_c_while_the_model_is_loaded_leaves_without_a_traceback(new_terminal, trained_model):
+    shell = new_terminal(trained_model)
     # The first of torch's libraries is there: the command has begun, and imports for another second or two.
     mapped = Path(f"/proc/{shell.pid}/maps")
     while "libtorch" not in mapped.read_text():
@@ -286,10 +297,10 @@ def test_an_unwritable_home_folder_is_reported_before_a_model_is_loaded(terminal
     shell.expect_exact("/raw_prompt hi\r\n<human>: hi\r\n<bot>:\r\n>>> ")
 
 
-def test_it_works_without_readline(terminal, trained_model, tmp_path):
+def test_it_works_without_readline(new_terminal, trained_model, tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "readline.py").write_text("raise ImportError")
-    shell = terminal(trained_model, "--no-date", PYTHONPATH=str(tmp_path / "none"), TERM="xterm")
+    shell = new_terminal(trained_model, "--no-date", PYTHONPATH=str(tmp_path / "none"), TERM="xterm")
     shell.expect_exact(">>> ")
     shell.sendline("/raw_prompt one\\")
     shell.expect_exact("... ")

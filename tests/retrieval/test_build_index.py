@@ -4,7 +4,7 @@ import json
 import os
 import pty
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, encoder: str) -> Path:
+def run(quick_python: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command as a process."""
+
+    def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [quick_python, SCRIPT, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    return run_command
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, encoder: str, run: Callable) -> Path:
     folder = tmp_path_factory.mktemp("index")
     (folder / "docs").mkdir()
     (folder / "docs" / "castle.md").write_text("# Castle\n\nthe old king and queen\n", encoding="utf-8")
@@ -39,12 +50,6 @@ def gpus(monkeypatch):
     from fake_gpus import FakeGpus
 
     return FakeGpus(monkeypatch)
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -104,10 +109,10 @@ def test_a_search_names_the_other_places_of_a_text(capsys, tmp_path):
     assert "and2more" in "".join(out.split())
 
 
-def test_colours_are_only_for_a_terminal(index):
+def test_colours_are_only_for_a_terminal(index, quick_python):
     outer, inner = pty.openpty()
     with open(outer, "rb", buffering=0) as terminal:
-        subprocess.run([sys.executable, SCRIPT, "search", "old king", "--index", index], stdout=inner, check=True)
+        subprocess.run([quick_python, SCRIPT, "search", "old king", "--index", index], stdout=inner, check=True)
         assert b"\x1b[" in terminal.read(4096)
 
 
@@ -188,7 +193,7 @@ def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, says
     assert not (tmp_path / "i").exists()
 
 
-def test_unprintable_characters_of_file_names_are_escaped(tmp_path):
+def test_unprintable_characters_of_file_names_are_escaped(tmp_path, run):
     (tmp_path / "docs").mkdir()
     for name in (b"a.txt", b"red\x1b[31m.txt", b"two\nlines.txt", b"caf\xe9.txt"):
         Path(os.fsdecode(os.fsencode(tmp_path / "docs") + b"/" + name)).write_text("text", encoding="utf-8")

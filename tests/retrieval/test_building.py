@@ -500,22 +500,22 @@ Encoder.encode = slowly
 operations.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
 """
 
-    def start(self, docs: Path, index: Path, encoder: str) -> subprocess.Popen[bytes]:
+    def start(self, python: Path, docs: Path, index: Path, encoder: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-c", self.SLOW, docs, index, encoder], env=environment)
+        return subprocess.Popen([python, "-c", self.SLOW, docs, index, encoder], env=environment)
 
     def kept(self, index: Path) -> int:
         path = layout.partial_folder(index) / "keys-0.bin"
         return path.stat().st_size // vector_cache.SIZE if path.exists() else 0
 
-    def test_embedding_resumes_after_a_kill(self, tmp_path, encoder, embeddings):
+    def test_embedding_resumes_after_a_kill(self, tmp_path, encoder, embeddings, quick_python):
         docs, index = tmp_path / "docs", tmp_path / "index"
         write(docs / "old.txt", "the old text")
         operations.build([docs], index, encoder=encoder)
         for number in range(200):
             words = " ".join(WORDS[(number * step) % len(WORDS)] for step in range(1, 9))
             write(docs / f"{number}.txt", words)
-        process = self.start(docs, index, encoder)
+        process = self.start(quick_python, docs, index, encoder)
         try:
             while self.kept(index) < 20:
                 assert process.poll() is None, "it ended before it could be killed"
@@ -545,12 +545,16 @@ operations.build([Path(sys.argv[1])], Path(sys.argv[2]), encoder=sys.argv[3])
 class TestSeveralProcesses:
     """The command under torchrun: each process embeds its part, and none hangs."""
 
+    @pytest.fixture(autouse=True)
+    def python(self, quick_python):
+        self.python = quick_python
+
     def run(self, *arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
         script = Path(__file__).parents[2] / "retrieval" / "build_index.py"
         if code:
             script = write(Path(str(arguments[-1])) / "script.py", code)
             arguments = arguments[:-1]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        launch = [self.python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
@@ -589,7 +593,7 @@ main(["build", {str(docs)!r}, "--index", {str(tmp_path / "index")!r}, "--encoder
         assert "error: no file to read there" in result.stderr
 
 
-def test_a_second_writer_waits_with_a_message(docs, tmp_path, encoder):
+def test_a_second_writer_waits_with_a_message(docs, tmp_path, encoder, quick_python):
     index = tmp_path / "index"
     holder = f"""
 import sys, time
@@ -599,12 +603,12 @@ with lock_for_writing(Path({str(index)!r})):
     print("held", flush=True)
     sys.stdin.read()
 """
-    command = [sys.executable, "-c", holder]
+    command = [quick_python, "-c", holder]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         script = Path(__file__).parents[2] / "retrieval" / "build_index.py"
         arguments = ["build", docs, "--index", index, "--encoder", encoder]
-        second = subprocess.Popen([sys.executable, script, *arguments], stderr=subprocess.PIPE, text=True)
+        second = subprocess.Popen([quick_python, script, *arguments], stderr=subprocess.PIPE, text=True)
         assert second.stderr.readline() == f"{index} is being written to by another process: waiting for it\n"
         assert not layout.exists(index)
         process.stdin.close()

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,7 +215,7 @@ def test_a_failure_at_any_step_leaves_the_old_index_and_nothing_else(folder, enc
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_killed_writer_leaves_the_old_index_and_the_next_one_cleans_up(folder, encoder):
+def test_a_killed_writer_leaves_the_old_index_and_the_next_one_cleans_up(folder, encoder, quick_python):
     code = f"""
 import os, pathlib, signal
 from index_maker import WordEncoder, make
@@ -224,7 +223,7 @@ from openchatkit.retrieval import snapshot
 snapshot.layout.write = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 make(pathlib.Path({str(folder)!r}), ["something else"], encoder=WordEncoder())
 """
-    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True)
+    killed = subprocess.run([quick_python, "-c", code], cwd=Path(__file__).parent, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert layout.stale_files(folder)
     with Index.open(folder, encoder) as index:

@@ -128,7 +128,7 @@ def test_a_kill_while_converting_leaves_no_table_and_the_next_run_makes_it(files
     assert prepare(folder, source=str(source), digests=digests(files)).rows == len(FLAT)
 
 
-def test_stale_files_are_removed_by_the_next_run(files, tmp_path):
+def test_stale_files_are_removed_by_the_next_run(files, tmp_path, quick_python):
     import subprocess
 
     source = maker.write(tmp_path / "source", files)
@@ -138,7 +138,7 @@ def test_stale_files_are_removed_by_the_next_run(files, tmp_path):
         f"preparation.prepare(Path(sys.argv[1]), source=sys.argv[2], digests={digests(files)!r})"
     )
     folder = tmp_path / "files"
-    assert subprocess.run([sys.executable, "-c", code, str(folder), str(source)], capture_output=True).returncode == -9
+    assert subprocess.run([quick_python, "-c", code, str(folder), str(source)], capture_output=True).returncode == -9
     assert len(list(folder.glob(f".{TABLE}.*.tmp"))) == 1
     prepare(folder, source=str(source), digests=digests(files))
     assert list(folder.glob(".*.tmp")) == []

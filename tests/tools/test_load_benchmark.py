@@ -1,6 +1,7 @@
 """The load benchmark on small models on the CPU: its keys, what its numbers are, and its one-line errors."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def command(tmp_path, capsys):
         return ended.value.code, said.out, said.err, json.loads(out.read_text()) if out.exists() else None
 
     return run
+
+
+@pytest.fixture
+def quick_command(command, quick_python, monkeypatch):
+    """The same, with a process of each model that has imported all beforehand."""
+    monkeypatch.setattr(sys, "executable", str(quick_python))
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +90,13 @@ def test_every_model_has_every_number_and_its_own_memory(command, large, random_
         ("[", (), "is not JSON"),
     ],
 )
-def test_mistakes_are_one_line(models, flags, expected, command, tmp_path):
+def test_mistakes_are_one_line(models, flags, expected, quick_command, tmp_path):
     models = (
         {key: str(tmp_path) if value == "{folder}" else value for key, value in models.items()}
         if isinstance(models, dict)
         else models
     )
-    status, printed, noted, results = command(
+    status, printed, noted, results = quick_command(
         models, *(str(tmp_path) if flag == "{folder}" else flag for flag in flags)
     )
     assert (status, printed, results) == (2, "", None)
@@ -96,14 +104,18 @@ def test_mistakes_are_one_line(models, flags, expected, command, tmp_path):
     assert expected in noted
 
 
-def test_a_file_that_cannot_be_written_is_one_line(command, random_models, tmp_path):
+def test_a_file_that_cannot_be_written_is_one_line(quick_command, random_models, tmp_path):
     (tmp_path / "file").touch()
-    status, _, noted, _ = command({"small": str(random_models["neox"])}, "-o", str(tmp_path / "file" / "results.json"))
+    status, _, noted, _ = quick_command(
+        {"small": str(random_models["neox"])}, "-o", str(tmp_path / "file" / "results.json")
+    )
     assert (status, len(noted.splitlines())) == (2, 1)
     assert "results.json cannot be written: " in noted
 
 
-def test_a_missing_model_does_not_cost_the_others_their_results(command, random_models):
-    status, _, noted, results = command({"small": str(random_models["neox"]), "gone": "/no/such/model"}, "-r", "1")
+def test_a_missing_model_does_not_cost_the_others_their_results(quick_command, random_models):
+    status, _, noted, results = quick_command(
+        {"small": str(random_models["neox"]), "gone": "/no/such/model"}, "-r", "1"
+    )
     assert (status, list(results)) == (2, ["small"])
     assert "gone: /no/such/model: no such folder" in noted

@@ -2,7 +2,6 @@
 torch already, so that a run of four ranks takes a second and not twenty."""
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import sys
@@ -11,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "openchatkit.training.setup"])
+from forkserver import context
 
 
 @dataclass
@@ -50,7 +48,7 @@ def start(
     for rank in range(world_size):
         argv = to_argv({"world_size": world_size, **flags, **(own or {}).get(rank, {}), "rank": rank})
         errors = folder / f"stderr_{rank}"
-        process = _context.Process(target=_rank, args=(argv, errors, environment or {}, workplace, before_main))
+        process = context.Process(target=_rank, args=(argv, errors, environment or {}, workplace, before_main))
         process.start()
         processes.append(process)
     return processes

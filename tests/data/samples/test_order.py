@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,10 +143,10 @@ for epoch in range(3):
 """
 
 
-def test_processes_that_build_at_once(tmp_path: Path) -> None:
+def test_processes_that_build_at_once(tmp_path: Path, quick_python: Path) -> None:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", BUILD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [quick_python, "-c", BUILD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]

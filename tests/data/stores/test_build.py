@@ -173,10 +173,10 @@ cached_store(source, tokenizer=tokenizer, separator="end-of-text", bad_rows="qua
 """
 
 
-def test_processes_killed_at_any_moment(tiny_tokenizer: Path, tmp_path: Path) -> None:
+def test_processes_killed_at_any_moment(tiny_tokenizer: Path, tmp_path: Path, quick_python: Path) -> None:
     generator = random.Random()
     source = write(tmp_path / "a.jsonl", some_texts(bad=True) * 150)
-    command = [sys.executable, "-c", CHILD, str(source), str(tiny_tokenizer / "tokenizer.json")]
+    command = [quick_python, "-c", CHILD, str(source), str(tiny_tokenizer / "tokenizer.json")]
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     kills, row = 0, 0
     while kills < 4:

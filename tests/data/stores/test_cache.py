@@ -3,13 +3,13 @@
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from forkserver import context
 
 from openchatkit import storage
 from openchatkit.data.stores import builder, cache
@@ -208,7 +208,6 @@ def build_in_child(source: Path, tokenizer: Bytes, results: object) -> None:
 
 def test_one_of_many_processes_builds(source: Path, tokenizer: Bytes) -> None:
     tokenizer.seconds = 0.5
-    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     children = [context.Process(target=build_in_child, args=(source, tokenizer, results)) for _ in range(4)]
     for child in children:
@@ -220,7 +219,6 @@ def test_one_of_many_processes_builds(source: Path, tokenizer: Bytes) -> None:
 
 
 def test_a_killed_build_leaves_no_store_and_the_next_one_clears_up(source: Path, tokenizer: Bytes) -> None:
-    context = multiprocessing.get_context("spawn")
     slow = Bytes(tokenizer.marks, seconds=60)
     results = context.Queue()
     child = context.Process(target=build_in_child, args=(source, slow, results))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from forkserver import context
 
 from openchatkit.data.records.raw_row import Mark, RawRow
 from openchatkit.data.stores.tokenise import tokenise_all
@@ -80,7 +81,6 @@ def test_workers_end_with_their_parent(tiny_tokenizer: Path, number: int) -> Non
 
 
 def test_a_daemonic_process_starts_no_workers(tiny_tokenizer: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     child = context.Process(target=tokenise_in_child, args=(tiny_tokenizer, results), daemon=True)
     child.start()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_once import MakeOnce
 from moderation_rule import FILLER, RULE, labelled_rows
 
 from openchatkit.data.stores.tokenise import separator_ids, tokenise
@@ -40,8 +41,12 @@ def moderation_tokenizer(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def moderation_model(moderation_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def moderation_model(moderation_tokenizer: Path, make_once: MakeOnce) -> Path:
     """A GPT-NeoX that has learnt the rule."""
+    return make_once("moderation_model", lambda folder: _write_moderation_model(folder, moderation_tokenizer))
+
+
+def _write_moderation_model(folder: Path, moderation_tokenizer: Path) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     tokenizer = Tokenizer(moderation_tokenizer)
@@ -77,7 +82,5 @@ def moderation_model(moderation_tokenizer: Path, tmp_path_factory: pytest.TempPa
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.05, loss
-    folder = tmp_path_factory.mktemp("moderation_model")
     model.save_pretrained(folder)
     shutil.copytree(moderation_tokenizer, folder, dirs_exist_ok=True)
-    return folder

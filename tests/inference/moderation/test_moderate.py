@@ -124,9 +124,9 @@ def test_a_line_without_end_is_refused(moderate, moderation_model):
     assert status == 2
 
 
-def test_as_a_process(moderation_model):
+def test_as_a_process(moderation_model, quick_python):
     done = subprocess.run(
-        [sys.executable, ROOT / "inference" / "moderate.py", "--moderation-model", moderation_model, "--json"],
+        [quick_python, ROOT / "inference" / "moderate.py", "--moderation-model", moderation_model, "--json"],
         input=sentence(random.Random(3), "bomb"),
         capture_output=True,
         text=True,

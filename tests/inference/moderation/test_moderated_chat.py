@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,19 +24,25 @@ SMALL = (
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path, quick_python):
     """Run a command line as the documentation has it, in a folder of its own; the scripts are the checkout's."""
 
     def run(line: str, *, stdin: str = "", **environment: str) -> str:
         line = re.sub(r"\b(tools|training|inference)/", lambda match: shlex.quote(str(ROOT)) + "/" + match[0], line)
-        path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        path = f"{quick_python.parent}:{os.environ['PATH']}"
         result = subprocess.run(
             ["bash", "-c", line],
             cwd=tmp_path,
             input=stdin,
             capture_output=True,
             text=True,
-            env={**os.environ, "PATH": path, "OPENCHATKIT_VENV": sys.prefix, "OMP_NUM_THREADS": "1", **environment},
+            env={
+                **os.environ,
+                "PATH": path,
+                "OPENCHATKIT_VENV": str(quick_python.parents[1]),
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
         )
         assert result.returncode == 0, result.stderr
         return result.stdout

@@ -290,12 +290,14 @@ def test_a_terminal_shows_the_sources_that_were_found(monkeypatch, citations, ex
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
-def test_citations_follow_the_reply_in_the_real_shell(trained_model, notes):
+def test_citations_follow_the_reply_in_the_real_shell(trained_model, notes, quick_python):
     import pexpect
 
     command = [str(ROOT / "inference" / "bot.py"), "--model", str(trained_model), *FLAGS, "--retrieval", str(notes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "INPUTRC": "/dev/null"}
-    shell = pexpect.spawn(sys.executable, command, env=environment, encoding="utf-8", dimensions=(40, 300), timeout=60)
+    shell = pexpect.spawn(
+        str(quick_python), command, env=environment, encoding="utf-8", dimensions=(40, 300), timeout=60
+    )
     try:
         shell.expect_exact(">>> ")
         shell.send("When does bread rise overnight?\r")

@@ -22,10 +22,10 @@ TOKEN = "a-token-of-the-tests"
 
 
 @contextlib.contextmanager
-def started(model, *flags: str, **environment: str):
+def started(python, model, *flags: str, **environment: str):
     """The command as a process, once it listens: (process, address, the lines that it began with)."""
     process = subprocess.Popen(
-        [sys.executable, SERVER, "--model", str(model), "--port", "0", *flags],
+        [python, SERVER, "--model", str(model), "--port", "0", *flags],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -47,8 +47,12 @@ def client_of(address: str, token: str = "none") -> openai.OpenAI:
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_streams_and_then_the_server(endless_model, sent, status):
-    with started(endless_model, "--no-sample", "--max-new-tokens", "1000000") as (process, address, lines):
+def test_a_signal_ends_the_streams_and_then_the_server(quick_python, endless_model, sent, status):
+    with started(quick_python, endless_model, "--no-sample", "--max-new-tokens", "1000000") as (
+        process,
+        address,
+        lines,
+    ):
         assert len(lines) == 2  # what is loaded, and where it is
         (model,) = client_of(address).models.list()
         assert model.id == endless_model.name
@@ -68,7 +72,7 @@ def test_the_line_at_the_start_says_how_to_ask(trained_model, tmp_path):
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     flags = ["--token-file", str(file), "--access-log", "--no-sample", "--max-tokens", "20", "--seed", "1"]
-    with started(trained_model, *flags) as (process, address, lines):
+    with started(sys.executable, trained_model, *flags) as (process, address, lines):
         shown = lines[-1].split("try: ")[1]
         done = subprocess.run(
             ["bash", "-c", shown.replace("curl", "curl -s").replace("Hello", "hello")],

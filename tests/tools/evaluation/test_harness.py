@@ -303,6 +303,7 @@ def test_a_damaged_model_is_refused(form, forms, command, tmp_path):
     assert str(copy) in noted
 
 
+@pytest.mark.long  # lm-eval reads all its task files; above, the same with few tasks
 def test_a_misspelt_task_is_answered_with_similar_names_with_all_tasks(forms, command):
     status, _, noted = command("--model", forms["neox"]["shards"], "--tasks", "piqa,lambada_opena")
     assert (status, len(noted.splitlines())) == (2, 1)

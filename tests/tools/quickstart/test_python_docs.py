@@ -1,5 +1,6 @@
 """Reading a library's docstrings, on a small one written here and on the real one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,10 +108,23 @@ def test_a_first_sentence_is_clean_or_left_out(docstring, sentence):
     assert first_sentence(docstring) == sentence
 
 
+JSON_DUMPS = "json.dumps: Serialize `obj` to a JSON formatted `str`."
+
+
+def test_a_package_of_the_real_library_is_read(tmp_path):
+    for name in ("json", "logging"):
+        shutil.copytree(standard_library() / name, tmp_path / name)
+    entries = {entry.name: entry for entry in read_library(tmp_path)}
+    assert entries["json.dumps"].passage == JSON_DUMPS
+    assert any(name.startswith("logging.") for name in entries)
+    assert not [entry for entry in entries.values() if "\n" in entry.sentence]
+
+
+@pytest.mark.long  # it parses all of it
 def test_the_real_library_is_read():
     entries = {entry.name: entry for entry in read_library(standard_library())}
     assert len(entries) > 2000
-    assert entries["json.dumps"].passage == "json.dumps: Serialize `obj` to a JSON formatted `str`."
+    assert entries["json.dumps"].passage == JSON_DUMPS
     assert not [name for name in entries if name.startswith(("test.", "idlelib"))]
     assert not [entry for entry in entries.values() if "\n" in entry.sentence]
 

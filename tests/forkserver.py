@@ -1,0 +1,7 @@
+"""A multiprocessing context whose processes start in milliseconds: a server has imported the libraries beforehand."""
+
+import multiprocessing
+
+context = multiprocessing.get_context("forkserver")
+# Whoever needs the server first starts it, so this is all that processes of any test import.
+context.set_forkserver_preload(["torch", "transformers", "openchatkit.training.setup"])
