@@ -59,6 +59,7 @@ class Server:
         self.folder = folder
         self.python = folder / "bin" / "python"
         self._address = folder / "socket"
+        self._process: subprocess.Popen | None = None
         self._use = socket.socket(socket.AF_UNIX)
         self.python.parent.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
@@ -76,11 +77,14 @@ class Server:
         self.python.write_text(text)
         self.python.chmod(0o755)
         self._address.unlink(missing_ok=True)
-        server = subprocess.Popen([sys.executable, __file__, self._address], stdout=subprocess.PIPE)
-        assert server.stdout.readline() == b"ready\n"
+        self._process = subprocess.Popen([sys.executable, __file__, self._address], stdout=subprocess.PIPE)
+        assert self._process.stdout.readline() == b"ready\n"
 
     def close(self) -> None:
+        """Use it no longer; whoever has started it waits for its end, since it may write coverage then."""
         self._use.close()
+        if self._process:
+            self._process.wait()
 
 
 def _serve(address: str) -> None:
