@@ -216,6 +216,12 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(temporary)
 
 
+def count_leftover_bytes(root: Path) -> int:
+    """Return the bytes that `remove_leftovers` would free."""
+    files = [path for temporary in root.glob(".checkpoint_*.tmp") for path in temporary.rglob("*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
 def _find_latest(root: Path) -> tuple[Path | None, str]:
     """Return the folder that `latest` names, or None and what is wrong with it."""
     try:

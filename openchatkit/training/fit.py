@@ -128,7 +128,9 @@ def _check_memory(
 def _check_disk(settings: Settings, plan: PlannedRun, total_steps: int) -> None:
     """Warn where there is no room for all checkpoints that are to be kept. UserError where there is none for one."""
     size, folder = checkpoint_bytes(plan), settings.checkpoint_path
-    free, there = storage.free_bytes(folder), checkpoint.list_steps(folder)
+    # The run removes what a killed save has left before it writes.
+    free = storage.free_bytes(folder) + checkpoint.count_leftover_bytes(folder)
+    there = checkpoint.list_steps(folder)
     if there and max(there) >= total_steps:
         return  # Nothing is left to do.
     # A new one is whole before an old one goes.

@@ -73,7 +73,9 @@ def test_nothing_appears_before_it_is_finished(root):
 def test_begin_removes_what_killed_saves_left(root):
     (root / ".checkpoint_3.tmp").mkdir(parents=True)
     (root / ".checkpoint_3.tmp" / "embed.safetensors").write_bytes(b"half")
+    assert checkpoint.count_leftover_bytes(root) == 4
     checkpoint.begin(root, 4)
+    assert checkpoint.count_leftover_bytes(root) == 0
     assert names(root) == [".checkpoint_4.tmp"]
 
 

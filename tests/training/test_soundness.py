@@ -222,16 +222,17 @@ def test_epochs_are_logged_and_whole(tmp_path, flags):
 
 
 def test_a_full_disk_is_one_line_of_every_rank_and_leaves_the_old_checkpoint(tmp_path, flags, mount_small_disk):
-    small_disk = mount_small_disk(256 << 10)
-    place = {**flags, **STAGES, "checkpoint_path": small_disk / "ckpt", "total_steps": 2, "checkpoint_steps": 1}
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(40 << 10))
+    """The disk has room for one checkpoint and a half."""
+    root = mount_small_disk(1300 << 10) / "ckpt"
+    place = {**flags, **STAGES, "checkpoint_path": root, "total_steps": 9, "checkpoint_steps": 1}
     ended = ranks.train(tmp_path, place, world_size=2)
     assert ended.statuses == [2, 2], ended.errors
     for errors in ended.errors:
-        assert "the disk is full: make room" in errors
+        assert ": make room, then run the same command again" in errors
         assert "Traceback" not in errors
-    assert not [path for path in (small_disk / "ckpt").iterdir() if path.name.endswith(".tmp")]
+    assert not [path for path in root.iterdir() if path.name.endswith(".tmp")]
+    assert checkpoint.list_steps(root) == [1]
+    checkpoint.verify(checkpoint.latest(root))
 
 
 def test_a_source_whose_loss_was_never_finite_is_named(tmp_path):
