@@ -136,7 +136,7 @@ def _find_line(text: str, name: str, *, last: bool = False) -> int:
 def _read_yaml(path: Path, text: str) -> Iterator[tuple[str, Any, str]]:
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader = yaml.SafeLoader(text)  # libyaml's, which is faster, takes tabs in some places
     try:
         root = loader.get_single_node()
         if root is None:

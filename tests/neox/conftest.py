@@ -1,5 +1,6 @@
 """Configuration files of GPT-NeoX, made for a test."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from openchatkit.neox.config import NeoxConfig
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Write a configuration file, of settings or of a text."""
+    """Write a configuration file, of settings or of a text; JSON is read much faster than YAML."""
 
     def write(name: str, content: dict[str, Any] | str) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else in_yaml(content), encoding="utf-8")
+        if not isinstance(content, str):
+            content = json.dumps(content) if path.suffix == ".json" else in_yaml(content)
+        path.write_text(content, encoding="utf-8")
         return path
 
     return write

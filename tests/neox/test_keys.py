@@ -45,7 +45,7 @@ def test_shipped_configurations_are_followed_or_refused_by_name(name, write):
     settings = SHIPPED[name]
     if "num_layers" not in settings:  # a file of paths or of text generation goes with that of a model
         settings = SHIPPED["configs/125M.yml"] | settings
-    path = write("shipped.yml", settings)
+    path = write("shipped.json", settings)
     if name in REFUSED:
         with pytest.raises(UserError, match=rf"{path}:\d+: .*\b{REFUSED[name]}\b"):
             check(NeoxConfig.read([str(path)]))

@@ -116,7 +116,7 @@ def test_shipped_configurations_are_runs_of_the_trainer(name, write, store):
     paths = {"data_path": store, "save": "out", "tokenizer_type": "CharLevelTokenizer", "load": None, "hostfile": None}
     model_alone = {key: value for key, value in SHIPPED[name].items() if not key.endswith("_data_paths")}
     # Finetuning starts from a checkpoint, which is not here.
-    config = NeoxConfig.read([str(write("c.yml", model_alone | paths | {"finetune": False}))])
+    config = NeoxConfig.read([str(write("c.json", model_alone | paths | {"finetune": False}))])
     ranks = max(config.get("pipe_parallel_size"), 1) * config.get("model_parallel_size")
     settings = trainer.parse(translate(config, ranks=ranks, on_gpu=True).arguments)
     assert settings.lr == SHIPPED[name]["optimizer"]["params"]["lr"]
