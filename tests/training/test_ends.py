@@ -85,6 +85,7 @@ def pid_of(launcher: subprocess.Popen, rank: int) -> int:
 def test_the_rank_at_fault_is_named_in_one_line(start, tmp_path, change, victim, place, sign):
     process = start({**ENDLESS, **change}, world_size=4)
     wait_for_step(tmp_path, 3, process)
+    time.sleep(2.5)  # until a beat has said that steps are being taken
     os.kill(pid_of(process, victim), sign)
     killed = time.monotonic()
     status = process.wait(120)
