@@ -182,7 +182,16 @@ def test_what_shared_parameters_exclude_is_named(change, message):
 
 def test_layers_that_gpus_are_to_gather_by_gloo_are_refused():
     settings = config.parse(
-        ranks.to_argv({"model_name": "m", "task_name": "d", "total_steps": 1, **SHARED, "dp_backend": "gloo"})
+        ranks.to_argv(
+            {
+                "model_name": "m",
+                "task_name": "d",
+                "total_steps": 1,
+                **SHARED,
+                "micro_batch_size": 4,
+                "dp_backend": "gloo",
+            }
+        )
     )
     layout = Layout(0, torch.device("cuda"), replicas=2, data=object())
     with pytest.raises(UserError, match="--dp-backend gloo exclude each other: layers are gathered on the GPUs"):
