@@ -57,6 +57,7 @@ class Stage(nn.Module):
         names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
         self.shards = nn.ModuleDict({name: family(config).module(config, name, part) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
+        self.is_compiled = False
         self.hidden_parts = 1  # of which this part has one, of the tokens of hidden states
 
     def connect_parts(self, enter: nn.Module, leave: nn.Module, *, splits_tokens: bool = False) -> None:
@@ -75,6 +76,7 @@ class Stage(nn.Module):
 
     def compile_layers(self, backend: str | Callable[..., Any]) -> None:
         """Let `torch.compile` make one program for all layers, each of which then runs it with its own parameters."""
+        self.is_compiled = True
         for name, module in self.shards.items():
             if name not in (EMBED, HEAD):
                 module.compile(fullgraph=True, backend=backend)

@@ -111,8 +111,8 @@ class Gradients:
             self._reduce_ready()
             self._add_over_parts(self.own)
             return
-        for key, parameter in self.parameters.items():
-            assert gradient_of(parameter).data_ptr() == self._starts[key], key
+        for key, start in self._starts.items():
+            assert gradient_of(self.parameters[key]).data_ptr() == start, key
         self._send(early_only=True)
         self._add_over_parts(self.runs)
         self._add_tied()
@@ -145,15 +145,31 @@ class Gradients:
         self._start_counting()
 
     def _attach(self) -> None:
-        """Let autograd add each parameter's gradient to its place in the buffer."""
-        self._starts: dict[Key, int] = {}
+        """Let autograd add each parameter's gradient to its place in the buffer.
+
+        torch.compile refuses a parameter whose gradient is of another dtype. A compiled layer's comes to the buffer
+        after each pass.
+        """
+        self._starts: dict[Key, int] = {}  # of gradients that are in the buffer
+        wholes: dict[Key, Tensor] = {}  # places in the buffer of the others
         for key, runs in itertools.groupby(self._views, key=lambda run: run.place.key):
             views = [self._views[run] for run in runs]
             parameter = self.parameters[key]
             first = views[0].storage_offset()
             whole = self._buffer[first : first + parameter.numel()]
-            parameter.grad = whole.view_as(parameter)
-            self._starts[key] = whole.data_ptr()
+            if self.stages.is_compiled and key[0] not in (EMBED, HEAD) and parameter.dtype != whole.dtype:
+                wholes[key] = whole.view_as(parameter)
+            else:
+                parameter.grad = whole.view_as(parameter)
+                self._starts[key] = whole.data_ptr()
+
+        @torch.no_grad()
+        def add(key: Key, parameter: Tensor) -> None:
+            wholes[key].add_(gradient_of(parameter))
+            parameter.grad = None
+
+        if wholes:
+            self._call_after_passes(add, {key: self.parameters[key] for key in wholes})
 
     def _by_lateness(self, *, late: bool) -> list[Run]:
         """Return the runs that can only be sent at a step's end, or the others.

@@ -46,6 +46,11 @@ class LocalStages:
         return HEAD in self._owners
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether layers are programs of torch.compile."""
+        return any(stage.is_compiled for stage in self)
+
+    @property
     def projection(self) -> nn.Linear:
         """The map from normed hidden states to the vocabulary, where `has_head`."""
         return self._owners[HEAD].projection

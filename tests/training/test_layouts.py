@@ -393,6 +393,13 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("change", [{}, REPLICAS, {**REPLICAS, "dp_mode": "sharded"}, INTERLEAVED], ids=str)
+def test_compiled_layers_in_bfloat16_give_the_bits_of_plain_ones(tmp_path, flags, change):
+    flags = {**flags, "bf16": True, "total_steps": 3, **change}
+    assert_same_bits(run(tmp_path / "plain", flags), run(tmp_path / "compiled", flags, compile="aot_eager"))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("change", [{}, {**INTERLEAVED, "activation_checkpointing": "selective"}], ids=str)
 def test_compiled_parts_give_the_bits_of_parts(tmp_path, flags, change, sequence_parallel):
