@@ -75,7 +75,8 @@ def test_no_rank_waits_longer_for_a_frozen_one_than_the_timeout(tmp_path, flags)
     statuses = [process.exitcode for process in others]
     errors = ranks.finish(tmp_path, processes, seconds=0).errors
     assert statuses == [75, 75, 75], errors
-    frozen = f"rank 1 on {socket.gethostname()} (pipeline rank 1 of 2, replica 0 of 2) gave no sign of life for 8 s after"
+    name = f"rank 1 on {socket.gethostname()} (pipeline rank 1 of 2, replica 0 of 2)"
+    frozen = f"{name} gave no sign of life for 8 s after"
     assert all(frozen in errors[rank] for rank in (0, 2, 3)), errors
 
 
