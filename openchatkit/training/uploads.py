@@ -101,9 +101,7 @@ def finish_uploads(uploader: Uploader | None, layout: Layout, requests: Sequence
     """
     layout.activity.begin("uploading")
     while True:
-        outcomes, errors = layout.attempt(
-            lambda: (uploader is None or uploader.wait(_LOOK_SECONDS), len(requests) > 0)
-        )
+        outcomes, errors = layout.attempt(lambda: (uploader is None or uploader.wait(_LOOK_SECONDS), len(requests) > 0))
         if errors:
             raise errors[0]
         if all(done for done, _ in outcomes):

@@ -1,4 +1,4 @@
-"""`training/attention_kernels.py`, as far as it goes on a CPU: torch has one fused kernel there, and the plain formula."""
+"""`training/attention_kernels.py` on a CPU, where torch has one fused kernel and the plain formula."""
 
 from collections.abc import Iterator
 
