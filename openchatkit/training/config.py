@@ -413,7 +413,7 @@ class Settings(
 
     @property
     def moments(self) -> str:
-        """What the optimizer's moments are kept in: float32, bf16 or 8bit."""
+        """Form of the moments that the optimizer keeps: float32, bf16 or 8bit."""
         return name_moments(self.optimizer, self.optimizer_state)
 
     @property
