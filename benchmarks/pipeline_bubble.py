@@ -33,6 +33,7 @@ def build(ranks: int, rank: int, options: argparse.Namespace, schedule: str):
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
     from openchatkit.training.device import keep_freed_memory
+    from openchatkit.training.learning_rates import LearningRates
     from openchatkit.training.local_stages import LocalStages
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
@@ -66,7 +67,7 @@ def build(ranks: int, rank: int, options: argparse.Namespace, schedule: str):
     return Trainer(
         weights,
         LossScaler(1.0, dynamic=False),
-        Schedule(rows, 1, 1e-4, 0, 1000, 1.0),
+        Schedule(rows, 1, LearningRates(1e-4, 1000), 1000, 1.0),
         dtype=dtype,
         pp_mode=schedule,
         micro_batch_size=options.micro_batch_size,

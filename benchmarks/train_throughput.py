@@ -51,6 +51,7 @@ def run_ours(options: argparse.Namespace) -> list[float]:
     from openchatkit.models.registry import config_from_hf
     from openchatkit.models.stage import Stage
     from openchatkit.training.device import keep_freed_memory
+    from openchatkit.training.learning_rates import LearningRates
     from openchatkit.training.local_stages import LocalStages
     from openchatkit.training.optimizer import build_optimizer
     from openchatkit.training.precision import LossScaler
@@ -72,7 +73,7 @@ def run_ours(options: argparse.Namespace) -> list[float]:
     trainer = Trainer(
         weights,
         LossScaler(1.0, dynamic=False),
-        Schedule(options.batch, 1, 1e-4, 0, 1000, 1.0),
+        Schedule(options.batch, 1, LearningRates(1e-4, 1000), 1000, 1.0),
         dtype=dtype,
         pp_mode="gpipe",
         micro_batch_size=options.batch,

@@ -138,6 +138,14 @@ def share(text: str) -> float:
     return value
 
 
+def positive_share(text: str) -> float:
+    """An argparse type: a number above 0, and at most 1."""
+    value = share(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"expected a share above 0, got {text!r}")
+    return value
+
+
 def text(given: str) -> str:
     """An argparse type: any text that is UTF-8, since tokenizers take no other."""
     try:

@@ -13,6 +13,7 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
+from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.precision import LossScaler
@@ -109,7 +110,7 @@ def make_trainer(
     return Trainer(
         weights,
         LossScaler(scale, dynamic=False),
-        Schedule(rows, 1, lr, 0, 1000, clip),
+        Schedule(rows, 1, LearningRates(lr, 1000), 1000, clip),
         dtype=dtype,
         pp_mode="gpipe",
         micro_batch_size=rows // micro_batches,

@@ -25,6 +25,7 @@ from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.storage import storage_errors
 from openchatkit.training.config import OptimizationSettings, Settings, name_moments
+from openchatkit.training.learning_rates import LearningRateSettings
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import convert_moments
 from openchatkit.training.rank_weights import RankWeights
@@ -114,13 +115,16 @@ def warn_of_changes(state: dict[str, Any], settings: Settings, *, path: Path, to
 
     Of the length and the precision, what came of the flags is compared: `total_steps` and `dtype`.
     """
-    before = state.get("settings", {}) | {"total_steps": state.get("total_steps"), "precision": state.get("precision")}
+    outcomes = {name: state[name] for name in ("total_steps", "precision") if state.get(name) is not None}
+    before = state.get("settings", {}) | outcomes
     now = to_json(settings) | {"total_steps": total_steps, "precision": dtype}
-    names = [field.name for field in (*fields(DataSettings), *fields(OptimizationSettings))]
+    groups = (DataSettings, LearningRateSettings, OptimizationSettings)
+    names = [field.name for group in groups for field in fields(group)]
     for name in ("total_steps", *names):
         # A checkpoint from before there was a setting has none of it.
-        if name not in _WITHOUT_EFFECT and before.get(name) not in (None, now[name]):
-            logger.warning("{} was {} up to {} and is {} from here on", flag(name), before[name], path.name, now[name])
+        if name in before and name not in _WITHOUT_EFFECT and before[name] != now[name]:
+            was, becomes = ("not given" if value is None else value for value in (before[name], now[name]))
+            logger.warning("{} was {} up to {} and is {} from here on", flag(name), was, path.name, becomes)
 
 
 # Of no effect on a resume, or on what is trained; --precision is compared in place of its other names.

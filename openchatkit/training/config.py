@@ -20,6 +20,8 @@ from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
 from openchatkit.settings import Given, SettingsParser, fields, setting
 from openchatkit.texts import parse_bool
+from openchatkit.training.learning_rates import LearningRateSettings
+from openchatkit.training.save_steps import SaveSteps, parse_growth, parse_steps
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
 from openchatkit.web import is_loopback
 
@@ -68,7 +70,8 @@ BACKENDS = ("print", "loguru", "tensorboard", "wandb")
 _ALTERNATIVES = (
     {"precision", "bf16", "fp16"},
     {"total_steps", "nepochs"},
-    {"checkpoint_steps", "num_checkpoints"},
+    {"warmup_steps", "warmup_fraction"},
+    {"checkpoint_steps", "num_checkpoints", "checkpoint_growth"},
 )
 
 
@@ -265,8 +268,6 @@ class OptimizationSettings:
         help="keep float32 weights and the optimizer's state in main memory, and take the step on the processor; a GPU "
         "then holds gradients and what layers compute with",
     )
-    lr: float = setting(1e-5, check=non_negative_float, help="peak learning rate")
-    warmup_steps: int = setting(0, check=natural, help="steps of linear rise, after which it falls to 0")
     adam_beta1: float = setting(0.9, check=below_one, help="decay of the first moment")
     adam_beta2: float = setting(0.999, check=below_one, help="decay of the second moment")
     adam_eps: float = setting(1e-6, check=non_negative_float, help="added to the root of the second moment")
@@ -306,6 +307,21 @@ class CheckpointSettings:
     checkpoint_steps: int = setting(0, check=natural, help="steps between checkpoints; 0: one at the end")
     num_checkpoints: int = setting(
         0, check=natural, help="how many checkpoints in all, where `--checkpoint-steps` is not given"
+    )
+    checkpoint_growth: float | None = setting(
+        None,
+        check=parse_growth,
+        help="save after steps that are ever further apart, instead of `--checkpoint-steps`: 1, 2, 4, 8 and so on with "
+        "2, the whole parts of 1, 1.5, 2.25 and so on with 1.5",
+    )
+    extra_save_steps: str | None = setting(
+        None, check=parse_steps, help="steps to save after besides, separated by commas: `10,100`"
+    )
+    exit_interval: int = setting(
+        0,
+        check=natural,
+        help="save and end with 75 after every so many steps, as after SIGTERM: the same command goes on; 0: never. "
+        "With `--max-restarts` the launcher goes on by itself",
     )
     keep_checkpoints: int = setting(
         2,
@@ -382,6 +398,7 @@ class Settings(
     DataSettings,
     LayoutSettings,
     StepSettings,
+    LearningRateSettings,
     OptimizationSettings,
     CheckpointSettings,
     LoggingSettings,
@@ -398,6 +415,12 @@ class Settings(
         self._check_batches()
         if self.total_steps is None and self.nepochs is None:
             raise UserError("give --total-steps N or --nepochs N: how long to train")
+        self.make_rates(self.total_steps)
+        if self.checkpoint_growth is not None and (self.checkpoint_steps or self.num_checkpoints):
+            raise UserError(
+                "--checkpoint-growth says when to save, in place of --checkpoint-steps and --num-checkpoints: leave it "
+                "or them out"
+            )
         if self.min_loss_scale > self.initial_loss_scale:
             raise UserError(
                 f"--min-loss-scale {self.min_loss_scale:g} is above --initial-loss-scale "
@@ -415,6 +438,14 @@ class Settings(
     def moments(self) -> str:
         """Form of the moments that the optimizer keeps: float32, bf16 or 8bit."""
         return name_moments(self.optimizer, self.optimizer_state)
+
+    def list_save_steps(self, total_steps: int) -> SaveSteps:
+        """Return the steps after which a run of so many is saved, besides the last."""
+        every = self.checkpoint_steps
+        if not every and self.num_checkpoints:
+            every = math.ceil(total_steps / self.num_checkpoints)
+        extra = frozenset(map(int, self.extra_save_steps.split(","))) if self.extra_save_steps else frozenset()
+        return SaveSteps(every, self.checkpoint_growth, extra)
 
     @property
     def stages(self) -> int:

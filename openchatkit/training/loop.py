@@ -60,7 +60,9 @@ class Loop:
         self._uploader: Uploader | None = None
         self._reporter: Reporter | None = None
         self._meter: StepMeter | None = None
+        self._save_steps = settings.list_save_steps(inputs.total_steps)
         self._save_due = False
+        self._exit_due = False
         self._slow_step_warned = False
 
     def run(self) -> int:
@@ -91,7 +93,8 @@ class Loop:
                 if self.settings.check_replicas and self.progress.step % self.settings.check_replicas == 0:
                     self._compare_replicas()
                 self._save_if_due(result)
-                if result.stop and self.progress.step < self.total_steps:
+                saved = self.progress.saved == self.progress.step
+                if (result.stop or (self._exit_due and saved)) and self.progress.step < self.total_steps:
                     return self._report_stop()
             self._finish_uploads(requests)
         self._soundness.check_end()
@@ -153,15 +156,14 @@ class Loop:
             self._reporter.report_evaluation(row)
 
     def _save_if_due(self, result: StepResult) -> None:
-        """Save every so many steps and at the end. While the weights may not be saved, it stays due.
+        """Save after the steps that settings say, and at the end. While the weights may not be saved, it stays due.
 
         A save that all ranks have written gets its name; one that they still write is waited for by the next.
         """
-        every = self.settings.checkpoint_steps
-        if not every and self.settings.num_checkpoints:
-            every = math.ceil(self.total_steps / self.settings.num_checkpoints)
-        self._save_due |= bool(every) and self.progress.step % every == 0
-        last = result.stop or self.progress.step == self.total_steps
+        self._save_due |= self._save_steps.is_due(self.progress.step)
+        interval = self.settings.exit_interval
+        self._exit_due |= bool(interval) and self.progress.step % interval == 0
+        last = result.stop or self._exit_due or self.progress.step == self.total_steps
         if self._save_due or last or not result.saving:
             self._saver.finish()
         if not (self._save_due or last) or not self._soundness.may_save(last=last):

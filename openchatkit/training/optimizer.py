@@ -1,4 +1,4 @@
-"""The optimizers, and the learning rate as a pure function of the step."""
+"""The optimizers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -115,13 +115,6 @@ class AdamWithBfloat16Moments(torch.optim.Optimizer):
             _round_at_random(square, (noise >> 16).bitwise_and_(0xFFFF), out=second)
             weight.addcdiv_(mean, square.sqrt_().div_(root).add_(group["eps"]), value=-rate)
             place += len(weight)
-
-
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the rate of step `step`, counted from 0: a linear rise up to `peak`, then a linear fall to nearly 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
 
 
 def _hash(count: int, start: int, step: int, device: torch.device) -> Tensor:

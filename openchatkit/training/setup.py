@@ -28,6 +28,7 @@ from openchatkit.training import checkpoints
 from openchatkit.training.balance import balance_layers
 from openchatkit.training.config import Settings
 from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixSharding
+from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.local_stages import LocalStages, join_parts
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.plan.planned_run import PlannedRun
@@ -51,6 +52,7 @@ class RunInputs:
     dataset: Dataset
     evaluation: Dataset | None
     total_steps: int
+    rates: LearningRates
 
     @property
     def layers(self) -> Sequence[tuple[int, int]]:
@@ -90,7 +92,8 @@ def prepare_run(settings: Settings) -> RunInputs:
         _warn_of_model_settings(settings, shards)
         if settings.checkpoint_upload_prefix is not None:
             check_upload(settings.checkpoint_upload_prefix, json.dumps(shards.raw_config))
-    run = RunInputs(shards, plan, dataset, evaluation, _count_steps(settings, dataset))
+    total_steps = _count_steps(settings, dataset)
+    run = RunInputs(shards, plan, dataset, evaluation, total_steps, settings.make_rates(total_steps))
     if settings.rank == 0:
         _log_epochs(dataset, run.total_steps * _count_rows(settings))
     return run
@@ -330,8 +333,7 @@ def _make_trainer(
     schedule = Schedule(
         batch_size=settings.batch_size,
         accumulate=settings.gradient_accumulate_step,
-        peak_lr=settings.lr,
-        warmup_steps=settings.warmup_steps,
+        rates=run.rates,
         total_steps=run.total_steps,
         max_grad_norm=settings.max_grad_norm,
     )

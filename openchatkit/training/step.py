@@ -19,8 +19,8 @@ from openchatkit.data.prefetch import Prefetcher, make_thread
 from openchatkit.errors import UserError
 from openchatkit.libraries import pytorch
 from openchatkit.training import timing
+from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.loss import VocabularyLoss
-from openchatkit.training.optimizer import learning_rate
 from openchatkit.training.pipeline import Pipeline
 from openchatkit.training.precision import LossScaler, autocast
 from openchatkit.training.rank_weights import RankWeights
@@ -78,12 +78,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rows of a step, and its learning rate. `batch_size` is per replica and batch."""
+    """Rows of a step, and its learning rate by the step. `batch_size` is per replica and batch."""
 
     batch_size: int
     accumulate: int
-    peak_lr: float
-    warmup_steps: int
+    rates: LearningRates
     total_steps: int
     max_grad_norm: float
 
@@ -174,8 +173,7 @@ class Trainer:
         grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
         finite = math.isfinite(grad_norm)
         applied = finite and trained_tokens > 0
-        peak, warmup_steps, total_steps = self.schedule.peak_lr, self.schedule.warmup_steps, self.schedule.total_steps
-        lr = learning_rate(number, peak=peak, warmup_steps=warmup_steps, total_steps=total_steps)
+        lr = self.schedule.rates.at(number)
         if applied:
             with timer.compute(timing.UPDATE):
                 self._update(grad_norm, lr)

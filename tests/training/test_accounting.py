@@ -19,6 +19,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
+from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.setup import RunProgress
@@ -136,7 +137,7 @@ def test_a_lost_ledger_is_a_warning_and_starts_again(tmp_path, flags):
 
 @pytest.mark.parametrize(("chain", "warned"), [(None, False), (ledger.EMPTY, True)])
 def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, capsys, chain, warned):
-    layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
+    layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, LearningRates(0.1, 9), 9, 1.0)
     result = SimpleNamespace(digest=(1 << 64) - 1, applied=True)
     for progress in (RunProgress(), RunProgress(3, 100, chain)):
         writer = LedgerWriter(tmp_path, progress, layout, schedule)
@@ -161,7 +162,7 @@ def test_stages_with_different_samples_do_not_take_the_step(flags, prepared):
     trainer = Trainer(
         Weights(LocalStages({0: stage}), layout, dtype=torch.float32),
         None,
-        Schedule(8, 1, 0.1, 0, 9, 1.0),
+        Schedule(8, 1, LearningRates(0.1, 9), 9, 1.0),
         dtype=torch.float32,
         **place,
     )

@@ -22,6 +22,7 @@ from openchatkit.formats.layer_shards import LayerShards, read_config
 from openchatkit.models.stage import Stage
 from openchatkit.training import checkpoints, config, device
 from openchatkit.training.device import let_cuda_blocks_grow, make_deterministic
+from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer, _StepSums
@@ -98,7 +99,7 @@ def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flag
     trainer = Trainer(
         make_weights(stage, layout, torch.optim.SGD),
         scaler,
-        Schedule(8, 1, 0.1, 0, 9, 1.0),
+        Schedule(8, 1, LearningRates(0.1, 9), 9, 1.0),
         dtype=torch.float32,
         **place,
     )
@@ -110,7 +111,7 @@ def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flag
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(trainer, "_count", lambda batches, sources: (0, [100]))
-    monkeypatch.setattr(trainer, "_sum_over_ranks", lambda loss, stop, digest: _StepSums(1.0, stop, [1.0], 1.0))
+    monkeypatch.setattr(trainer, "_sum_over_ranks", lambda *_: _StepSums(1.0, False, False, [1.0], 1.0))
     before = [parameter._version for parameter in stage.parameters()]
     assert trainer.step(0, dataset).applied
     assert all(p._version > version for p, version in zip(stage.parameters(), before, strict=True))
@@ -131,7 +132,7 @@ def test_numbers_come_from_the_device_in_one_transfer_a_reduction(flags, prepare
     stage.init_weights(0)
     place = {"pp_mode": "gpipe", "micro_batch_size": 2, "seq_length": 48}
     scaler = LossScaler.create(fp16=False, fixed=0, initial=1.0, minimum=1.0, window=1, hysteresis=1)
-    layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, 0.1, 0, 9, 1.0)
+    layout, schedule = Layout(0, torch.device("cpu")), Schedule(8, 1, LearningRates(0.1, 9), 9, 1.0)
     trainer = Trainer(make_weights(stage, layout, torch.optim.SGD), scaler, schedule, dtype=torch.float32, **place)
     data = DataOptions(prepared["neox"], data_cache=flags["data_cache"], seq_length=48, packing="documents")
     dataset = build_dataset(str(flags["task_name"]), data)

@@ -1,19 +1,11 @@
-"""`training/optimizer.py`: learning rates and bfloat16 moments; `test_layouts.py` trains with all its optimizers."""
+"""`training/optimizer.py`: bfloat16 moments; `test_layouts.py` trains with all its optimizers."""
 
 import pytest
 import torch
 
-from openchatkit.training.optimizer import AdamWithBfloat16Moments, _hash, learning_rate
+from openchatkit.training.optimizer import AdamWithBfloat16Moments, _hash
 
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
-
-
-def test_learning_rate_rises_to_the_peak_and_falls_to_nearly_nothing():
-    rates = [learning_rate(step, peak=1.0, warmup_steps=4, total_steps=14) for step in range(14)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[4:] == pytest.approx([1 - i / 10 for i in range(10)])
-    assert learning_rate(20, peak=1.0, warmup_steps=4, total_steps=14) == 0
-    assert learning_rate(0, peak=2.0, warmup_steps=0, total_steps=1) == 2.0
 
 
 def update(tensor, gradients, *, start=0, decoupled=True, weight_decay=0.1):

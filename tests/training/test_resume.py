@@ -19,6 +19,7 @@ from openchatkit.formats import checkpoint, metrics
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.training import checkpoints, config
 from openchatkit.training.config import OptimizationSettings
+from openchatkit.training.learning_rates import LearningRateSettings
 from openchatkit.training.loop import stop_requests
 
 STAGES = {"pipeline_group_size": 2, "pp_mode": "1f1b"}
@@ -218,8 +219,8 @@ def test_other_state_resumes_to_the_same_bits(tmp_path, flags, change):
 def test_every_setting_that_a_resume_changes_is_named():
     """By the fields of the settings, so that none is forgotten; in the tests of soundness, by runs."""
     was = config.parse(["--model-name", "m", "--task-name", "d", "--total-steps", "5"])
-    changes = {"loss_scale": 8.0, "precision": "bfloat16"}
-    for field in fields(DataSettings) + fields(OptimizationSettings):
+    changes = {"loss_scale": 8.0, "precision": "bfloat16", "min_lr": 1e-6, "lr_decay_steps": 4}
+    for field in fields(DataSettings) + fields(LearningRateSettings) + fields(OptimizationSettings):
         old, choices = getattr(was, field.name), field.metadata["choices"]
         if isinstance(old, (int, float)) and not isinstance(old, bool):
             changes.setdefault(field.name, old / 2 if isinstance(old, float) else old + 1)
@@ -238,7 +239,17 @@ def test_every_setting_that_a_resume_changes_is_named():
     checkpoints.warn_of_changes(state, now, path=Path("checkpoint_2"), total_steps=7, dtype="bfloat16")
     logger.remove(sink)
     expected = {"total_steps": (5, 7), **{name: (getattr(was, name), new) for name, new in changes.items()}}
-    assert {"lr", "warmup_steps", "optimizer", "adam_beta1", "weight_decay", "precision", "seed"} < set(expected)
+    expected["lr_decay_steps"] = ("not given", 4)
+    assert {
+        "lr",
+        "warmup_steps",
+        "lr_decay_style",
+        "optimizer",
+        "adam_beta1",
+        "weight_decay",
+        "precision",
+        "seed",
+    } < set(expected)
     assert sorted(said) == sorted(
         f"{flag(name)} was {old} up to checkpoint_2 and is {new} from here on" for name, (old, new) in expected.items()
     )

@@ -10,6 +10,7 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
+from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import build_optimizer
@@ -34,7 +35,7 @@ def make_trainer(path, *, total_steps: int) -> Trainer:
     return Trainer(
         weights,
         LossScaler(1.0, dynamic=False),
-        Schedule(4, 2, 1e-3, 0, total_steps, 1.0),
+        Schedule(4, 2, LearningRates(1e-3, total_steps), total_steps, 1.0),
         dtype=torch.float32,
         pp_mode="gpipe",
         micro_batch_size=2,

@@ -1,0 +1,41 @@
+"""Which steps are saved, besides the last one."""
+
+import argparse
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from openchatkit.cli import positive_float, positive_int
+
+
+@dataclass(frozen=True)
+class SaveSteps:
+    """Every `every` steps (0: never), those that are whole parts of powers of `growth`, and those of `extra`."""
+
+    every: int = 0
+    growth: float | None = None
+    extra: Collection[int] = ()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a checkpoint is due after so many steps of the run."""
+        return bool(self.every and step % self.every == 0) or step in self.extra or self._is_power(step)
+
+    def _is_power(self, step: int) -> bool:
+        if self.growth is None:
+            return False
+        power = 1.0
+        while int(power) < step:
+            power *= self.growth
+        return int(power) == step
+
+
+def parse_growth(text: str) -> float:
+    """Return `--checkpoint-growth`: a number above 1, or its powers would not grow."""
+    value = positive_float(text)
+    if value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 1, got {text!r}")
+    return value
+
+
+def parse_steps(text: str) -> str:
+    """Return `--extra-save-steps`, each step once and in order, joined by commas."""
+    return ",".join(map(str, sorted({positive_int(step) for step in text.split(",")})))
