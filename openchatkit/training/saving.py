@@ -106,7 +106,8 @@ class Saver:
         """Stop this rank's thread after the file that it is at; a save that was not finished leaves no checkpoint."""
         if self._save is not None:
             self._save.stopped.set()
-            self._save.thread.join()
+            if self._save.thread.is_alive():  # not yet, where a rank was lost while it was copied
+                self._save.thread.join()
 
     @property
     def _leads(self) -> bool:

@@ -89,9 +89,25 @@ class Uploader:
         with storage_errors(path, every=True):
             for record in checkpoint.list_files(path):
                 self._folder.put_file(f"{path.name}/{record.name}", path / record.name, sha256=record.sha256)
-            self._folder.put_text(checkpoint.LATEST, f"{checkpoint.parse_step(path.name)}\n")
+            if (step := self._find_latest(path)) is not None:
+                self._folder.put_text(checkpoint.LATEST, f"{step}\n")
             checkpoint.mark_uploaded(path, self._prefix)
         logger.info("uploaded {} to {} in {:.0f} s", path.name, self._prefix, time.perf_counter() - started)
+
+    def _find_latest(self, new: Path) -> int | None:
+        """Return the newest step that the storage has, `new` included, up to the one that a run would go on from here.
+
+        A checkpoint that arrives late is older than others there, and one that a run has gone back from is never it.
+        """
+        steps = {step: checkpoint.find(self._root, step) for step in checkpoint.list_steps(self._root)}
+        named = checkpoint.read_latest(self._root)
+        last = max(steps) if named is None else checkpoint.parse_step(named.name)
+        there = [
+            step
+            for step, path in steps.items()
+            if path is not None and (path == new or checkpoint.is_uploaded(path, self._prefix))
+        ]
+        return max((step for step in there if last is None or step <= last), default=None)
 
 
 def finish_uploads(uploader: Uploader | None, layout: Layout, requests: Sequence[int]) -> None:

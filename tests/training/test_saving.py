@@ -154,6 +154,15 @@ def test_a_saver_that_is_closed_leaves_no_checkpoint_and_no_thread(tmp_path, mak
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1", "checkpoint_3", "latest"]
 
 
+def test_the_loss_of_a_rank_during_the_copy_is_the_error_that_ends_the_run(tmp_path, make, weights, monkeypatch):
+    def lose(_):
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    monkeypatch.setattr(weights, "gather", lose)
+    with pytest.raises(RuntimeError, match="closed by peer"), contextlib.closing(make(tmp_path)) as saver:
+        saver.save(1, {})
+
+
 def test_a_file_that_the_disk_does_not_take_is_an_error_of_the_main_thread(tmp_path, make, hold):
     """Here since its folder is gone, as by another's hand."""
     saver = make(tmp_path)

@@ -94,6 +94,31 @@ def test_a_damaged_checkpoint_is_kept_here_and_hinders_no_other(storage, root, s
     assert checkpoint.list_to_upload(root, PREFIX) == [root / "checkpoint_5"]
 
 
+def test_latest_names_the_newest_of_those_that_a_run_would_go_on_from(storage, root, start):
+    def read_latest() -> bytes:
+        return storage.get_object(Bucket="out", Key="deep/run/latest")["Body"].read()
+
+    good = (root / "checkpoint_5" / "head.safetensors").read_bytes()
+    flip(root / "checkpoint_5" / "head.safetensors")
+    uploader = start(root)
+    with pytest.raises(UserError, match="was altered"):
+        uploader.wait(60)
+    (root / "checkpoint_5" / "head.safetensors").write_bytes(good)
+    uploader.wake()
+    assert uploader.wait(60)
+    assert_whole_in_storage(storage, root / "checkpoint_5")
+    assert read_latest() == b"10\n", "5 came later, and is older"
+    write_checkpoint(root, 20)
+    checkpoint.point_to(root, 10)  # as a run does that goes back
+    uploader.wake()
+    assert uploader.wait(60)
+    assert read_latest() == b"10\n"
+    write_checkpoint(root, 15)
+    uploader.wake()
+    assert uploader.wait(60)
+    assert read_latest() == b"15\n"
+
+
 def test_what_the_storage_refuses_is_tried_again(storage, root, start):
     storage.delete_bucket(Bucket="out")
     uploader = start(root)
