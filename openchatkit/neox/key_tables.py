@@ -120,7 +120,6 @@ MODEL: Mapping[str, Key] = {
 }
 
 _CONFIG_WINS = "the configuration wins on a resume, and each changed value is named"
-_PLAIN_LR = "the trainer's learning rate rises linearly and falls linearly to 0 so far"
 
 TRAINING: Mapping[str, Key] = {
     "train_batch_size": _use("whole"),
@@ -137,17 +136,13 @@ TRAINING: Mapping[str, Key] = {
     "bf16": _use("block"),
     "zero_optimization": _use("block"),
     "warmup": _use("number", 0.01),
-    "lr_decay_style": _use(
-        "text",
-        "linear",
-        choices="constant linear cosine exponential",
-        only=["linear"],
-        why=_PLAIN_LR,
-        outcome="differ",
-    ),
+    "lr_decay_style": _use("text", "linear", choices="constant linear cosine exponential wsd"),
     "lr_decay_iters": _use("whole"),
     "lr_decay_fraction": _use("number"),
-    "min_lr": _use("number", 0.0, only=[0], why=_PLAIN_LR, outcome="differ"),
+    "min_lr": _use("number", 0.0),
+    # Of the kit, as is wsd.
+    "lr_rule": _use("text", "today", choices="today 2021"),
+    "wsd_decay_share": _use("number", 0.1),
     "use_checkpoint_lr_scheduler": _use("truth", False, only=[False], why=_CONFIG_WINS),
     "checkpoint_activations": _use("truth", False),
     "seed": _use("whole", 1234),
@@ -155,17 +150,9 @@ TRAINING: Mapping[str, Key] = {
     "load": _use("text"),
     "finetune": _use("truth", False),
     "checkpoint_factor": _use("number"),
-    "checkpoint_scale": _use(
-        "text",
-        "linear",
-        choices="linear log",
-        only=["linear"],
-        why="checkpoints come at equal distances: the last one alone is sure",
-        outcome="differ",
-    ),
-    "extra_save_iters": _use(
-        "list", only=[None, []], why="checkpoints come every checkpoint_factor steps alone", outcome="differ"
-    ),
+    "checkpoint_scale": _use("text", "linear", choices="linear log"),
+    "extra_save_iters": _use("list"),
+    "exit_interval": _use("whole", 0),
     "keep_last_n_checkpoints": _use("whole"),
     "eval_interval": _use("whole", 1000),
     "eval_iters": _use("whole", 100),
@@ -176,7 +163,6 @@ TRAINING: Mapping[str, Key] = {
         name: Key("differ", only=(None, False), why=why)
         for name, why in {
             "no_save_optim": "the optimizer's state is saved with each checkpoint",
-            "exit_interval": "a run ends at its last step; SIGTERM saves and ends it earlier",
             "eval_tasks": "tasks are evaluated by tools/run_evaluation.py, after training",
             "char_level_ppl": "the loss is given a token",
         }.items()

@@ -29,6 +29,9 @@ _OTHER_OPTIMIZERS = {
     "sgd": "it belongs to µP, which is not here: use Adam",
 }
 
+# The trainer's names of GPT-NeoX's rules for learning rates, by `lr_rule`.
+_RATE_RULES = {"today": "neox", "2021": "neox-2021"}
+
 
 @dataclass(frozen=True)
 class TrainerRun:
@@ -64,9 +67,9 @@ def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
         **_translate_batches(config, replicas, stages=max(config.get("pipe_parallel_size"), 1)),
         **_translate_layout(config, replicas),
         **_translate_optimizer(config, notes),
-        **_translate_schedule(config, notes),
+        **_translate_learning_rate(config, notes),
         **_translate_precision(config, notes, on_gpu=on_gpu),
-        **_translate_saving(config, save),
+        **_translate_saving(config, save, notes),
         **_translate_logging(config, notes),
     }
     written = None if "load_pretrained_model" not in flags else save / _MODEL
@@ -196,23 +199,42 @@ def _translate_optimizer(config: NeoxConfig, notes: list[str]) -> dict[str, Any]
     }
 
 
-def _translate_schedule(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
-    """Return the steps of warm-up; those of the decay are the run's."""
-    steps, lr = config.get("train_iters"), config.block("optimizer.params")["lr"]
+def _translate_learning_rate(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
+    """Return the learning rate by GPT-NeoX's rule of today, or of 2021 where `lr_rule`, a key of the kit, says so."""
+    lr, style = config.block("optimizer.params")["lr"], config.get("lr_decay_style")
     if config.get("min_lr") > lr:
         raise UserError(f"{config.where('min_lr')} is above optimizer.params.lr {lr}: make it smaller")
-    decay = config.get("lr_decay_iters")
-    if decay is None and config.get("lr_decay_fraction") is not None and steps is not None:
-        decay = math.floor(steps * config.get("lr_decay_fraction"))
-    if decay is not None and decay != steps:
-        name = "lr_decay_iters" if config.get("lr_decay_iters") is not None else "lr_decay_fraction"
-        notes.append(f"{config.where(name)}: the learning rate falls over all steps of the run so far")
-    decay = decay if decay is not None else steps
-    if decay is None:
-        if config.get("warmup"):
-            notes.append(f"{config.where('warmup')}: it has no effect with train_epochs: give lr_decay_iters")
-        return {"warmup_steps": 0}
-    return {"warmup_steps": round(config.get("warmup") * decay)}
+    if not 0 <= config.get("warmup") < 1:
+        raise UserError(f"{config.where('warmup')}: expected a share of the steps, at least 0 and below 1")
+    # GPT-NeoX itself has no wsd.
+    rule = "kit" if style == "wsd" and "lr_rule" not in config.given else _RATE_RULES[config.get("lr_rule")]
+    if rule != "kit" and "lr_rule" not in config.given and config.get("warmup"):
+        notes.append(
+            f"the learning rate follows GPT-NeoX's rule of today for {style}; lr_rule 2021 is that of GPT-NeoX-20B and "
+            "Pythia (docs/neox.md)"
+        )
+    return {
+        "lr_rule": rule,
+        "lr_decay_style": style,
+        "min_lr": config.get("min_lr"),
+        "warmup_fraction": config.get("warmup"),
+        "lr_decay_steps": _find_decay_steps(config, notes),
+        "wsd_decay_share": config.get("wsd_decay_share"),
+    }
+
+
+def _find_decay_steps(config: NeoxConfig, notes: list[str]) -> int | None:
+    """Return the steps until the learning rate has fallen; None: all steps of the run."""
+    name, found = "lr_decay_iters", config.get("lr_decay_iters")
+    if found is None and (share := config.get("lr_decay_fraction")) is not None:
+        name, steps = "lr_decay_fraction", config.get("train_iters")
+        if steps is None:
+            notes.append(f"{config.where(name)}: it has no effect with train_epochs: give lr_decay_iters")
+            return None
+        found = math.floor(steps * share)
+    if found is not None and found < 1:
+        raise UserError(f"{config.where(name)}: expected at least one step")
+    return None if found is None else int(found)
 
 
 def _translate_precision(config: NeoxConfig, notes: list[str], *, on_gpu: bool) -> dict[str, Any]:
@@ -236,21 +258,37 @@ def _translate_precision(config: NeoxConfig, notes: list[str], *, on_gpu: bool) 
     }
 
 
-def _translate_saving(config: NeoxConfig, save: Path) -> dict[str, Any]:
-    interval = config.get("checkpoint_factor")
-    if (
-        interval is not None
-        and config.get("checkpoint_scale") == "linear"
-        and (interval < 1 or interval != int(interval))
-    ):
+def _translate_saving(config: NeoxConfig, save: Path, notes: list[str]) -> dict[str, Any]:
+    factor, grows = config.get("checkpoint_factor"), config.get("checkpoint_scale") == "log"
+    if factor is not None and not grows and (factor < 1 or factor != int(factor)):
         raise UserError(f"{config.where('checkpoint_factor')}: expected a whole number of steps")
-    kept = config.get("keep_last_n_checkpoints")
+    if factor is not None and grows and factor <= 1:
+        raise UserError(
+            f"{config.where('checkpoint_factor')}: checkpoint_scale log saves after its powers: give a number above 1"
+        )
     return {
         "checkpoint_path": save,
-        "checkpoint_steps": int(interval) if interval and config.get("checkpoint_scale") == "linear" else 0,
-        "keep_checkpoints": kept or _KEEP_ALL,
+        "checkpoint_steps": 0 if factor is None or grows else int(factor),
+        "checkpoint_growth": factor if grows else None,
+        "extra_save_steps": _find_extra_steps(config, notes),
+        "exit_interval": config.get("exit_interval"),
+        "keep_checkpoints": config.get("keep_last_n_checkpoints") or _KEEP_ALL,
         "checkpoint_upload_prefix": config.get("s3_path"),
     }
+
+
+def _find_extra_steps(config: NeoxConfig, notes: list[str]) -> str | None:
+    """Return `extra_save_iters` as the trainer takes them. Step 0 needs no checkpoint: the seed makes it again."""
+    given = config.get("extra_save_iters") or []
+    steps = [step for step in given if isinstance(step, int) and not isinstance(step, bool) and step >= 0]
+    if len(steps) < len(given):
+        raise UserError(f"{config.where('extra_save_iters')}: expected a list of whole numbers of at least 0")
+    if 0 in steps:
+        notes.append(
+            f"extra_save_iters 0: the weights that training starts from are not saved: seed {config.get('seed')} makes "
+            "them again"
+        )
+    return ",".join(str(step) for step in steps if step) or None
 
 
 def _translate_logging(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which steps are saved, besides the last one."""
+"""The steps after which a run is saved, besides the last one."""
 
 import argparse
 from collections.abc import Collection

@@ -158,10 +158,11 @@ def test_precisions_that_disagree(configure, settings, message):
 
 
 def test_what_is_not_followed_is_said_once(configure):
-    config = configure(lr_decay_style="cosine", min_lr=1e-4, wall_clock_breakdown=True, data_impl="mmap")
-    ignored, learning_rate = config.check()
+    config = configure(char_level_ppl=True, eval_tasks=["piqa"], wall_clock_breakdown=True, data_impl="mmap")
+    ignored, tasks, perplexity = config.check()
     assert ignored == "without effect here: data_impl, wall_clock_breakdown (docs/neox.md says why)"
-    assert re.match(r"\S+c.yml:\d+: lr_decay_style cosine, \S+c.yml:\d+: min_lr 0.0001: the trainer", learning_rate)
+    assert re.match(r"\S+c.yml:\d+: char_level_ppl True: the loss is given a token", perplexity)
+    assert re.match(r"\S+c.yml:\d+: eval_tasks \['piqa'\]: tasks are evaluated by", tasks)
     with pytest.raises(UserError, match=r"c.yml:\d+: hidden_dropout 0.1: the kit's layers drop nothing out"):
         configure(hidden_dropout=0.1).check()
     with pytest.raises(UserError, match=r"^pos_emb is not given, by default learned: .* use rotary"):

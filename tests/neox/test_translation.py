@@ -70,7 +70,18 @@ def run(configure, store):
         ),
         ({}, 1, {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}),
         ({"use_bnb_optimizer": True}, 1, {"optimizer": "8bit-adam"}),
-        ({"train_iters": 1000, "warmup": 0.05}, 1, {"total_steps": 1000, "warmup_steps": 50, "nepochs": None}),
+        ({"train_iters": 1000, "warmup": 0.05}, 1, {"total_steps": 1000, "warmup_fraction": 0.05, "nepochs": None}),
+        (
+            {"train_iters": 1000, "lr_decay_style": "cosine", "min_lr": 1e-4, "lr_decay_iters": 900, "lr_rule": 2021},
+            1,
+            {"lr_decay_style": "cosine", "min_lr": 1e-4, "lr_decay_steps": 900, "lr_rule": "neox-2021"},
+        ),
+        ({"train_iters": 999, "lr_decay_fraction": 0.5}, 1, {"lr_decay_steps": 499, "lr_rule": "neox"}),
+        (
+            {"train_iters": 100, "lr_decay_style": "wsd", "wsd_decay_share": 0.2},
+            1,
+            {"lr_decay_style": "wsd", "lr_rule": "kit", "lr_decay_steps": None, "wsd_decay_share": 0.2},
+        ),
         ({"train_iters": None, "train_epochs": 2}, 1, {"total_steps": None, "nepochs": 2}),
         ({"checkpoint_activations": True}, 1, {"activation_checkpointing": "full"}),
         ({}, 1, {"activation_checkpointing": "none", "precision": "float32", "seed": 1234}),
@@ -84,7 +95,9 @@ def run(configure, store):
         ({"model_parallel_size": 2, "sequence_parallel": True}, 2, {"sequence_parallel": True}),
         ({"sequence_parallel": True}, 2, {"sequence_parallel": False}),
         ({"save_interval": 500, "keep_last_n_checkpoints": 4}, 1, {"checkpoint_steps": 500, "keep_checkpoints": 4}),
-        ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, 1, {"checkpoint_steps": 0}),
+        ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, 1, {"checkpoint_steps": 0, "checkpoint_growth": 2}),
+        ({"extra_save_iters": [0, 1, 64]}, 1, {"extra_save_steps": "1,64", "exit_interval": 0}),
+        ({"extra_save_iters": [0], "exit_interval": 7}, 1, {"extra_save_steps": None, "exit_interval": 7}),
         ({"pack_impl": "unpacked"}, 1, {"packing": "none"}),
         ({"eval_iters": 7, "eval_interval": 50}, 1, {"evaluation_steps": 50, "evaluation_num_batch": 7}),
         ({"eval_iters": 7, "split": "9,1"}, 1, {"task_name": "a_store[0:90]", "evaluation_data": "a_store[90:100]"}),
@@ -95,6 +108,20 @@ def test_settings_become_the_trainers(run, settings, ranks, expected):
     found = run(ranks=ranks, **settings)
     assert expected.items() <= found.flags.items()
     trainer.parse(found.arguments)  # they are flags of the trainer, and fit each other
+
+
+def test_a_rule_of_the_learning_rate_that_was_not_chosen_is_named(run):
+    line = "the learning rate follows GPT-NeoX's rule of today for cosine; lr_rule 2021 is that of GPT-NeoX-20B and"
+    assert [note for note in run(lr_decay_style="cosine").notes if note.startswith(line)]
+    for chosen in ({"lr_rule": "today"}, {"lr_rule": "2021"}, {"lr_decay_style": "wsd"}):
+        assert not [note for note in run(**chosen).notes if "rule of" in note]
+
+
+def test_saves_and_falls_without_effect_are_named(run):
+    line = "extra_save_iters 0: the weights that training starts from are not saved: seed 1234 makes them again"
+    assert line in run(extra_save_iters=[0, 2]).notes
+    notes = run(train_iters=None, train_epochs=2, lr_decay_fraction=0.5).notes
+    assert [note for note in notes if "lr_decay_fraction 0.5: it has no effect with train_epochs: give lr_d" in note]
 
 
 def test_stores_with_weights(run, store):
@@ -148,7 +175,13 @@ def test_splits_are_gpt_neox_s_own(split, documents, borders):
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, r"optimizer.params.betas \[0.9\]: expected two"),
         ({"min_lr": 0.1}, r"min_lr 0.1 is above optimizer.params.lr 0.001"),
         ({"zero_optimization": {"stage": 4}}, r"zero_optimization.stage 4: the kit's trainer has stages 0, 1, 2"),
+        ({"warmup": 1}, r"warmup 1: expected a share of the steps, at least 0 and below 1"),
+        ({"lr_decay_iters": 0}, r"lr_decay_iters 0: expected at least one step"),
+        ({"lr_decay_fraction": 0.1}, r"lr_decay_fraction 0.1: expected at least one step"),
+        ({"lr_rule": "2023"}, r"lr_rule is '?2023'?: expected one of today, 2021"),
         ({"checkpoint_factor": 0.5}, r"checkpoint_factor 0.5: expected a whole number of steps"),
+        ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, r"checkpoint_factor 1: .* give a number above 1"),
+        ({"extra_save_iters": [1, "x"]}, r"extra_save_iters .*: expected a list of whole numbers"),
         ({"seq_length": 128}, r"seq_length 128 is above max_position_embeddings 64"),
         ({"data_path": None}, r"give data_path or train_data_paths, one of the two: none of them is given"),
         ({"train_data_paths": ["a_store"]}, r"give data_path or train_data_paths, one of the two: both are given"),
@@ -215,10 +248,9 @@ def test_where_a_run_starts(run, tmp_path):
     first = run(load="out")
     assert (first.flags["model_name"], first.flags.get("load_checkpoint")) == (Path("out/model"), None)
     assert run().flags["load_checkpoint"] is False
-    assert (
-        run(load="nowhere").notes[-1].endswith("load nowhere holds no checkpoint: training starts from random weights")
-    )
-    assert run(save=None).notes[-1] == "save is not given: checkpoints go to checkpoints"
+    without_checkpoint = "load nowhere holds no checkpoint: training starts from random weights"
+    assert [note for note in run(load="nowhere").notes if note.endswith(without_checkpoint)]
+    assert "save is not given: checkpoints go to checkpoints" in run(save=None).notes
     (tmp_path / "neox" / "global_step3").mkdir(parents=True)
     (tmp_path / "neox" / "global_step3" / "layer_00-model_00-model_states.pt").touch()
     with pytest.raises(UserError, match="neox holds checkpoints of GPT-NeoX itself, which training does not take yet"):
