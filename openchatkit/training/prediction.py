@@ -33,6 +33,7 @@ from openchatkit.training.precision import autocast
 from openchatkit.training.weights import Weights
 
 _GIB = 1 << 30
+_SMALL = 200 << 20  # bytes, of which what a process itself takes is no small part
 _SHORT_SECONDS = 0.3  # a pass that takes longer is not repeated
 _REPEATS = 3
 _PROBE = 1 << 22  # elements of a sum over replicas
@@ -89,16 +90,19 @@ class Prediction:
             # The first step also allocates memory and starts threads.
             measured = self._plan.step_tokens * (MEASURED_STEPS - 1) / sum(self._seconds[1:])
             expected, found = max(pairs, key=lambda pair: pair[0])
+            memory = ""
+            if found > _SMALL:
+                memory = (
+                    f"; {found / _GIB:.2f} GiB on the fullest rank, predicted {expected / _GIB:.2f} "
+                    f"({expected / found - 1:+.0%})"
+                )
             logger.info(
-                "after {} steps: {:,.0f} tokens/s, predicted {:,.0f} ({:+.0%}); {:.2f} GiB on the fullest rank, "
-                "predicted {:.2f} ({:+.0%})",
+                "after {} steps: {:,.0f} tokens/s, predicted {:,.0f} ({:+.0%}){}",
                 MEASURED_STEPS,
                 measured,
                 self._predicted,
                 self._predicted / measured - 1,
-                found / _GIB,
-                expected / _GIB,
-                expected / found - 1 if found > 0 else 0.0,
+                memory,
             )
 
 
