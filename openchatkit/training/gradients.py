@@ -57,7 +57,7 @@ class Gradients:
         dtype = pytorch.gradient_dtype(first)
         self._buffer = torch.zeros(sum(run.elements for run in kept), dtype=dtype, device=first.device)
         self._views = dict(zip(kept, torch.split(self._buffer, [run.elements for run in kept]), strict=True))
-        self._ready: list[Key] = []  # parameters whose gradients are to be added to those of own runs
+        self._ready: dict[Key, Tensor] = {}  # gradients that are to be added to those of own runs
         self._buckets: list[_Bucket] = []  # in the order in which they are sent
         self._sent = 0  # of these
         if keeps_own:
@@ -102,12 +102,11 @@ class Gradients:
         """Add gradients over parts, both ends of tied embeddings, and replicas; if these share them, to the owners."""
         if self._keeps_own:
             # Those of the projection are left, which the loss writes; without a trained token there are none.
-            left = [key for key in self.parameters if self._is_projection(key)]
-            for key in left:
+            for key in filter(self._is_projection, self.parameters):
                 parameter = self.parameters[key]
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=pytorch.gradient_dtype(parameter))
-            self._ready += left
+                self._take(key)
             self._reduce_ready()
             self._add_over_parts(self.own)
             return
@@ -250,10 +249,19 @@ class Gradients:
             self.layout.sum_over_ends(ends[0])
 
     def _collect(self, key: Key, _: Tensor) -> None:
-        """Take note of a gradient that a backward pass is done with; some together are worth a message."""
-        self._ready.append(key)
-        if sum(self.parameters[each].numel() for each in self._ready) >= self._bucket_elements:
+        """Take a gradient that a backward pass is done with; some together are worth a message."""
+        self._take(key)
+        if sum(gradient.numel() for gradient in self._ready.values()) >= self._bucket_elements:
             self._reduce_ready()
+
+    @torch.no_grad()
+    def _take(self, key: Key) -> None:
+        """Take a parameter's gradient from it: torch.compile would refuse one of another dtype than the parameter."""
+        gradient, self.parameters[key].grad = gradient_of(self.parameters[key]), None
+        if key in self._ready:
+            self._ready[key].add_(gradient)
+        else:
+            self._ready[key] = gradient
 
     @torch.no_grad()
     def _reduce_ready(self) -> None:
@@ -261,8 +269,7 @@ class Gradients:
 
         Backward passes of all replicas come to their gradients in the same order, and so do these messages.
         """
-        ready, self._ready = set(self._ready), []
-        runs = [run for run in self.runs if run.place.key in ready]
+        runs = [run for run in self.runs if run.place.key in self._ready]
         for owner, of_owner in itertools.groupby(runs, key=lambda run: run.owner):
             owned = list(of_owner)
             for bucket in gather_buckets([self._new_gradient(run) for run in owned]):
@@ -272,11 +279,10 @@ class Gradients:
                         work.wait()
             for run in owned if owner == self._owner else ():
                 self.of(run).add_(self._new_gradient(run))
-        for key in ready:
-            self.parameters[key].grad = None
+        self._ready.clear()
 
     def _new_gradient(self, run: Run) -> Tensor:
-        return gradient_of(self.parameters[run.place.key]).view(-1)[run.start : run.stop]
+        return self._ready[run.place.key].view(-1)[run.start : run.stop]
 
     def _zeros(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=self._buffer.device)

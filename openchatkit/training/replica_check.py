@@ -55,7 +55,10 @@ class ReplicaCheck:
             for run, master in self._weights.masters.items():
                 state = [each for each in self._weights.optimizer.state[master].values() if isinstance(each, Tensor)]
                 sums[run.place.shard] += [_sum_bits(each) for each in (master, *state)]
-        return {shard: int(torch.stack(of_shard).sum()) for shard, of_shard in sums.items()}
+        # Masters in main memory, and counts of steps, are beside parameters on a GPU.
+        device = self._layout.device
+        stacks = {shard: torch.stack([each.to(device) for each in of_shard]) for shard, of_shard in sums.items()}
+        return {shard: int(stack.sum()) for shard, stack in stacks.items()}
 
 
 def describe_difference(sums: Sequence[dict[str, int]], hosts: Sequence[str], layout: Layout) -> str:

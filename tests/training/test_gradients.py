@@ -13,6 +13,7 @@ from openchatkit.models.stage import Stage
 from openchatkit.training.gradients import Gradients, norms_of_units
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.runs import UNIT, cut_into_runs, list_places
+from openchatkit.training.weights import Weights
 
 SIZES = {
     "family": "gpt_neox",
@@ -136,6 +137,34 @@ def test_gradients_are_views_of_one_buffer():
     lose(stage, 1)
     for name, parameter in stage.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+@pytest.fixture
+def alone():
+    """The layout of the only rank of a process group, which sends messages to itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Layout(0, torch.device("cpu"), data=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_layers_are_compiled_again_between_passes_though_gradients_have_another_dtype(alone):
+    """As other documents make it necessary on GPUs; here other rows do."""
+    found = []
+    for layout in (Layout(0, torch.device("cpu")), alone):
+        stage = Stage(ModelConfig(**SIZES))
+        stage.init_weights(0)
+        if layout is alone:
+            stage.compile_layers("aot_eager")
+        weights = Weights(LocalStages({0: stage}), layout, dtype=torch.bfloat16, shard_gradients=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            for rows in (2, 3):
+                tokens = torch.arange(16 * rows).view(rows, 16)
+                stage(tokens).float().square().mean().backward()
+        weights.reduce_gradients()
+        found.append([weights._gradients.of(run) for run in weights.masters])
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.equal(plain, compiled)
+    assert sum(gradient.abs().sum() > 0 for gradient in found[0]) > 30
 
 
 def test_norms_are_those_of_units_and_the_rest():
