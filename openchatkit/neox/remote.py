@@ -20,7 +20,8 @@ from openchatkit.neox.hosts import Host
 from openchatkit.paths import ROOT
 
 # Variables handed on to all hosts, by how their names begin (GPT-NeoX's, and gloo's), and a file that lists more.
-_EXPORTED = ("NCCL", "MLFLOW", "PYTHON", "MV2", "UCX", "GLOO")
+# MLflow's, which GPT-NeoX hands on too, are not used here, may hold a password, and would stand in a command line.
+_EXPORTED = ("NCCL", "PYTHON", "MV2", "UCX", "GLOO")
 _ENVIRONMENT_FILE = ".deepspeed_env"
 
 _POLL_SECONDS = 0.1

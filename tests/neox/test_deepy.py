@@ -210,7 +210,9 @@ def test_commands_of_hosts_are_printed(tmp_path, monkeypatch):
     (tmp_path / ".deepspeed_env").write_text("MY_SETTING=a b\n")
     command = ["train.py", "-d", "configs", "small", "local_setup", "-H", "hosts", "--include", "worker-1.invalid@"]
     command[-1] += "worker-2.invalid:1,3"
-    done = deepy(tmp_path, *command, "--print-commands", NCCL_DEBUG="INFO", HOME=str(tmp_path))
+    given = {"NCCL_DEBUG": "INFO", "HOME": str(tmp_path), "MLFLOW_TRACKING_PASSWORD": "a secret"}
+    done = deepy(tmp_path, *command, "--print-commands", **given)
+    assert "secret" not in done.stdout
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "checkpoints").exists()
     first, second = done.stdout.splitlines()
