@@ -24,7 +24,7 @@ _SHA256 = "sha256"
 
 
 class S3Folder:
-    """What lies below the `address` s3://bucket/prefix; keys come from the environment (see `s3`).
+    """The objects below the `address` s3://bucket/prefix; keys come from the environment (see `s3`).
 
     `stopped` ends an upload after the parts that are under way, with Interrupted. UserError without keys or boto3.
     """

@@ -202,7 +202,7 @@ def _measure_reduction(plan: PlannedRun, layout: Layout) -> float:
     if layout.data is None:
         return 0.0
     size = min(_PROBE, count_rank(plan, layout.pipeline_rank).elements)
-    numbers = torch.zeros(size, device="cpu" if layout.device.type == "cpu" else layout.device)
+    numbers = torch.zeros(size, device=layout.device)
     first = dist.get_global_rank(layout.data, 0)
 
     def reduce() -> None:
