@@ -83,10 +83,10 @@ class BeatServer:
         """Return the rank on the other side, None where it does not know the password."""
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), 10))
-            token, rank = str(hello["token"]), int(hello["rank"])
-        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError):
+            token, rank = str(hello["token"]).encode(), int(hello["rank"])
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, asyncio.TimeoutError):
             return None
-        known = hmac.compare_digest(token.encode(), self._token.encode())
+        known = hmac.compare_digest(token, self._token.encode())
         return rank if known and 0 <= rank < len(self._names) else None
 
     def _take(self, rank: int, message: Message, writer: asyncio.StreamWriter) -> None:

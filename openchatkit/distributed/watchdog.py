@@ -37,6 +37,7 @@ _BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 1.0  # for the main thread to notice by itself what the verdict says
 _NOTED_SECONDS = 2.0  # for rank 0 to take note of a rank's end
 _END_SECONDS = 5.0  # for the main thread to end after an error
+_MOST_CHARACTERS = 4000  # of a message; a line that is longer than asyncio's limit is an error
 _VERDICT_SECONDS = 4.0  # within which rank 0 finds out why a rank has lost another
 
 
@@ -157,7 +158,7 @@ class _Watchdog:
     def report_failure(self, words: str, status: int) -> None:
         """Let the other ranks end with this one's status and message; the thread sees to it that this one ends."""
         self._failing_since = time.monotonic()
-        self._send_from_main({"failed": words, "status": status})
+        self._send_from_main({"failed": words[:_MOST_CHARACTERS], "status": status})
         self._noted.wait(_NOTED_SECONDS)
 
     def ask(self, reason: str, *, timed_out: bool) -> RunVerdict | None:

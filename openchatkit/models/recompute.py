@@ -30,13 +30,18 @@ def recompute(layer: Callable[..., Tensor], *inputs: Tensor | Borders | None, se
     return result
 
 
-def keep_in_main_memory() -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context in which layers that are computed again keep their inputs in main memory until then.
+def keep_in_main_memory(hidden: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context in which a layer that is computed again keeps its input `hidden` in main memory until then.
 
-    On a GPU, copies are in the order of its work, and nothing waits for them. (torch's own `save_on_cpu` does.)
+    What all layers share, such as masks, stays where it is. On a GPU, copies are in the order of its work, and nothing
+    waits for them. (torch's own `save_on_cpu` does.)
     """
 
+    place = hidden.data_ptr()  # `pack` lives as long as what it has packed, and is not to hold the input itself
+
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.data_ptr() != place:
+            return tensor.device, tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
         return tensor.device, host.copy_(tensor, non_blocking=True)
 

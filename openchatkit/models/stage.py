@@ -116,7 +116,7 @@ class Stage(nn.Module):
             elif cache is not None:
                 x = module(x, cos, sin, seen, next(caches))
             elif self.recompute and torch.is_grad_enabled():
-                with keep_in_main_memory() if self.offload else contextlib.nullcontext():
+                with keep_in_main_memory(x) if self.offload else contextlib.nullcontext():
                     x = recompute_layer(module, x, cos, sin, seen, selective=self.selective)
             else:
                 x = module(x, cos, sin, seen)

@@ -90,7 +90,7 @@ class Loop:
                 if profile is not None:
                     profile.step()
                 self._evaluate_if_due()
-                if self.settings.check_replicas and self.progress.step % self.settings.check_replicas == 0:
+                if self._comparison_is_due:
                     self._compare_replicas()
                 self._save_if_due(result)
                 saved = self.progress.saved == self.progress.step
@@ -168,7 +168,8 @@ class Loop:
             self._saver.finish()
         if not (self._save_due or last) or not self._soundness.may_save(last=last):
             return
-        self._compare_replicas()
+        if not self._comparison_is_due:
+            self._compare_replicas()
         if self._ledger is not None:
             self.progress.ledger = self._ledger.sync()
         state = collect_state(self.settings, self.inputs, self.trainer, self.progress)
@@ -196,6 +197,11 @@ class Loop:
         if self.settings.checkpoint_upload_prefix is not None:
             finish_uploads(self._uploader, self.trainer.layout, requests)
             self._soundness.prune()
+
+    @property
+    def _comparison_is_due(self) -> bool:
+        every = self.settings.check_replicas
+        return bool(every) and self.progress.step % every == 0
 
     def _compare_replicas(self) -> None:
         """Raise UserError, with the checkpoint to go back to, where replicas have other weights; on all ranks."""

@@ -1,5 +1,6 @@
 """Reports of a run's numbers: a row for each step and each evaluation, to every sink that the settings name."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -71,9 +72,10 @@ class Reporter:
             sink.add_evaluation(row)
 
     def close(self) -> None:
-        """Close all sinks."""
-        for sink in self._sinks:
-            sink.close()
+        """Close all sinks, also after one that fails to."""
+        with contextlib.ExitStack() as closing:
+            for sink in self._sinks:
+                closing.callback(sink.close)
 
 
 def _replace_non_finite(value: Any) -> Any:

@@ -29,10 +29,10 @@ class SaveSteps:
 
 
 def parse_growth(text: str) -> float:
-    """Return `--checkpoint-growth`: a number above 1, or its powers would not grow."""
+    """Return `--checkpoint-growth`: above 1, or its powers would not grow, and not so little that they hardly do."""
     value = positive_float(text)
-    if value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 1, got {text!r}")
+    if value < 1.001:
+        raise argparse.ArgumentTypeError(f"expected at least 1.001, got {text!r}")
     return value
 
 

@@ -82,7 +82,7 @@ def test_steps_of_decay_and_a_share_of_them_for_the_warm_up():
             "--lr-decay-style wsd --wsd-decay-share 0.5 --warmup-steps 60",
             "60 steps of warm-up and 50 of decay (--wsd-decay-share 0.5) do not fit in 100 steps: make one smaller",
         ),
-        ("--checkpoint-growth 1", "expected a number above 1, got '1'"),
+        ("--checkpoint-growth 1", "expected at least 1.001, got '1'"),
         ("--checkpoint-growth 2 --checkpoint-steps 5", "--checkpoint-growth says when to save, in place of"),
         ("--extra-save-steps 10,0", "expected a whole number of at least 1, got '0'"),
     ],

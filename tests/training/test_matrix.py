@@ -24,6 +24,7 @@ AXES: dict[str, tuple[object, ...]] = {
     "precision": ("float32", "bfloat16", "float16"),
     "activation_checkpointing": ("none", "full", "selective"),
     "packing": ("none", "documents"),
+    "compile": ("no", "aot_eager"),
     "optimizer_state": ("float32", "bf16", "8bit"),
     "use_offload": ("false", "true"),
     "activation_offload": ("false", "true"),
@@ -40,6 +41,7 @@ def fits(row: dict[str, object]) -> bool:
     return not (
         (str(row.get("pipeline")).startswith("zero") and row.get("activation_checkpointing", "none") != "none")
         or (str(row.get("pipeline")).startswith("zero") and row.get("activation_offload") == "true")
+        or (str(row.get("pipeline")).startswith("zero") and row.get("compile", "no") != "no")
         or (row.get("replicas") == "sharded-gradients" and row.get("pipeline", "one rank") != "one rank")
         or (row.get("activation_offload") == "true" and row.get("activation_checkpointing", "full") == "none")
         or (row.get("replicas") == "sharded-gradients" and row.get("model") == "tied")
@@ -93,6 +95,7 @@ def train(folder: Path, flags: dict[str, object], row: dict[str, object]) -> Pat
             flags |= {mode: value} if mode else {"sequence_parallel": value.endswith("split")}
     # The same rows a step, whatever the layout.
     del row["model"]
+    row["compile"] = None if row["compile"] == "no" else row["compile"]
     flags |= {**row, "batch_size": 16 // flags.get("data_group_size", 1) // batches}
     ended = ranks.train(folder, flags, world_size=size)
     assert ended.statuses == [0] * size, ended.errors
@@ -115,7 +118,12 @@ def test_the_matrix_has_every_pair():
 def test_layouts_against_one_process(tmp_path, flags, prepared, row):
     flags = {**flags, "model_name": prepared[str(row["model"])], "lr": 1e-4, "initial_loss_scale": 64}
     alone = {**row, **dict.fromkeys(("pipeline", "replicas", "tensor"), "one rank")}
-    alone |= {"activation_checkpointing": "none", "use_offload": "false", "activation_offload": "false"}
+    alone |= {
+        "activation_checkpointing": "none",
+        "use_offload": "false",
+        "activation_offload": "false",
+        "compile": "no",
+    }
     one, found = train(tmp_path / "one", flags, alone), train(tmp_path / "found", flags, row)
     if row["replicas"] == row["tensor"] == "one rank":
         assert_same_bits(one, found)
