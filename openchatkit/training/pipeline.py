@@ -114,7 +114,7 @@ class Pipeline:
             logging.getLogger(pipelining.__name__).setLevel(logging.CRITICAL)
             make = getattr(pipelining, kind.torch_class)
             taken = runners if kind.takes_several else runners[0]
-            self._schedule = make(taken, micro_batches, loss_fn=self._timed_loss, scale_grads=False)
+            self._schedule = make(taken, micro_batches, loss_fn=self.loss, scale_grads=False)
 
     def _forward(self, tokens: Tensor, document_starts: Tensor | None) -> Tensor:
         """Let the only stage compute. `fully_shard` would move document starts to the GPU, and wait for that."""
@@ -133,7 +133,7 @@ class Pipeline:
             for number, (x, y, starts) in enumerate(self._cut(tokens, target, document_starts)):
                 with self.timer.compute(timing.FORWARD, 0, number):
                     hidden = self._forward(x, starts)
-                losses.append(self._timed_loss(hidden, y))
+                losses.append(self.loss(hidden, y))
                 del hidden  # backward needs its room
                 with self.timer.compute(timing.BACKWARD, 0, number):
                     losses[-1].backward()  # type: ignore[no-untyped-call]
@@ -156,10 +156,6 @@ class Pipeline:
             with pytorch.forward_only(self._schedule), self.layout.activity.waiting():
                 self._schedule.eval(*inputs, **options)
         return self._total(losses)
-
-    def _timed_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        with self.timer.compute(timing.LOSS):
-            return self.loss(hidden, target)
 
     def _arguments(
         self, tokens: Tensor, target: Tensor, document_starts: Tensor | None, losses: list[Tensor]

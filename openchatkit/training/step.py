@@ -261,7 +261,10 @@ class Trainer:
     def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         assert self._vocabulary_loss is not None, self.layout.describe()
         labels, sources = target[:, :-1], target[:, -1:].expand(-1, target.shape[1] - 1)
-        return self._vocabulary_loss(hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses)
+        with self.pipeline.timer.compute(timing.LOSS):
+            return self._vocabulary_loss(
+                hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses
+            )
 
     def _sum_over_ranks(self, loss: Tensor, votes: Sequence[bool], digest: int) -> _StepSums:
         """Add up this rank's numbers of a step with the others'. UserError where ranks of a replica had other samples.

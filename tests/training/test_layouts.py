@@ -25,11 +25,11 @@ long = pytest.mark.long  # what `test_matrix.py` and other tests here show as we
 ZERO_BUBBLE_V = {**ZERO_BUBBLE, "pp_mode": "zero-bubble-v"}
 
 
-def run(folder: Path, flags: dict[str, object], **change: object) -> Path:
+def run(folder: Path, flags: dict[str, object], *, environment: dict[str, str] | None = None, **change: object) -> Path:
     """Train; returns the last checkpoint."""
     flags = {**flags, **change, "checkpoint_path": folder / "ckpt"}
     world_size = math.prod(flags.get(f"{axis}_group_size", 1) for axis in ("pipeline", "data", "tensor"))
-    ended = ranks.train(folder, flags, world_size=world_size)
+    ended = ranks.train(folder, flags, world_size=world_size, environment=environment)
     assert ended.statuses == [0] * world_size, ended.errors
     return checkpoint.latest(folder / "ckpt")
 
@@ -355,6 +355,7 @@ def test_offloaded_state_gives_the_same_bits(tmp_path, flags, change):
     here = run(tmp_path / "here", flags)
     assert_same_bits(here, run(tmp_path / "there", flags, use_offload=True))
     shutil.copytree(here.parent / "checkpoint_2", tmp_path / "again" / "ckpt" / "checkpoint_2")
+    checkpoint.point_to(tmp_path / "again" / "ckpt", 2)
     assert_same_bits(here, run(tmp_path / "again", flags, use_offload=True))
 
 

@@ -1,6 +1,7 @@
 """`training/uploads.py`: a run's checkpoints arrive whole in storage, and leave the disk only after that."""
 
 import hashlib
+import os
 import threading
 from pathlib import Path
 
@@ -155,7 +156,8 @@ def test_a_run_keeps_what_is_not_uploaded_and_ends_when_all_is(tmp_path, flags, 
     before = run(tmp_path, flags, total_steps=2)
     storage.delete_bucket(Bucket="out")
     storage.create_bucket(Bucket="out")
-    path = run(tmp_path, flags, checkpoint_upload_prefix=PREFIX)
+    keys_of_storage = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    path = run(tmp_path, flags, environment=keys_of_storage, checkpoint_upload_prefix=PREFIX)
     assert checkpoint.list_steps(path.parent) == [5, 6]
     assert checkpoint.is_uploaded(path, PREFIX)
     assert_whole_in_storage(storage, path)
@@ -164,7 +166,7 @@ def test_a_run_keeps_what_is_not_uploaded_and_ends_when_all_is(tmp_path, flags, 
     for key in list(keys(storage)):
         storage.delete_object(Bucket="out", Key=f"deep/run/{key}")
     (path / checkpoint_folders.UPLOADED).unlink()
-    run(tmp_path, flags, checkpoint_upload_prefix=PREFIX)  # all steps are done: it uploads
+    run(tmp_path, flags, environment=keys_of_storage, checkpoint_upload_prefix=PREFIX)  # all steps are done: it uploads
     assert_whole_in_storage(storage, path)
     storage.delete_object(Bucket="out", Key="deep/run/config.json")
 
