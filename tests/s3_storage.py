@@ -9,6 +9,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+SECRET = "CanaryOfTheTests"
+
 
 @contextlib.contextmanager
 def serve() -> Iterator[str]:
@@ -20,14 +22,19 @@ def serve() -> Iterator[str]:
     server.stop()
 
 
-@contextlib.contextmanager
-def make_bucket(address: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Any]:
-    """Make a bucket, which is empty again at the end; yields a client. `folder` holds no settings of AWS."""
+def set_keys(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Put keys into the environment, and nothing else of AWS. `folder` holds no settings of AWS."""
     for variable in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "CanaryOfTheTests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "none"))
+
+
+@contextlib.contextmanager
+def make_bucket(address: str, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Any]:
+    """Make a bucket, which is empty again at the end; yields a client. `folder` as in `set_keys`."""
+    set_keys(monkeypatch, folder)
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     client = boto3.client("s3", region_name="us-east-1")
     client.create_bucket(Bucket=name)

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
+import s3_storage
 from hub_server import Fault, Server
-from moto.server import ThreadedMotoServer
 
 from openchatkit.download import command as fetching
 from openchatkit.download import sources
@@ -17,36 +16,24 @@ from openchatkit.errors import Interrupted, UserError
 
 BODY = bytes(range(256)) * 8192
 HALF = len(BODY) // 2
-SECRET = "CanaryOfTheTests"
 
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    s3_storage.set_keys(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_storage.serve() as address:
+        yield address
 
 
 @pytest.fixture
-def storage(moto: str, keys: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def storage(moto: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]:
     """A client that may put objects into the bucket `data`, where downloads find them."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket="data")
-    yield client
-    for entry in client.list_objects_v2(Bucket="data").get("Contents", ()):
-        client.delete_object(Bucket="data", Key=entry["Key"])
+    with s3_storage.make_bucket(moto, "data", monkeypatch, tmp_path) as client:
+        yield client
 
 
 @pytest.fixture
@@ -236,4 +223,4 @@ def test_the_command_never_prints_keys(storage, tmp_path, capsys):
             fetching.prepare_data(["-s", f"s3://data/{key}", "-d", str(tmp_path), "--debug"])
         assert end.value.code == status
         printed = capsys.readouterr()
-        assert SECRET not in printed.out + printed.err
+        assert s3_storage.SECRET not in printed.out + printed.err
