@@ -137,9 +137,11 @@ def write_optimizer(temporary: Path, shard: str, state: _OptimizerState) -> File
 
 def list_files(path: Path) -> list[FileRecord]:
     """Return the records of all files of a checkpoint, that of its manifest last."""
+    # First, so that it is never the manifest of other files than these where the step is saved again in between.
+    own = manifest.record(path / manifest.MANIFEST)
     with _advice(path):
         listed = read_manifest(path)
-    return [*listed.files.values(), manifest.record(path / manifest.MANIFEST)]
+    return [*listed.files.values(), own]
 
 
 def reread(temporary: Path, records: Iterable[FileRecord]) -> None:

@@ -10,12 +10,12 @@ from typing import IO
 
 from openchatkit.errors import UserError
 from openchatkit.formats import legacy, manifest
-from openchatkit.formats.manifest import DamagedError, Manifest
-from openchatkit.storage import replace_folder, storage_errors, try_lock, write_text
+from openchatkit.formats.manifest import DamagedError, FileRecord, Manifest
+from openchatkit.storage import replace_folder, sha256, storage_errors, try_lock, write_text
 
 STATE = "state.json"
 LATEST = "latest"
-UPLOADED = "uploaded.json"  # beside a checkpoint's files, and not in its manifest: the address it was uploaded to
+UPLOADED = "uploaded.json"  # beside a checkpoint's files, and not in its manifest: what was uploaded, and where to
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)")
 
 
@@ -174,15 +174,19 @@ def prune(
     return list(doomed.values())
 
 
-def mark_uploaded(path: Path, prefix: str) -> None:
-    """Note that a checkpoint is whole below the address `prefix`."""
-    write_text(path / UPLOADED, json.dumps({"prefix": prefix}) + "\n")
+def mark_uploaded(path: Path, prefix: str, uploaded: FileRecord) -> None:
+    """Note that the checkpoint with the manifest `uploaded` is whole below the address `prefix`.
+
+    That is not the one in `path` if the step was saved again beside the upload: then the note counts for nothing.
+    """
+    write_text(path / UPLOADED, json.dumps({"prefix": prefix, "manifest": uploaded.sha256}) + "\n")
 
 
 def is_uploaded(path: Path, prefix: str) -> bool:
-    """Return whether a checkpoint is noted to be whole below the address `prefix`."""
+    """Return whether a checkpoint, as it is here, is noted to be whole below the address `prefix`."""
     try:
-        return bool(json.loads((path / UPLOADED).read_text(encoding="utf-8"))["prefix"] == prefix)
+        noted = json.loads((path / UPLOADED).read_text(encoding="utf-8"))
+        return bool(noted["prefix"] == prefix and noted["manifest"] == sha256(path / manifest.MANIFEST))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

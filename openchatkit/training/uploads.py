@@ -87,11 +87,12 @@ class Uploader:
     def _upload(self, path: Path) -> None:
         started = time.perf_counter()
         with storage_errors(path, every=True):
-            for record in checkpoint.list_files(path):
+            records = checkpoint.list_files(path)
+            for record in records:
                 self._folder.put_file(f"{path.name}/{record.name}", path / record.name, sha256=record.sha256)
             if (step := self._find_latest(path)) is not None:
                 self._folder.put_text(checkpoint.LATEST, f"{step}\n")
-            checkpoint.mark_uploaded(path, self._prefix)
+            checkpoint.mark_uploaded(path, self._prefix, records[-1])
         logger.info("uploaded {} to {} in {:.0f} s", path.name, self._prefix, time.perf_counter() - started)
 
     def _find_latest(self, new: Path) -> int | None:

@@ -347,9 +347,9 @@ def test_prune_leaves_what_is_protected_not_uploaded_or_still_written(root):
     for step in (1, 2, 3, 4, 5):
         write_checkpoint(root, step)
     (root / ".checkpoint_6.tmp").mkdir()
-    checkpoint.mark_uploaded(root / "checkpoint_1", "s3://a/b")
-    checkpoint.mark_uploaded(root / "checkpoint_2", "s3://other")
-    checkpoint.mark_uploaded(root / "checkpoint_4", "s3://a/b")
+    for step, prefix in ((1, "s3://a/b"), (2, "s3://other"), (4, "s3://a/b")):
+        path = root / f"checkpoint_{step}"
+        checkpoint.mark_uploaded(path, prefix, checkpoint.list_files(path)[-1])
     assert checkpoint.prune(root, 1, protected=[4], uploads_to="s3://a/b") == [root / "checkpoint_1"]
     checkpoint.verify(root / "checkpoint_2")
     assert checkpoint.prune(root, 1, protected=[4]) == [root / "checkpoint_2", root / "checkpoint_3"]

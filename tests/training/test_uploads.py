@@ -85,6 +85,27 @@ def test_all_checkpoints_arrive_and_are_noted(storage, root, start):
     assert_whole_in_storage(storage, root / "checkpoint_15")
 
 
+def test_a_step_that_is_saved_again_beside_its_upload_is_uploaded_again(storage, root, start, monkeypatch):
+    mark, again = checkpoint.mark_uploaded, []
+
+    def save_again_and_mark(path, prefix, uploaded):
+        if path == root / "checkpoint_5" and not again:
+            again.append(path)
+            write_checkpoint(root, 5, optimizer=False)
+        mark(path, prefix, uploaded)
+
+    monkeypatch.setattr(checkpoint, "mark_uploaded", save_again_and_mark)
+    uploader = start(root)
+    assert uploader.wait(60)
+    assert checkpoint.list_to_upload(root, PREFIX) == again == [root / "checkpoint_5"]
+    assert checkpoint.prune(root, 1, verified=root / "checkpoint_10", uploads_to=PREFIX) == []
+    uploader.wake()
+    assert uploader.wait(60)
+    found = storage.get_object(Bucket="out", Key=f"deep/run/checkpoint_5/{manifest.MANIFEST}")["Body"].read()
+    assert found == (root / "checkpoint_5" / manifest.MANIFEST).read_bytes()
+    assert checkpoint.prune(root, 1, verified=root / "checkpoint_10", uploads_to=PREFIX) == again
+
+
 def test_a_damaged_checkpoint_is_kept_here_and_hinders_no_other(storage, root, start):
     flip(root / "checkpoint_5" / "head.safetensors")
     uploader = start(root)
