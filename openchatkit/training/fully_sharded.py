@@ -27,7 +27,8 @@ from openchatkit.libraries import pytorch
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, shard_names
 from openchatkit.models.stage import Stage
-from openchatkit.training.gradients import Flat, gather_buckets, gradient_of
+from openchatkit.training.buckets import Flat, gather_buckets
+from openchatkit.training.gradients import gradient_of
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.rank_weights import OptimizerState, RankWeights, gather_pieces
 from openchatkit.training.runs import Place, Run, is_tied_copy
@@ -213,6 +214,6 @@ def _add_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup 
     """Add the gradients of parameters over a group."""
     if group is None:
         return
-    for bucket in gather_buckets([gradient_of(parameter) for parameter in parameters]):
+    for bucket in gather_buckets([gradient_of(parameter) for parameter in parameters], Tensor.numel):
         with Flat(bucket) as flat:
             dist.all_reduce(flat, group=group)

@@ -8,7 +8,7 @@ ranks before.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,9 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
+from openchatkit.training.buckets import BUCKET, Flat, gather_buckets
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.runs import UNIT, Run, is_tied_copy
-
-BUCKET = 1 << 25  # elements that one collective takes
 
 Key = tuple[str, str]  # shard and name of a parameter
 
@@ -51,7 +50,8 @@ class Gradients:
         self._owner, self._keeps_own, self._through_cpu = owner, keeps_own, through_cpu
         self._cuts = family(stages.config).cuts
         self.own = [run for run in runs if owner in (None, run.owner)]
-        kept = self.own if keeps_own else [*self._by_lateness(late=False), *self._by_lateness(late=True)]
+        early, late = self._part_by_lateness()
+        kept = self.own if keeps_own else [*early, *late]
         first = next(iter(parameters.values()))
         # That of all: float32, but for a model in float64, which others are compared with.
         dtype = pytorch.gradient_dtype(first)
@@ -66,9 +66,7 @@ class Gradients:
             return
         self._attach()
         if layout.data is not None:
-            for late in (False, True):
-                runs_of_kind = self._by_lateness(late=late)
-                self._buckets += reversed([_Bucket(part, late=late) for part in _split(runs_of_kind, bucket)])
+            self._buckets = [*self._make_buckets(early, late=False), *self._make_buckets(late, late=True)]
 
     def of(self, run: Run) -> Tensor:
         """Return the gradient of a run, flat, as a view; with `keeps_own` of own runs alone."""
@@ -170,8 +168,17 @@ class Gradients:
         if wholes:
             self._call_after_passes(add, {key: self.parameters[key] for key in wholes})
 
-    def _by_lateness(self, *, late: bool) -> list[Run]:
-        """Return the runs that can only be sent at a step's end, or the others.
+    def _make_buckets(self, runs: Sequence[Run], *, late: bool) -> list["_Bucket"]:
+        """Return runs that follow each other in the buffer as messages to their owners, those of later layers first."""
+        parts = [
+            _Bucket(part, late=late)
+            for _, of_owner in itertools.groupby(runs, key=lambda run: run.owner)
+            for part in gather_buckets(of_owner, lambda run: run.elements, self._bucket_elements)
+        ]
+        return parts[::-1]
+
+    def _part_by_lateness(self) -> tuple[list[Run], list[Run]]:
+        """Return the runs that can be sent before a step's end, and the others.
 
         Late are those that the loss writes, that are first added up over the tensor group, or that tied ends share.
         """
@@ -184,7 +191,7 @@ class Gradients:
             over_parts = self.layout.tensor is not None and not self._is_cut(run)
             return over_parts or run.place.key in tied or self._is_projection(run.place.key)
 
-        return [run for run in self.runs if is_late(run) == late]
+        return [run for run in self.runs if not is_late(run)], [run for run in self.runs if is_late(run)]
 
     def _is_cut(self, run: Run) -> bool:
         """Whether each rank of a tensor group has its own part of a parameter, or it alone has it."""
@@ -231,7 +238,7 @@ class Gradients:
     def _add_over_parts(self, runs: Sequence[Run]) -> None:
         if self.layout.tensor is None:
             return
-        for bucket in gather_buckets([self.of(run) for run in runs if not self._is_cut(run)]):
+        for bucket in gather_buckets([self.of(run) for run in runs if not self._is_cut(run)], Tensor.numel):
             with Flat(bucket) as flat:
                 dist.all_reduce(flat, group=self.layout.tensor)
 
@@ -272,7 +279,7 @@ class Gradients:
         runs = [run for run in self.runs if run.place.key in self._ready]
         for owner, of_owner in itertools.groupby(runs, key=lambda run: run.owner):
             owned = list(of_owner)
-            for bucket in gather_buckets([self._new_gradient(run) for run in owned]):
+            for bucket in gather_buckets([self._new_gradient(run) for run in owned], Tensor.numel):
                 with Flat(bucket) as flat:
                     work = self._add_over_replicas(flat, owner)
                     if work is not None:
@@ -309,37 +316,6 @@ class _Bucket:
             self.work = None
 
 
-class Flat:
-    """A bucket of tensors as one, in a context after which they have what has become of it."""
-
-    def __init__(self, bucket: Sequence[Tensor], *, on_cpu: bool = False) -> None:
-        self.bucket, self.on_cpu = bucket, on_cpu
-
-    def __enter__(self) -> Tensor:
-        alone = len(self.bucket) == 1 and self.bucket[0].is_contiguous()
-        flat = self.bucket[0].view(-1) if alone else torch.cat([tensor.reshape(-1) for tensor in self.bucket])
-        self._flat = flat.cpu() if self.on_cpu else flat
-        return self._flat
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None and self._flat.data_ptr() != self.bucket[0].data_ptr():
-            sizes = [tensor.numel() for tensor in self.bucket]
-            for tensor, part in zip(self.bucket, torch.split(self._flat, sizes), strict=True):
-                tensor.copy_(part.view_as(tensor))
-
-
-def gather_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors in order, as many at once as one collective takes; a larger one by itself."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(each.numel() for each in bucket) + tensor.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
-
-
 def norms_of_units(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the norms of each flat gradient's units, and of the rest, in float32 [units]."""
     rests = [gradient[len(gradient) // UNIT * UNIT :] for gradient in gradients]
@@ -352,16 +328,3 @@ def norms_of_units(gradients: Sequence[Tensor]) -> list[Tensor]:
             parts.append(next(of_rests).view(1))
         norms.append(torch.cat(parts))
     return norms
-
-
-def _split(runs: Sequence[Run], limit: int) -> Iterator[list[Run]]:
-    """Yield runs in order, as many of one owner as one collective takes; a larger one by itself."""
-    for _, of_owner in itertools.groupby(runs, key=lambda run: run.owner):
-        bucket: list[Run] = []
-        for run in of_owner:
-            if bucket and sum(each.elements for each in bucket) + run.elements > limit:
-                yield bucket
-                bucket = []
-            bucket.append(run)
-        if bucket:
-            yield bucket

@@ -9,7 +9,7 @@ of plain replicas wherever sums over replicas have the same bits.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
 from openchatkit.models.cuts import Cut
 from openchatkit.models.shards import EMBED
-from openchatkit.training.gradients import BUCKET, Flat, Gradients, gather_buckets
+from openchatkit.training.buckets import Flat, gather_buckets
+from openchatkit.training.gradients import Gradients
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.rank_weights import OptimizerState, RankWeights
 from openchatkit.training.runs import Run, cut_into_runs, is_tied_copy, list_places
@@ -173,7 +174,7 @@ class Weights(RankWeights):
                 run: torch.empty(run.elements, pin_memory=on_gpu) if on_gpu else self._gradients.of(run)
                 for run in self.masters
             }
-        buckets, arrivals = list(_split_into_buckets(self.masters)), []
+        buckets, arrivals = list(gather_buckets(self.masters, lambda run: run.elements)), []
         for bucket in buckets if on_gpu else ():
             for run in bucket:
                 self._on_host[run].copy_(self._gradients.of(run), non_blocking=True)
@@ -190,7 +191,8 @@ class Weights(RankWeights):
             return run.owner, str(self.parameter(run).dtype)
 
         for (owner, _), runs in itertools.groupby(sorted(self._runs, key=kind), key=kind):
-            for bucket in gather_buckets([self.parameter(run).detach().view(-1)[run.start : run.stop] for run in runs]):
+            pieces = [self.parameter(run).detach().view(-1)[run.start : run.stop] for run in runs]
+            for bucket in gather_buckets(pieces, Tensor.numel):
                 with Flat(bucket, on_cpu=self._through_cpu) as flat:
                     dist.broadcast(flat, self._global_rank(owner), group=self.layout.data)
 
@@ -224,18 +226,6 @@ def _computes_in_products(shard: str, parameter: Tensor) -> bool:
     return parameter.dim() > 1 and shard != EMBED
 
 
-def _split_into_buckets(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Yield runs in order, as many at once as are worth a wait."""
-    bucket: list[Run] = []
-    for run in runs:
-        bucket.append(run)
-        if sum(each.elements for each in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
-
-
 def _join_runs(
     pieces: Sequence[tuple[Run, Tensor, OptimizerState]], shape: Sequence[int]
 ) -> tuple[Tensor, OptimizerState]:
@@ -247,7 +237,7 @@ def _join_runs(
             state[key] = value
             continue
         values = [each[key] for each in states]
-        if value.numel() == runs[0].stop - runs[0].start and value.dim():
+        if value.numel() == runs[0].elements and value.dim():
             state[key] = torch.cat([each.reshape(-1) for each in values]).view(shape)
         elif key.startswith(_SCALES):
             state[key] = torch.cat(values)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from openchatkit.models.cuts import WHOLE, Part
 from openchatkit.models.shards import EMBED, HEAD, layer_name
-from openchatkit.training.gradients import BUCKET
+from openchatkit.training.buckets import BUCKET
 from openchatkit.training.loss import CHUNK_TOKENS
 from openchatkit.training.plan.parameters import ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from openchatkit.models.cuts import Part
 from openchatkit.models.shards import HEAD
-from openchatkit.training.gradients import BUCKET
+from openchatkit.training.buckets import BUCKET
 from openchatkit.training.loss import CHUNK_TOKENS
-from openchatkit.training.plan.parameters import SMALLEST_8_BIT, ParameterCount, count_parameters, count_rank
+from openchatkit.training.plan.parameters import ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun
+from openchatkit.training.runs import UNIT
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _sums_of_loss(run: PlannedRun, stage: int, passes: int) -> Traffic:
 def _between_replicas(run: PlannedRun, count: ParameterCount, passes: int) -> Traffic:
     """Return the reductions of gradients, and where replicas share state what they hand on of new weights.
 
-    Messages are at least as many: buckets are cut between parameters.
+    Messages are at least as many, since buckets are cut between parameters; where gradients are reduced in every pass,
+    about as many.
     """
     if run.dp_mode == "allreduce":
         return Traffic(math.ceil(count.elements / BUCKET), 4 * count.elements)
@@ -95,9 +97,10 @@ def _between_replicas(run: PlannedRun, count: ParameterCount, passes: int) -> Tr
         return _gathers_of_matrices(run, count, passes)
     copies = count.matrices * run.width + (count.elements - count.matrices) * 4
     messages = run.replicas * math.ceil(count.elements / run.replicas / BUCKET)
-    if run.dp_mode == "sharded":
-        return Traffic(2 * messages, 4 * count.elements + copies)
     once = count_parameters(run.config, HEAD, Part(0, run.tensor_size)).matrices
+    if run.dp_mode == "sharded" or count.elements - once < BUCKET:
+        # Gradients that all together are worth no message wait for those of later passes.
+        return Traffic(2 * messages, 4 * count.elements + copies)
     reduced = passes * (count.elements - once) + once
     return Traffic((passes + 1) * messages, 4 * reduced + copies)
 
@@ -121,7 +124,7 @@ def _control(run: PlannedRun, count: ParameterCount) -> Traffic:
         if run.dp_mode == "sharded-parameters":
             sizes.append(norms)
         elif run.dp_mode != "allreduce":
-            sizes.append(math.ceil(count.elements / SMALLEST_8_BIT))
+            sizes.append(math.ceil(count.elements / UNIT))
     if run.tensor_size > 1:
         sizes.append(norms + 2)
     if run.pipeline_size > 1:
