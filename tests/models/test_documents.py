@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from model_configs import FAMILIES
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -28,18 +29,6 @@ STARTS = torch.tensor(
         [0, 1, 1, 1, 1, 5] + [6] * 17 + [23],
     ]
 )
-RAW = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "max_position_embeddings": 32,
-}
-FAMILIES = {
-    "neox": {"model_type": "gpt_neox", **RAW},
-    "gptj": {"model_type": "gptj", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32, "rotary_dim": 4, **RAW},
-}
 
 
 def weigh(query: Tensor, key: Tensor) -> Tensor:

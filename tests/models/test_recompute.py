@@ -5,23 +5,13 @@ from collections import Counter
 
 import pytest
 import torch
+from model_configs import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.stage import Stage
 
-RAW = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "max_position_embeddings": 32,
-}
-FAMILIES = {
-    "neox": {"model_type": "gpt_neox", **RAW},
-    "gptj": {"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4, **RAW},
-}
+LAYERS = FAMILIES["neox"]["num_hidden_layers"]
 
 
 class Operators(TorchDispatchMode):
@@ -67,10 +57,10 @@ def test_recomputed_layers_have_the_same_gradients(kind, documents):
     assert forward == full_forward == selective_forward
     # Full: attention and the products before the last again, once a layer. Selective: the wide products alone.
     wide = ("product 96", "product 128") if kind == "neox" else ("product 128",)
-    assert full_backward["attention"] == 2
+    assert full_backward["attention"] == LAYERS
     assert selective_backward["attention"] == 0
     for width in wide:
-        assert full_backward[width] - backward[width] == selective_backward[width] - backward[width] == 2
+        assert full_backward[width] - backward[width] == selective_backward[width] - backward[width] == LAYERS
     assert full_backward["product 32"] > selective_backward["product 32"] == backward["product 32"]
 
 
@@ -90,7 +80,7 @@ def test_offloaded_inputs_are_kept_as_copies_in_main_memory(kind, selective):
         alive = sum(reference() is not None for reference in inputs)
         loss.backward()
         found[offload] = alive, [parameter.grad for parameter in stage.parameters()]
-    assert (found[False][0], found[True][0]) == (2, 0)
+    assert (found[False][0], found[True][0]) == (LAYERS, 0)
     assert all(torch.equal(one, two) for one, two in zip(found[False][1], found[True][1], strict=True))
 
 
@@ -105,7 +95,7 @@ def test_all_layers_run_one_compiled_program(kind):
 
     tokens = torch.arange(48).reshape(2, 24) % 64
     starts = torch.tensor([[0] * 10 + [10] * 14, [0] * 24])
-    stage = Stage(config_from_hf({**FAMILIES[kind], "num_hidden_layers": 4, "n_layer": 4}))
+    stage = Stage(config_from_hf(FAMILIES[kind]))
     stage.init_weights(0)
     plain = stage(tokens, starts)
     torch.compiler.reset()

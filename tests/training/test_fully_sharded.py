@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from model_configs import NEOX
 from test_layouts import assert_same_bits, run, tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -37,23 +38,7 @@ REPLICAS = {"data_group_size": 2, "batch_size": 4}
 SHARED = {**REPLICAS, "dp_mode": "sharded-parameters"}
 # Of one micro-batch a step, and without clipping, sums over two replicas have the bits of plain replicas.
 EXACT = {"micro_batch_size": 4, "max_grad_norm": 0}
-CONFIG = ModelConfig(
-    family="gpt_neox",
-    vocab_size=101,
-    hidden_size=32,
-    num_layers=6,
-    num_heads=4,
-    intermediate_size=128,
-    max_position_embeddings=64,
-    rotary_dim=4,
-    rotary_base=10000.0,
-    activation="gelu",
-    norm_eps=1e-5,
-    parallel_residual=True,
-    attention_bias=True,
-    tie_embeddings=False,
-    init_std=0.1,
-)
+CONFIG = dataclasses.replace(NEOX, vocab_size=101, num_layers=6, init_std=0.1)
 # Of rows that three replicas cannot share evenly: the last one has none of some matrices.
 SMALL = dataclasses.replace(CONFIG, hidden_size=4, num_heads=2, rotary_dim=2, intermediate_size=4, num_layers=1)
 long = pytest.mark.long

@@ -1,42 +1,27 @@
 """`training/gradients.py`: sums over replicas, when they are sent, and norms by unit."""
 
+import dataclasses
 from datetime import timedelta
 
 import gloo_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from model_configs import NEOX
 
 from openchatkit.distributed.layout import Layout, make_layout
-from openchatkit.models.config import ModelConfig
 from openchatkit.models.stage import Stage
 from openchatkit.training.gradients import Gradients, norms_of_units
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.runs import UNIT, cut_into_runs, list_places
 from openchatkit.training.weights import Weights
 
-SIZES = {
-    "family": "gpt_neox",
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_layers": 3,
-    "num_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 16,
-    "rotary_dim": 4,
-    "rotary_base": 10000.0,
-    "activation": "gelu",
-    "norm_eps": 1e-5,
-    "parallel_residual": True,
-    "attention_bias": True,
-    "tie_embeddings": False,
-    "init_std": 0.02,
-}
+CONFIG = dataclasses.replace(NEOX, vocab_size=96, hidden_size=64, num_layers=3, intermediate_size=256)
 PASSES = 2
 
 
 def make_gradients(layout, *, tied, sharded):
-    stage = Stage(ModelConfig(**SIZES | {"tie_embeddings": tied}))
+    stage = Stage(dataclasses.replace(CONFIG, tie_embeddings=tied))
     stage.init_weights(0)
     stages = LocalStages({0: stage})
     parameters = {(shard, name): p for shard, part in stages.named_shards() for name, p in part.named_parameters()}
@@ -98,7 +83,7 @@ def unmonitor():
 
 def expect(*, tied):
     """Gradients of one process that has the rows of both replicas, by parameter; step 1."""
-    stage = Stage(ModelConfig(**SIZES | {"tie_embeddings": tied}))
+    stage = Stage(dataclasses.replace(CONFIG, tie_embeddings=tied))
     stage.init_weights(0)
     for number in range(PASSES):
         for rank in range(2):
@@ -151,7 +136,7 @@ def test_layers_are_compiled_again_between_passes_though_gradients_have_another_
     """As other documents make it necessary on GPUs; here other rows do."""
     found = []
     for layout in (Layout(0, torch.device("cpu")), alone):
-        stage = Stage(ModelConfig(**SIZES))
+        stage = Stage(CONFIG)
         stage.init_weights(0)
         if layout is alone:
             stage.compile_layers("aot_eager")

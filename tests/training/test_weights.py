@@ -1,39 +1,27 @@
 """`training/weights.py`: runs of parameters, who writes what, and 8-bit state that is cut and joined again."""
 
+import dataclasses
+
 import pytest
 import torch
+from model_configs import NEOX
 
 from openchatkit.distributed.layout import Layout
-from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
 from openchatkit.models.stage import Stage
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.runs import Place, Run
 from openchatkit.training.weights import Weights, _join_runs
 
-SIZES = {
-    "family": "gptj",
-    "vocab_size": 408,
-    "hidden_size": 64,
-    "num_layers": 2,
-    "num_heads": 4,
-    "intermediate_size": 256,
-    "max_position_embeddings": 64,
-    "rotary_dim": 4,
-    "rotary_base": 10000.0,
-    "activation": "gelu",
-    "norm_eps": 1e-5,
-    "parallel_residual": True,
-    "attention_bias": False,
-    "tie_embeddings": False,
-    "init_std": 0.02,
-}
+GPTJ = dataclasses.replace(
+    NEOX, family="gptj", attention_bias=False, vocab_size=408, hidden_size=64, num_layers=2, intermediate_size=256
+)
 
 
 def weights(*, replicas, rank=0, tensor_size=1, **change):
     """Weights as one of several ranks has them, which exchanges nothing."""
     layout = Layout(rank, torch.device("cpu"), replicas=replicas, tensor_size=tensor_size, data=object())
-    stage = Stage(ModelConfig(**SIZES | change), part=Part(layout.tensor_rank, tensor_size))
+    stage = Stage(dataclasses.replace(GPTJ, **change), part=Part(layout.tensor_rank, tensor_size))
     return Weights(LocalStages({0: stage}), layout, dtype=torch.float32, sharded=True)
 
 
