@@ -18,6 +18,7 @@ from openchatkit import cli, storage
 from openchatkit.data.records.reader import is_readable
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.pace import Pace
+from openchatkit.download.sidecar import read_sidecar
 from openchatkit.download.sources import fetch
 from openchatkit.errors import UserError
 from openchatkit.formats import token_store
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-d", "--data-dir", type=Path, default=Path(default), help="folder of all corpora")
     parser.add_argument("-v", "--vocab-file", type=Path, help="the tokenizer's vocabulary (GPT-2's is fetched)")
     parser.add_argument("-m", "--merge-file", type=Path, help="GPT2BPETokenizer: its merges (GPT-2's are fetched)")
-    parser.add_argument("-f", "--force-redownload", action="store_true", help="fetch and make everything again")
+    parser.add_argument("-f", "--force-redownload", action="store_true", help="make the store again, of what is there")
     args = parser.parse_args(argv)
     name = args.dataset.lower()
     if name not in CORPORA:
@@ -128,6 +129,9 @@ def prepare(
     folder = data_dir / corpus.folder
     prefix = folder / f"{corpus.folder}_{_KEY}_document"
     if token_store.idx_path(prefix).is_file() and not again:
+        made = token_store.read_maker(prefix).get("tokenizer_type", tokenizer)
+        if made != tokenizer:
+            raise UserError(f"{prefix} is there already, made by {made}: -f makes it again, by {tokenizer}")
         logger.info("{} is there already: -f makes it again", prefix)
         return prefix
     with storage.storage_errors(folder):
@@ -140,7 +144,7 @@ def prepare(
     encoder = neox_tokenizers.load(tokenizer, vocab_file, merge_file if tokenizer == "GPT2BPETokenizer" else None)
     if encoder.end_of_text is None:
         raise UserError(f"{vocab_file} has no {neox_tokenizers.END_OF_TEXT} token, which closes each document")
-    files = _find_records(name, corpus, folder, again=again)
+    files = _find_records(name, corpus, folder)
     job = FieldOptions(encoder, (_KEY,), append_eod=True, ftfy=False, chats=False)
     preprocess(
         files,
@@ -170,18 +174,22 @@ def _fetch_as(path: Path, address: str) -> Path:
     return path
 
 
-def _find_records(name: str, corpus: Corpus, folder: Path, *, again: bool) -> list[Path]:
-    """Return the corpus's files of records: those that are in its folder, or else fetched ones."""
+def _find_records(name: str, corpus: Corpus, folder: Path) -> list[Path]:
+    """Return the corpus's files of records: those put into its folder, or fetched ones, of which none may be missing.
+
+    Where some were fetched, others that are there stand for those of their names.
+    """
     there = _list_records(folder)
-    if there and not again:
+    by_hand = {path.name for path in there if read_sidecar(path) is None}
+    if by_hand and len(by_hand) == len(there):
         logger.info("taking {} files that are in {}", len(there), folder)
         return there
     for address in corpus.addresses:
+        if _name_file(address) in by_hand:
+            continue
         try:
             path = fetch(address, folder)
         except UserError as error:
-            if there:  # `again` asked for newer ones
-                raise
             raise _explain_gone(name, corpus, folder, address, error) from error
         if path.suffix == ".zip":
             _unpack_text(path, folder)
@@ -195,12 +203,16 @@ def _list_records(folder: Path) -> list[Path]:
 
 
 def _explain_gone(name: str, corpus: Corpus, folder: Path, address: str, error: UserError) -> UserError:
-    file = address.rsplit("/", 1)[-1]
     hub = f" (as {corpus.hub} of the Hugging Face hub has)" if corpus.hub else ""
+    others = "" if _list_records(folder) else f", or any files of records with a {_KEY!r} each{hub},"
     return UserError(
-        f"{name}: {error}; where that host is gone, put {file}, or any files of records with a {_KEY!r} each{hub}, "
-        f"into {folder} and run the same command again"
+        f"{name}: {error}; where that host is gone, put {_name_file(address)}{others} into {folder} and run the same "
+        "command again"
     )
+
+
+def _name_file(address: str) -> str:
+    return address.rsplit("/", 1)[-1]
 
 
 def _unpack_text(path: Path, folder: Path) -> None:

@@ -41,13 +41,17 @@ def load_tokenizer(config: NeoxConfig) -> NeoxTokenizer:
 
 def find_tokenizer(config: NeoxConfig) -> dict[str, Any]:
     """Return tokenizer_type, vocab_file and merge_file: the configuration's, or those that made its data."""
-    names = ("tokenizer_type", "vocab_file", "merge_file")
+    if "tokenizer_type" not in config.given and (maker := find_maker(config)):
+        return maker
+    return {name: config.get(name) for name in ("tokenizer_type", "vocab_file", "merge_file")}
+
+
+def find_maker(config: NeoxConfig) -> dict[str, str]:
+    """Return which tokenizer made the configuration's data, by the same names; nothing where it is not known."""
     paths = [config.get("data_path"), *(config.get("train_data_paths") or [])]
-    if "tokenizer_type" not in config.given and (path := next(filter(None, paths), None)):
-        maker = token_store.read_maker(Path(path))
-        if maker.get("tokenizer_type") in neox_tokenizers.KINDS:
-            return maker
-    return {name: config.get(name) for name in names}
+    prefix = next((token_store.find_prefix(Path(path)) for path in paths if path), None)
+    maker = {} if prefix is None else token_store.read_maker(prefix)
+    return maker if maker.get("tokenizer_type") in neox_tokenizers.KINDS else {}
 
 
 def pad_vocabulary(size: int, *, divisor: int, parts: int) -> int:

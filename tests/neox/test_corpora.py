@@ -42,6 +42,8 @@ def test_a_corpus_is_fetched_and_tokenised(tmp_path):
         asked = len(server.requests)
         assert prepare("enron", corpus, tmp_path, **CHARACTERS) == prefix  # it is there already
         assert len(server.requests) == asked
+        with pytest.raises(UserError, match="made by CharLevelTokenizer: -f makes it again, by HFTokenizer"):
+            prepare("enron", corpus, tmp_path, tokenizer="HFTokenizer")
     assert prefix == tmp_path / "enron" / "enron_text_document"
     assert documents(prefix) == [[*text.encode(), 0] for text in TEXTS]
     assert token_store.read_maker(prefix) == {"tokenizer_type": "CharLevelTokenizer"}
@@ -83,6 +85,28 @@ def test_a_host_that_is_gone(tmp_path):
     (tmp_path / "enron" / "mine.jsonl").write_bytes(RECORDS)
     prefix = prepare("enron", Corpus("enron", (address,)), tmp_path, **CHARACTERS)
     assert len(documents(prefix)) == 2
+
+
+def test_files_that_were_put_there_are_enough_to_make_a_store_again(tmp_path):
+    (tmp_path / "enron").mkdir()
+    (tmp_path / "enron" / "mine.jsonl").write_bytes(RECORDS)
+    corpus = Corpus("enron", ("http://127.0.0.1:9/mails.jsonl",))
+    prepare("enron", corpus, tmp_path, **CHARACTERS)
+    (tmp_path / "enron" / "mine.jsonl").write_bytes(RECORDS * 2)
+    assert len(documents(prepare("enron", corpus, tmp_path, again=True, **CHARACTERS))) == 4
+
+
+def test_a_part_of_a_corpus_is_not_taken_for_all_of_it(tmp_path):
+    with serving(Server) as server:
+        server.files["/a.jsonl"] = RECORDS
+        corpus = Corpus("pile", tuple(f"{server.address}/{name}.jsonl" for name in "abc"))
+        with pytest.raises(UserError, match=rf"gone, put b.jsonl into {tmp_path}/pile and run the same command again"):
+            prepare("pile", corpus, tmp_path, **CHARACTERS)
+        (tmp_path / "pile" / "b.jsonl").write_bytes(RECORDS)
+        with pytest.raises(UserError, match=r"put c.jsonl into"):
+            prepare("pile", corpus, tmp_path, **CHARACTERS)
+        server.files["/c.jsonl"] = RECORDS
+        assert len(documents(prepare("pile", corpus, tmp_path, **CHARACTERS))) == 6
 
 
 def test_a_damaged_archive(tmp_path):
