@@ -19,14 +19,13 @@ class BatchSizes:
 def count_replicas(config: NeoxConfig, ranks: int) -> int:
     """Return the replicas of some ranks; UserError, with numbers that fit, where there is no whole number of them."""
     stages, parts = max(config.get("pipe_parallel_size"), 1), max(config.get("model_parallel_size"), 1)
-    if ranks < stages * parts or ranks % (stages * parts):
-        nearest = [count for count in (ranks // (stages * parts) * stages * parts, 0) if count][:1]
-        fitting = " or ".join(map(str, [*nearest, (ranks // (stages * parts) + 1) * stages * parts]))
+    replicas, left = divmod(ranks, stages * parts)
+    if left or not replicas:
         raise UserError(
             f"{ranks} ranks are no multiple of pipe_parallel_size {stages} x model_parallel_size {parts} = "
-            f"{stages * parts}: use {fitting} ranks, or change one of the two"
+            f"{stages * parts}: use {_name_multiples(ranks, stages * parts)} ranks, or change one of the two"
         )
-    return ranks // (stages * parts)
+    return replicas
 
 
 def derive(config: NeoxConfig, replicas: int) -> BatchSizes:
@@ -43,21 +42,19 @@ def derive(config: NeoxConfig, replicas: int) -> BatchSizes:
             raise UserError(f"{config.where(name)}: expected at least 1")
     if total is None and micro is None:
         raise UserError("give train_micro_batch_size_per_gpu, train_batch_size or both: how many rows a step has")
-    asked = total
     if micro is None:
         accumulation = accumulation or 1
         micro, unit = total // replicas // accumulation, accumulation * replicas
     elif total is None:
         accumulation = accumulation or 1
-        total = micro * accumulation * replicas
-        asked, unit = total, total
+        total = unit = micro * accumulation * replicas
     elif accumulation is None:
         accumulation, unit = total // micro // replicas, micro * replicas
     else:
         unit = 0  # nothing is left to derive
-    if asked != micro * accumulation * replicas or not micro or not accumulation:
-        raise UserError(_contradiction(asked, micro, accumulation, replicas, unit=unit))
-    return BatchSizes(asked, micro, accumulation, replicas)
+    if total != micro * accumulation * replicas or not micro or not accumulation:
+        raise UserError(_contradiction(total, micro, accumulation, replicas, unit=unit))
+    return BatchSizes(total, micro, accumulation, replicas)
 
 
 def _contradiction(total: int, micro: int, accumulation: int, replicas: int, *, unit: int) -> str:
@@ -71,5 +68,10 @@ def _contradiction(total: int, micro: int, accumulation: int, replicas: int, *, 
         return f"{said}: make gradient_accumulation_steps {total // micro // replicas}"
     if not unit:
         return f"{said}: make train_batch_size {product}"
-    below = total // unit * unit
-    return f"{said}: make train_batch_size {f'{below} or ' if below else ''}{below + unit}"
+    return f"{said}: make train_batch_size {_name_multiples(total, unit)}"
+
+
+def _name_multiples(count: int, unit: int) -> str:
+    """Return the multiples of `unit` on both sides of `count`, as text; 0 is none."""
+    below = count // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

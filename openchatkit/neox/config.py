@@ -69,13 +69,13 @@ class NeoxConfig:
         ignored: list[str] = []
         different: dict[str, list[str]] = {}
         for name, value, key, where in self._values():
-            verdict = keys.judge(key, value)
-            if verdict.outcome == "refused":
-                raise UserError(f"{where}: {verdict.why}")
-            if verdict.outcome == "ignored" and name in self.given:
+            outcome = keys.judge(key, value)
+            if outcome == "refuse":
+                raise UserError(f"{where}: {key.why}")
+            if outcome == "ignore" and name in self.given:
                 ignored.append(name)
-            elif verdict.outcome == "followed differently":
-                different.setdefault(verdict.why, []).append(where)
+            elif outcome == "differ":
+                different.setdefault(key.why, []).append(where)
         lines = [f"{', '.join(places)}: {why}" for why, places in different.items()]
         if ignored:
             lines.insert(0, f"without effect here: {', '.join(ignored)} (docs/neox.md says why)")

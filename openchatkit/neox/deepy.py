@@ -1,12 +1,11 @@
 """`neox/deepy.py SCRIPT CONF...`: start a script of GPT-NeoX on the hosts and ranks that its configuration gives."""
 
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 from openchatkit import cli
-from openchatkit.distributed import launcher
+from openchatkit.distributed import launcher, network
 from openchatkit.errors import UserError
 from openchatkit.neox import arguments, hosts, model, remote, translation
 from openchatkit.neox.arguments import CommandLine
@@ -74,22 +73,16 @@ def _rank_arguments(line: CommandLine, config: NeoxConfig, there: Sequence[Host]
     """Return what each rank is given: the configuration, and where the ranks meet."""
     alone = len(there) == 1 and there[0].is_here
     address, port = config.get("master_addr") or ("127.0.0.1" if alone else there[0].name), config.get("master_port")
-    if alone and "master_port" not in config.given and not _is_free(port):
-        port = 0  # another run of this machine has it
-    return [*line.passed_on, f"--dist-url=tcp://{address}:{port or _find_port()}"]
+    if not port or (alone and "master_port" not in config.given):
+        port = _find_port(port)
+    return [*line.passed_on, f"--dist-url=tcp://{address}:{port}"]
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _find_port(wanted: int) -> int:
+    """Return a free port of this machine: the wanted one, unless another run has it."""
+    try:
+        listener = network.listen("127.0.0.1", wanted)
+    except UserError:
+        listener = network.listen("127.0.0.1", 0)
+    with listener:
+        return int(listener.getsockname()[1])

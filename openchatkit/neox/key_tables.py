@@ -6,17 +6,19 @@ it in `translation` or `model`.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Outcome = Literal["use", "ignore", "differ", "refuse"]
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `outcome` is use, ignore, differ or refuse (see `keys`); `only` are the values that can be followed.
+    """One key, with its `outcome` (see `keys`); `only` are the values that can be followed.
 
     `kind` says how a value is read (see `keys.read_value`), `choices` are the texts that GPT-NeoX knows.
     """
 
-    outcome: str
+    outcome: Outcome
     kind: str = "any"
     default: Any = None
     choices: tuple[str, ...] = ()
@@ -31,7 +33,7 @@ def _use(
     choices: str = "",
     only: Collection[Any] | None = None,
     why: str = "",
-    outcome: str = "use",
+    outcome: Outcome = "use",
 ) -> Key:
     assert (only is None) == (not why), "values that cannot be followed need a reason"
     return Key(outcome, kind, default, tuple(choices.split()), None if only is None else tuple(only), why)
@@ -186,15 +188,16 @@ TRAINING: Mapping[str, Key] = {
 }
 
 _NO_LABELS = f"{_NOT_YET}: label stores; tools/preprocess_data.py --loss-mask writes a mask beside a store"
+_NO_TEST = "the test part is not evaluated yet"
 DATA: Mapping[str, Key] = {
     "data_path": _use("text"),
     "split": _use("text", "969, 30, 1"),
     "train_data_paths": _use("texts"),
     "valid_data_paths": _use("texts"),
-    "test_data_paths": _use("texts"),
+    "test_data_paths": _use("texts", only=[None], why=_NO_TEST, outcome="differ"),
     "train_data_weights": _use("numbers"),
     "valid_data_weights": _use("numbers"),
-    "test_data_weights": _use("numbers"),
+    "test_data_weights": _use("numbers", only=[None], why=_NO_TEST, outcome="differ"),
     "tokenizer_type": _use(
         "text",
         "GPT2BPETokenizer",

@@ -1,18 +1,17 @@
 """The table of GPT-NeoX's settings: what becomes of each key of its configuration files, of 2021's and today's.
 
-A key is used; without effect here, because it only concerns how GPT-NeoX computes; followed differently, where a run is
-the same model on the same data all the same; or refused, where it would be another model or another training. `why`
-says the reason in each case. `key_tables` holds the rows.
+A key is used (`use`); without effect here, because it only concerns how GPT-NeoX computes (`ignore`); followed
+differently, where a run is the same model on the same data all the same (`differ`); or refused, where it would be
+another model or another training (`refuse`). `why` says the reason in each case. `key_tables` holds the rows.
 """
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from openchatkit.errors import UserError
 from openchatkit.neox import key_tables
-from openchatkit.neox.key_tables import Key
+from openchatkit.neox.key_tables import Key, Outcome
 
 KEYS: Mapping[str, Key] = {
     name: key
@@ -35,24 +34,14 @@ BLOCKS: Mapping[str, Mapping[str, Key]] = key_tables.BLOCKS
 # Spellings of 2021 and duplicates of today, with the key that they stand for.
 ALIASES = {"save_interval": "checkpoint_factor", "gas": "gradient_accumulation_steps"}
 
-Treatment = Literal["followed", "ignored", "followed differently", "refused"]
 
-
-@dataclass(frozen=True)
-class KeyOutcome:
-    """The outcome of one value, and why where it is not followed."""
-
-    outcome: Treatment
-    why: str = ""
-
-
-def judge(key: Key, value: Any) -> KeyOutcome:
+def judge(key: Key, value: Any) -> Outcome:
     """Return what becomes of a value that `read_value` has accepted."""
     if key.outcome == "ignore":
-        return KeyOutcome("ignored", key.why)
+        return "ignore"
     if key.only is None or any(_equal(value, fine) for fine in key.only):
-        return KeyOutcome("followed")
-    return KeyOutcome("followed differently" if key.outcome == "differ" else "refused", key.why)
+        return "use"
+    return "differ" if key.outcome == "differ" else "refuse"
 
 
 def find_key(name: str, where: str, keys: Mapping[str, Key] = KEYS) -> Key:

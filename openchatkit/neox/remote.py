@@ -32,7 +32,7 @@ _KILL_SECONDS = 60.0
 _UNTIL_INPUT_ENDS = """cd {folder} || exit 2
 exec 3<&0
 {program} </dev/null & child=$!
-{{ cat <&3 >/dev/null; kill -s TERM $child 2>/dev/null; }} & watch=$!
+{{ cat <&3; kill -s TERM $child; }} >/dev/null 2>&1 & watch=$!
 wait $child; status=$?
 kill $watch 2>/dev/null
 exit $status"""

@@ -13,8 +13,7 @@ from typing import Any
 from openchatkit.errors import UserError
 from openchatkit.neox import batches, data, model
 from openchatkit.neox.config import NeoxConfig
-from openchatkit.settings import fields, flag
-from openchatkit.training.config import Settings
+from openchatkit.settings import flag
 
 _SAVE = "checkpoints"  # where a configuration without `save` keeps its checkpoints, in the current folder
 _MODEL = "model"  # the folder in it that training starts from
@@ -54,9 +53,13 @@ def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
     model.check_attention(config, layers)
     notes = config.check()
     replicas = batches.count_replicas(config, ranks)
-    kind = model.find_tokenizer(config)["tokenizer_type"]
-    if "tokenizer_type" not in config.given and kind != config.get("tokenizer_type"):
-        notes.append(f"tokenizer_type is not given: it is {kind}, which made the data")
+    made = model.find_maker(config).get("tokenizer_type")
+    if made not in (None, config.get("tokenizer_type")):
+        notes.append(
+            f"{config.where('tokenizer_type')}: {made} made the data: leave it out, unless both have the same tokens"
+            if "tokenizer_type" in config.given
+            else f"tokenizer_type is not given: it is {made}, which made the data"
+        )
     save = Path(config.get("save") or _SAVE)
     if config.get("save") is None:
         notes.append(f"save is not given: checkpoints go to {save}")
@@ -106,6 +109,8 @@ def _choose_start(config: NeoxConfig, save: Path, notes: list[str]) -> dict[str,
     """Return where weights come from: random ones, the run's own checkpoint, or with `finetune` another run's."""
     fresh = {"model_name": save / _MODEL, "load_pretrained_model": False}
     load = None if config.get("load") is None else Path(config.get("load"))
+    if load is None and config.get("finetune"):
+        raise UserError(f"{config.where('finetune')}: load is not given: name the folder of the run to start from")
     if load is None:
         return fresh | {"load_checkpoint": False}
     same = load.resolve() == save.resolve()
@@ -150,10 +155,8 @@ def _translate_layout(config: NeoxConfig, replicas: int) -> dict[str, Any]:
     zero = config.block("zero_optimization")
     modes = {0: "allreduce", 1: "sharded", 2: "sharded-gradients", 3: "sharded-parameters"}
     stage, parts = zero["stage"], max(config.get("model_parallel_size"), 1)
-    known = {field.name: field.metadata["choices"] for field in fields(Settings)}
-    if modes.get(stage) not in known["dp_mode"]:
-        there = ", ".join(str(number) for number, mode in modes.items() if mode in known["dp_mode"])
-        raise UserError(f"zero_optimization.stage {stage}: the kit's trainer has stages {there}")
+    if stage not in modes:
+        raise UserError(f"zero_optimization.stage {stage}: the kit's trainer has stages {', '.join(map(str, modes))}")
     stages = max(config.get("pipe_parallel_size"), 1)
     if stage >= 2 and stages > 1:
         raise UserError(
@@ -161,19 +164,16 @@ def _translate_layout(config: NeoxConfig, replicas: int) -> dict[str, Any]:
             "pipe_parallel_size 0"
         )
     offload = zero["offload_optimizer"] or {}
+    on_cpu = str(config.block("optimizer")["type"]).lower() == "cpu_adam"
     return {
         "pipeline_group_size": stages,
         "tensor_group_size": parts,
         "data_group_size": replicas,
         "sequence_parallel": config.get("sequence_parallel") and parts > 1,
         "dp_mode": modes[stage],
-        "use_offload": zero["cpu_offload"] or offload.get("device", "none") != "none" or _is_cpu_adam(config),
+        "use_offload": zero["cpu_offload"] or offload.get("device", "none") != "none" or on_cpu,
         "activation_checkpointing": "full" if config.get("checkpoint_activations") else "none",
     }
-
-
-def _is_cpu_adam(config: NeoxConfig) -> bool:
-    return bool(config.get("optimizer")) and str(config.get("optimizer").get("type")).lower() == "cpu_adam"
 
 
 def _translate_optimizer(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:

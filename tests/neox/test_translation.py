@@ -199,6 +199,7 @@ def test_splits_are_gpt_neox_s_own(split, documents, borders):
             {"data_path": None, "train_data_paths": ["a_store"], "train_data_weights": [1, 2]},
             r"train_data_weights \[1, 2\]: 2 weights for 1 train_data_paths",
         ),
+        ({"finetune": True}, r"finetune True: load is not given: name the folder of the run to start from"),
         ({"finetune": True, "load": "elsewhere"}, r"finetune True: elsewhere holds no checkpoint to start from"),
         ({"finetune": True, "load": "out"}, r"finetune True: load and save are both out: give another save"),
         ({"gpt_j_tied": True}, r"gpt_j_tied True: "),
@@ -261,5 +262,8 @@ def test_data_say_which_tokenizer_made_them(run, configure, store):
     write_maker(Path(store), {"tokenizer_type": "CharLevelTokenizer"})
     found = run(tokenizer_type=None, vocab_file="data/gpt2-vocab.json")
     assert "tokenizer_type is not given: it is CharLevelTokenizer, which made the data" in found.notes
-    config = configure(tokenizer_type=None, data_path=store, vocab_file="data/gpt2-vocab.json")
-    assert model.load_tokenizer(config).vocab_size == 512
+    for path in (store, f"{store}.bin"):  # which names the same store
+        config = configure(tokenizer_type=None, data_path=path, vocab_file="data/gpt2-vocab.json")
+        assert model.load_tokenizer(config).vocab_size == 512
+    other = run(tokenizer_type="HFTokenizer").notes
+    assert [note for note in other if "tokenizer_type HFTokenizer: CharLevelTokenizer made the data: leave it" in note]
