@@ -301,7 +301,6 @@ class TokenStore:
         self.mask = _map_bytes(mask_path(self.prefix)) if mask_path(self.prefix).exists() else None
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise UserError(_cut(mask_path(self.prefix), len(self.mask), len(self.tokens)))
-
         self._first_token = 0
 
     def part(self, first: int, last: int) -> "TokenStore":
@@ -311,9 +310,8 @@ class TokenStore:
         """
         if not 0 <= first < last <= self.documents:
             raise UserError(f"{self.prefix}[{first}:{last}]: the store has documents 0 to {self.documents}")
-        begin, end = (self.starts(np.array([first]))[0], len(self.tokens))
-        if last < self.documents:
-            end = self.starts(np.array([last]))[0]
+        begin = self.starts(np.array([first]))[0]
+        end = self.starts(np.array([last]))[0] if last < self.documents else len(self.tokens)
         part = copy.copy(self)
         part.documents = last - first
         part.sizes, part.pointers = self.sizes[first:last], self.pointers[first:last]
