@@ -3,5 +3,5 @@
 import multiprocessing
 
 context = multiprocessing.get_context("forkserver")
-# Whoever needs the server first starts it, so this is all that processes of any test import.
+# The first test that needs the server starts it for all, so this is all that processes of any test import.
 context.set_forkserver_preload(["torch", "transformers", "openchatkit.training.setup"])

@@ -81,7 +81,7 @@ class Server:
         assert self._process.stdout.readline() == b"ready\n"
 
     def close(self) -> None:
-        """Use it no longer; whoever has started it waits for its end, since it may write coverage then."""
+        """Use it no longer; the one that has started it waits for its end, since it may write coverage then."""
         self._use.close()
         if self._process:
             self._process.wait()
