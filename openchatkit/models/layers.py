@@ -99,7 +99,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, seen: Seen | Non
     """
     if isinstance(seen, Borders):
         return attend_documents(query, key, value, seen)
-    causal = seen is None and query.shape[2] == key.shape[2]
-    assert causal or seen is not None or query.shape[2] == 1, f"{query.shape[2]} tokens after others need a mask"
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal)
+    if seen is None and query.shape[2] == key.shape[2]:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    else:
+        assert seen is not None or query.shape[2] == 1, f"{query.shape[2]} tokens after others need a mask"
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     return mixed.transpose(1, 2).flatten(-2)

@@ -102,3 +102,14 @@ def test_all_layers_run_one_compiled_program(kind):
     stage.compile_layers(keep)
     assert torch.equal(stage(tokens, starts), plain)
     assert len(programs) == 1
+
+
+def test_compiled_layers_take_rows_of_any_length():
+    stage = Stage(config_from_hf(FAMILIES["neox"]))
+    stage.init_weights(0)
+    rows = [torch.arange(2 * length).reshape(2, length) % 64 for length in (24, 16, 9)]
+    plain = [stage(row) for row in rows]
+    torch.compiler.reset()
+    stage.compile_layers("aot_eager")
+    for row, expected in zip(rows, plain, strict=True):
+        assert torch.equal(stage(row), expected)
