@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from openchatkit import paths
 from openchatkit.cli import below_one, natural, non_negative_float, positive_float, positive_int
@@ -24,6 +24,9 @@ from openchatkit.training.learning_rates import LearningRateSettings
 from openchatkit.training.save_steps import SaveSteps, parse_growth, parse_steps
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
 from openchatkit.web import is_loopback
+
+if TYPE_CHECKING:
+    import torch
 
 S = TypeVar("S", bound="Settings")
 
@@ -438,6 +441,10 @@ class Settings(
     def moments(self) -> str:
         """Form of the moments that the optimizer keeps: float32, bf16 or 8bit."""
         return name_moments(self.optimizer, self.optimizer_state)
+
+    def sends_through_cpu(self, device: "torch.device") -> bool:
+        """Whether replicas whose ranks compute on such a device exchange on the CPU nevertheless, by gloo."""
+        return device.type == "cuda" and self.dp_backend == "gloo"
 
     def list_save_steps(self, total_steps: int) -> SaveSteps:
         """Return the steps after which a run of so many is saved, besides the last."""

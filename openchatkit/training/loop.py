@@ -126,7 +126,7 @@ class Loop:
             samples = range(last - self.trainer.global_batch, last)
             self._reporter.report_step(row, applied=result.applied, samples=samples)
         if self._expected is not None:
-            self._expected.add(seconds)
+            self._expected.add(seconds, saved=self._saver.has_begun)
         self._warn_of_timeout(seconds)
         if self._soundness.is_hopeless:
             self._saver.finish()  # It may be the one to go back to.

@@ -18,6 +18,7 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.loading import hardware
 from openchatkit.models.cuts import Part
 from openchatkit.models.stage import Stage
+from openchatkit.training.buckets import Flat
 from openchatkit.training.config import Settings
 from openchatkit.training.fit import identify_host
 from openchatkit.training.forecast import MEASURED_STEPS
@@ -60,6 +61,7 @@ class Prediction:
         self._layout, self._plan = layout, plan
         self._held = rank_bytes(plan, layout.pipeline_rank, layout.tensor_rank).total
         self._before = _find_allocated(layout.device)
+        self._found = 0  # most bytes that steps took
         self._seconds: list[float] = []
         measured = layout.gather(measure_parts(settings, plan, layout))
         mean = PartSeconds(
@@ -79,13 +81,17 @@ class Prediction:
                 max(needs) / _GIB,
             )
 
-    def add(self, seconds: float) -> None:
-        """Add a step of this rank; after the first ones, log what was predicted and what was measured."""
+    def add(self, seconds: float, *, saved: bool) -> None:
+        """Add a step of this rank; after the first ones, log what was predicted and what was measured.
+
+        `saved`: a save has been begun, whose copies and buffers on a CPU would count as memory of steps.
+        """
         self._seconds.append(seconds)
+        if not saved:
+            self._found = _find_allocated(self._layout.device) - self._before
         if len(self._seconds) != MEASURED_STEPS:
             return
-        held = _find_allocated(self._layout.device) - self._before
-        pairs = self._layout.gather((self._held, held))
+        pairs = self._layout.gather((self._held, self._found))
         if self._layout.rank == 0:
             # The first step also allocates memory and starts threads.
             measured = self._plan.step_tokens * (MEASURED_STEPS - 1) / sum(self._seconds[1:])
@@ -121,12 +127,7 @@ def predict_step(plan: PlannedRun, seconds: PartSeconds, *, crowding: float = 1.
 
     `crowding` is how many threads of ranks share a core, at least 1: a rank that waits leaves its share to the others.
     """
-    forward, backward = [], []
-    for stage, (first, last) in enumerate(plan.layers):
-        layers = (last - first) * seconds.layer / crowding
-        head = seconds.head / crowding if stage == len(plan.layers) - 1 else 0.0
-        forward.append(layers / work.layer_passes(plan) + head)  # the loss computes its gradients in its forward pass
-        backward.append(layers - layers / work.layer_passes(plan))
+    forward, backward = work.split_passes(plan, seconds.layer / crowding, seconds.head / crowding)
     busy = plan.micro_batches * sum(forward + backward) / plan.pipeline_size
     alone = work.simulate(plan, forward, backward)
     if alone is None:
@@ -175,7 +176,8 @@ def measure_parts(settings: Settings, plan: PlannedRun, layout: Layout) -> PartS
         return passed, _time(update, layout) / elements
 
     layer, update = measure(head=False)
-    return PartSeconds(layer, measure(head=True)[0], update, _measure_reduction(plan, layout))
+    reduced = _measure_reduction(plan, layout, through_cpu=settings.sends_through_cpu(layout.device))
+    return PartSeconds(layer, measure(head=True)[0], update, reduced)
 
 
 def _make_stage(plan: PlannedRun, layout: Layout, *, head: bool) -> Stage:
@@ -197,8 +199,8 @@ def _make_stage(plan: PlannedRun, layout: Layout, *, head: bool) -> Stage:
     return stage
 
 
-def _measure_reduction(plan: PlannedRun, layout: Layout) -> float:
-    """Return the seconds of a byte in a sum over replicas, or in a reduction to one of them."""
+def _measure_reduction(plan: PlannedRun, layout: Layout, *, through_cpu: bool) -> float:
+    """Return the seconds of a byte in a sum over replicas, or in a reduction to one of them, as `Weights` sends it."""
     if layout.data is None:
         return 0.0
     size = min(_PROBE, count_rank(plan, layout.pipeline_rank).elements)
@@ -206,10 +208,11 @@ def _measure_reduction(plan: PlannedRun, layout: Layout) -> float:
     first = dist.get_global_rank(layout.data, 0)
 
     def reduce() -> None:
-        if plan.dp_mode == "allreduce":
-            dist.all_reduce(numbers, group=layout.data)
-        else:
-            dist.reduce(numbers, first, group=layout.data)
+        with Flat([numbers], on_cpu=through_cpu) as flat:
+            if plan.dp_mode == "allreduce":
+                dist.all_reduce(flat, group=layout.data)
+            else:
+                dist.reduce(flat, first, group=layout.data)
 
     return _time(reduce, layout) / numbers.nbytes
 

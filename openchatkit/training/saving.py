@@ -56,6 +56,7 @@ class Saver:
         self._copies = _Copies()
         self._save: _Save | None = None
         self._bytes = 0  # of the last checkpoint
+        self.has_begun = False  # a save, from which on this process has more memory than steps need
 
     @property
     def is_writing(self) -> bool:
@@ -70,6 +71,7 @@ class Saver:
         """
         assert self._save is None, f"the save of step {self._save.step} is not finished"
         started = time.perf_counter()
+        self.has_begun = True
         self._layout.activity.begin("saving")
         save = _Save(step, state, checkpoint.temporary_path(self._root, step), last=last)
         if self._agree(save, lambda: self._begin(save) if self._leads else None) is None:

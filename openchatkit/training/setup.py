@@ -146,7 +146,7 @@ def _share_parameters(settings: Settings, layout: Layout, dtype: torch.dtype) ->
     """Return how replicas share parameters, if they do. UserError where they cannot."""
     if settings.dp_mode != "sharded-parameters" or layout.data is None:
         return None
-    if layout.device.type == "cuda" and settings.dp_backend == "gloo":
+    if settings.sends_through_cpu(layout.device):
         raise UserError(
             "--dp-mode sharded-parameters and --dp-backend gloo exclude each other: layers are gathered on the GPUs; "
             "leave --dp-backend out, or use --dp-mode sharded"
@@ -299,7 +299,7 @@ def _make_weights(
         sharded=settings.dp_mode == "sharded",
         shard_gradients=settings.dp_mode == "sharded-gradients",
         offloaded=settings.use_offload,
-        through_cpu=layout.device.type == "cuda" and settings.dp_backend == "gloo",
+        through_cpu=settings.sends_through_cpu(layout.device),
     )
 
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from model_configs import NEOX
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,14 +24,15 @@ from openchatkit.distributed.layout import Layout, balanced_layers, make_layout,
 from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.libraries import pytorch
 from openchatkit.loading.hardware import DTYPES
-from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, shard_names
 from openchatkit.models.stage import Stage
 from openchatkit.paths import ROOT
 from openchatkit.tools.planning import command as planning
+from openchatkit.training.buckets import BUCKET
 from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixSharding, own_rows
+from openchatkit.training.gradients import Gradients
 from openchatkit.training.local_stages import LocalStages, join_parts
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.optimizer import build_optimizer
@@ -44,23 +46,7 @@ from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.weights import Weights
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(
-    family="gpt_neox",
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=8,
-    num_heads=4,
-    intermediate_size=96,
-    max_position_embeddings=64,
-    rotary_dim=4,
-    rotary_base=10000.0,
-    activation="gelu",
-    norm_eps=1e-5,
-    parallel_residual=True,
-    attention_bias=True,
-    tie_embeddings=False,
-    init_std=0.02,
-)
+TINY = dataclasses.replace(NEOX, num_layers=8, intermediate_size=96)
 NETWORKS = {
     "parallel": TINY,
     "serial": dataclasses.replace(TINY, parallel_residual=False),
@@ -536,6 +522,47 @@ def test_state_of_a_parameter_takes_the_bytes_of_the_table(monkeypatch, precisio
         assert memory.main_memory_bytes(on_card, 0) == pytest.approx(expected.masters + expected.moments + whole)
 
 
+@pytest.mark.parametrize("bucket", [BUCKET, 10_000])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_shared_gradients_wait_for_a_message_that_is_worth_it(monkeypatch, precision, bucket):
+    """After each backward pass of a large model, and once a step of one whose gradients all fit into one message."""
+    monkeypatch.setitem(Gradients.__init__.__kwdefaults__, "bucket", bucket)
+    monkeypatch.setattr("openchatkit.training.plan.traffic.BUCKET", bucket)
+    run = planned(TINY, 1, 4, m=3, precision=precision, dp_mode="sharded-gradients", on_gpu=False)
+    with fake_ranks(1, 4):
+        layout, _ = lay_out(monkeypatch, 1, replicas=4)
+        stages = make_rank(TINY, run, layout)
+        weights = Weights(stages, layout, dtype=DTYPES[precision], shard_gradients=True)
+        weights.optimizer = build_optimizer("adamw", weights, lr=0.0, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+        stage = next(iter(stages))
+        counted = [parameter for parameter in stage.parameters() if parameter is not stage.projection.weight]
+        with count_exchanged(monkeypatch) as exchanged:
+            for _ in range(run.micro_batches):
+                torch.stack([parameter.float().sum() for parameter in counted]).sum().backward()
+            weights.reduce_gradients()
+            weights.step(1.0, 0.0)
+    planned_traffic = rank_traffic(run, 0)["data"]
+    assert sum(exchanged) == planned_traffic.bytes
+    if precision == "float32":  # half-precision copies are sent apart from what has none
+        assert len(exchanged) == pytest.approx(planned_traffic.messages, rel=0.25)
+
+
+@contextlib.contextmanager
+def count_exchanged(monkeypatch):
+    """The bytes of each message between replicas, as they come."""
+    exchanged: list[int] = []
+    with monkeypatch.context() as patched:
+        for name in ("all_reduce", "reduce", "broadcast"):
+            original = getattr(dist, name)
+
+            def count(tensor, *args, original=original, **kwargs):
+                exchanged.append(tensor.nbytes)
+                return original(tensor, *args, **kwargs)
+
+            patched.setattr(dist, name, count)
+        yield exchanged
+
+
 def read_table():
     """Rows of the table of bytes a parameter in training's README: {(precision, moments): cells after them}."""
     text = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
@@ -579,17 +606,9 @@ def test_inputs_in_main_memory_are_not_on_the_card():
 
 def allocate(run, layout, monkeypatch):
     """Bytes of each kind after a step, and what replicas exchanged for it."""
-    dtype, exchanged = DTYPES[run.precision], []
+    dtype = DTYPES[run.precision]
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "moments": run.moments}
-    with monkeypatch.context() as patched, LiveBytes([]) as live:
-        for name in ("all_reduce", "reduce", "broadcast"):
-            original = getattr(dist, name)
-
-            def count(tensor, *args, original=original, **kwargs):
-                exchanged.append(tensor.nbytes)
-                return original(tensor, *args, **kwargs)
-
-            patched.setattr(dist, name, count)
+    with count_exchanged(monkeypatch) as exchanged, LiveBytes([]) as live:
         stages = make_rank(run.config, run, layout)
         if run.dp_mode == "sharded-parameters":
             weights = shard_parameters(stages, layout, dtype)

@@ -18,6 +18,7 @@ CONFIG = {
 }
 LAYOUTS = {
     "one process": {},
+    "saved beside steps": {"checkpoint_steps": 5},
     "pipeline": {"pipeline_group_size": 2, "pp_mode": "1f1b"},
     "sharded": {"data_group_size": 2, "dp_mode": "sharded"},
 }

@@ -11,8 +11,7 @@ from openchatkit.models.family import SkipInit
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name
 from openchatkit.training.plan.planned_run import PlannedRun
-
-SMALLEST_8_BIT = 4096  # elements of a parameter from which on bitsandbytes keeps its moments in 8 bits
+from openchatkit.training.runs import UNIT
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _count_kind(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
     for name, parameter in parameters.items():
         size = parameter.numel()
         matrix = size if parameter.dim() > 1 and shard != EMBED else 0
-        uncut, small = (size if kind.cuts[name] == "whole" else 0), (size if size < SMALLEST_8_BIT else 0)
+        uncut, small = (size if kind.cuts[name] == "whole" else 0), (size if size < UNIT else 0)
         vector = size if parameter.dim() == 1 else 0
         count += ParameterCount(size, matrix, uncut, small, vector, largest=size)
     return count

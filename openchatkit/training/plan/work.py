@@ -79,18 +79,21 @@ def _list_needs(kind: str, stage: int, number: int, *, to_input: str, last: int)
     return [("F", stage, number) if stage == last else (to_input, stage + 1, number)]
 
 
-def idle_share(run: PlannedRun) -> float:
-    """Return the share of a step that ranks wait in, on average, with stages as uneven as their operations are.
+def split_passes(run: PlannedRun, layer: float, head: float) -> tuple[list[float], list[float]]:
+    """Return what each stage's forward and backward pass take, from what a layer and the head take both ways together.
 
-    The head's are all in its forward pass, since the loss computes its gradients there.
+    The head's is all in its forward pass, since the loss computes its gradients there.
     """
-    passes = layer_passes(run)
-    forward, backward = [], []
-    for stage, (first, last) in enumerate(run.layers):
-        layers = (last - first) * layer_operations(run)
-        head = head_operations(run) if stage == len(run.layers) - 1 else 0
-        forward.append(float(layers + head))
-        backward.append(layers * (passes - 1))
+    whole = [(last - first) * layer for first, last in run.layers]
+    forward = [each / layer_passes(run) for each in whole]
+    backward = [each - part for each, part in zip(whole, forward, strict=True)]
+    forward[-1] += head
+    return forward, backward
+
+
+def idle_share(run: PlannedRun) -> float:
+    """Return the share of a step that ranks wait in, on average, with stages as uneven as their operations are."""
+    forward, backward = split_passes(run, layer_operations(run) * layer_passes(run), head_operations(run))
     seconds = simulate(run, forward, backward)
     if seconds is None:
         return bubble(run)
