@@ -129,6 +129,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.served.requests.append(Request(path, header("Range"), header("If-Range"), header("Authorization")))
         self._answer()
 
+    def do_PUT(self) -> None:
+        """Answer as storage does that takes nothing for an hour."""
+        self._send(503, {"Retry-After": "3600", "Connection": "close"}, b"")
+
     def _answer(self) -> None:
         path = urllib.parse.unquote(self.path.split("?")[0])
         faults = self.served.faults.get(path, [])

@@ -23,7 +23,7 @@ _LOOK_SECONDS = 1.0  # between two looks for requests to stop, while all wait
 class Uploader:
     """Uploads the checkpoints in `root`, from the oldest, to `prefix`, s3://bucket/prefix.
 
-    UserError without keys, and for storage that refuses a first small file.
+    UserError without keys or boto3; whether the storage takes anything, `check_upload` has seen before.
     """
 
     def __init__(self, root: Path, prefix: str) -> None:
@@ -66,7 +66,11 @@ class Uploader:
                 wanted = self._wanted
             if self._stopped.is_set():
                 return
-            problem = self._upload_all()
+            problem: Exception | None
+            try:
+                problem = self._upload_all()
+            except Exception as error:  # for the main thread, which raises it in `wait`
+                problem = error
             with self._changed:
                 self._done, self._problem = wanted, problem
                 self._changed.notify_all()
@@ -74,7 +78,9 @@ class Uploader:
     def _upload_all(self) -> Exception | None:
         """Upload what is not there yet; returns the first error, which `wait` raises, and goes on with the others."""
         problems: list[Exception] = []
-        for path in checkpoint.list_to_upload(self._root, self._prefix):
+        with storage_errors(self._root, every=True):
+            paths = checkpoint.list_to_upload(self._root, self._prefix)
+        for path in paths:
             if self._stopped.is_set():
                 break
             try:
@@ -128,8 +134,8 @@ def finish_uploads(uploader: Uploader | None, layout: Layout, requests: Sequence
 
 
 def check_upload(prefix: str, config: str) -> None:
-    """Write the text of a model's config.json to `prefix`; UserError where nothing can be uploaded there."""
+    """Write the text of a model's config.json to `prefix`; UserError or Interrupted where that fails."""
     try:
         S3Folder(prefix).put_text(checkpoint.CONFIG, config)
     except UserError as error:
-        raise UserError(f"--checkpoint-upload-prefix: {error}") from error
+        raise type(error)(f"--checkpoint-upload-prefix: {error}") from error

@@ -1,5 +1,6 @@
 """`training/uploads.py`: a run's checkpoints arrive whole in storage, and leave the disk only after that."""
 
+import errno
 import hashlib
 import os
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import ranks
 import s3_storage
+from hub_server import serving
 from test_layouts import run
 from tiny_shards import flip, write_checkpoint
 
@@ -152,6 +154,18 @@ def test_what_the_storage_refuses_is_tried_again(storage, root, start):
     assert_whole_in_storage(storage, root / "checkpoint_10")
 
 
+def test_a_folder_that_cannot_be_listed_ends_the_wait_for_uploads(storage, root, start, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ESTALE, "stale")
+
+    monkeypatch.setattr(checkpoint, "list_to_upload", fail)
+    uploader = start(root)
+    with pytest.raises(UserError, match=f"{root}: the folder of another machine is gone or was replaced"):
+        uploader.wait(60)
+    monkeypatch.undo()
+    assert checkpoint.list_to_upload(root, PREFIX) == [root / "checkpoint_5", root / "checkpoint_10"]
+
+
 def test_a_request_to_stop_does_not_wait_for_uploads(storage, root, start, monkeypatch):
     held = threading.Event()
     upload = Uploader._upload
@@ -170,6 +184,13 @@ def test_a_prefix_without_keys_or_bucket_ends_before_training(storage, monkeypat
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(UserError, match=r"--checkpoint-upload-prefix: s3:// needs .*: AWS_SECRET_ACCESS_KEY not set"):
         check_upload(PREFIX, "{}")
+
+
+def test_storage_that_is_busy_is_no_mistake_in_the_flags(storage, monkeypatch):
+    with serving() as busy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", busy.address)
+        with pytest.raises(Interrupted, match=r"-upload-prefix: .*: the storage answers 503 .*3600 seconds"):
+            check_upload(PREFIX, "{}")
 
 
 def test_a_run_keeps_what_is_not_uploaded_and_ends_when_all_is(tmp_path, flags, storage):
