@@ -59,7 +59,8 @@ def make_commands(
     world_size = sum(len(host.slots) for host in hosts)
     commands, first = [], 0
     for host in hosts:
-        slots = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.slots))}
+        # Without a hostfile the GPUs are those that are visible here.
+        slots = {} if host.name is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.slots))}
         settings = [f"{name}={shlex.quote(value)}" for name, value in {**environment, **slots}.items()]
         ranks = f"--world-size {world_size} --first-rank {first} --ranks-here {len(host.slots)}"
         program = shlex.join([sys.executable, str(ROOT / "training" / "launch.py")])

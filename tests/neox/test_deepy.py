@@ -17,6 +17,8 @@ import pytest
 from neox_cases import SHIPPED, in_yaml
 
 from openchatkit.formats import checkpoint
+from openchatkit.neox.hosts import Host
+from openchatkit.neox.remote import HostCommand, start_command
 from openchatkit.paths import ROOT
 
 DEEPY = str(ROOT / "neox" / "deepy.py")
@@ -198,6 +200,19 @@ def test_a_host_that_fails_ends_the_run(tmp_path, ssh):
     assert "error: --tokenizer-type HFTokenizer: there is no x" in done.stderr
 
 
+def test_a_command_of_a_host_ends_its_streams_while_its_input_is_open(tmp_path):
+    command = HostCommand(Host("localhost", (0,)), tmp_path, "sh -c 'echo said >&2; exit 7'")
+    reading, writing = os.pipe()
+    try:
+        done = subprocess.run(
+            start_command(command, "ssh"), stdin=reading, capture_output=True, timeout=60, check=False
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (7, b"said\n")
+
+
 def test_nothing_of_deepy_waits_for_torch():
     code = "import sys, openchatkit.neox.deepy; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -233,6 +248,7 @@ def test_commands_of_hosts_are_printed(tmp_path, monkeypatch):
     port = re.search(r"--dist-url=tcp://127.0.0.1:(\d+)$", here.stdout.strip())
     assert port is not None
     assert port[1] != "29500"
+    assert "CUDA_VISIBLE_DEVICES" not in here.stdout
 
 
 @pytest.mark.parametrize(
