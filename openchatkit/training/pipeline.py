@@ -15,56 +15,13 @@ from torch.distributed import pipelining
 
 from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
+from openchatkit.libraries.torch_pipelining import ObservedStage
 from openchatkit.training import timing
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.schedules import SCHEDULES
 from openchatkit.training.timing import StepTimer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class _TimedStage(pipelining.PipelineStage):
-    """A stage that notes its passes and messages.
-
-    It extends methods by which torch's schedules run a stage, and which torch does not document: a schedule that calls
-    others runs as well, and is only noted less.
-    """
-
-    def __init__(self, timer: StepTimer, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._timer = timer
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
-        with self._timer.compute(timing.FORWARD, self.stage_index, fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
-        kind = timing.BACKWARD if options.get("full_backward", True) else timing.BACKWARD_INPUT
-        with self._timer.compute(kind, self.stage_index, bwd_chunk_id):
-            return super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
-        with self._timer.compute(timing.BACKWARD_WEIGHT, self.stage_index, bwd_chunk_id):
-            return super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **options)
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-        return self._note(super().get_fwd_recv_ops(fwd_chunk_id), timing.RECEIVE_FORWARD, fwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
-        return self._note(super().get_bwd_recv_ops(bwd_chunk_id), timing.RECEIVE_BACKWARD, bwd_chunk_id)
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
-        return self._note(super().get_fwd_send_ops(fwd_chunk_id), timing.SEND_FORWARD, fwd_chunk_id)
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
-        return self._note(super().get_bwd_send_ops(bwd_chunk_id), timing.SEND_BACKWARD, bwd_chunk_id)
-
-    def _note(self, messages: Any, kind: str, micro_batch: int) -> Any:
-        """Return the messages, of which the ends of a pipeline have none in one direction."""
-        if messages:
-            note = self._timer.receive if kind in timing.RECEIVES else self._timer.send
-            note(kind, self.stage_index, micro_batch)
-        return messages
 
 
 class Pipeline:
@@ -98,7 +55,7 @@ class Pipeline:
             shape = (micro_batch_size, seq_length // stages.hidden_parts, stages.config.hidden_size)
             hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             runners = [
-                _TimedStage(
+                ObservedStage(
                     self.timer,
                     stage,
                     number,

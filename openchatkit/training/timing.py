@@ -22,6 +22,7 @@ SEND_FORWARD, SEND_BACKWARD = "Send forward", "Send backward"
 DATA, REDUCE, NORM, UPDATE = "Data", "Sum gradients", "Norm", "Update"
 
 RECEIVES, SENDS = (RECEIVE_FORWARD, RECEIVE_BACKWARD), (SEND_FORWARD, SEND_BACKWARD)
+_PASSES = {"forward": FORWARD, "backward": BACKWARD, "input": BACKWARD_INPUT, "weight": BACKWARD_WEIGHT}
 
 Mark = float | torch.cuda.Event
 
@@ -86,15 +87,19 @@ class StepTimer:
         finally:
             self._spans.append((kind, start, time.perf_counter(), None, None))
 
-    def receive(self, kind: str, stage: int, micro_batch: int) -> None:
+    def during_pass(self, kind: str, stage: int, micro_batch: int) -> contextlib.AbstractContextManager[None]:
+        """Note a pass of a pipeline's stage; see `StageObserver`."""
+        return self.compute(_PASSES[kind], stage, micro_batch)
+
+    def at_receive(self, stage: int, micro_batch: int, *, backward: bool) -> None:
         """Note that a message is asked for, which the next pass of this stage and micro-batch waits for."""
         self._last = self._mark()
-        self._pending.add((kind, stage, self._first_micro_batch + micro_batch))
+        self._pending.add((RECEIVES[backward], stage, self._first_micro_batch + micro_batch))
 
-    def send(self, kind: str, stage: int, micro_batch: int) -> None:
+    def at_send(self, stage: int, micro_batch: int, *, backward: bool) -> None:
         """Note that a message is handed over."""
         self._last = self._mark()
-        self._spans.append((kind, self._last, self._last, stage, self._first_micro_batch + micro_batch))
+        self._spans.append((SENDS[backward], self._last, self._last, stage, self._first_micro_batch + micro_batch))
 
     def seconds(self, *kinds: str) -> float:
         """Return the length of the step's spans of some kinds; the device must be done with them."""

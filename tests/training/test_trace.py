@@ -93,11 +93,11 @@ def test_a_receive_is_the_time_between_two_passes():
     timer.start_step()
     with timer.compute(timing.FORWARD, 1, 0):
         pass
-    timer.receive(timing.RECEIVE_BACKWARD, 1, 0)
+    timer.at_receive(1, 0, backward=True)
     time.sleep(0.02)
     with timer.compute(timing.BACKWARD, 1, 0):
         timer.end_batch(4)
-    timer.send(timing.SEND_BACKWARD, 1, 0)
+    timer.at_send(1, 0, backward=True)
     forward, receive, backward, send = timer.spans(7)
     assert (forward.name, receive.name, backward.name, send.name) == (
         "Forward 0",
