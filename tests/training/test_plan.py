@@ -835,9 +835,17 @@ def test_the_command_prints_a_plan(capsys, config_file):
     assert "FIT" not in output
 
 
-def test_a_run_that_does_not_fit_is_named_with_one_that_does(capsys, config_file):
-    flags = ["--pipeline-group-size", 8, "--pp-mode", "1f1b", "--batch-size", 32, "--micro-batch-size", 1, "--bf16"]
-    flags += ["--cards", "8x40GB"]
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--pipeline-group-size", 8, "--pp-mode", "1f1b"],
+        ["--pipeline-group-size", 8, "--pp-mode", "1f1b", "--num-layers", 6],
+        ["--pipeline-group-size", 4, "--data-group-size", 2, "--pp-mode", "interleaved", "--stages-per-rank", 4],
+        ["--data-group-size", 8, "--check-replicas", 10],
+    ],
+)
+def test_a_run_that_does_not_fit_is_named_with_one_that_does(capsys, config_file, layout):
+    flags = [*layout, "--batch-size", 32, "--micro-batch-size", 1, "--bf16", "--cards", "8x40GB"]
     _, output, _ = command(capsys, "--model-name", config_file, *flags)
     assert "DOES NOT FIT into 40 GiB less 2 to spare" in output
     advice = output.splitlines()[-1]

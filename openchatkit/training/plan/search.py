@@ -24,6 +24,7 @@ _CHOSEN = (
     "data_group_size",
     "pp_mode",
     "stages_per_rank",
+    "num_layers",
     "dp_mode",
     "batch_size",
     "micro_batch_size",
@@ -44,6 +45,7 @@ ONE_RANK: dict[str, Any] = {
     "tensor_group_size": 1,
     "pp_mode": "gpipe",
     "stages_per_rank": None,
+    "check_replicas": 0,
 }
 
 
@@ -57,6 +59,8 @@ class Candidate:
     def list_changes(self, settings: Settings) -> list[str]:
         """Return the flags that make of other settings these."""
         names = [name for name in _CHOSEN if getattr(self.settings, name) != getattr(settings, name)]
+        if settings.check_replicas and (self.run.replicas == 1 or self.run.dp_mode == "sharded-parameters"):
+            names.append("check_replicas")  # elsewhere it may stay: no count depends on it
         return [f"{flag(name)} {_format_value(getattr(self.settings, name))}" for name in names]
 
 
@@ -96,6 +100,7 @@ def list_candidates(
                         num_layers=0,
                         pp_mode=schedule,
                         stages_per_rank=stages,
+                        check_replicas=0,
                         micro_batch_size=size,
                         batch_size=rows // accumulate,
                         gradient_accumulate_step=accumulate,
@@ -209,4 +214,6 @@ def list_divisors(number: int) -> list[int]:
 
 
 def _format_value(value: object) -> str:
+    if value is None:  # stages a rank, where the flag is not given
+        return "1"
     return str(value).lower() if isinstance(value, bool) else str(value)
