@@ -3,6 +3,7 @@
 Training from random weights needs no shards: the folder has config.json and the tokenizer's files.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,21 @@ def find_tokenizer(config: NeoxConfig) -> dict[str, Any]:
 
 
 def find_maker(config: NeoxConfig) -> dict[str, str]:
-    """Return which tokenizer made the configuration's data, by the same names; nothing where it is not known."""
-    paths = [config.get("data_path"), *(config.get("train_data_paths") or [])]
-    prefix = next((token_store.find_prefix(Path(path)) for path in paths if path), None)
-    maker = {} if prefix is None else token_store.read_maker(prefix)
-    return maker if maker.get("tokenizer_type") in neox_tokenizers.KINDS else {}
+    """Return which tokenizer made the configuration's data, by the same names; nothing where it is not known.
+
+    UserError where stores were made by several.
+    """
+    found: dict[str, str] = {}
+    lists = [config.get(name) or [] for name in ("train_data_paths", "valid_data_paths")]
+    for path in filter(None, [config.get("data_path"), *itertools.chain(*lists)]):
+        prefix = token_store.find_prefix(Path(path))
+        maker = {} if prefix is None else token_store.read_maker(prefix)
+        if (kind := maker.get("tokenizer_type")) not in neox_tokenizers.KINDS:
+            continue
+        if found and kind != found["tokenizer_type"]:
+            raise UserError(f"{path} was made by {kind}, other stores by {found['tokenizer_type']}: make all by one")
+        found = found or maker
+    return found
 
 
 def pad_vocabulary(size: int, *, divisor: int, parts: int) -> int:

@@ -265,5 +265,10 @@ def test_data_say_which_tokenizer_made_them(run, configure, store):
     for path in (store, f"{store}.bin"):  # which names the same store
         config = configure(tokenizer_type=None, data_path=path, vocab_file="data/gpt2-vocab.json")
         assert model.load_tokenizer(config).vocab_size == 512
+    with TokenStoreWriter(Path("b_store"), vocab_size=256, masked=False) as writer:
+        writer.add(np.full(10, 97), np.full(1, 10))
+    write_maker(Path("b_store"), {"tokenizer_type": "HFTokenizer"})
+    with pytest.raises(UserError, match="b_store was made by HFTokenizer, other stores by CharLevelTokenizer: make"):
+        run(data_path=None, train_data_paths=[store, "b_store"])
     other = run(tokenizer_type="HFTokenizer").notes
     assert [note for note in other if "tokenizer_type HFTokenizer: CharLevelTokenizer made the data: leave it" in note]
