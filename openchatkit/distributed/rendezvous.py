@@ -53,12 +53,12 @@ def connect(url: str | None, *, rank: int, world_size: int, device: torch.device
 
 def share_problem(problem: UserError | None, rank: int) -> None:
     """Raise UserError on all ranks, which have just met, if one has a problem; the first rank's is raised."""
-    own = None if problem is None else f"rank {rank} on {socket.gethostname()}: {problem}"
-    found: list[str | None] = [None] * dist.get_world_size()
+    own = None if problem is None else type(problem)(f"rank {rank} on {socket.gethostname()}: {problem}")
+    found: list[UserError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    for message in found:
-        if message is not None:
-            raise UserError(message) from problem
+    for error in found:
+        if error is not None:
+            raise error from problem
 
 
 def _allow_open_files(count: int) -> None:

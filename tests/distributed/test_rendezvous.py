@@ -1,11 +1,14 @@
-"""`distributed/rendezvous.py`: many ranks meet with few open files."""
+"""`distributed/rendezvous.py`: many ranks meet with few open files; a problem of one is that of all."""
 
 import multiprocessing
 import resource
 import socket
 from datetime import timedelta
 
+import gloo_ranks
 import pytest
+
+from openchatkit.errors import RESUMABLE, Interrupted, UserError
 
 RANKS, OPEN_FILES = 80, 72
 _context = multiprocessing.get_context("forkserver")
@@ -38,6 +41,22 @@ def meet(rank, url, open_files, results):
     gathered = layout.gather(rank)
     results.put((rank, sums, gathered == list(range(RANKS))))
     rendezvous.disconnect()
+
+
+def share_of(rank):
+    """The exit status that a problem of rank 1 ends a rank with, and whether its words say whose it is."""
+    import torch
+
+    from openchatkit.distributed import rendezvous
+
+    with pytest.raises(UserError) as ended:
+        rendezvous.share_problem(Interrupted("storage is busy") if rank == 1 else None, rank)
+    words = f"rank 1 on {socket.gethostname()}: storage is busy"
+    return torch.tensor([ended.value.exit_status, str(ended.value) == words])
+
+
+def test_a_problem_of_one_rank_ends_all_with_its_words_and_status(tmp_path):
+    assert [found.tolist() for found in gloo_ranks.run(share_of, 2, tmp_path)] == [[RESUMABLE, True]] * 2
 
 
 @pytest.mark.long
