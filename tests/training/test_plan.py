@@ -840,7 +840,7 @@ def test_the_command_prints_a_plan(capsys, config_file):
     [
         ["--pipeline-group-size", 8, "--pp-mode", "1f1b"],
         ["--pipeline-group-size", 8, "--pp-mode", "1f1b", "--num-layers", 6],
-        ["--pipeline-group-size", 4, "--data-group-size", 2, "--pp-mode", "interleaved", "--stages-per-rank", 4],
+        ["--pipeline-group-size", 8, "--pp-mode", "interleaved", "--stages-per-rank", 5, "--optimizer-state", "bf16"],
         ["--data-group-size", 8, "--check-replicas", 10],
     ],
 )
