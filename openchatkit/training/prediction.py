@@ -176,8 +176,9 @@ def measure_parts(settings: Settings, plan: PlannedRun, layout: Layout) -> PartS
         return passed, _time(update, layout) / elements
 
     layer, update = measure(head=False)
+    head, _ = measure(head=True)
     reduced = _measure_reduction(plan, layout, through_cpu=settings.sends_through_cpu(layout.device))
-    return PartSeconds(layer, measure(head=True)[0], update, reduced)
+    return PartSeconds(layer, head, update, reduced)
 
 
 def _make_stage(plan: PlannedRun, layout: Layout, *, head: bool) -> Stage:
