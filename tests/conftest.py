@@ -14,6 +14,11 @@ from quick_python import Server
 from random_models import write_random_models
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Name bytes by their argument: what is compressed may hold the time, and workers must collect the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def log_to_the_present_stderr() -> None:
     """loguru keeps the stderr that it met when it was imported; a test that captures its own would miss the log."""

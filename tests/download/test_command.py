@@ -145,7 +145,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
     ("name", "body", "expected"),
     [
         ("a.jsonl", LINES, ["a.jsonl"]),
-        ("a.jsonl.gz", gzip.compress(LINES), ["a.jsonl"]),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0), ["a.jsonl"]),
         ("a.jsonl.zst", zstandard.compress(LINES), ["a.jsonl"]),
         ("a.tar.zst", zstandard.compress(tar_of({"x/a.jsonl": LINES, "b.jsonl": LINES})), ["x/a.jsonl", "b.jsonl"]),
     ],
