@@ -24,7 +24,8 @@ from openchatkit.data.dataset import Dataset
 from openchatkit.data.options import LOSS_ON, PACKINGS, DataOptions
 from openchatkit.data.samples.packing import pack
 from openchatkit.data.samples.source import Content, MixtureSource
-from openchatkit.formats.token_store import TokenStore, TokenStoreWriter
+from openchatkit.formats.store_writer import TokenStoreWriter
+from openchatkit.formats.token_store import TokenStore
 
 VOCABULARY = 50_000
 SEQ_LENGTH = 2048

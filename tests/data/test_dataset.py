@@ -20,7 +20,8 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.formats import chat
 from openchatkit.formats.chat import Turn
-from openchatkit.formats.token_store import TokenStoreWriter, bin_path
+from openchatkit.formats.store_writer import TokenStoreWriter
+from openchatkit.formats.token_store import bin_path
 
 END = "<|endoftext|>"
 

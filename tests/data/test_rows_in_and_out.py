@@ -15,7 +15,7 @@ from openchatkit.data.records.document import BadRowError, decode
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import quarantine_path
+from openchatkit.formats.cached_store import quarantine_path
 
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 TEXTS = st.one_of(

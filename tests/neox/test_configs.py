@@ -7,7 +7,7 @@ import pytest
 import yaml
 from neox_cases import SHIPPED
 
-from openchatkit.formats.token_store import TokenStoreWriter
+from openchatkit.formats.store_writer import TokenStoreWriter
 from openchatkit.models.registry import config_from_hf
 from openchatkit.neox import model
 from openchatkit.neox.config import NeoxConfig

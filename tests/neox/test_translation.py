@@ -8,7 +8,8 @@ import pytest
 from neox_cases import GOLDEN, REFUSED, SHIPPED
 
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import TokenStoreWriter, write_maker
+from openchatkit.formats.store_writer import TokenStoreWriter
+from openchatkit.formats.token_store import write_maker
 from openchatkit.neox import data, model
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.neox.translation import TrainerRun, translate

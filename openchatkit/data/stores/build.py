@@ -18,8 +18,7 @@ from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import tokenise_all
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import (
-    StoreProgress,
+from openchatkit.formats.cached_store import (
     StoreRecord,
     folder_prefix,
     quarantine_path,
@@ -29,6 +28,7 @@ from openchatkit.formats.token_store import (
     write_progress,
     write_record,
 )
+from openchatkit.formats.store_writer import StoreProgress
 
 _KEY = folder_prefix(Path()).name
 

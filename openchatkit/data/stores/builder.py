@@ -21,7 +21,8 @@ from openchatkit.data.records.raw_row import START, Mark
 from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import Tokenised
 from openchatkit.errors import Interrupted, UserError
-from openchatkit.formats.token_store import StoreProgress, TokenStoreWriter, quarantine_path
+from openchatkit.formats.cached_store import quarantine_path
+from openchatkit.formats.store_writer import StoreProgress, TokenStoreWriter
 
 # The content of each store, by its key. Fields about the input (`rows` to `position`, quarantine) are equal in all.
 Progress = Mapping[str, StoreProgress]

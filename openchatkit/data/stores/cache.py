@@ -23,16 +23,8 @@ from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import VERSION
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import (
-    StoreRecord,
-    TokenStore,
-    bin_path,
-    folder_prefix,
-    idx_path,
-    mask_path,
-    quarantine_path,
-    read_record,
-)
+from openchatkit.formats.cached_store import StoreRecord, folder_prefix, quarantine_path, read_record
+from openchatkit.formats.token_store import TokenStore, bin_path, idx_path, mask_path
 
 LARGE_BYTES = 5 << 30  # bytes that take long enough to read for a progress bar
 PIECE_BYTES = 1 << 20

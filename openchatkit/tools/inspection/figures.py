@@ -11,7 +11,7 @@ import numpy as np
 from openchatkit.data.batch import IGNORE
 from openchatkit.data.dataset import Dataset
 from openchatkit.data.options import DataOptions
-from openchatkit.formats import token_store
+from openchatkit.formats import cached_store
 from openchatkit.jsonl import parse_object
 
 
@@ -115,7 +115,7 @@ def quarantines(dataset: Dataset, *, first: int) -> Iterator[Quarantine]:
     """Yield the lists of rows set aside, with at most `first` rows of each."""
     for source in dataset.sources:
         for store in source.stores:
-            path = token_store.quarantine_path(store.prefix.parent)
+            path = cached_store.quarantine_path(store.prefix.parent)
             if path.exists():
                 rows, shown = read_quarantine(path, first)
                 yield Quarantine(source.name, path, rows, shown)

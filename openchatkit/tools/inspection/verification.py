@@ -15,7 +15,7 @@ from openchatkit.data.batch import IGNORE
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.options import DataOptions
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, ledger, metrics, token_store
+from openchatkit.formats import cached_store, checkpoint, ledger, metrics
 from openchatkit.formats.ledger import LedgerRow
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.tools.inspection.figures import read_quarantine
@@ -111,10 +111,10 @@ def _check_rows(dataset: Dataset) -> None:
     for source in dataset.sources:
         for store in source.stores:
             folder = store.prefix.parent
-            record = token_store.read_record(folder)
-            if record is None or store.prefix != token_store.folder_prefix(folder):
+            record = cached_store.read_record(folder)
+            if record is None or store.prefix != cached_store.folder_prefix(folder):
                 continue  # a store made elsewhere has no record of rows
-            path = token_store.quarantine_path(folder)
+            path = cached_store.quarantine_path(folder)
             listed = read_quarantine(path)[0] if path.exists() else 0
             if (store.documents, listed) != (record.rows - record.quarantined, record.quarantined):
                 raise UserError(

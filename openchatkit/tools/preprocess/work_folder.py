@@ -20,7 +20,9 @@ from openchatkit.data.records import reader
 from openchatkit.data.stores.builder import Progress, StoreBuilder, is_resumable
 from openchatkit.data.stores.pace import Pace
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import StoreProgress, bin_path, idx_path, mask_path, quarantine_path
+from openchatkit.formats.cached_store import quarantine_path
+from openchatkit.formats.store_writer import StoreProgress
+from openchatkit.formats.token_store import bin_path, idx_path, mask_path
 from openchatkit.tools.preprocess import fields
 
 _VERSION = 2  # raise it when the same input would give other files

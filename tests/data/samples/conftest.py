@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from openchatkit.data.samples.source import Content, MixtureSource
-from openchatkit.formats.token_store import TokenStore, TokenStoreWriter, mask_path
+from openchatkit.formats.store_writer import TokenStoreWriter
+from openchatkit.formats.token_store import TokenStore, mask_path
 
 Documents = Sequence[Sequence[int]]
 

@@ -18,7 +18,8 @@ from openchatkit.data.samples import order
 from openchatkit.data.samples.packing import Packed, pack
 from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import TokenStore, TokenStoreWriter
+from openchatkit.formats.store_writer import TokenStoreWriter
+from openchatkit.formats.token_store import TokenStore
 
 PADDING = 999_999
 SIZES = [3, 0, 1, 17, 2, 8, 9, 10, 40, 7, 1, 0, 25, 16, 5, 5, 33, 64, 2, 11]

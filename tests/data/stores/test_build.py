@@ -26,7 +26,8 @@ from openchatkit.data.stores import cache as cache_module
 from openchatkit.data.stores.cache import cached_store
 from openchatkit.data.stores.pace import Pace
 from openchatkit.errors import Interrupted, UserError
-from openchatkit.formats.token_store import StoreRecord, TokenStore
+from openchatkit.formats.cached_store import StoreRecord
+from openchatkit.formats.token_store import TokenStore
 
 ROWS = 60
 KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved"]

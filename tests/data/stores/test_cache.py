@@ -15,7 +15,8 @@ from openchatkit import storage
 from openchatkit.data.stores import builder, cache
 from openchatkit.data.stores.cache import cached_store, content_hash, store_identity
 from openchatkit.errors import UserError
-from openchatkit.formats.token_store import StoreRecord, TokenStore
+from openchatkit.formats.cached_store import StoreRecord
+from openchatkit.formats.token_store import TokenStore
 
 
 class Bytes:
