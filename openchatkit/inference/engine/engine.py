@@ -1,7 +1,8 @@
 """The decode loop: prompt token ids in, reply token ids out, one at a time.
 
 Owns the order of prefill, next token and speculation, and what ends a reply by token. Text, stop strings and turns are
-not known here. The model is any causal language model of transformers; its `generate()` is the test oracle.
+not known here. The model is any causal language model of transformers, whose `generate()` is the test oracle, or a network
+of the kit's own.
 
 A prompt that begins as an earlier text did, reply included, is read only from where they differ. So undoing,
 regenerating and editing need no call, and a turn costs its own tokens.
@@ -20,9 +21,17 @@ from transformers import PreTrainedModel
 
 from openchatkit.errors import UserError
 from openchatkit.inference.engine.prefix_cache import CHUNK, Cancelled, KVSlot, PrefixCache
-from openchatkit.inference.engine.runner import CompiledRunner, ModelRunner, can_compile
+from openchatkit.inference.engine.runner import (
+    CompiledRunner,
+    ModelRunner,
+    RecomputingRunner,
+    Runner,
+    StageRunner,
+    can_compile,
+)
 from openchatkit.inference.engine.sampling import Sampling, check_finite, choose, mark_seen
 from openchatkit.inference.engine.speculation import PromptLookup, Speculation
+from openchatkit.models.stage import Stage
 
 
 class OutOfMemory(UserError):
@@ -50,13 +59,14 @@ class Engine:
 
     Keys and values of what it has read are kept between calls, for up to `slots` different texts, in `cache_dtype`
     (None: the model's). Prompts are read in pieces of `chunk` tokens. `compile` asks for the compiled forward pass of
-    `runner`, which keeps one text whatever `slots` says (None: where a GPU runs it and the model allows it). One reply
-    at a time: starting another ends the last one.
+    `runner`, which keeps one text whatever `slots` says (None: where a GPU runs it and the model allows it).
+    `recompute` keeps nothing and reads the whole text for each token. One reply at a time: starting another ends the
+    last one.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Stage,
         *,
         eos_ids: Collection[int],
         device: torch.device,
@@ -65,19 +75,25 @@ class Engine:
         chunk: int = CHUNK,
         compile: bool | None = None,
         compile_options: dict[str, Any] | None = None,
+        recompute: bool = False,
     ) -> None:
         self._model = model
         self._eos_ids = frozenset(eos_ids)
         self._device = device
         limit = self.context_length
-        compilable = compile is not False and can_compile(model, limit)
+        compile = False if recompute else compile
+        compilable = compile is not False and isinstance(model, PreTrainedModel) and can_compile(model, limit)
         if compile and not compilable:
             logger.warning("this model cannot be compiled as a whole and runs uncompiled")
-        if limit is not None and compilable and (compile or device.type == "cuda"):
-            self.runner: ModelRunner = CompiledRunner(model, device=device, limit=limit, options=compile_options)
+        runner: ModelRunner | StageRunner
+        if isinstance(model, Stage):
+            runner = StageRunner(model, device=device, limit=model.config.max_position_embeddings)
+        elif limit is not None and compilable and (compile or device.type == "cuda"):
+            runner = CompiledRunner(model, device=device, limit=limit, options=compile_options)
             slots = 1  # each static cache would be compiled for from scratch
         else:
-            self.runner = ModelRunner(model, device=device, dtype=cache_dtype, limit=limit)
+            runner = ModelRunner(model, device=device, dtype=cache_dtype, limit=limit)
+        self.runner: Runner = RecomputingRunner(runner.read) if recompute else runner
         self.prefix_cache = PrefixCache(self.runner, slots, chunk)
 
     @property

@@ -6,11 +6,11 @@ included, the cache begins with exactly those tokens, and anything after them is
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from transformers import Cache
 
-from openchatkit.inference.engine.runner import ModelRunner
+from openchatkit.inference.engine.runner import Runner
 
 # A longer prompt is read in chunks of this many tokens: memory stays bounded, and cancelling need not wait for all.
 CHUNK = 512
@@ -25,10 +25,10 @@ class Cancelled(Exception):
 class KVSlot:
     """One text's KV cache, and the tokens that it holds."""
 
-    def __init__(self, runner: ModelRunner, chunk: int) -> None:
+    def __init__(self, runner: Runner, chunk: int) -> None:
         self._runner = runner
         self._chunk = chunk
-        self._cache: Cache | None = None
+        self._cache: Any = None  # the runner's
         # Whether a pass or a truncation began that may have left the cache with more than the list says.
         self._uncertain = False
         self.tokens: list[int] = []
@@ -86,7 +86,7 @@ class KVSlot:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     @contextlib.contextmanager
-    def _appending(self, tokens: Sequence[int]) -> Iterator[Cache]:
+    def _appending(self, tokens: Sequence[int]) -> Iterator[Any]:
         """The cache, for a pass that appends tokens to it; they are held once the pass succeeds."""
         self._uncertain = True
         try:
@@ -110,7 +110,7 @@ class KVSlot:
 class PrefixCache:
     """The last texts read, one for each of `size` slots."""
 
-    def __init__(self, runner: ModelRunner, size: int, chunk: int) -> None:
+    def __init__(self, runner: Runner, size: int, chunk: int) -> None:
         assert size > 0, f"{size} slots"
         self.slots = [KVSlot(runner, chunk) for _ in range(size)]  # the least recently used first
 

@@ -1,7 +1,7 @@
-"""The forward pass of a model over new tokens of one text, plain or compiled.
+"""The forward pass of a model over new tokens of one text: plain, compiled, or without a cache.
 
-Owns how a model of transformers is called, and which kind of KV cache suits it. At one token a pass, a GPU computes
-faster than Python can launch. torch.compile's "reduce-overhead" records the launches once (CUDA graphs) and replays
+Owns how a model is called, transformers' or one of the kit's own, and which kind of KV cache suits it. At one token a
+pass, a GPU computes faster than Python can launch. torch.compile's "reduce-overhead" records the launches once (CUDA graphs) and replays
 them, which needs the same shapes and addresses each time: transformers' StaticCache, which holds a whole context from
 the start. Prompts are read by the plain model into the same buffers.
 
@@ -10,7 +10,7 @@ Not run on a GPU yet: the tests compile for the CPU with backends that keep the 
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from loguru import logger
@@ -18,6 +18,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from openchatkit.inference.engine.kv_cache import new_cache
 from openchatkit.libraries import hf_transformers
+from openchatkit.models.cache import KVCache
+from openchatkit.models.stage import Stage
 
 # A static cache for a longer context would take gigabytes that short chats never use.
 _MAX_STATIC_CONTEXT = 8192
@@ -25,13 +27,33 @@ _MAX_STATIC_CONTEXT = 8192
 _STATIC_DRAFT = 7
 
 
+class Runner(Protocol):
+    """A way to run a model over the tokens of a text. What has been read is in a cache, which only the runner looks into.
+
+    `draft_length` is the one length of drafts that is fast, where there is one. A `recurrent` model keeps a state that
+    several tokens at once can only begin; a cache that is not `croppable` cannot lose tokens.
+    """
+
+    draft_length: int | None
+    recurrent: bool
+    croppable: bool
+
+    def new_cache(self) -> Any:
+        """An empty cache for one text."""
+
+    def truncate(self, cache: Any, length: int) -> None:
+        """Let a croppable cache hold only its first `length` tokens."""
+
+    def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
+        """Append tokens to a cache that holds `held`; logits after the last `keep` of them, [keep, vocabulary]."""
+
+
 class ModelRunner:
-    """Runs a model over tokens, with a growing cache where the model allows it, else with transformers' own.
+    """Runs a model of transformers, with a growing cache where the model allows it, else with transformers' own.
 
     `dtype` is that of the cache (None: the model's), `limit` the most tokens that a text can have.
     """
 
-    # The one length of drafts that is fast, where there is one.
     draft_length: int | None = None
 
     def __init__(
@@ -50,21 +72,23 @@ class ModelRunner:
         self.croppable = not isinstance(self.new_cache(), DynamicCache)
 
     def new_cache(self) -> Cache:
-        """An empty cache for one text."""
         return new_cache(self._model.config, dtype=self._dtype, limit=self._limit)
 
     def truncate(self, cache: Any, length: int) -> None:
-        """Let a croppable cache hold only its first `length` tokens."""
         cache.truncate(length)
 
     @torch.inference_mode()
     def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
-        """Append tokens to a cache that holds `held`; logits after the last `keep` of them, [keep, vocabulary]."""
-        return self._model(**self._inputs(cache, tokens, keep)).logits[0, -keep:].float()
+        return self._model(**self._inputs(tokens, keep, cache)).logits[0, -keep:].float()
 
-    def _inputs(self, cache: Cache, tokens: Sequence[int], keep: int) -> dict[str, Any]:
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], keep: int) -> torch.Tensor:
+        """Read a text from its start, without a cache; logits after the last `keep` of its tokens."""
+        return self._model(**self._inputs(tokens, keep)).logits[0, -keep:].float()
+
+    def _inputs(self, tokens: Sequence[int], keep: int, cache: Cache | None = None) -> dict[str, Any]:
         inputs = {"input_ids": torch.tensor([tokens], device=self._device), self._cache_argument: cache}  # [1, new]
-        return {**inputs, "use_cache": True, **({"logits_to_keep": keep} if self._narrow else {})}
+        return {**inputs, "use_cache": cache is not None, **({"logits_to_keep": keep} if self._narrow else {})}
 
 
 class CompiledRunner(ModelRunner):
@@ -103,8 +127,7 @@ class CompiledRunner(ModelRunner):
     # Not inference_mode: its tensors and those of a compiled graph may not be mixed.
     @torch.no_grad()
     def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
-        """As `ModelRunner.forward`."""
-        inputs = self._inputs(cache, tokens, keep)
+        inputs = self._inputs(tokens, keep, cache)
         # The first tokens go through the plain model, which makes the buffers.
         if self._compiled is not None and cache.is_initialized and len(tokens) in (1, 1 + _STATIC_DRAFT):
             try:
@@ -118,6 +141,59 @@ class CompiledRunner(ModelRunner):
             self._compiled = None
             self.truncate(cache, held)
         return self._model(**inputs).logits[0, -keep:].float()
+
+
+class StageRunner:
+    """Runs a network of the kit's own, with room for `limit` tokens in each cache."""
+
+    draft_length: int | None = None
+    recurrent, croppable = False, True
+
+    def __init__(self, stage: Stage, *, device: torch.device, limit: int) -> None:
+        self._stage, self._device, self._limit = stage, device, limit
+
+    def new_cache(self) -> list[KVCache]:
+        return self._stage.new_cache(1, self._limit)
+
+    def truncate(self, cache: Any, length: int) -> None:
+        for layer in cache:
+            layer.length = length
+
+    @torch.inference_mode()
+    def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
+        return self._logits(tokens, keep, cache)
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], keep: int) -> torch.Tensor:
+        """As `ModelRunner.read`."""
+        return self._logits(tokens, keep)
+
+    def _logits(self, tokens: Sequence[int], keep: int, cache: list[KVCache] | None = None) -> torch.Tensor:
+        hidden = self._stage(torch.tensor([tokens], device=self._device), cache=cache)  # [1, new, width]
+        return self._stage.logits(hidden[:, -keep:])[0].float()
+
+
+class RecomputingRunner:
+    """Reads the whole text for each token: slow, and of use to prove what a cache gives. Its caches are the tokens.
+
+    `read` is that of the model's other runner.
+    """
+
+    draft_length: int | None = None
+    recurrent, croppable = False, True
+
+    def __init__(self, read: Callable[[Sequence[int], int], torch.Tensor]) -> None:
+        self._read = read
+
+    def new_cache(self) -> list[int]:
+        return []
+
+    def truncate(self, cache: Any, length: int) -> None:
+        del cache[length:]
+
+    def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
+        cache[held:] = tokens
+        return self._read(cache, keep)
 
 
 def can_compile(model: PreTrainedModel, limit: int | None) -> bool:

@@ -105,7 +105,10 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor 
     count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     tokens = None
     if count < logits.shape[-1] or sampling.top_p < 1:
-        logits, tokens = torch.topk(logits, count)  # the largest first
+        largest_logits, tokens = torch.topk(logits, count)  # the largest first
+        if (equal := int((logits >= largest_logits[-1]).sum())) > count:
+            largest_logits, tokens = torch.topk(logits, equal)  # those that equal the last of them are kept as well
+        logits = largest_logits
     values = logits.cpu().double()
     largest = values[0] if tokens is not None else values.max()
     check_finite(largest.item())

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from openchatkit.errors import UserError
 from openchatkit.inference.engine.engine import Engine, OutOfMemory
 from openchatkit.inference.engine.sampling import Sampling, choose
+from openchatkit.loading import stages
 
 GREEDY = Sampling(max_tokens=40, sample=False)
 PROMPT = [40, 50, 60, 70]
@@ -43,6 +44,25 @@ def test_greedy_is_what_generate_makes_token_for_token(model, prompt, dtype):
     expected = oracle(model, prompt)
     assert len(set(expected)) > 5, "a model that repeats itself proves little"
     assert list(engine(model).generate(prompt, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("name", ["neox", "gptj"])
+def test_a_network_of_the_kit_is_decoded_as_transformers_decodes_it(random_models, name):
+    model = AutoModelForCausalLM.from_pretrained(random_models[name]).eval()
+    device = torch.device("cpu")
+    stage = stages.load_stage(stages.open_shards(stages.find(random_models[name])), device)
+    for prompt in (PROMPT, list(range(100, 300))):
+        expected = oracle(model, prompt)
+        for options in ({}, {"chunk": 64}, {"recompute": True}):
+            running = Engine(stage, eos_ids=[], device=device, **options)
+            assert list(running.generate(prompt, GREEDY)) == expected
+            # What a draft or an earlier reply left in the cache is not seen.
+            assert list(running.generate(prompt[:2], GREEDY)) == oracle(model, prompt[:2])
+    assert list(Engine(model, eos_ids=[], device=device, recompute=True).generate(PROMPT, GREEDY)) == oracle(
+        model, PROMPT
+    )
+    with pytest.raises(AssertionError, match="a prompt of 513 tokens in a context of 512"):
+        next(running.generate([5] * 513, GREEDY))
 
 
 def test_end_of_text_ends_the_reply_and_is_no_part_of_it(model):
@@ -96,6 +116,12 @@ def test_draws_follow_the_probabilities_of_the_largest_few():
 def test_greedy_settings_take_the_most_probable_token(sampling):
     logits = torch.tensor([0.0, 2.0, 1.0, 1.9999])
     assert {choose(logits, sampling) for _ in range(20)} == {1}
+
+
+def test_top_k_keeps_what_equals_the_last_of_them():
+    logits, generator = torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]), torch.Generator().manual_seed(0)
+    drawn = {choose(logits, Sampling(temperature=1.0, top_k=2), generator) for _ in range(200)}
+    assert drawn == {1, 2, 3}
 
 
 def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it():
