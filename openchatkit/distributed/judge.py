@@ -115,7 +115,7 @@ class Judge:
         failed = {failure.rank for failure in self._failures}
         for number, rank in enumerate(self._ranks):
             if rank.gone and not rank.left and number not in failed:
-                return RunVerdict(f"{rank.name} died in {rank.position.describe()}", RESUMABLE)
+                return RunVerdict(describe_death(rank.name, rank.position), RESUMABLE)
         return None
 
     def _find_silent(self, now: float) -> RunVerdict | None:
@@ -138,6 +138,11 @@ class Judge:
     def _explain_loss(self, loss: _Report) -> RunVerdict:
         rank = self._ranks[loss.rank]
         return RunVerdict(f"{rank.name} lost a peer ({loss.words}) in {rank.position.describe()}", RESUMABLE)
+
+
+def describe_death(name: str, position: Position) -> str:
+    """Return the line on a rank whose process ended without a word."""
+    return f"{name} died in {position.describe()}: it was killed (likely out of memory), or it crashed"
 
 
 def describe_silence(name: str, position: Position, seconds: float, others: int = 0) -> str:

@@ -9,7 +9,8 @@ When a rank fails, the others notice within moments and fail as well; `_Launch.f
 No rank outlives the launcher, even when the launcher is killed (see `processes.start_guard`).
 
 With `max_restarts`, all ranks are started again after an end by chance: one was killed by a signal, or lost another.
-Restarts count until a rank notes progress (`processes.note_progress`), and come after ever longer waits.
+Restarts count until a rank notes progress (`processes.note_progress`), and come after ever longer waits. A run that
+notes that it was asked to stop (`processes.note_stop`) has ended well.
 """
 
 import os
@@ -24,7 +25,7 @@ from typing import IO
 
 from openchatkit import cli
 from openchatkit.distributed import processes
-from openchatkit.distributed.processes import Rank
+from openchatkit.distributed.processes import Rank, RankNotes
 from openchatkit.errors import DEFECT, RESUMABLE, USER_ERROR, UserError
 
 _OWN_FLAGS = ("--rank", "--cuda-id", "--world-size")
@@ -72,16 +73,17 @@ def launch(
     for local in range(here):
         identity = f"--rank {first_rank + local} --cuda-id {local} --world-size {world_size}"
         commands.append([sys.executable, str(script), *arguments, *identity.split()])
-    with processes.collect_requests() as requests, processes.follow_progress() as progress:
+    with processes.collect_requests() as requests, processes.collect_notes() as notes:
         restarts = 0
         while True:
-            before = progress.read()
+            before = notes.progress
+            notes.forget_end()
             with processes.start_guard() as guard:
-                attempt = _Launch(guard, requests)
-                status = attempt.run(commands, first_rank, progress.environment)
-            if requests or not max_restarts or not attempt.ended_by_chance:
+                attempt = _Launch(guard, requests, notes)
+                status = attempt.run(commands, first_rank)
+            if requests or not max_restarts or notes.stop or not attempt.ended_by_chance:
                 return status
-            restarts = 1 if progress.read() != before else restarts + 1
+            restarts = 1 if notes.progress != before else restarts + 1
             if restarts > max_restarts:
                 attempt.print_line(
                     f"error: given up: no new checkpoint in {max_restarts} restarts in a row (--max-restarts)"
@@ -110,14 +112,15 @@ def _sleep_until_asked(seconds: float, requests: list[int]) -> bool:
 class _Launch:
     """The ranks of one launch, from the first one's start to the last one's end."""
 
-    def __init__(self, guard: IO[bytes], requests: list[int]) -> None:
+    def __init__(self, guard: IO[bytes], requests: list[int], notes: RankNotes) -> None:
         self.guard = guard
         self.requests = requests
+        self.notes = notes
         self.ranks: list[Rank] = []
         self.output = threading.Lock()
 
-    def run(self, commands: list[list[str]], first_rank: int, variables: dict[str, str]) -> int:
-        environment = os.environ | variables | {"LOCAL_WORLD_SIZE": str(len(commands))}
+    def run(self, commands: list[list[str]], first_rank: int) -> int:
+        environment = os.environ | self.notes.environment | {"LOCAL_WORLD_SIZE": str(len(commands))}
         if len(commands) > 1 and not environment.get("OMP_NUM_THREADS"):
             # As torchrun does: ranks share the cores, and results equal to the bit need the same threads a rank.
             environment["OMP_NUM_THREADS"] = "1"
@@ -237,7 +240,7 @@ class _Launch:
             if rank.reader is not None:
                 rank.reader.join(timeout=1.0)
         cause = self.find_cause() if self.failures else None
-        self.print_held_lines(cause)
+        others_spoke = self.print_held_lines(cause) or self.ranks[0].status == RESUMABLE
         if cause is None:
             if any(rank.stopped_by_us for rank in self.ranks):
                 self.print_line("error: killed by a second signal before all ranks had ended")
@@ -248,20 +251,23 @@ class _Launch:
                 "error: stopped before a checkpoint could be written; the same command resumes from the newest one"
             )
             return RESUMABLE
-        if cause.status != USER_ERROR or self.ranks[0].status != USER_ERROR:
+        if cause.died and others_spoke and f"rank {cause.number} on " in self.notes.verdict:
+            if cause.status != -signal.SIGKILL:  # their line says as much of that
+                self.print_line(f"[rank {cause.number}] {cause.describe_end()}")
+        elif cause.status != USER_ERROR or self.ranks[0].status != USER_ERROR:
             stopped = "; the other ranks were stopped" if any(rank.stopped_by_us for rank in self.ranks) else ""
             resumable = cause.status in (RESUMABLE, -signal.SIGKILL)
             advice = "; the same command resumes from the newest checkpoint" if resumable else ""
             self.print_line(f"error: {cause.describe_end()}{stopped}{advice}")
         return cause.status if cause.status in (DEFECT, USER_ERROR, RESUMABLE) else DEFECT
 
-    def print_held_lines(self, cause: Rank | None) -> None:
+    def print_held_lines(self, cause: Rank | None) -> bool:
         """Print the lines held back, once each, except those of ranks that ended in the same way as the lead.
 
-        Of a lead that was killed, the others say where it was.
+        Of a lead that was killed, the others say where it was. Returns whether anything was printed.
         """
         lead = self.ranks[0]
-        lead_was_killed = cause is lead and lead.status is not None and lead.status < 0
+        lead_was_killed = cause is lead and lead.died
         printed: set[str] = set()
         for rank in self.ranks:
             ended_as_lead = lead.status and rank.status == lead.status
@@ -271,6 +277,7 @@ class _Launch:
                 if line not in printed:
                     self.print_line(f"[rank {rank.number}] {line}")
                 printed.add(line)
+        return bool(printed)
 
 
 @cli.command

@@ -98,7 +98,7 @@ class Layout:
         """Return the results of `action` on all ranks. If it raises a UserError on any, all raise that of the first."""
         results, errors = self.attempt(action)
         if errors:
-            raise UserError(str(errors[0])) from errors[0]
+            raise errors[0]
         return results
 
     def attempt(self, action: Callable[[], T]) -> tuple[list[T], list[UserError]]:

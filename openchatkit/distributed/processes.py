@@ -1,4 +1,4 @@
-"""Parts of the launcher: a rank's process, the guard that outlives the launcher, signals as requests, progress."""
+"""Parts of the launcher: a rank's process, the guard that outlives the launcher, signals as requests, ranks' notes."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from typing import IO
 
 from openchatkit.errors import RESUMABLE, USER_ERROR
 
-# Names the file in which a rank notes its progress, in the environment that the launcher gives it.
-_PROGRESS_FILE = "OPENCHATKIT_PROGRESS_FILE"
+# Names the folder of the notes that ranks leave for the launcher, in the environment that it gives them.
+_NOTES_FOLDER = "OPENCHATKIT_RANK_NOTES"
 
 # A second signal this soon is an echo of the first: timeout(1) and batch systems signal whole process groups.
 ECHO_SECONDS = 1.0
@@ -60,16 +60,21 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     @property
+    def died(self) -> bool:
+        """Whether a signal ended the process."""
+        return self.status is not None and self.status < 0
+
+    @property
     def severity(self) -> int:
         """Order of causes, gravest first: a rank that lost a peer ends with 75 or 1, never by a signal or with 2."""
         assert self.status, self
-        return {RESUMABLE: 3, USER_ERROR: 1}.get(self.status, 0 if self.status < 0 else 2)
+        return {RESUMABLE: 3, USER_ERROR: 1}.get(self.status, 0 if self.died else 2)
 
     def describe_end(self) -> str:
         assert self.status, self
         if self.status == -signal.SIGKILL:
             return f"rank {self.number} was killed (likely out of memory)"
-        if self.status < 0:
+        if self.died:
             return f"rank {self.number} was ended by {signal.Signals(-self.status).name}"
         return f"rank {self.number} ended with status {self.status}"
 
@@ -124,31 +129,65 @@ def has_ranks_elsewhere(world_size: int) -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size) < world_size
 
 
-class ProgressFile:
-    """How far ranks have come, over all restarts: what the last of them noted by `note_progress`."""
+class RankNotes:
+    """What ranks have noted in a folder for the launcher that started them."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     @property
     def environment(self) -> dict[str, str]:
         """The variable that a rank's environment must hold."""
-        return {_PROGRESS_FILE: str(self._path)}
+        return {_NOTES_FOLDER: str(self._folder)}
 
-    def read(self) -> str:
-        """Return the last note, nothing if there is none."""
-        return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+    @property
+    def progress(self) -> str:
+        """How far ranks have come, over all restarts, as the last of them noted by `note_progress`."""
+        return self._read("progress")
+
+    @property
+    def stop(self) -> str:
+        """Why ranks stopped as they were asked to (`note_stop`); empty if they did not."""
+        return self._read("stop")
+
+    @property
+    def verdict(self) -> str:
+        """The line of a rank about another one's end (`note_verdict`); empty if there was none."""
+        return self._read("verdict")
+
+    def forget_end(self) -> None:
+        """Remove what was noted about an end, before ranks start again."""
+        for name in ("stop", "verdict"):
+            (self._folder / name).unlink(missing_ok=True)
+
+    def _read(self, name: str) -> str:
+        path = self._folder / name
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 @contextlib.contextmanager
-def follow_progress() -> Iterator[ProgressFile]:
-    """Make the file in which ranks note their progress, for as long as the launcher runs."""
-    with tempfile.TemporaryDirectory(prefix="openchatkit_progress_") as folder:
-        yield ProgressFile(Path(folder) / "progress")
+def collect_notes() -> Iterator[RankNotes]:
+    """Make the folder for the notes of ranks, which is there for as long as the launcher runs."""
+    with tempfile.TemporaryDirectory(prefix="openchatkit_notes_") as folder:
+        yield RankNotes(Path(folder))
 
 
 def note_progress(progress: object) -> None:
     """Note for the launcher, if it started this process, that work is done that a restart will not repeat."""
-    if name := os.environ.get(_PROGRESS_FILE):
+    _note("progress", str(progress))
+
+
+def note_stop(reason: str) -> None:
+    """Note for the launcher that this rank ends because it was asked to, so that it is not started again."""
+    _note("stop", reason)
+
+
+def note_verdict(line: str) -> None:
+    """Note for the launcher what this rank says of another one's end."""
+    _note("verdict", line)
+
+
+def _note(name: str, text: str) -> None:
+    if folder := os.environ.get(_NOTES_FOLDER):
         with contextlib.suppress(OSError):  # a launcher that has died, or a full disk
-            Path(name).write_text(str(progress), encoding="utf-8")
+            (Path(folder) / name).write_text(text, encoding="utf-8")

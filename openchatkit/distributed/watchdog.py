@@ -26,8 +26,9 @@ from openchatkit.cli import one_line
 from openchatkit.distributed import network
 from openchatkit.distributed.activity import Position
 from openchatkit.distributed.beat_server import BeatServer, Message, send
-from openchatkit.distributed.judge import RunVerdict, describe_silence
+from openchatkit.distributed.judge import RunVerdict, describe_death, describe_silence
 from openchatkit.distributed.layout import Layout
+from openchatkit.distributed.processes import note_verdict
 from openchatkit.errors import DEFECT, RESUMABLE, Interrupted, UserError
 
 # NCCL ends a process after its own timeout without a word: give its groups this much more than `--timeout`.
@@ -233,13 +234,13 @@ class _Watchdog:
                 elif "over" in message:
                     self._over = True
         if not self._over and not self._leaving.is_set():
-            words = f"{self._meeting.names[0]} died in {self._position_of_0.describe()}"
-            self._decide(RunVerdict(words, RESUMABLE))
+            self._decide(RunVerdict(describe_death(self._meeting.names[0], self._position_of_0), RESUMABLE))
 
     def _decide(self, verdict: RunVerdict) -> None:
         if self._verdict is None:
             message = verdict.message + (self._advice if verdict.status == RESUMABLE else "")
             self._verdict = RunVerdict(message, verdict.status)
+            note_verdict(message)
             self._decided.set()
             self._loop.call_later(_GRACE_SECONDS, self._end)
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from openchatkit import paths
-from openchatkit.cli import below_one, natural, non_negative_float, positive_float, positive_int
+from openchatkit.cli import natural, positive_float, positive_int
 from openchatkit.data.options import DataSettings
 from openchatkit.distributed.network import parse_url
 from openchatkit.errors import UserError
 from openchatkit.settings import Given, SettingsParser, fields, setting
 from openchatkit.texts import parse_bool
 from openchatkit.training.learning_rates import LearningRateSettings
+from openchatkit.training.optimization import OptimizationSettings, fill_constants
 from openchatkit.training.save_steps import SaveSteps, parse_growth, parse_steps
 from openchatkit.training.schedules import SCHEDULES, check_schedule, resolve_stages
 from openchatkit.web import is_loopback
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="Settings")
 
-MODEL_TYPES = {"gptneox": "gpt_neox", "gptj": "gptj"}
+MODEL_TYPES = {"gptneox": "gpt_neox", "gptj": "gptj", "neox": "neox"}
 
 # Flags of the original kit that do nothing here; they are accepted with a warning, so that old scripts run.
 IGNORED = {
@@ -76,11 +77,6 @@ _ALTERNATIVES = (
     {"warmup_steps", "warmup_fraction"},
     {"checkpoint_steps", "num_checkpoints", "checkpoint_growth"},
 )
-
-
-def name_moments(optimizer: str, state: str) -> str:
-    """Return what moments are kept in, by `--optimizer` and `--optimizer-state`."""
-    return "8bit" if optimizer == "8bit-adam" else state
 
 
 def parse_recomputing(text: str) -> str:
@@ -250,58 +246,6 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizationSettings:
-    """How a step changes the weights. A resume with other values says which ones."""
-
-    title: ClassVar[str] = "optimization"
-    optimizer: str = setting(
-        "adamw",
-        choices=("adam", "adamw", "8bit-adam"),
-        help="Adam with weight decay in the gradient, or apart from it; `8bit-adam` is `adamw` with "
-        "`--optimizer-state 8bit`",
-    )
-    optimizer_state: str = setting(
-        "float32",
-        choices=("float32", "bf16", "8bit"),
-        help="what the optimizer keeps its two moments in: 8, 4 or 2 bytes a parameter. `bf16` rounds at random, so "
-        "that small changes add up; `8bit` has a scale for each 256 elements, and needs bitsandbytes",
-    )
-    use_offload: bool = setting(
-        False,
-        help="keep float32 weights and the optimizer's state in main memory, and take the step on the processor; a GPU "
-        "then holds gradients and what layers compute with",
-    )
-    adam_beta1: float = setting(0.9, check=below_one, help="decay of the first moment")
-    adam_beta2: float = setting(0.999, check=below_one, help="decay of the second moment")
-    adam_eps: float = setting(1e-6, check=non_negative_float, help="added to the root of the second moment")
-    weight_decay: float = setting(0.01, check=non_negative_float, help="of matrices; biases and norms have none")
-    max_grad_norm: float = setting(
-        1.0, check=non_negative_float, help="the model's gradient norm is clipped to this; 0: never"
-    )
-    precision: str = setting(
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of products; not given: float32. `auto` is bfloat16 where the hardware of every rank computes in it "
-        "(GPUs with units for it, CPUs with AVX-512-BF16 or AMX), else float32. What was taken is in the log and in "
-        "each checkpoint",
-    )
-    bf16: bool = setting(
-        False, help="the same as `--precision bfloat16`; where the hardware emulates it, the log says what that costs"
-    )
-    fp16: bool = setting(False, help="the same as `--precision float16`, with a loss scale")
-    loss_scale: float = setting(
-        0, check=non_negative_float, help="a fixed loss scale; 0: dynamic, as the next four say"
-    )
-    initial_loss_scale: float = setting(32768, check=positive_float, help="the scale of the first step")
-    min_loss_scale: float = setting(1, check=positive_float, help="it never halves below this")
-    loss_scale_window: int = setting(1000, check=positive_int, help="good steps before it doubles")
-    hysteresis: int = setting(
-        2,
-        check=positive_int,
-        help="overflows before it halves; until it has doubled again, each further one halves it",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Where and when a run is saved and evaluated."""
 
@@ -324,7 +268,7 @@ class CheckpointSettings:
         0,
         check=natural,
         help="save and end with 75 after every so many steps, as after SIGTERM: the same command goes on; 0: never. "
-        "With `--max-restarts` the launcher goes on by itself",
+        "`--max-restarts` does not start such a run again",
     )
     keep_checkpoints: int = setting(
         2,
@@ -424,11 +368,7 @@ class Settings(
                 "--checkpoint-growth says when to save, in place of --checkpoint-steps and --num-checkpoints: leave it "
                 "or them out"
             )
-        if self.min_loss_scale > self.initial_loss_scale:
-            raise UserError(
-                f"--min-loss-scale {self.min_loss_scale:g} is above --initial-loss-scale "
-                f"{self.initial_loss_scale:g}: make it smaller"
-            )
+        self.check_optimization()
         if bool(self.evaluation_steps) != bool(self.evaluation_data):
             raise UserError("--evaluation-steps and --evaluation-data go together: how often, and on what")
 
@@ -438,9 +378,9 @@ class Settings(
         return self.activation_checkpointing != "none"
 
     @property
-    def moments(self) -> str:
-        """Form of the moments that the optimizer keeps: float32, bf16 or 8bit."""
-        return name_moments(self.optimizer, self.optimizer_state)
+    def shares_state(self) -> bool:
+        """Whether each replica has a share of the masters and of the optimizer's state alone."""
+        return self.dp_mode != "allreduce" and self.data_group_size > 1
 
     def sends_through_cpu(self, device: "torch.device") -> bool:
         """Whether replicas whose ranks compute on such a device exchange on the CPU nevertheless, by gloo."""
@@ -474,14 +414,18 @@ class Settings(
         resolve_stages(self.pp_mode, self.stages_per_rank, self.pipeline_group_size)
         if self.dist_url is not None:
             parse_url(self.dist_url)
-        if self.optimizer == "8bit-adam" and self.optimizer_state == "bf16":
-            raise UserError(
-                "--optimizer 8bit-adam keeps its state in 8 bits: leave --optimizer-state out, or use adamw"
-            )
         if self.tensor_group_size > 1 and self.moments == "8bit":
             raise UserError(
                 "8-bit optimizer state and --tensor-group-size exclude each other: blocks of it that hold columns of a "
                 "part are of no other layout; use --optimizer-state bf16, or stages in place of tensor groups"
+            )
+        if self.optimizer == "sm3" and (self.tensor_group_size > 1 or self.shares_state):
+            other = (
+                f"--dp-mode {self.dp_mode}" if self.shares_state else f"--tensor-group-size {self.tensor_group_size}"
+            )
+            raise UserError(
+                f"--optimizer sm3 and {other} exclude each other: it keeps maxima of whole rows and columns, which are "
+                "cut there; use replicas with --dp-mode allreduce, stages, or another optimizer"
             )
         if self.check_replicas and self.data_group_size == 1:
             raise UserError("--check-replicas compares replicas, and --data-group-size 1 means one: leave it out")
@@ -565,6 +509,7 @@ def complete(given: Given, cls: type[S], *, environment: Mapping[str, str]) -> S
     values = defaults | {name: value for name, value in given.values.items() if name not in IGNORED}
     _complete_ranks(values, given, environment)
     _complete_precision(values)
+    fill_constants(values)
     model = values["model_name"]
     values = {"tokenizer_name": model, "checkpoint_path": paths.MODEL_CKPTS / model.name} | values
     values.setdefault("tensorboard_dir", values["checkpoint_path"] / "tensorboard")

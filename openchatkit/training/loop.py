@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from loguru import logger
 
-from openchatkit.distributed.processes import ECHO_SECONDS
+from openchatkit.distributed.processes import ECHO_SECONDS, note_stop
 from openchatkit.distributed.watchdog import describe_short_timeout
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training.config import Settings
@@ -45,6 +45,8 @@ class Loop:
             trainer.layout,
             keep=settings.keep_checkpoints,
             uploads_to=settings.checkpoint_upload_prefix,
+            max_overflows=settings.max_overflows,
+            ends_at_min_scale=settings.end_at_min_loss_scale,
         )
         self._saver = Saver(
             settings.checkpoint_path,
@@ -215,6 +217,7 @@ class Loop:
 
     def _report_stop(self) -> int:
         """Return the exit status of a stopped run; on rank 0, raise it with a line that says where it stands."""
+        note_stop(f"step {self.progress.step}")
         if self.trainer.layout.rank == 0:
             stopped = f"stopped after step {self.progress.step} of {self.total_steps}, which is"
             if self.progress.saved != self.progress.step:

@@ -12,6 +12,7 @@ from pathlib import Path
 from loguru import logger
 
 from openchatkit.distributed.layout import Layout
+from openchatkit.distributed.processes import note_stop
 from openchatkit.download.s3_upload import S3Folder
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import checkpoint
@@ -130,6 +131,7 @@ def finish_uploads(uploader: Uploader | None, layout: Layout, requests: Sequence
         if all(done for done, _ in outcomes):
             return
         if any(stop for _, stop in outcomes):
+            note_stop("uploads")
             raise Interrupted("stopped before all checkpoints were uploaded: the same command uploads the others")
 
 

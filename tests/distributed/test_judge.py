@@ -50,7 +50,8 @@ def test_a_time_in_which_rank_0_heard_nobody_does_not_count(judge):
 
 def test_a_connection_that_ends_without_a_word_is_a_death(judge):
     judge.note_disconnection(2)
-    assert judge.decide(101) == RunVerdict("rank 2 on host-1 died in step 17 (forward, stage 1, micro-batch 3)", 75)
+    words = "rank 2 on host-1 died in step 17 (forward, stage 1, micro-batch 3): it was killed (likely out of memory)"
+    assert judge.decide(101) == RunVerdict(f"{words}, or it crashed", 75)
 
 
 def test_the_first_verdict_stays(judge):

@@ -405,14 +405,42 @@ def test_a_run_that_was_asked_to_stop_is_not_restarted(start, tmp_path):
     assert (process.returncode, err, starts(tmp_path)) == (75, "", 1)
 
 
-def test_where_the_lead_is_killed_another_rank_says_what_it_was_at(run):
-    body = """
-def end(*_): fail("error: rank 0 on here died in step 3", 75)
-handle(end)
-if rank: reached("handled"); time.sleep(60)
-await_file("handled")
-os.kill(os.getpid(), signal.SIGKILL)
+def test_a_run_that_stops_as_planned_is_not_restarted(run, tmp_path):
+    body = f"""
+from openchatkit.distributed.processes import note_stop
+{COUNTS}
+note_stop("step 3")
+sys.exit(75)
 """
+    status, _, err = run(body, *RESTART, "5", ranks=2)
+    assert (status, starts(tmp_path, 0), starts(tmp_path, 1)) == (75, 1, 1)
+    assert "again" not in err
+
+
+DIES = """
+from openchatkit.distributed.processes import note_verdict
+def end(*_):
+    note_verdict("rank VICTIM on here died in step 3")
+    fail("error: rank VICTIM on here died in step 3", 75)
+handle(end)
+if rank != VICTIM: reached("handled"); time.sleep(60)
+await_file("handled")
+os.kill(os.getpid(), signal.SIGNAL)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_death_that_another_rank_has_named_is_one_line(run, victim):
+    """Whether it leads or not; of a crash, the launcher alone knows the signal."""
+    mark = "[rank 1] " if victim == 0 else ""
+    for sign, more in [("SIGKILL", []), ("SIGSEGV", [f"[rank {victim}] rank {victim} was ended by SIGSEGV"])]:
+        status, _, err = run(DIES.replace("VICTIM", str(victim)).replace("SIGNAL", sign), ranks=2)
+        assert status == 1
+        assert err.splitlines() == [f"{mark}error: rank {victim} on here died in step 3", *more]
+
+
+def test_a_death_that_no_rank_has_named_is_named_by_the_launcher(run):
+    body = DIES.replace("    note_verdict", "    str").replace("VICTIM", "0").replace("SIGNAL", "SIGKILL")
     _, _, err = run(body, ranks=2)
     assert err.splitlines() == [
         "[rank 1] error: rank 0 on here died in step 3",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openchatkit.distributed.layout import Layout, balanced_layers, stage_layers, stage_numbers
-from openchatkit.errors import UserError
+from openchatkit.errors import Interrupted, UserError
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,11 @@ def test_ranks_of_a_tensor_group_are_next_to_each_other():
     assert [place.replica for place in places] == [0] * 6 + [1] * 6
     assert places[7].describe() == "rank 7 (pipeline rank 0 of 3, replica 1 of 2, tensor rank 1 of 2)"
     assert Layout(0, torch.device("cpu")).describe() == "rank 0"
+
+
+def test_what_may_go_on_keeps_its_status_when_all_ranks_raise_it():
+    def fail():
+        raise Interrupted("the storage is busy")
+
+    with pytest.raises(Interrupted, match="the storage is busy"):
+        Layout(0, torch.device("cpu")).together(fail)

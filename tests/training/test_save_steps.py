@@ -3,6 +3,7 @@
 import pytest
 import ranks
 
+from openchatkit.distributed.processes import RankNotes
 from openchatkit.formats import checkpoint, metrics
 from openchatkit.training import config
 
@@ -26,10 +27,12 @@ def test_steps_that_are_saved(flags, expected):
 
 
 def test_a_run_ends_with_75_at_each_interval_and_goes_on(tmp_path, flags):
-    root = tmp_path / "ckpt"
+    root, notes = tmp_path / "ckpt", RankNotes(tmp_path)
     change = {"checkpoint_path": root, "total_steps": 5, "exit_interval": 2, "extra_save_steps": "1,5"}
     for status, step in ((75, 2), (75, 4), (0, 5)):
-        ended = ranks.train(tmp_path, {**flags, **change})
+        notes.forget_end()
+        ended = ranks.train(tmp_path, {**flags, **change}, environment=notes.environment)
+        assert bool(notes.stop) is (status == 75), "the launcher would start it again, or not after a death"
         assert ended.statuses == [status], ended.errors
         assert checkpoint.latest(root).name == f"checkpoint_{step}"
         assert (f"error: stopped after step {step} of 5" in ended.errors[0]) is (status == 75)
