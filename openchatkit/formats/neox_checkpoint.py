@@ -140,7 +140,7 @@ class NeoXCheckpoint:
 
     def _merge(self, name: str, parts: list[Tensor]) -> Tensor:
         """Merge the shards of one tensor, one of each rank; GPT-NeoX stores on all ranks what it does not cut."""
-        cut = family(self.config).cuts.get(name, "rows")  # `read` refuses names of no parameter
+        cut = family(self.config).cuts(self.config).get(name, "rows")  # `read` refuses names of no parameter
         if len(parts) > 1 and cut == "once" and self._settings["gpt_j_residual"]:
             # Every rank adds its own before the ranks' results are summed.
             return torch.stack(parts).float().sum(0).to(parts[0].dtype)

@@ -1,17 +1,19 @@
 """Sizes and settings that the networks are built from, and how they are read from a config.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from openchatkit.errors import UserError
+from openchatkit.models.neox_options import NeoxOptions
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and variants of a decoder-only transformer. `rotary_dim` counts the dimensions of a head that rotate.
 
-    New matrices are drawn from normal(0, init_std), those that write into the hidden state from another spread if
-    `output_init_std` gives one.
+    New matrices are drawn as `init_method` and `init_std` say (see `initialisation`), those that write into the hidden
+    state as `output_init_method` and `output_init_std` do where these are given. `options` are of the family `neox`
+    alone, whose others have the defaults.
     """
 
     family: str
@@ -30,13 +32,29 @@ class ModelConfig:
     tie_embeddings: bool
     init_std: float
     output_init_std: float | None = None
+    init_method: str = "normal"
+    output_init_method: str | None = None
+    options: NeoxOptions = field(default_factory=NeoxOptions)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"config.json: hidden size {self.hidden_size} is not a multiple of {self.num_heads} attention heads"
             )
-        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+        if self.num_heads % self.num_key_heads:
+            raise UserError(
+                f"config.json: {self.num_heads} attention heads are not a multiple of num_kv_heads {self.num_key_heads}"
+            )
+        if self.options.gpt_j_tied and not self.parallel_residual:
+            raise UserError("config.json: gpt_j_tied needs use_parallel_residual: one norm serves attention and MLP")
+        if len(self.options.attention_config) not in (0, self.num_layers):
+            raise UserError(
+                f"config.json: attention_config is of {len(self.options.attention_config)} layers, the model has "
+                f"{self.num_layers}"
+            )
+        if self.options.pos_emb != "rotary":
+            assert self.rotary_dim == 0, f"{self.rotary_dim} rotary dimensions with {self.options.pos_emb} positions"
+        elif self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UserError(
                 f"config.json: {self.rotary_dim} rotary dimensions in heads of {self.head_dim}: "
                 "an even number of at least 2 that fits the head is expected"
@@ -46,6 +64,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of keys and values, each of which serves as many heads of queries."""
+        return self.options.num_kv_heads or self.num_heads
 
 
 def get_first(raw: dict[str, Any], *names: str, default: Any = None) -> Any:

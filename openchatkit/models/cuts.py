@@ -16,14 +16,29 @@ from torch import Tensor
 from openchatkit.errors import UserError
 from openchatkit.models.config import ModelConfig
 
-Cut = Literal["rows", "columns", "whole", "once"]
+
+@dataclass(frozen=True)
+class StackedRows:
+    """The cut of a parameter that is several, one above the other, each of which is cut by rows.
+
+    `shares` are their numbers of rows, divided by what all have in common.
+    """
+
+    shares: tuple[int, ...]
+
+    def split(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        """Return views of those that a parameter, or a part's piece of it, is made of."""
+        unit, rest = divmod(stacked.shape[0], sum(self.shares))
+        assert rest == 0, f"{stacked.shape[0]} rows in shares of {self.shares}"
+        return torch.split(stacked, [unit * share for share in self.shares])
+
+
+Cut = Literal["rows", "columns", "whole", "once"] | StackedRows
 """How a parameter is spread over parts.
 
 "rows" and "columns": along dimension 0 or 1. "whole": every part has all of it, and in each its gradient is a share,
 to be summed over the parts. "once": only part 0 has it, such as the bias of a projection whose outputs are summed.
 """
-
-_DIMENSIONS: dict[Cut, int] = {"rows": 0, "columns": 1}
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ def check_parts(config: ModelConfig, count: int) -> None:
     """UserError unless the model can be cut into `count` parts."""
     sizes = {
         "attention heads": config.num_heads,
+        **({"key heads": config.num_key_heads} if config.num_key_heads != config.num_heads else {}),
         "intermediate size": config.intermediate_size,
         "vocabulary rows": config.vocab_size,
     }
@@ -64,19 +80,31 @@ def check_parts(config: ModelConfig, count: int) -> None:
             f"--tensor-group-size {count}: expected a number that divides all of the model's sizes ({has}); "
             f"give {' or '.join(fitting)}"
         )
+    norm = config.options.norm
+    if count > 1 and config.options.use_qk_layernorm and norm in ("layernorm", "non_parametric_layernorm"):
+        raise UserError(
+            f"--tensor-group-size {count}: use_qk_layernorm with {norm} is over all heads, of which a rank would have "
+            "some: use 1, or rmsnorm"
+        )
+
+
+def is_cut(cut: Cut) -> bool:
+    """Whether each part has a piece of a parameter."""
+    return cut not in ("whole", "once")
 
 
 def whole_shape(shape: Sequence[int], cut: Cut, count: int) -> tuple[int, ...]:
     """Return the shape of the parameter of which each of `count` parts has a piece of `shape`."""
-    dimension = _DIMENSIONS.get(cut)
-    return tuple(size * count if number == dimension else size for number, size in enumerate(shape))
+    return tuple(size * count if number == _dimension(cut) else size for number, size in enumerate(shape))
 
 
 def cut_tensor(whole: Tensor, cut: Cut, part: Part) -> Tensor:
     """Return a part's piece of a parameter as a copy of its own; the parameter itself where that is not cut."""
-    dimension = _DIMENSIONS.get(cut)
+    dimension = _dimension(cut)
     if dimension is None or part.count == 1:
         return whole
+    if isinstance(cut, StackedRows):
+        return torch.cat([cut_tensor(each, "rows", part) for each in cut.split(whole)])
     size = whole.shape[dimension]
     piece = whole.narrow(dimension, part.first(size), part.share(size))
     # Not a view, which would keep the whole tensor in memory.
@@ -85,8 +113,17 @@ def cut_tensor(whole: Tensor, cut: Cut, part: Part) -> Tensor:
 
 def join_tensor(pieces: Sequence[Tensor], cut: Cut) -> Tensor:
     """Invert `cut_tensor`, given the pieces in the order of parts; of what is not cut, the first is the parameter."""
-    dimension = _DIMENSIONS.get(cut)
-    return pieces[0] if dimension is None or len(pieces) == 1 else torch.cat(list(pieces), dimension)
+    dimension = _dimension(cut)
+    if dimension is None or len(pieces) == 1:
+        return pieces[0]
+    if isinstance(cut, StackedRows):
+        return torch.cat([torch.cat(each) for each in zip(*map(cut.split, pieces), strict=True)])
+    return torch.cat(list(pieces), dimension)
+
+
+def _dimension(cut: Cut) -> int | None:
+    """Return the dimension along which a parameter is cut, None where it is not."""
+    return (1 if cut == "columns" else 0) if is_cut(cut) else None
 
 
 def is_in(part: Part, cut: Cut) -> bool:

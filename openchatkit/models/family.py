@@ -33,7 +33,7 @@ class SkipInit(TorchFunctionMode):
 class Family:
     """A network's modules. `norm`, `projection` and `embedding` name the submodules of the head and of the embedding.
 
-    `cuts` says of every parameter, by its name within a shard, how it is spread over parts.
+    `cuts` says of every parameter that a model may have, by its name within a shard, how it is spread over parts.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Family:
     embed: Callable[[ModelConfig, Part], nn.Module]
     layer: Callable[[ModelConfig, Part], nn.Module]
     head: Callable[[ModelConfig, Part], nn.Module]
-    cuts: Mapping[str, Cut]
+    cuts: Callable[[ModelConfig], Mapping[str, Cut]]
     norm: str
     projection: str
     embedding: str

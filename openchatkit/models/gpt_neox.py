@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from openchatkit.errors import UserError
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_first, get_positive_int
-from openchatkit.models.cuts import WHOLE, Part
+from openchatkit.models.cuts import WHOLE, Cut, Part
 from openchatkit.models.documents import Seen
 from openchatkit.models.family import Family
+from openchatkit.models.initialisation import check_method
 from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_halves
 
 
@@ -138,9 +139,31 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         attention_bias=bool(raw.get("attention_bias", True)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         init_std=float(raw.get("initializer_range", 0.02)),
-        output_init_std=raw.get("output_initializer_range"),  # the kit's own: transformers has one for all
+        # The kit's own: transformers has one normal distribution for all.
+        output_init_std=raw.get("output_initializer_range"),
+        init_method=check_method(raw.get("initializer", "normal")),
+        output_init_method=raw.get("output_initializer") and check_method(raw["output_initializer"]),
     )
 
+
+CUTS: dict[str, Cut] = {
+    "embed_in.weight": "rows",
+    "input_layernorm.weight": "whole",
+    "input_layernorm.bias": "whole",
+    "post_attention_layernorm.weight": "whole",
+    "post_attention_layernorm.bias": "whole",
+    "attention.query_key_value.weight": "rows",
+    "attention.query_key_value.bias": "rows",
+    "attention.dense.weight": "columns",
+    "attention.dense.bias": "once",
+    "mlp.dense_h_to_4h.weight": "rows",
+    "mlp.dense_h_to_4h.bias": "rows",
+    "mlp.dense_4h_to_h.weight": "columns",
+    "mlp.dense_4h_to_h.bias": "once",
+    "final_layer_norm.weight": "whole",
+    "final_layer_norm.bias": "whole",
+    "embed_out.weight": "rows",
+}
 
 FAMILY = Family(
     name="gpt_neox",
@@ -148,24 +171,7 @@ FAMILY = Family(
     embed=GPTNeoXEmbed,
     layer=GPTNeoXLayer,
     head=GPTNeoXHead,
-    cuts={
-        "embed_in.weight": "rows",
-        "input_layernorm.weight": "whole",
-        "input_layernorm.bias": "whole",
-        "post_attention_layernorm.weight": "whole",
-        "post_attention_layernorm.bias": "whole",
-        "attention.query_key_value.weight": "rows",
-        "attention.query_key_value.bias": "rows",
-        "attention.dense.weight": "columns",
-        "attention.dense.bias": "once",
-        "mlp.dense_h_to_4h.weight": "rows",
-        "mlp.dense_h_to_4h.bias": "rows",
-        "mlp.dense_4h_to_h.weight": "columns",
-        "mlp.dense_4h_to_h.bias": "once",
-        "final_layer_norm.weight": "whole",
-        "final_layer_norm.bias": "whole",
-        "embed_out.weight": "rows",
-    },
+    cuts=lambda _: CUTS,
     norm="final_layer_norm",
     projection="embed_out",
     embedding="embed_in",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_positive_int
-from openchatkit.models.cuts import WHOLE, Part
+from openchatkit.models.cuts import WHOLE, Cut, Part
 from openchatkit.models.documents import Seen
 from openchatkit.models.family import Family
 from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_pairs
@@ -126,29 +126,31 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
+CUTS: dict[str, Cut] = {
+    "wte.weight": "rows",
+    "ln_1.weight": "whole",
+    "ln_1.bias": "whole",
+    "attn.q_proj.weight": "rows",
+    "attn.k_proj.weight": "rows",
+    "attn.v_proj.weight": "rows",
+    "attn.out_proj.weight": "columns",
+    "mlp.fc_in.weight": "rows",
+    "mlp.fc_in.bias": "rows",
+    "mlp.fc_out.weight": "columns",
+    "mlp.fc_out.bias": "once",
+    "ln_f.weight": "whole",
+    "ln_f.bias": "whole",
+    "lm_head.weight": "rows",
+    "lm_head.bias": "rows",
+}
+
 FAMILY = Family(
     name="gptj",
     config_from_hf=config_from_hf,
     embed=GPTJEmbed,
     layer=GPTJLayer,
     head=GPTJHead,
-    cuts={
-        "wte.weight": "rows",
-        "ln_1.weight": "whole",
-        "ln_1.bias": "whole",
-        "attn.q_proj.weight": "rows",
-        "attn.k_proj.weight": "rows",
-        "attn.v_proj.weight": "rows",
-        "attn.out_proj.weight": "columns",
-        "mlp.fc_in.weight": "rows",
-        "mlp.fc_in.bias": "rows",
-        "mlp.fc_out.weight": "columns",
-        "mlp.fc_out.bias": "once",
-        "ln_f.weight": "whole",
-        "ln_f.bias": "whole",
-        "lm_head.weight": "rows",
-        "lm_head.bias": "rows",
-    },
+    cuts=lambda _: CUTS,
     norm="ln_f",
     projection="lm_head",
     embedding="wte",

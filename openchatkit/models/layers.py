@@ -1,4 +1,4 @@
-"""Pieces that both families share: embedding, activations, rotary tables, rotation, attention."""
+"""Pieces that families share: embedding, activations, rotary tables, rotation, attention."""
 
 import functools
 from collections.abc import Callable
@@ -14,13 +14,15 @@ from openchatkit.models.documents import Borders, Seen, attend_documents
 
 _tanh_gelu = functools.partial(F.gelu, approximate="tanh")
 
-# Every `hidden_act` that published GPT-NeoX and GPT-J checkpoints name. `gelu_fast`, `gelu_new` and
+# Every `hidden_act` that published GPT-NeoX and GPT-J checkpoints name, and those of GPT-NeoX's settings that
+# transformers knows. `gelu_fast`, `gelu_new` and
 # `gelu_pytorch_tanh` are one formula: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_fast": _tanh_gelu,
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
+    "mish": F.mish,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,

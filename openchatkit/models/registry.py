@@ -3,11 +3,11 @@
 from typing import Any
 
 from openchatkit.errors import UserError
-from openchatkit.models import gpt_neox, gptj
+from openchatkit.models import gpt_neox, gptj, neox
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (gpt_neox.FAMILY, gptj.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (gpt_neox.FAMILY, gptj.FAMILY, neox.FAMILY)}
 
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:

@@ -11,6 +11,7 @@ from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import WHOLE, Cut, Part, cut_tensor, whole_shape
 from openchatkit.models.documents import Documents, Seen, confine
+from openchatkit.models.initialisation import draw_matrix
 from openchatkit.models.layers import RotaryTable
 from openchatkit.models.recompute import keep_in_main_memory
 from openchatkit.models.recompute import recompute as recompute_layer
@@ -136,7 +137,7 @@ class Stage(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> list[KVCache]:
         """Make an empty cache of this stage's layers for `batch` rows of up to `capacity` tokens each."""
         device = next(self.parameters()).device
-        heads, width = self.part.share(self.config.num_heads), self.config.head_dim
+        heads, width = self.part.share(self.config.num_key_heads), self.config.head_dim
         dtype = self._compute_dtype(device)
         layers = [name for name in self.shards if name not in (EMBED, HEAD)]
         return [KVCache(batch, heads, capacity, width, dtype=dtype, device=device) for _ in layers]
@@ -169,7 +170,7 @@ class Stage(nn.Module):
             parameter.requires_grad_(True)
 
     def init_weights(self, seed: int) -> None:
-        """Fill a new model: weights normal(0, init_std or output_init_std), biases 0, norms 1, as transformers does.
+        """Fill a new model: matrices as the config says (see `initialisation`), biases with 0, norms with 1.
 
         A shard's values depend on `seed` and the shard alone, so however stages and parts are cut, the model is the
         same.
@@ -180,25 +181,24 @@ class Stage(nn.Module):
     @torch.no_grad()
     def init_shard(self, shard: str, seed: int) -> None:
         """Fill one shard of a new model; see `init_weights`."""
-        order, cuts = shard_names(self.config.num_layers), family(self.config).cuts
+        order, cuts = shard_names(self.config.num_layers), family(self.config).cuts(self.config)
         generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
-        for name, module in self.shards[shard].named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                self._draw(module.weight, cuts[f"{name}.weight"], generator)
-            elif isinstance(module, nn.LayerNorm):
-                module.weight.fill_(1.0)
-            if isinstance(bias := getattr(module, "bias", None), Tensor):
-                bias.zero_()
+        for name, parameter in self.shards[shard].named_parameters():
+            if parameter.dim() > 1:
+                self._draw(parameter, cuts[name], generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         if shard == HEAD and self.config.tie_embeddings:
             # The embedding's own draw, which another stage may hold.
             generator.manual_seed(seed * len(order) + order.index(EMBED))
             self._draw(self.projection.weight, cuts[family(self.config).tied_weight], generator)
 
     def _draw(self, weight: Tensor, cut: Cut, generator: torch.Generator) -> None:
-        # The whole matrix, on the CPU, where the generator is, so that all devices and parts have the same weights.
-        whole = torch.empty(whole_shape(weight.shape, cut, self.part.count))
-        std = self.config.init_std
-        if cut == "columns" and self.config.output_init_std is not None:
-            # Parts of what such matrices compute add up in the hidden state, and no others do.
-            std = self.config.output_init_std
-        weight.copy_(cut_tensor(whole.normal_(0.0, std, generator=generator), cut, self.part))
+        # Parts of what matrices cut by columns compute add up in the hidden state, and no others do.
+        config, writes_hidden = self.config, cut == "columns"
+        method = (config.output_init_method if writes_hidden else None) or config.init_method
+        spread = config.output_init_std if writes_hidden else None
+        # The whole matrix, so that all parts have the same weights.
+        shape = whole_shape(weight.shape, cut, self.part.count)
+        whole = draw_matrix(method, shape, config.init_std if spread is None else spread, generator)
+        weight.copy_(cut_tensor(whole, cut, self.part))

@@ -53,7 +53,7 @@ def load_weights(stages: LocalStages, source: WeightSource, device: torch.device
             _check_finite(tensor, f"{name} of {shard}", source)
         if stages.config.tie_embeddings and shard == HEAD:
             tensors[kind.tied_weight] = _read(source, EMBED)[kind.embedding_weight]
-        own = cut_shard(tensors, kind.cuts, stages.part)
+        own = cut_shard(tensors, kind.cuts(stages.config), stages.part)
         stages.load(shard, {name: _copy(tensor, device) for name, tensor in own.items()})
 
 

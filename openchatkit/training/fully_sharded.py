@@ -90,7 +90,7 @@ class FullyShardedWeights(RankWeights):
         super().__init__(stages, layout)
         [self._stage] = stages
         sharding.connect(self._stage)
-        self._cuts = family(stages.config).cuts
+        self._cuts = family(stages.config).cuts(stages.config)
         self._vectors = {key: each for key, each in self._parameters.items() if not isinstance(each, DTensor)}
         assert all(each.dim() == 1 for each in self._vectors.values()), list(self._vectors)
         self.masters = {self._own_run(*key): own_rows(each) for key, each in self._parameters.items()}

@@ -48,7 +48,7 @@ class Gradients:
         self.stages, self.layout, self.parameters, self.runs = stages, layout, parameters, runs
         self._bucket_elements = bucket
         self._owner, self._keeps_own, self._through_cpu = owner, keeps_own, through_cpu
-        self._cuts = family(stages.config).cuts
+        self._cuts = family(stages.config).cuts(stages.config)
         self.own = [run for run in runs if owner in (None, run.owner)]
         early, late = self._part_by_lateness()
         kept = self.own if keeps_own else [*early, *late]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openchatkit.distributed.layout import Layout
-from openchatkit.models.cuts import Cut, cut_tensor, join_tensor, whole_shape
+from openchatkit.models.cuts import Cut, cut_tensor, is_cut, join_tensor, whole_shape
 from openchatkit.models.registry import family
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.runs import Run
@@ -84,7 +84,7 @@ class RankWeights(abc.ABC):
 
     def take_state(self, shard: str, stored: Mapping[str, OptimizerState]) -> None:
         """Give the optimizer its state of a shard's parameters, of which `stored` holds that of the whole."""
-        cuts = family(self.stages.config).cuts
+        cuts = family(self.stages.config).cuts(self.stages.config)
         for run, master in self.masters.items():
             if run.place.shard != shard:
                 continue
@@ -106,13 +106,13 @@ class RankWeights(abc.ABC):
         self, own: dict[str, tuple[Tensor, OptimizerState]]
     ) -> dict[str, tuple[Tensor, OptimizerState]] | None:
         """Return whole parameters and state on the first rank of the tensor group, None on the others."""
-        group, cuts = self.layout.tensor, family(self.stages.config).cuts
+        group, cuts = self.layout.tensor, family(self.stages.config).cuts(self.stages.config)
         if group is None:
             return own
         joined = {}
 
         def gather(tensor: Tensor, cut: Cut) -> Tensor:
-            if cut not in ("rows", "columns"):
+            if not is_cut(cut):
                 return tensor
             pieces = gather_pieces(tensor.to(self.layout.device), group, to=0)
             return tensor if pieces is None else join_tensor(pieces, cut)

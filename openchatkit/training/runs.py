@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from openchatkit.models.cuts import is_cut
 from openchatkit.models.registry import family
 from openchatkit.models.shards import HEAD, shard_names
 from openchatkit.training.local_stages import LocalStages
@@ -67,8 +68,7 @@ def list_places(stages: LocalStages) -> list[Place]:
         if config.tie_embeddings and shard == HEAD:
             shapes[kind.tied_weight] = (config.vocab_size, config.hidden_size)
         for name, shape in shapes.items():
-            cut = kind.cuts[name]
-            elements = math.prod(shape) // (stages.part.count if cut in ("rows", "columns") else 1)
+            elements = math.prod(shape) // (stages.part.count if is_cut(kind.cuts(config)[name]) else 1)
             places.append(Place(shard, name, elements, order.index(shard)))
     return places
 

@@ -41,7 +41,7 @@ def test_both_spellings_at_once_must_agree():
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'; the kit knows gpt_neox, gptj"),
-        ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
+        ({"hidden_act": "selu"}, "activation 'selu' is not supported"),
         ({"hidden_size": 500}, "hidden size 500 is not a multiple of 8"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),

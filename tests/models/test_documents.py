@@ -150,7 +150,7 @@ def test_models_learn_the_same_by_borders(kind, request):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_parts_of_a_layer_by_borders_add_up_to_the_whole(kind, segments_kernel):
     config, name = config_from_hf(FAMILIES[kind]), "layer_00000"
-    module, cuts = family(config).module, family(config).cuts
+    module, cuts = family(config).module, family(config).cuts(config)
     whole, documents = module(config, name).double(), confine(STARTS, device=CPU, dtype=torch.float64, head_dim=8)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 24, 32, dtype=torch.float64, generator=generator)

@@ -211,8 +211,8 @@ def test_ranks_add_up_to_the_model(name):
         for parameter, shape in kind.parameter_shapes(config, shard).items():
             size = torch.Size(shape).numel()
             whole += size
-            uncut += size * (kind.cuts[parameter] == "whole")
-            once += size * (kind.cuts[parameter] == "once")
+            uncut += size * (kind.cuts(config)[parameter] == "whole")
+            once += size * (kind.cuts(config)[parameter] == "once")
     first = [parameters.count_rank(run, rank, 0) for rank in range(run.pipeline_size)]
     other = [parameters.count_rank(run, rank, parts - 1) for rank in range(run.pipeline_size)]
     # What is cut adds up to the whole, parameters of the first part are there once, uncut ones on every part.

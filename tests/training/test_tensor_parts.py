@@ -73,7 +73,7 @@ def make_stage(network, part, **options):
         if config.tie_embeddings and shard == "head":
             tensors[family(config).tied_weight] = embedding
         embedding = tensors.get(family(config).embedding_weight, embedding)
-        stage.load(shard, cut_shard(tensors, family(config).cuts, part))
+        stage.load(shard, cut_shard(tensors, family(config).cuts(config), part))
     if part.count > 1:
         stage.connect_parts(Enter(dist.group.WORLD), Leave(dist.group.WORLD))
     return stage
@@ -188,7 +188,7 @@ def found(request, tmp_path_factory):
 
 def joined_gradients(network, results):
     """The whole's gradients: pieces joined, shares added."""
-    cuts, gradients = family(config_of(network)).cuts, [result["gradients"] for result in results]
+    cuts, gradients = family(config_of(network)).cuts(config_of(network)), [result["gradients"] for result in results]
     whole = {}
     for key in gradients[0]:
         pieces, cut = [each[key] for each in gradients if key in each], cuts[key.partition("/")[2]]

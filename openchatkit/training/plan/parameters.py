@@ -59,14 +59,15 @@ def count_parameters(config: ModelConfig, shard: str, part: Part) -> ParameterCo
 @functools.lru_cache
 def _count_kind(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
     kind = family(config)
+    cuts = kind.cuts(config)
     with torch.device("meta"), SkipInit():
         parameters = dict(kind.module(config, shard, part).named_parameters())
-    assert all(is_in(part, kind.cuts[name]) for name in parameters), (shard, part)
+    assert all(is_in(part, cuts[name]) for name in parameters), (shard, part)
     count = ParameterCount()
     for name, parameter in parameters.items():
         size = parameter.numel()
         matrix = size if parameter.dim() > 1 and shard != EMBED else 0
-        uncut, small = (size if kind.cuts[name] == "whole" else 0), (size if size < UNIT else 0)
+        uncut, small = (size if cuts[name] == "whole" else 0), (size if size < UNIT else 0)
         vector = size if parameter.dim() == 1 else 0
         count += ParameterCount(size, matrix, uncut, small, vector, largest=size)
     return count

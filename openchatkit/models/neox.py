@@ -1,0 +1,228 @@
+"""GPT-NeoX with any of its settings' options (see `neox_options`): the kit's own family, which transformers lacks.
+
+Models without an option are of the family `gpt_neox`. Parameter names are those of that family, of GPT-NeoX's files
+where it has none. Modules may be parts (see `cuts`), with seams `enter` and `leave` as in `gpt_neox`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openchatkit.errors import UserError
+from openchatkit.models.cache import KVCache
+from openchatkit.models.config import ModelConfig, get_positive_int
+from openchatkit.models.cuts import WHOLE, Cut, Part, StackedRows
+from openchatkit.models.documents import Seen
+from openchatkit.models.family import Family
+from openchatkit.models.gpt_neox import GPTNeoXEmbed
+from openchatkit.models.initialisation import check_method
+from openchatkit.models.layers import ACTIVATIONS, causal_attention, rotate_halves
+from openchatkit.models.neox_options import GATES, read_options
+from openchatkit.models.norms import make_norm
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    "softsign": F.softsign,
+    "sigmoid": F.sigmoid,
+    "identity": nn.Identity(),
+}
+
+
+class NeoxAttention(nn.Module):
+    """Causal self-attention, with as many heads of keys as of queries, or fewer, and with norms of both or without.
+
+    The rows of `query_key_value` are q, k, v of head 0, then of head 1, and so on; with fewer heads of keys, all of q,
+    all of k, all of v. One norm serves queries and keys.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
+        super().__init__()
+        options, self.head_dim = config.options, config.head_dim
+        self.is_rotary = options.pos_emb == "rotary"
+        self.num_heads, self.num_key_heads = part.share(config.num_heads), part.share(config.num_key_heads)
+        width, key_width = self.num_heads * self.head_dim, self.num_key_heads * self.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, width + 2 * key_width, bias=config.attention_bias)
+        self.dense = nn.Linear(width, config.hidden_size, bias=config.attention_bias and part.index == 0)
+        self.qk_layernorm = (
+            make_norm(options.norm, width, config.norm_eps, groups=self.num_heads) if options.use_qk_layernorm else None
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
+        query, key, value = self._project(x)
+        if self.qk_layernorm is not None:
+            norm = self.qk_layernorm
+            query, key = (norm(heads.flatten(-2)).unflatten(-1, (-1, self.head_dim)) for heads in (query, key))
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+        if self.is_rotary:
+            query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        if self.num_key_heads < self.num_heads:
+            # Kernels that take grouped keys themselves are not those that a processor or a mask lets attention have.
+            times = self.num_heads // self.num_key_heads
+            key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+        attended: Tensor = self.dense(causal_attention(query, key, value, seen))
+        return attended
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each [batch, length, heads, head_dim]."""
+        mixed = self.query_key_value(x)
+        if self.num_key_heads == self.num_heads:
+            query, key, value = mixed.unflatten(-1, (self.num_heads, -1)).chunk(3, dim=-1)
+            return query, key, value
+        heads = mixed.unflatten(-1, (-1, self.head_dim))
+        query, key, value = heads.split([self.num_heads, self.num_key_heads, self.num_key_heads], dim=-2)
+        return query, key, value
+
+
+class NeoxMLP(nn.Module):
+    """Two linear maps around the activation; a gated one multiplies one half of the first map by that of the other.
+
+    The rows of a gated `dense_h_to_4h` are those to be multiplied, then those that go through the activation.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
+        super().__init__()
+        self.is_gated = config.activation in GATES
+        self.activation = _FUNCTIONS[GATES.get(config.activation, config.activation)]
+        width, bias = part.share(config.intermediate_size), config.options.use_bias_in_mlp
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, width * (2 if self.is_gated else 1), bias=bias)
+        self.dense_4h_to_h = nn.Linear(width, config.hidden_size, bias=bias and part.index == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.dense_h_to_4h(x)
+        if self.is_gated:
+            up, gate = inner.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(inner)
+        hidden: Tensor = self.dense_4h_to_h(inner)
+        return hidden
+
+
+class NeoxLayer(nn.Module):
+    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `seen` is what they see.
+
+    Attention and MLP follow each other, or read the same hidden state; then one norm may serve both (`gpt_j_tied`).
+    """
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
+        super().__init__()
+        options = config.options
+        self.parallel_residual = config.parallel_residual
+        self.input_layernorm = make_norm(options.norm, config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = (
+            None if options.gpt_j_tied else make_norm(options.norm, config.hidden_size, config.norm_eps)
+        )
+        self.attention = NeoxAttention(config, part)
+        self.mlp = NeoxMLP(config, part)
+        self.enter: nn.Module = nn.Identity()
+        self.leave: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
+        y = self.enter(x)
+        normed = self.input_layernorm(y)
+        added: Tensor = self.attention(normed, cos, sin, seen, cache)
+        if not self.parallel_residual:
+            x = x + self.leave(added)
+            y = self.enter(x)
+        mlp: Tensor = self.mlp(normed if self.post_attention_layernorm is None else self.post_attention_layernorm(y))
+        mixed: Tensor = x + self.leave(added + mlp if self.parallel_residual else mlp)
+        return mixed
+
+
+class NeoxHead(nn.Module):
+    """The final norm, and the projection to the vocabulary (without bias)."""
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
+        super().__init__()
+        self.final_layer_norm = make_norm(config.options.norm, config.hidden_size, config.norm_eps)
+        self.embed_out = nn.Linear(config.hidden_size, part.share(config.vocab_size), bias=False)
+        self.enter: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.final_layer_norm(self.enter(x))
+        return normed
+
+
+def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
+    """Read the kit's own config.json of this family; UserError for settings that the network does not have."""
+    options = read_options(raw)
+    for name, default in (("hidden_dropout", 0), ("attention_dropout", 0), ("sliding_window_width", None)):
+        if (given := getattr(options, name)) != default:
+            raise UserError(f"config.json: {name} {given}: the kit's layers do not have it yet")
+    if options.pos_emb not in ("rotary",):
+        raise UserError(f"config.json: pos_emb {options.pos_emb!r}: the kit's layers do not have it yet")
+    if sparse := {*options.attention_config} - {"global"}:
+        raise UserError(f"config.json: attention_config {sorted(sparse)}: the kit's layers do not have it yet")
+    activation, known = raw.get("hidden_act", "gelu"), sorted({*ACTIVATIONS, "softsign", *GATES})
+    if activation not in known:
+        raise UserError(f"config.json: hidden_act is {activation!r}, expected one of {', '.join(known)}")
+    hidden_size, num_heads = get_positive_int(raw, "hidden_size"), get_positive_int(raw, "num_attention_heads")
+    rotary = options.pos_emb == "rotary"
+    return ModelConfig(
+        family="neox",
+        vocab_size=get_positive_int(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=get_positive_int(raw, "num_hidden_layers"),
+        num_heads=num_heads,
+        intermediate_size=get_positive_int(raw, "intermediate_size"),
+        max_position_embeddings=get_positive_int(raw, "max_position_embeddings"),
+        rotary_dim=int(hidden_size // num_heads * float(raw.get("rotary_pct", 1.0))) if rotary else 0,
+        rotary_base=float(raw.get("rotary_emb_base", 10000)),
+        activation=activation,
+        norm_eps=float(raw.get("norm_eps", 1e-5)),
+        parallel_residual=bool(raw.get("use_parallel_residual", False)),
+        attention_bias=bool(raw.get("attention_bias", True)),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
+        init_std=float(raw.get("initializer_range", 0.02)),
+        output_init_std=raw.get("output_initializer_range"),
+        init_method=check_method(raw.get("initializer", "normal")),
+        output_init_method=raw.get("output_initializer") and check_method(raw["output_initializer"]),
+        options=options,
+    )
+
+
+def cuts(config: ModelConfig) -> dict[str, Cut]:
+    """Return how each parameter that a model may have is spread over parts."""
+    grouped = StackedRows((config.num_heads // config.num_key_heads, 1, 1))
+    qkv: Cut = "rows" if config.num_key_heads == config.num_heads else grouped
+    inner: Cut = StackedRows((1, 1)) if config.activation in GATES else "rows"
+    norms = ("input_layernorm", "post_attention_layernorm", "final_layer_norm")
+    return {
+        "embed_in.weight": "rows",
+        **{f"{norm}.{name}": "whole" for norm in norms for name in ("weight", "bias", "scale", "g")},
+        "attention.query_key_value.weight": qkv,
+        "attention.query_key_value.bias": qkv,
+        "attention.qk_layernorm.scale": "rows",
+        "attention.qk_layernorm.weight": "rows",
+        "attention.qk_layernorm.bias": "rows",
+        "attention.qk_layernorm.g": "whole",
+        "attention.dense.weight": "columns",
+        "attention.dense.bias": "once",
+        "mlp.dense_h_to_4h.weight": inner,
+        "mlp.dense_h_to_4h.bias": inner,
+        "mlp.dense_4h_to_h.weight": "columns",
+        "mlp.dense_4h_to_h.bias": "once",
+        "embed_out.weight": "rows",
+    }
+
+
+FAMILY = Family(
+    name="neox",
+    config_from_hf=config_from_hf,
+    embed=GPTNeoXEmbed,
+    layer=NeoxLayer,
+    head=NeoxHead,
+    cuts=cuts,
+    norm="final_layer_norm",
+    projection="embed_out",
+    embedding="embed_in",
+    body_prefix="gpt_neox.",
+    layers_prefix="gpt_neox.layers.",
+    projection_aliases=(),
+    ignored=re.compile("(?!)"),
+)
