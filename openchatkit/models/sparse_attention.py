@@ -1,0 +1,213 @@
+"""Sparse attention by blocks of tokens: which blocks the blocks of a row see, by kind, as GPT-NeoX's layouts have it.
+
+A layout is bool [heads or 1, blocks, blocks]: row r of it is true at the columns c <= r that block r sees. Within a
+block, and on the diagonal, a token sees itself and those before it. Layouts are made for a model's longest row; shorter
+ones have the first blocks of it, so that a row sees the same while it grows.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openchatkit.errors import UserError
+from openchatkit.models.dropout import mix
+
+SPARSE_KINDS = ("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer")
+_LAST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Settings of sparse layers, by GPT-NeoX's names; None stands for the default of a kind.
+
+    `seed` is that of random blocks: each layer has its own, drawn from it.
+    """
+
+    block: int = 16
+    different_layout_per_head: bool = False
+    num_local_blocks: int | None = None
+    num_global_blocks: int = 1
+    num_different_global_patterns: int = 1
+    num_random_blocks: int | None = None
+    num_sliding_window_blocks: int | None = None
+    local_window_blocks: tuple[int, ...] = (4,)
+    global_block_indices: tuple[int, ...] = (0,)
+    global_block_end_indices: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {
+            "block": (self.block, 1),
+            "num_local_blocks": (self.num_local_blocks, 1),
+            "num_global_blocks": (self.num_global_blocks, 0),
+            "num_different_global_patterns": (self.num_different_global_patterns, 1),
+            "num_random_blocks": (self.num_random_blocks, 0),
+            "num_sliding_window_blocks": (self.num_sliding_window_blocks, 1),
+            "seed": (self.seed, 0),
+        }
+        for name, (value, least) in counts.items():
+            if value is not None and (type(value) is not int or value < least):
+                raise _refuse(name, value, f"a whole number of at least {least}")
+        lists = {
+            "local_window_blocks": (self.local_window_blocks, 1),
+            "global_block_indices": (self.global_block_indices, 0),
+        }
+        if self.global_block_end_indices is not None:
+            lists["global_block_end_indices"] = (self.global_block_end_indices, 1)
+        for name, (values, least) in lists.items():
+            if not isinstance(values, tuple) or any(type(value) is not int or value < least for value in values):
+                raise _refuse(name, values, f"a list of whole numbers of at least {least}")
+        if type(self.different_layout_per_head) is not bool:
+            raise _refuse("different_layout_per_head", self.different_layout_per_head, "true or false")
+        if not self.local_window_blocks:
+            raise _refuse("local_window_blocks", [], "at least one window")
+        ends = self.global_block_end_indices
+        if ends is not None and (
+            len(ends) != len(self.global_block_indices)
+            or any(end <= start for start, end in zip(self.global_block_indices, ends, strict=True))
+        ):
+            raise _refuse(
+                "global_block_end_indices", list(ends), "an end, exclusive, after each of global_block_indices"
+            )
+
+    def check(self, kind: str) -> None:
+        """UserError where the settings do not make a layout of a kind."""
+        if kind != "sparse_fixed":
+            return
+        window, patterns = self.num_local_blocks or 4, self.num_different_global_patterns
+        if self.num_global_blocks < 1 or window % self.num_global_blocks:
+            raise _refuse("num_global_blocks", self.num_global_blocks, f"a divisor of num_local_blocks {window}")
+        if patterns > 1 and not self.different_layout_per_head:
+            raise _refuse("num_different_global_patterns", patterns, "1 unless different_layout_per_head is true")
+        if patterns > window // self.num_global_blocks:
+            raise _refuse(
+                "num_different_global_patterns",
+                patterns,
+                f"at most num_local_blocks / num_global_blocks = {window // self.num_global_blocks}",
+            )
+
+
+def read_sparsity(settings: Mapping[str, Any]) -> Sparsity:
+    """Return the settings that a `sparsity_config` gives; UserError for a name or a value that makes no sense."""
+    known = [field.name for field in fields(Sparsity)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"sparsity_config: {name} is not known; the settings are {', '.join(known)}")
+    frozen: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return Sparsity(**frozen)
+
+
+def _refuse(name: str, value: Any, expected: str) -> UserError:
+    return UserError(f"sparsity_config: {name} is {value!r}, expected {expected}")
+
+
+@functools.lru_cache(maxsize=256)
+def make_layout(kind: str, sparsity: Sparsity, *, blocks: int, heads: int, layer: int) -> Tensor:
+    """Return the layout of a layer, bool [heads, blocks, blocks] where each head has its own, else [1, ...]."""
+    sparsity.check(kind)
+    layouts = []
+    for head in range(heads if sparsity.different_layout_per_head else 1):
+        row = torch.arange(blocks, device="cpu").unsqueeze(1)
+        layouts.append(_SEEN[kind](sparsity, row, row.T, head, layer) & (row >= row.T))
+    return torch.stack(layouts)
+
+
+def block_mask(layout: Tensor, block: int, length: int, *, before: int = 0, device: torch.device) -> Tensor:
+    """Return bool [heads or 1, length, before + length]: the tokens in blocks that each token's block sees, none later.
+
+    Of `length` tokens that follow `before` others.
+    """
+    place = torch.arange(before + length, device=device)
+    needed, made = -(-len(place) // block), layout.shape[-1]
+    assert needed <= made, f"{len(place)} tokens are {needed} blocks of {block}, the layout has {made}"
+    layout = layout[:, :needed, :needed].to(device)
+    seen = layout.repeat_interleave(block, 1).repeat_interleave(block, 2)
+    return seen[:, before : len(place), : len(place)] & (place <= place[before:].unsqueeze(-1))
+
+
+def check_rows(sparsity: Sparsity, length: int) -> None:
+    """UserError unless rows of `length` tokens are whole blocks."""
+    if length % sparsity.block:
+        fits = length // sparsity.block * sparsity.block or sparsity.block
+        raise UserError(
+            f"rows of {length} tokens are no multiple of the {sparsity.block} tokens of a block of sparse attention: "
+            f"make them {fits} long, or change block in sparsity_config"
+        )
+
+
+def _see_local(settings: Sparsity, row: Tensor, column: Tensor, head: int, layer: int) -> Tensor:
+    """A window that ends at the row's own block (`local`)."""
+    width = settings.num_local_blocks or settings.num_sliding_window_blocks or 4
+    return column >= row - width // 2
+
+
+def _see_fixed(settings: Sparsity, row: Tensor, column: Tensor, head: int, layer: int) -> Tensor:
+    """The row's window, and the global blocks of windows before (Child et al., arXiv 1904.10509, section 4.3)."""
+    width, globals_, blocks = settings.num_local_blocks or 4, settings.num_global_blocks, len(row)
+    offset = width - (1 + head % settings.num_different_global_patterns) * globals_
+    place, whole = column % width, blocks // width * width
+    is_global = (column < whole) & (place >= offset) & (place < offset + globals_)
+    if whole < blocks:  # a last window that is shorter, whose global blocks may begin before it
+        start = min(whole + offset, blocks - globals_)
+        is_global |= (column >= start) & (column < start + globals_)
+    return (row // width == column // width) | is_global
+
+
+def _see_variable(settings: Sparsity, row: Tensor, column: Tensor, head: int, layer: int) -> Tensor:
+    """The row's window, of listed widths and then the last one, global and random blocks."""
+    blocks, windows = len(row), list(settings.local_window_blocks)
+    while sum(windows) < blocks:
+        windows.append(windows[-1])
+    window = torch.arange(len(windows), device="cpu").repeat_interleave(torch.tensor(windows, device="cpu"))[:blocks]
+    same = window.unsqueeze(1) == window
+    return (
+        same | _is_global(settings, column) | _draw_blocks(settings, settings.num_random_blocks or 0, row, head, layer)
+    )
+
+
+def _see_bigbird(settings: Sparsity, row: Tensor, column: Tensor, head: int, layer: int) -> Tensor:
+    """A window, the first blocks, and random ones (Zaheer et al., arXiv 2007.14062, section 2)."""
+    width, first = settings.num_sliding_window_blocks or 3, settings.num_global_blocks
+    count = 1 if settings.num_random_blocks is None else settings.num_random_blocks
+    seen = (column >= row - width // 2) | (column < first) | (row < first)
+    return seen | _draw_blocks(settings, count, row, head, layer)
+
+
+def _see_longformer(settings: Sparsity, row: Tensor, column: Tensor, head: int, layer: int) -> Tensor:
+    """A window, and blocks that see all and are seen by all (Beltagy et al., arXiv 2004.05150, section 3.1)."""
+    width = settings.num_sliding_window_blocks or 3
+    return (column >= row - width // 2) | _is_global(settings, column) | _is_global(settings, row)
+
+
+_SEEN: dict[str, Callable[[Sparsity, Tensor, Tensor, int, int], Tensor]] = dict(
+    zip(SPARSE_KINDS, (_see_local, _see_fixed, _see_variable, _see_bigbird, _see_longformer), strict=True)
+)
+
+
+def _is_global(settings: Sparsity, number: Tensor) -> Tensor:
+    """Whether blocks are of those that `global_block_indices` lists, or of the ranges that begin there."""
+    starts = settings.global_block_indices
+    ends = settings.global_block_end_indices or [start + 1 for start in starts]
+    found = torch.zeros_like(number, dtype=torch.bool)
+    for start, end in zip(starts, ends, strict=True):
+        found |= (number >= start) & (number < end)
+    return found
+
+
+def _draw_blocks(settings: Sparsity, count: int, row: Tensor, head: int, layer: int) -> Tensor:
+    """Draw `count` of each row's blocks up to its own, or all where there are fewer: by seed, layer, head and row."""
+    blocks = len(row)
+    drawn = torch.zeros(blocks, blocks, dtype=torch.bool, device="cpu")
+    if not count:
+        return drawn
+    key = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    for number in (settings.seed, layer, head, row, row.T):
+        key = mix(key, number)
+    numbers = key.masked_fill(row < row.T, _LAST)
+    return drawn.scatter_(1, numbers.argsort(1)[:, :count], True)
