@@ -2,7 +2,8 @@
 
 The content of a sample is a pure function of (seed, source, its number). Each packing has
 
-    samples             samples in an epoch
+    samples             samples in an epoch, or in `passes` of them
+    passes              how often these go through the source
     tokens_per_sample   places of a row that hold a token and not padding, on average
     waste               the share of places that hold padding, 0 to 1
     fill(sample, tokens, labels, document_starts)
@@ -20,6 +21,7 @@ from loguru import logger
 from openchatkit.data.batch import IGNORE
 from openchatkit.data.samples.best_fit import best_fit_decreasing
 from openchatkit.data.samples.order import RunningSums, chunks, number_type, shuffle_numbers
+from openchatkit.data.samples.rows import DocumentStream, write_documents, write_window
 from openchatkit.data.samples.source import MixtureSource
 from openchatkit.errors import UserError
 
@@ -28,6 +30,7 @@ class Packed(Protocol):
     """The interface of every packing."""
 
     samples: int
+    passes: float
     tokens_per_sample: float
     waste: float
 
@@ -49,6 +52,8 @@ class _Concatenated:
     predicted exactly once an epoch, those at the border of two epochs included.
     """
 
+    passes = 1.0
+
     def __init__(self, source: MixtureSource, seq_length: int) -> None:
         if source.tokens <= seq_length:
             raise UserError(
@@ -60,7 +65,7 @@ class _Concatenated:
         self.waste = 0.0
         self._source = source
         self._seq_length = seq_length
-        self._stream = functools.lru_cache(maxsize=2)(self._sums)
+        self._stream = functools.lru_cache(maxsize=2)(self._order_documents)
 
     def fill(
         self, sample: int, tokens: np.ndarray, labels: np.ndarray, document_starts: np.ndarray | None = None
@@ -72,28 +77,18 @@ class _Concatenated:
         mask = np.empty(self._seq_length + 1, bool)
         filled = 0
         while filled < len(window):
-            room = len(window) - filled
-            first, sizes, offset = self._stream(epoch).span(position, room)
-            begins = np.zeros_like(sizes)
-            begins[0] = offset
-            sizes = sizes - begins
-            size = min(int(sizes.sum()), room)
-            sizes[-1] -= sizes.sum() - size
-            documents = self._source.order(epoch)[first : first + len(sizes)]
-            self._source.copy(documents, begins, sizes, window[filled : filled + size], mask[filled : filled + size])
-            filled, epoch, position = filled + size, epoch + 1, 0
-        tokens[:] = window[:-1]
-        labels[:] = np.where(mask[1:], window[1:], IGNORE)
+            filled += self._stream(epoch).copy(position, window[filled:], mask[filled:])
+            epoch, position = epoch + 1, 0
+        write_window(window, mask, tokens, labels)
 
-    def _sums(self, epoch: int) -> RunningSums:
-        source, order = self._source, self._source.order(epoch)
-        return RunningSums(
-            source.arrays, "anchors", epoch, source.documents, lambda low, high: source.sizes(order[low:high])
-        )
+    def _order_documents(self, epoch: int) -> DocumentStream:
+        return DocumentStream(self._source, self._source.order(epoch), "anchors", epoch)
 
 
 class _OnePerRow:
     """One document a sample, cut after `seq_length` + 1 tokens or padded; padding is not trained on."""
+
+    passes = 1.0
 
     def __init__(self, source: MixtureSource, seq_length: int, *, padding: int) -> None:
         cut = held = 0
@@ -118,12 +113,8 @@ class _OnePerRow:
         assert document_starts is None
         epoch, number = divmod(sample, self.samples)
         documents = self._source.order(epoch)[number : number + 1]
-        sizes = np.minimum(self._source.sizes(documents), len(tokens) + 1)
-        size = int(sizes[0])
-        row, mask = np.full(len(tokens) + 1, self._padding), np.zeros(len(tokens) + 1, bool)
-        self._source.copy(documents, np.zeros(1, np.int64), sizes, row[:size], mask[:size])
-        tokens[:] = row[:-1]
-        labels[:] = np.where(mask[1:], row[1:], IGNORE)
+        sizes = self._source.sizes(documents)
+        write_documents(self._source, documents, sizes, tokens, labels, padding=self._padding)
 
     def _report_cut(self, cut: int, seq_length: int) -> None:
         source = self._source
@@ -167,6 +158,8 @@ class _WholeDocuments:
     Which sizes share a row is planned once, on the histogram of sizes. Each epoch has an order that decides which
     documents of these sizes those are, and another for the rows.
     """
+
+    passes = 1.0
 
     def __init__(self, source: MixtureSource, seq_length: int, *, padding: int) -> None:
         rests = np.zeros(seq_length + 1, np.int64)  # documents by the places of their rest
