@@ -18,6 +18,7 @@ from openchatkit.data.options import DataOptions
 from openchatkit.data.samples.packing import Packed, pack
 from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.data.stores.cache import cached_store, store_identity
+from openchatkit.data.stores.labels import labelled_store
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats.token_store import TokenStore
 
@@ -133,7 +134,10 @@ def _open_stores(entry: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -
             )
         )
     for prefix in entry.stores:
-        store, identity = TokenStore(prefix), store_identity(prefix, options.data_cache)
+        if entry.labels is None:
+            store, identity = TokenStore(prefix), store_identity(prefix, options.data_cache)
+        else:
+            store, identity = labelled_store(prefix, entry.labels, options.data_cache)
         if entry.documents is not None:
             first, last = entry.documents
             store, identity = store.part(first, last), f"{identity}[{first}:{last}]"

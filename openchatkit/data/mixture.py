@@ -23,7 +23,7 @@ _STRIDE = 1 << 10
 class TaskEntry:
     """One entry of `--task-name`: name, weight, and data, which is either files of records or prefixes of token stores.
 
-    `weighted`: the weight was given. `documents`: see `task_names.DataFiles`.
+    `weighted`: the weight was given. `documents`, `labels`: see `task_names.DataFiles`.
     """
 
     name: str
@@ -32,6 +32,7 @@ class TaskEntry:
     stores: tuple[Path, ...]
     weighted: bool = False
     documents: tuple[int, int] | None = None
+    labels: Path | None = None
 
 
 def parse(value: str, *, cache_dir: Path, flag: str = "--task-name") -> list[TaskEntry]:
@@ -71,7 +72,7 @@ def _is_here(entry: str) -> bool:
 def _parse_entry(entry: str, cache_dir: Path) -> TaskEntry:
     # A path may itself hold colons, so an entry that is a file's name has no weight.
     if found := task_names.find_local(entry):
-        return TaskEntry(entry, 1.0, found.files, found.stores, documents=found.documents)
+        return TaskEntry(entry, 1.0, found.files, found.stores, documents=found.documents, labels=found.labels)
     head, _, text = entry.rpartition(":")
     name, weight = head.strip(), _number(text)
     # The colon may also belong to an address, or to a name without a weight.
@@ -86,7 +87,7 @@ def _parse_entry(entry: str, cache_dir: Path) -> TaskEntry:
     found = found or task_names.fetch_remote(name, cache_dir)
     if found is None:
         raise UserError(task_names.explain_missing(name))
-    return TaskEntry(name, weight, found.files, found.stores, weighted, found.documents)
+    return TaskEntry(name, weight, found.files, found.stores, weighted, found.documents, found.labels)
 
 
 def _number(text: str) -> float | None:

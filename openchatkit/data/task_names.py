@@ -1,9 +1,10 @@
 """Names in `--task-name` -> files of records, or token stores; remote ones are fetched first.
 
-In this order: a path or a glob; the prefix of a token store, or `PREFIX[0:900]` for its documents 0 to 899; the bare
-name of a file that a `prepare.py` has fetched (`unified_ni` for data/OIG/files/unified_ni.jsonl.gz, and the original
-kit's `cot`); an address (`https://`, `s3://`, `hf://datasets/ORG/NAME/GLOB`); a data set of the Hugging Face hub
-(`ORG/NAME`). Fetched files stay in the cache, and a later run takes them from there without a connection.
+In this order: a path or a glob; the prefix of a token store, `PREFIX[0:900]` for its documents 0 to 899, or
+`PREFIX[labels=OTHER]` for a store and its label store; the bare name of a file that a `prepare.py` has fetched
+(`unified_ni` for data/OIG/files/unified_ni.jsonl.gz, and the original kit's `cot`); an address (`https://`, `s3://`,
+`hf://datasets/ORG/NAME/GLOB`); a data set of the Hugging Face hub (`ORG/NAME`). Fetched files stay in the cache, and a
+later run takes them from there without a connection.
 """
 
 import glob
@@ -23,6 +24,7 @@ _PACKED = ("", ".gz", ".zst", ".bz2", ".xz")
 # The files looked for in a data set of the hub; JSON there is as often a description of the data.
 _HUB_SUFFIXES = tuple(suffix for suffix in reader.RECORD_SUFFIXES if suffix.split(".")[1] != "json")
 _DOCUMENTS = re.compile(r"(?P<prefix>.+)\[(?P<first>\d+):(?P<last>\d+)\]")
+_LABELLED = re.compile(r"(?P<prefix>.+)\[labels=(?P<labels>.+)\]")
 _ADDRESS = re.compile(r"(https?|s3)://")
 _HUB = re.compile(r"(?:hf://datasets/)?(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<glob>.+))?")
 # A name that the original's documentation uses and that no file has.
@@ -35,12 +37,14 @@ _HELD_OUT = re.compile(r"(^|[\W_])(test|testing|eval|evaluation|valid|validation
 class DataFiles:
     """Files of records, or prefixes of token stores; one of the two is empty.
 
-    `documents` are the first one and the end of those to take of a single store, where not all are meant.
+    `documents` are the first one and the end of those to take of a single store, where not all are meant; `labels` is
+    the prefix of a single store's label store.
     """
 
     files: tuple[Path, ...] = ()
     stores: tuple[Path, ...] = ()
     documents: tuple[int, int] | None = None
+    labels: Path | None = None
 
 
 def is_address(name: str) -> bool:
@@ -65,6 +69,9 @@ def find_local(name: str) -> DataFiles | None:
         return DataFiles(stores=(prefix,))
     if (some := _DOCUMENTS.fullmatch(name)) and (prefix := token_store.find_prefix(Path(some["prefix"]))):
         return DataFiles(stores=(prefix,), documents=(int(some["first"]), int(some["last"])))
+    if some := _LABELLED.fullmatch(name):
+        prefix, labels = (_find_store(some[part]) for part in ("prefix", "labels"))
+        return DataFiles(stores=(prefix,), labels=labels)
     if tables.is_saved_dataset(Path(name)):
         return DataFiles(files=(Path(name),))
     if Path(name).is_file():
@@ -110,6 +117,13 @@ def explain_missing(name: str) -> str:
     else:
         found = f"there is no folder {folder}"
     return f"no file {name} ({found}){_fetch_command(folder)}"
+
+
+def _find_store(name: str) -> Path:
+    """Return the prefix of a store that must be there."""
+    if prefix := token_store.find_prefix(Path(os.path.expanduser(name))):
+        return prefix
+    raise UserError(f"there is no token store {name}: expected {token_store.idx_path(Path(name))} and its .bin")
 
 
 def _match(pattern: str) -> DataFiles | None:

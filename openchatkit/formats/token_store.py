@@ -27,6 +27,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 HEADER_SIZE = _HEADER.size  # bytes of an index before its sizes
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CONTEXT, TRAINED, EXCLUDED = 0, 1, 2  # bytes of a mask
+NOT_TRAINED = -100  # a label
 _UINT16_VOCABULARY = 65500  # vocabularies smaller than this are written as uint16, others as int32
 _MAKER = ".tokenizer"
 
@@ -79,12 +80,25 @@ def pack_header(dtype: np.dtype, documents: int) -> bytes:
     return _HEADER.pack(_MAGIC, 1, code, documents, documents + 1)
 
 
+class LabelMask:
+    """The mask that labels [T] stand for: an array of the same length, of which only the places asked for are made."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        return np.where(self._labels[places] == NOT_TRAINED, CONTEXT, TRAINED).astype(np.uint8)
+
+
 class TokenStore:
     """A store opened by memory map. Arrays are read-only:
 
-    tokens [T] in the store's own integer type; mask uint8 [T] or None; sizes int32 [N]; pointers int64 [N], in bytes.
-    Opening reads the header and the last document's place, not the documents. UserError when a file is missing, cut,
-    or of another format.
+    tokens [T] in the store's own integer type; mask uint8 [T], or a LabelMask of as many, or None; sizes int32 [N];
+    pointers int64 [N], in bytes. Opening reads the header and the last document's place, not the documents. UserError
+    when a file is missing, cut, or of another format.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -102,7 +116,9 @@ class TokenStore:
         if len(content) != end:
             raise UserError(_cut(bin_path(self.prefix), len(content), end))
         self.tokens = np.frombuffer(content, dtype)
-        self.mask = _map_bytes(mask_path(self.prefix)) if mask_path(self.prefix).exists() else None
+        self.mask: np.ndarray | LabelMask | None = None
+        if mask_path(self.prefix).exists():
+            self.mask = _map_bytes(mask_path(self.prefix))
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise UserError(_cut(mask_path(self.prefix), len(self.mask), len(self.tokens)))
         self._first_token = 0

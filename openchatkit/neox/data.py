@@ -38,6 +38,7 @@ def translate(config: NeoxConfig) -> dict[str, Any]:
         "evaluation_data": valid if evaluated else None,
         "evaluation_steps": config.get("eval_interval") if evaluated else 0,
         "evaluation_num_batch": config.get("eval_iters") if evaluated else None,
+        **_follow_labels(config, ["train", "valid"] if evaluated else ["train"]),
     }
 
 
@@ -88,7 +89,31 @@ def _join_stores(config: NeoxConfig, part: str) -> str | None:
     weights = [1] * len(paths) if weights is None else weights
     if len(weights) != len(paths):
         raise UserError(f"{config.where(f'{part}_data_weights')}: {len(weights)} weights for {len(paths)} {name}")
-    return ",".join(f"{_find_store(config, name, path)}:{weight}" for path, weight in zip(paths, weights, strict=True))
+    stores = [str(_find_store(config, name, path)) for path in paths]
+    if labels := config.get(key := f"{part}_label_data_paths"):
+        if len(labels) != len(paths):
+            raise UserError(f"{config.where(key)}: {len(labels)} label stores for {len(paths)} {name}")
+        stores = [
+            f"{store}[labels={_find_store(config, key, path)}]" for store, path in zip(stores, labels, strict=True)
+        ]
+    return ",".join(f"{store}:{weight}" for store, weight in zip(stores, weights, strict=True))
+
+
+def _follow_labels(config: NeoxConfig, parts: Sequence[str]) -> dict[str, Any]:
+    """Return the trainer's settings that follow label stores, which all of these parts have, or none of them."""
+    labels = {part: config.get(f"{part}_label_data_paths") for part in parts}
+    if not any(labels.values()):
+        return {}
+    with_labels = next(part for part in parts if labels[part])
+    name = f"{with_labels}_label_data_paths"
+    if config.get("data_path"):
+        raise UserError(f"{config.where(name)}: label stores go with {with_labels}_data_paths, not with data_path")
+    if without := next((part for part in parts if not labels[part]), None):
+        raise UserError(
+            f"{config.where(name)}: {without}_label_data_paths is missing: give it for {without}_data_paths"
+        )
+    # A document without a label to train on is context alone in GPT-NeoX, too.
+    return {"loss_on": "responses", "max_without_reply": 1.0}
 
 
 def _find_store(config: NeoxConfig, name: str, path: str) -> Path:

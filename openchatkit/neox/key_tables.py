@@ -52,7 +52,6 @@ _INITS = (
     "normal scaled_normal single_residual_scaled_normal small_init wang_init orthogonal scaled_orthogonal "
     "xavier_uniform xavier_normal"
 )
-_NORMAL_INITS = _INITS.split()[:5]
 _NO_DROPOUT = "the kit's layers drop nothing out: set it to 0"
 
 MODEL: Mapping[str, Key] = {
@@ -67,11 +66,17 @@ MODEL: Mapping[str, Key] = {
     "norm": _use(
         "text",
         "layernorm",
-        choices="layernorm apexlayernorm rmsnorm scalenorm non_parametric_layernorm te_rmsnorm te_layernorm",
-        only=["layernorm"],
-        why=f"{_NOT_YET}: use layernorm",
+        # rmsnorm_2021 is of the kit: GPT-NeoX's rmsnorm until May 2025.
+        choices=(
+            "layernorm apexlayernorm rmsnorm rmsnorm_2021 scalenorm non_parametric_layernorm te_rmsnorm te_layernorm"
+        ),
+        only=["layernorm", "rmsnorm", "rmsnorm_2021", "scalenorm", "non_parametric_layernorm"],
+        why="transformer-engine is not used: use layernorm or rmsnorm",
     ),
     "layernorm_epsilon": _use("number", 1e-5),
+    "rms_norm_epsilon": _use("number", 1e-8),
+    "scalenorm_epsilon": _use("number", 1e-8),
+    "use_qk_layernorm": _use("truth", False),
     "pos_emb": _use(
         "text",
         "learned",
@@ -83,33 +88,23 @@ MODEL: Mapping[str, Key] = {
     "rotary_emb_base": _use("number", 10000),
     "no_weight_tying": _use("truth", False),
     "gpt_j_residual": _use("truth", False),
-    "gpt_j_tied": _use("truth", False, only=[False], why=f"{_NOT_YET}: one norm for attention and MLP"),
-    "activation": _use(
-        "text",
-        "gelu",
-        choices="gelu geglu relu softsign swish mish silu reglu swiglu bilinear glu",
-        only=["gelu", "relu", "swish", "silu"],
-        why=f"{_NOT_YET}: use gelu, relu or silu",
-    ),
+    "gpt_j_tied": _use("truth", False),
+    "activation": _use("text", "gelu", choices="gelu geglu relu softsign swish mish silu reglu swiglu bilinear glu"),
+    "mlp_multiple_of": _use("whole", 1),
     "bias_gelu_fusion": _use("truth", False),
     "use_bias_in_attn_linear": _use("truth", True),
-    "use_bias_in_mlp": _use("truth", True, only=[True], why=f"{_NOT_YET}: MLPs without biases"),
+    "use_bias_in_mlp": _use("truth", True),
     "num_kv_heads": _use("whole"),
     "attention_config": _use("list"),
     "sparsity": _use("text", "none", choices="none all interspersed", only=["none"], why=f"{_NOT_YET}: sparse layers"),
     "hidden_dropout": _use("number", 0.0, only=[0], why=_NO_DROPOUT),
     "attention_dropout": _use("number", 0.0, only=[0], why=_NO_DROPOUT),
-    "init_method": _use(
-        "text", "normal", choices=_INITS, only=_NORMAL_INITS, why=f"{_NOT_YET}: use {' or '.join(_NORMAL_INITS)}"
-    ),
-    "output_layer_init_method": _use(
-        "text", "scaled_normal", choices=_INITS, only=_NORMAL_INITS, why=f"{_NOT_YET}: use {' or '.join(_NORMAL_INITS)}"
-    ),
+    "init_method": _use("text", "normal", choices=_INITS),
+    "output_layer_init_method": _use("text", "scaled_normal", choices=_INITS),
     "init_method_std": _use("number", 0.02),
-    **_refuse("sliding_window_width use_qk_layernorm apply_residual_connection_post_layernorm", _NOT_YET),
+    **_refuse("sliding_window_width apply_residual_connection_post_layernorm", _NOT_YET),
     **_ignore(
-        "rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance opt_pos_emb_offset sparsity_config "
-        "mlp_multiple_of",
+        "rpe_num_buckets rpe_max_distance opt_pos_emb_offset sparsity_config",
         "it belongs to a choice that is not made",
     ),
     **_ignore(
@@ -187,7 +182,6 @@ TRAINING: Mapping[str, Key] = {
     **_ignore("s3_chunk_size", "uploads choose the sizes of their pieces"),
 }
 
-_NO_LABELS = f"{_NOT_YET}: label stores; tools/preprocess_data.py --loss-mask writes a mask beside a store"
 _NO_TEST = "the test part is not evaluated yet"
 DATA: Mapping[str, Key] = {
     "data_path": _use("text"),
@@ -198,6 +192,9 @@ DATA: Mapping[str, Key] = {
     "train_data_weights": _use("numbers"),
     "valid_data_weights": _use("numbers"),
     "test_data_weights": _use("numbers", only=[None], why=_NO_TEST, outcome="differ"),
+    "train_label_data_paths": _use("texts"),
+    "valid_label_data_paths": _use("texts"),
+    "test_label_data_paths": _use("texts", only=[None], why=_NO_TEST, outcome="differ"),
     "tokenizer_type": _use(
         "text",
         "GPT2BPETokenizer",
@@ -216,7 +213,6 @@ DATA: Mapping[str, Key] = {
     ),
     "allow_chopped": _use("truth", True, only=[True], why=f"{_NOT_YET}: long documents are cut"),
     **_refuse("weight_by_num_documents", f"{_NOT_YET}: give train_data_weights"),
-    **_refuse("train_label_data_paths valid_label_data_paths test_label_data_paths", _NO_LABELS),
     **_refuse("reset_position_ids reset_attention_mask", "it did nothing in GPT-NeoX: leave it out"),
     **_ignore("weighted_sampler_alpha weighted_document_limit", "it belongs to a choice that is not made"),
     **_ignore("data_impl mmap_warmup num_workers use_shared_fs short_seq_prob", "stores are memory-mapped"),

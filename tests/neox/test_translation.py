@@ -132,6 +132,16 @@ def test_stores_with_weights(run, store):
     assert run(**paths).flags["task_name"] == "a_store:1,a_store:1"
 
 
+def test_label_stores(run, store):
+    paths = {"data_path": None, "train_data_paths": [store, store], "train_label_data_paths": [store, store]}
+    flags = run(**paths, train_data_weights=[1, 0.5]).flags
+    assert flags["task_name"] == "a_store[labels=a_store]:1,a_store[labels=a_store]:0.5"
+    assert (flags["loss_on"], flags["max_without_reply"]) == ("responses", 1.0)
+    flags = run(**paths, valid_data_paths=store, valid_label_data_paths=store, eval_iters=2).flags
+    assert flags["evaluation_data"] == "a_store[labels=a_store]:1"
+    assert "loss_on" not in run(data_path=None, train_data_paths=store).flags
+
+
 def test_without_a_gpu_products_are_in_what_the_processor_has(run):
     half = run(on_gpu=False, fp16={"enabled": True})
     assert half.flags["precision"] == "float32"
@@ -199,6 +209,28 @@ def test_splits_are_gpt_neox_s_own(split, documents, borders):
         (
             {"data_path": None, "train_data_paths": ["a_store"], "train_data_weights": [1, 2]},
             r"train_data_weights \[1, 2\]: 2 weights for 1 train_data_paths",
+        ),
+        (
+            {"data_path": None, "train_data_paths": ["a_store"], "train_label_data_paths": ["a_store", "b_store"]},
+            r"train_label_data_paths \['a_store', 'b_store'\]: 2 label stores for 1 train_data_paths",
+        ),
+        (
+            {"data_path": None, "train_data_paths": ["a_store"], "train_label_data_paths": ["no_store"]},
+            r"c.yml:\d+: train_label_data_paths no_store: there is no no_store.idx",
+        ),
+        (
+            {"train_label_data_paths": ["a_store"]},
+            r"train_label_data_paths \['a_store'\]: label stores go with train_data_paths, not with data_path",
+        ),
+        (
+            {
+                "data_path": None,
+                "eval_iters": 2,
+                "train_data_paths": ["a_store"],
+                "train_label_data_paths": ["a_store"],
+                "valid_data_paths": ["a_store"],
+            },
+            r"train_label_data_paths \['a_store'\]: valid_label_data_paths is missing: give it for valid_data_paths",
         ),
         ({"finetune": True}, r"finetune True: load is not given: name the folder of the run to start from"),
         ({"finetune": True, "load": "elsewhere"}, r"finetune True: elsewhere holds no checkpoint to start from"),

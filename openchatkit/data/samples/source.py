@@ -17,7 +17,16 @@ from openchatkit.data.samples import order
 from openchatkit.data.samples.arrays import IN_MEMORY, Arrays
 from openchatkit.errors import UserError
 from openchatkit.formats.chat import BOT
-from openchatkit.formats.token_store import EXCLUDED, TRAINED, TokenStore, bin_path, idx_path, mask_path
+from openchatkit.formats.token_store import (
+    EXCLUDED,
+    NOT_TRAINED,
+    TRAINED,
+    LabelMask,
+    TokenStore,
+    bin_path,
+    idx_path,
+    mask_path,
+)
 
 _LOOKED_AT = 10_000  # of a store made elsewhere: documents searched for replies, tokens looked at for their kind
 _CHARACTERS = 256
@@ -40,6 +49,11 @@ class Content:
     excluded_tokens: int | None = None
     untrained: int | None = None
     vocab_size: int | None = None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the mask is a label store, which may train on all of its texts."""
+        return isinstance(self.store.mask, LabelMask)
 
 
 class MixtureSource:
@@ -86,6 +100,10 @@ class MixtureSource:
         if self.masked:
             self._check_mask()
             self._check_replies(max_without_reply)
+        elif any(content.is_labelled for content in contents):
+            raise UserError(
+                f"{name}: labels are followed with --loss-on responses: pass that, or leave out [labels=...]"
+            )
 
     @functools.cached_property
     def trained_tokens(self) -> int:
@@ -164,12 +182,14 @@ class MixtureSource:
                 f"{self.documents} documents a line starts with `{BOT}` and a reply: write replies so, or pass "
                 "--loss-on all"
             )
+        if not some and any(content.is_labelled for content in self._contents):
+            raise UserError(f"{self.name}: nothing would be trained on, since its labels are all {NOT_TRAINED}")
         if not some:
             raise UserError(
                 f"{self.name}: nothing would be trained on with --loss-on responses, since its loss mask is all zeros: "
                 "make the store from records of chats, or pass --loss-on all"
             )
-        if not others:
+        if not others and not any(content.is_labelled for content in self._contents):
             raise UserError(
                 f"{self.name}: its loss mask is all ones, so --loss-on responses would train on prompts as on replies: "
                 "make the store again from records of chats, or pass --loss-on all if that is meant"
