@@ -21,8 +21,7 @@ from openchatkit.data.stores.pace import Pace
 from openchatkit.download.sidecar import read_sidecar
 from openchatkit.download.sources import fetch
 from openchatkit.errors import UserError
-from openchatkit.formats import token_store
-from openchatkit.tools.preprocess import neox_tokenizers
+from openchatkit.formats import neox_tokenizers, token_store
 from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES
 from openchatkit.tools.preprocess.command import preprocess
 from openchatkit.tools.preprocess.fields import FieldOptions

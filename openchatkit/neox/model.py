@@ -10,14 +10,9 @@ from typing import Any
 
 from openchatkit import storage
 from openchatkit.errors import UserError
-from openchatkit.formats import config_file, token_store, tokenizer_files
+from openchatkit.formats import config_file, neox_settings, neox_tokenizers, token_store, tokenizer_files
+from openchatkit.formats.neox_tokenizers import NeoxTokenizer
 from openchatkit.neox.config import NeoxConfig
-from openchatkit.tools.preprocess import neox_tokenizers
-from openchatkit.tools.preprocess.neox_tokenizers import NeoxTokenizer
-
-# Kinds of layers that are plain causal attention; `flash` names a kernel.
-_PLAIN_ATTENTION = ("global", "flash")
-_SPARSE_ATTENTION = ("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer")
 
 
 def load_tokenizer(config: NeoxConfig) -> NeoxTokenizer:
@@ -73,105 +68,12 @@ def pad_vocabulary(size: int, *, divisor: int, parts: int) -> int:
 
 def make_config(config: NeoxConfig, vocabulary: int) -> dict[str, Any]:
     """Return config.json of the model, for a tokenizer of `vocabulary` ids; UserError for sizes that do not fit."""
-    layers, width, heads, positions = config.need(
-        "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"
+    rows = pad_vocabulary(
+        vocabulary,
+        divisor=config.need("make_vocab_size_divisible_by")[0],
+        parts=max(config.get("model_parallel_size"), 1),
     )
-    if width % heads:
-        raise UserError(f"{config.where('hidden_size')} is no multiple of num_attention_heads {heads}: change one")
-    check_attention(config, layers)
-    activation = config.get("activation")
-    if activation == "gelu" and config.get("bias_gelu_fusion"):
-        activation = "gelu_fast"  # the fused kernel computes the tanh form
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        "vocab_size": pad_vocabulary(
-            vocabulary,
-            divisor=config.need("make_vocab_size_divisible_by")[0],
-            parts=max(config.get("model_parallel_size"), 1),
-        ),
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": _inner_width(config, width),
-        "max_position_embeddings": positions,
-        "rotary_pct": config.get("rotary_pct"),
-        "rotary_emb_base": config.get("rotary_emb_base"),
-        "hidden_act": activation,
-        "layer_norm_eps": config.get("layernorm_epsilon"),
-        "use_parallel_residual": config.get("gpt_j_residual"),
-        "attention_bias": config.get("use_bias_in_attn_linear"),
-        "tie_word_embeddings": not config.get("no_weight_tying"),
-        "initializer_range": _spread(config, "init_method", layers, width),
-        "output_initializer_range": _spread(config, "output_layer_init_method", layers, width),
-    }
-
-
-def check_attention(config: NeoxConfig, layers: int) -> None:
-    """Raise UserError unless each layer has plain attention over all tokens before, by as many key heads as queries."""
-    kinds = expand_attention(config, layers)
-    if strange := next((kind for kind in kinds if kind not in _PLAIN_ATTENTION), None):
-        known = strange in _SPARSE_ATTENTION
-        why = "the kit's trainer has no sparse layers yet: use global" if known else "another architecture: use global"
-        raise UserError(f"{config.where('attention_config')}: {strange}: {why}")
-    heads = config.get("num_kv_heads")
-    if heads not in (None, config.get("num_attention_heads")):
-        raise UserError(
-            f"{config.where('num_kv_heads')}: the kit's GPT-NeoX has no grouped queries yet: leave it out, or make it "
-            f"num_attention_heads {config.get('num_attention_heads')}"
-        )
-
-
-def expand_attention(config: NeoxConfig, layers: int) -> list[str]:
-    """Return the kind of each layer that `attention_config` says: `[[["local", "global"], "all"]]` for example."""
-    given = config.get("attention_config")
-    if not given:
-        return ["global"] * layers
-    if all(isinstance(kind, str) for kind in given):
-        kinds = list(given)
-    else:
-        kinds = []
-        for entry in given:
-            if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], list) or not entry[0]:
-                raise UserError(f'{config.where("attention_config")}: expected entries such as [["global"], 12]')
-            names, times = entry
-            if times == "all":
-                if layers % len(names):
-                    raise UserError(
-                        f"{config.where('attention_config')}: num_layers {layers} is no multiple of {len(names)} kinds"
-                    )
-                kinds = names * (layers // len(names))
-                break
-            if not isinstance(times, int):
-                raise UserError(f'{config.where("attention_config")}: expected a number of times, or "all"')
-            kinds += names * times
-    if len(kinds) != layers:
-        raise UserError(f"{config.where('attention_config')}: it is of {len(kinds)} layers, num_layers is {layers}")
-    return [str(kind) for kind in kinds]
-
-
-def _inner_width(config: NeoxConfig, width: int) -> int:
-    """Return the width of MLPs: `intermediate_size`, `expansion_factor` x hidden_size, or four times that."""
-    if config.get("intermediate_size") is not None:
-        return config.need("intermediate_size")[0]
-    factor = config.get("expansion_factor")
-    return 4 * width if factor is None else int(factor * width)
-
-
-def _spread(config: NeoxConfig, name: str, layers: int, width: int) -> float:
-    """Return the standard deviation of an initialisation that draws from a normal distribution of mean 0.
-
-    small_init is of Nguyen and Salazar (arXiv 1910.05895), wang_init of mesh-transformer-jax.
-    """
-    std: float = config.get("init_method_std")
-    deviations = {
-        "normal": std,
-        "scaled_normal": std / math.sqrt(2 * layers),
-        "single_residual_scaled_normal": std / math.sqrt(layers),
-        "small_init": math.sqrt(2 / (5 * width)),
-        "wang_init": 2 / (layers * math.sqrt(width)),
-    }
-    return deviations[config.get(name)]
+    return neox_settings.describe_model(config, rows=rows)
 
 
 def is_written(folder: Path) -> bool:

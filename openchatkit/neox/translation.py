@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openchatkit.errors import UserError
+from openchatkit.formats import neox_settings
 from openchatkit.neox import batches, data, model
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.settings import flag
@@ -50,7 +51,7 @@ class TrainerRun:
 def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
     """Return the trainer's run for a configuration on some ranks; UserError for what it cannot follow."""
     layers = config.need("num_layers")[0]
-    model.check_attention(config, layers)
+    neox_settings.check_attention(config, layers)
     notes = config.check()
     replicas = batches.count_replicas(config, ranks)
     made = model.find_maker(config).get("tokenizer_type")

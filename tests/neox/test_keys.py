@@ -6,6 +6,7 @@ import pytest
 from neox_cases import REFUSED, SHIPPED
 
 from openchatkit.errors import UserError
+from openchatkit.formats import neox_settings
 from openchatkit.neox import key_page, key_tables, keys
 from openchatkit.neox.config import NeoxConfig
 
@@ -53,9 +54,7 @@ def test_shipped_configurations_are_followed_or_refused_by_name(name, write):
 
 
 def check(config: NeoxConfig) -> None:
-    from openchatkit.neox import model
-
-    model.check_attention(config, config.get("num_layers"))
+    neox_settings.check_attention(config, config.get("num_layers"))
     config.check()
 
 

@@ -9,7 +9,7 @@ from neox_cases import SHIPPED
 
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
-from openchatkit.formats import config_file
+from openchatkit.formats import config_file, neox_settings
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.stage import Stage
 from openchatkit.neox import model
@@ -86,8 +86,8 @@ def test_initial_weights_have_the_spread_of_their_method(configure, name, std):
     ],
 )
 def test_attention_kinds(configure, given, kinds):
-    assert model.expand_attention(configure(attention_config=given), 4) == kinds
-    model.check_attention(configure(attention_config=given), 4)
+    assert neox_settings.expand_attention(configure(attention_config=given), 4) == kinds
+    neox_settings.check_attention(configure(attention_config=given), 4)
 
 
 @pytest.mark.parametrize(

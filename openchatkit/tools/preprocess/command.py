@@ -24,8 +24,8 @@ from openchatkit.data.stores.builder import Progress
 from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import in_batches
 from openchatkit.errors import UserError
-from openchatkit.formats import chat
-from openchatkit.tools.preprocess import fields, neox_tokenizers
+from openchatkit.formats import chat, neox_tokenizers
+from openchatkit.tools.preprocess import fields
 from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES, Archive
 from openchatkit.tools.preprocess.work_folder import set_aside_path, store_prefix, unfinished_stores
 

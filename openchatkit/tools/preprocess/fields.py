@@ -16,7 +16,7 @@ from openchatkit.data.records.document import BadRowError
 from openchatkit.data.records.tables import CARRIERS
 from openchatkit.data.stores.tokenise import Tokenised, assemble
 from openchatkit.formats import chat
-from openchatkit.tools.preprocess.neox_tokenizers import NeoxTokenizer
+from openchatkit.formats.neox_tokenizers import NeoxTokenizer
 
 
 @dataclass(frozen=True)

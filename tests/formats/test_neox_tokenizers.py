@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import Tokenizer
 
-from openchatkit.tools.preprocess import neox_tokenizers
+from openchatkit.formats import neox_tokenizers
 
 TEXTS = ["Hello <|endoftext|> ünïcode Ā\n\t \xad 日本 x", "  two  spaces ", "\x7f\x80 don't"]
 

@@ -1,4 +1,4 @@
-"""The tokenizers that GPT-NeoX's preprocessing offers, by the names of its `--tokenizer-type`.
+"""The tokenizers that GPT-NeoX offers, by the names of its `tokenizer_type`, made of the files that they are stored in.
 
 Each is a `NeoxTokenizer`: texts in, ids out, as in GPT-NeoX. It can be sent to another process. A tokenizer.json may
 ask for truncation, which is off here: a document is never truncated silently.
@@ -113,7 +113,8 @@ class _SentencePiece:
         self.end_of_text = None if end == self.processor.unk_id() else end
 
     def encode(self, texts: Sequence[str], *, literal: bool) -> list[list[int]]:
-        return self.processor.encode(list(texts))
+        ids: list[list[int]] = self.processor.encode(list(texts))
+        return ids
 
     def to_json(self) -> str | None:
         return None
