@@ -45,7 +45,7 @@ class Dataset:
         self.fingerprint = fingerprint
         self._separate = options.packing == "documents"
         if options.whole_epochs:
-            self.interleaving = Interleaving([part.samples for part in packed], seed=options.seed)
+            self.interleaving = Interleaving.by_quota([part.samples for part in packed], seed=options.seed)
             return
         weights = [source.weight for source in sources]
         if options.mixture_unit == "tokens":

@@ -6,7 +6,7 @@ has given before, are arithmetic. Where whole epochs are asked for and no weight
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from openchatkit.data import task_names
 from openchatkit.errors import UserError
 
 CYCLE = 1 << 14
-_STRIDE = 1 << 10
+STRIDE = 1 << 10  # turns between two counts of those before
 
 
 @dataclass(frozen=True)
@@ -119,37 +119,63 @@ def apportion(weights: Sequence[float], slots: int) -> list[int]:
 class Interleaving:
     """Sample number n -> (source, how many samples that source gave before n), by arithmetic, without end.
 
-    Within the cycle each source's turns are spread evenly, with a seeded jitter, so that a short run, too, meets the
-    sources in about their proportions.
+    `turns` [cycle] says which source each sample of a cycle is of, and `before` is as in `count_turns`. The next cycle
+    goes on with the samples after those of the first, or takes the same again if it `begins_again`.
     """
 
-    def __init__(self, quotas: Sequence[int], *, seed: int) -> None:
-        self.quotas = list(quotas)
-        self._cycle = sum(quotas)
+    def __init__(self, turns: np.ndarray, before: np.ndarray, *, begins_again: bool = False) -> None:
+        self._turns = turns
+        self._before = before
+        self._begins_again = begins_again
+        rest = turns[(len(before) - 1) * STRIDE :]
+        self.quotas: list[int] = (before[-1] + np.bincount(rest, minlength=before.shape[1])).tolist()
+
+    @classmethod
+    def by_quota(cls, quotas: Sequence[int], *, seed: int) -> "Interleaving":
+        """Interleave sources in a cycle in which each has its quota of turns.
+
+        They are spread evenly, with a seeded jitter, so that a short run, too, meets the sources in about their
+        proportions.
+        """
         generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, CYCLE])))
-        keys = [(np.arange(quota) + generator.random_sample(quota)) / quota for quota in self.quotas]
-        sources = np.repeat(np.arange(len(quotas), dtype=np.min_scalar_type(len(quotas))), self.quotas)
-        self._source = sources[np.argsort(np.concatenate(keys), kind="stable")]
-        # Samples that each source has given before every _STRIDE-th slot; those between are counted on demand.
-        starts = range(0, self._cycle, _STRIDE)
-        counts = [np.bincount(self._source[start : start + _STRIDE], minlength=len(quotas)) for start in starts]
-        self._before = np.cumsum([np.zeros(len(quotas), np.int64), *counts], axis=0)
+        keys = [(np.arange(quota) + generator.random_sample(quota)) / quota for quota in quotas]
+        sources = np.repeat(np.arange(len(quotas), dtype=np.min_scalar_type(len(quotas))), quotas)
+        turns = sources[np.argsort(np.concatenate(keys), kind="stable")]
+        return cls(turns, np.concatenate(list(count_turns(turns, len(quotas)))))
 
     @classmethod
     def by_weight(cls, weights: Sequence[float], *, seed: int) -> "Interleaving":
         """Interleave sources in proportion to weights, over a cycle of 16,384 slots."""
-        return cls(apportion(weights, CYCLE), seed=seed)
+        return cls.by_quota(apportion(weights, CYCLE), seed=seed)
 
     def locate(self, n: int) -> tuple[int, int]:
         """Return the source of sample n, and n's number among that source's samples."""
-        cycle, slot = divmod(n, self._cycle)
-        source = int(self._source[slot])
-        group = slot // _STRIDE
-        given = np.count_nonzero(self._source[group * _STRIDE : slot] == source)
-        return source, cycle * self.quotas[source] + int(self._before[group][source]) + int(given)
+        cycle, slot = divmod(n, len(self._turns))
+        source = int(self._turns[slot])
+        group = slot // STRIDE
+        given = np.count_nonzero(self._turns[group * STRIDE : slot] == source)
+        first = 0 if self._begins_again else cycle * self.quotas[source]
+        return source, first + int(self._before[group][source]) + int(given)
 
     def counts(self, samples: int) -> list[int]:
         """Return how many of the first `samples` samples are of each source."""
-        cycles, slots = divmod(samples, self._cycle)
-        rest = np.bincount(self._source[:slots], minlength=len(self.quotas))
+        cycles, slots = divmod(samples, len(self._turns))
+        group = slots // STRIDE
+        rest = np.bincount(self._turns[group * STRIDE : slots], minlength=len(self.quotas))
+        rest += self._before[group]
         return [cycles * quota + int(count) for quota, count in zip(self.quotas, rest, strict=True)]
+
+
+def count_turns(turns: np.ndarray, sources: int) -> Iterator[np.ndarray]:
+    """Yield how many turns each source has had before every 1,024th, int64 [some, sources], some at a time.
+
+    Those between are counted on demand.
+    """
+    given = np.zeros(sources, np.int64)
+    for low in range(0, len(turns), STRIDE * STRIDE):
+        piece = turns[low : low + STRIDE * STRIDE]
+        starts = np.arange(0, len(piece), STRIDE)
+        counts = np.stack([np.add.reduceat(piece == source, starts, dtype=np.int64) for source in range(sources)], 1)
+        ends = np.cumsum(counts, axis=0) + given
+        yield ends - counts
+        given = ends[-1]

@@ -162,7 +162,7 @@ def test_a_short_run_meets_the_weights() -> None:
 @pytest.mark.parametrize("samples", [[400, 8], [1, 1], [3, 70_000, 2_000], [5]])
 def test_whole_epochs(samples: list[int]) -> None:
     """Every epoch has each sample of each source once, and the smallest source is spread over it."""
-    turns, total = Interleaving(samples, seed=1), sum(samples)
+    turns, total = Interleaving.by_quota(samples, seed=1), sum(samples)
     for epoch in range(2):
         found = [turns.locate(n) for n in range(epoch * total, (epoch + 1) * total)]
         for source, count in enumerate(samples):
