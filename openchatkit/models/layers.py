@@ -107,3 +107,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, seen: Seen | Non
         assert seen is not None or query.shape[2] == 1, f"{query.shape[2]} tokens after others need a mask"
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     return mixed.transpose(1, 2).flatten(-2)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, seen: Seen | None = None) -> Tensor:
+    """Attend as `causal_attention` does, with fewer heads of keys and values, each for as many heads of queries.
+
+    Kernels that take grouped keys themselves are missing on CPUs, and for masks.
+    """
+    batch, key_heads, _, width = key.shape
+    times = query.shape[1] // key_heads
+    if query.shape[2] == 1 and seen is None:
+        # A decoded token's queries are so many queries of one head: keys of the whole text are not copied.
+        mixed = F.scaled_dot_product_attention(query.reshape(batch, key_heads, times, width), key, value)
+        return mixed.reshape(batch, 1, -1)
+    key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+    return causal_attention(query, key, value, seen)
