@@ -1,5 +1,6 @@
 """Command lines of GPT-NeoX's scripts: names of configuration files, flags, and `--key value` for any setting."""
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -38,18 +39,31 @@ class CommandLine:
         return [*self.known.conf_file, *folder, *(f"--{name}={text}" for name, text in self.overrides.items())]
 
 
-def add_files(parser: cli.Parser) -> None:
-    """Add the names of configuration files, and their folder."""
-    parser.add_argument("conf_file", nargs="+", metavar="CONF", help="configuration files; .yml may be left out")
-    parser.add_argument("-d", "--conf_dir", type=Path, metavar="DIR", help="folder of the files, put before each name")
+class ConfigurationParser(cli.Parser):
+    """A parser that knows its own flags, `flags`, from settings. Groups of flags it would not know."""
+
+    def __init__(self, **options: Any) -> None:
+        self.flags: set[str] = set()
+        super().__init__(**options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        action = super().add_argument(*names, **options)
+        self.flags.update(action.option_strings)
+        return action
+
+    def add_files(self) -> None:
+        """Add the names of configuration files, and their folder."""
+        self.add_argument("conf_file", nargs="+", metavar="CONF", help="configuration files; .yml may be left out")
+        self.add_argument(
+            "-d", "--conf_dir", type=Path, metavar="DIR", help="folder of the files, put before each name"
+        )
 
 
-def parse(parser: cli.Parser, argv: Sequence[str] | None) -> CommandLine:
+def parse(parser: ConfigurationParser, argv: Sequence[str] | None) -> CommandLine:
     """Read a command line: the parser's own flags, and settings, which may stand anywhere between.
 
     UserError for a setting without a value, or that is there twice.
     """
-    own = {option for action in parser._actions for option in action.option_strings}
     words = list(sys.argv[1:] if argv is None else argv)
     rest: list[str] = []
     overrides: dict[str, str] = {}
@@ -57,7 +71,7 @@ def parse(parser: cli.Parser, argv: Sequence[str] | None) -> CommandLine:
         word = words.pop(0)
         flag, equals, text = word.partition("=")
         flag = _SHORT.get(flag, flag)
-        if not flag.startswith("--") or flag in own:
+        if not flag.startswith("--") or flag in parser.flags:
             rest.append(f"{flag}{equals}{text}")
             continue
         name = flag[2:].replace("-", "_")

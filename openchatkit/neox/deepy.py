@@ -8,7 +8,7 @@ from openchatkit import cli
 from openchatkit.distributed import launcher, network
 from openchatkit.errors import UserError
 from openchatkit.neox import arguments, hosts, model, remote, translation
-from openchatkit.neox.arguments import CommandLine
+from openchatkit.neox.arguments import CommandLine, ConfigurationParser
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.neox.hosts import Host
 from openchatkit.paths import ROOT
@@ -28,14 +28,14 @@ _ELSEWHERE = {
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the configuration, start the ranks of each host, and wait for them. Returns the exit status."""
-    parser = cli.Parser(
+    parser = ConfigurationParser(
         prog="neox/deepy.py",
         usage="%(prog)s SCRIPT [-d DIR] CONF... [-H HOSTFILE] [--KEY VALUE ...]",
         description="Start a script of GPT-NeoX on all ranks that its configuration files give.",
         epilog="Any setting of the files may be given as --KEY VALUE, which wins over them.",
     )
     parser.add_argument("script", metavar="SCRIPT", help=f"what to run: {' or '.join(_TRAINING)}")
-    arguments.add_files(parser)
+    parser.add_files()
     parser.add_argument(
         "--print-commands", action="store_true", help="print the command of each host instead of starting them"
     )

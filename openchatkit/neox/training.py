@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from openchatkit import cli, storage
 from openchatkit.errors import UserError
 from openchatkit.neox import arguments, hosts, model, translation
-from openchatkit.neox.arguments import CommandLine
+from openchatkit.neox.arguments import CommandLine, ConfigurationParser
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.neox.translation import TrainerRun
 from openchatkit.training import command
@@ -20,17 +20,18 @@ _CONFIGS = "configs"  # the folder beside the checkpoints that keeps the files a
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as GPT-NeoX's configuration files say."""
-    parser = cli.Parser(
+    parser = ConfigurationParser(
         prog="neox/train.py",
         usage="%(prog)s [-d DIR] CONF... [--KEY VALUE ...]",
         description="One rank of a run that GPT-NeoX's configuration files describe; deepy.py or torchrun starts each.",
     )
-    arguments.add_files(parser)
-    group = parser.add_argument_group("given by the launcher")
-    group.add_argument("--world-size", type=cli.positive_int, help="ranks in all (default: torchrun's, or 1)")
-    group.add_argument("--rank", type=cli.natural, help="number of this rank")
-    group.add_argument("--cuda-id", type=cli.natural, help="its GPU")
-    group.add_argument("--dist-url", help="where the ranks meet")
+    parser.add_files()
+    parser.add_argument(
+        "--world-size", type=cli.positive_int, help="ranks in all, as the launcher gives it (default: torchrun's, or 1)"
+    )
+    parser.add_argument("--rank", type=cli.natural, help="number of this rank")
+    parser.add_argument("--cuda-id", type=cli.natural, help="its GPU")
+    parser.add_argument("--dist-url", help="where the ranks meet")
     line = arguments.parse(parser, argv)
     config = line.read_config()
     run = translation.translate(config, ranks=_count_ranks(line), on_gpu=hosts.count_gpus() > 0)
