@@ -24,9 +24,10 @@ from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.settings import fields, flag, to_json
 from openchatkit.storage import storage_errors
-from openchatkit.training.config import OptimizationSettings, Settings, name_moments
+from openchatkit.training.config import Settings
 from openchatkit.training.learning_rates import LearningRateSettings
 from openchatkit.training.local_stages import LocalStages
+from openchatkit.training.optimization import CONVERTIBLE, OptimizationSettings, format_flags, name_moments
 from openchatkit.training.optimizer import convert_moments
 from openchatkit.training.rank_weights import RankWeights
 
@@ -97,14 +98,13 @@ def check_resume(state: dict[str, Any], settings: Settings, *, path: Path, data:
             f"--gradient-accumulate-step x --data-group-size makes {given}: {advice}, or start a new run in another "
             "--checkpoint-path"
         )
-    recorded_settings = state.get("settings", {})
-    before = name_moments(
-        recorded_settings.get("optimizer", settings.optimizer), recorded_settings.get("optimizer_state", "float32")
-    )
-    if before != settings.moments and "8bit" in (before, settings.moments):
+    recorded_settings = to_json(settings) | {"optimizer_state": "float32"} | state.get("settings", {})
+    before = name_moments(*(recorded_settings[name] for name in ("optimizer", "optimizer_state", "momentum")))
+    if before != settings.moments and not {before, settings.moments} <= CONVERTIBLE:
         raise UserError(
-            f"{path} has the optimizer's state in {before}, of which none in {settings.moments} can be made: give "
-            f"--optimizer-state {before}, or start a new run in another --checkpoint-path"
+            f"{path} has the state of {format_flags(recorded_settings)}, of which none of "
+            f"{format_flags(to_json(settings))} can be made: give the former, or start a new run in another "
+            "--checkpoint-path"
         )
     if state["data"] != data:
         logger.warning("the data, its weights or its order differ from those of {}: going on with the new ones", path)

@@ -191,9 +191,15 @@ class Loop:
             yield
             return
         self._uploader = Uploader(self.settings.checkpoint_path, self.settings.checkpoint_upload_prefix)
+        self._soundness.uploads_to = self._uploader.storage
         self._uploader.wake()
-        with contextlib.closing(self._uploader):
-            yield
+        with contextlib.closing(self._uploader) as uploader:
+            try:
+                yield
+            except UserError as error:
+                if not isinstance(error, Interrupted):  # The run may have gone back, and others go on from there.
+                    uploader.settle_latest()
+                raise
 
     def _finish_uploads(self, requests: list[int]) -> None:
         if self.settings.checkpoint_upload_prefix is not None:

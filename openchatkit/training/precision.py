@@ -45,7 +45,7 @@ class LossScaler:
     """A loss scale, fixed or dynamic as in Megatron-LM and DeepSpeed: it doubles after `window` good steps in a row.
 
     The first `hysteresis` - 1 steps that overflow leave it as it is; from then on each of them halves it, until it has
-    doubled again.
+    doubled again. With `consecutive` they count in a row: a good step starts the count again.
     """
 
     scale: float
@@ -55,21 +55,35 @@ class LossScaler:
     hysteresis: int = 2
     good_steps: int = 0
     overflows_left: int = 2
+    consecutive: bool = False
 
     @classmethod
     def create(
-        cls, *, fp16: bool, fixed: float, initial: float, minimum: float, window: int, hysteresis: int
+        cls,
+        *,
+        fp16: bool,
+        fixed: float,
+        initial: float,
+        minimum: float,
+        window: int,
+        hysteresis: int,
+        consecutive: bool = False,
     ) -> "LossScaler":
         """Return the scaler of the flags: 1 without float16, `fixed` if it is not 0, else dynamic from `initial`."""
         if not fp16:
             return cls(1.0, dynamic=False)
         dynamic = fixed == 0
-        return cls(initial if dynamic else fixed, dynamic, minimum, window, hysteresis, 0, hysteresis)
+        return cls(initial if dynamic else fixed, dynamic, minimum, window, hysteresis, 0, hysteresis, consecutive)
 
     @property
     def can_fall(self) -> bool:
         """Whether further overflows lead to a lower scale."""
         return self.dynamic and self.scale > self.minimum
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the next overflow would halve a scale that is the least already."""
+        return self.dynamic and self.scale <= self.minimum and self.overflows_left <= 1
 
     def update(self, *, overflow: bool) -> None:
         """Count one step. Every rank calls this with the same `overflow`, so all scales stay equal."""
@@ -82,6 +96,8 @@ class LossScaler:
                 self.scale = max(self.scale / 2, self.minimum)
             return
         self.good_steps += 1
+        if self.consecutive:
+            self.overflows_left = self.hysteresis
         if self.good_steps % self.window == 0:
             self.scale *= 2
             self.overflows_left = self.hysteresis

@@ -153,7 +153,14 @@ def measure_parts(settings: Settings, plan: PlannedRun, layout: Layout) -> PartS
         stages = LocalStages({0: stage})
         weights = Weights(stages, Layout(0, device), dtype=dtype, offloaded=plan.offload)
         weights.optimizer = build_optimizer(
-            settings.optimizer, weights, lr=0.0, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, moments=plan.moments
+            settings.optimizer,
+            weights,
+            lr=0.0,
+            betas=(0.9, 0.999),
+            eps=1e-6,
+            weight_decay=0.0,
+            moments=plan.moments,
+            momentum=settings.momentum,
         )
         loss: Callable[[Tensor], Tensor] = torch.sum
         if head:

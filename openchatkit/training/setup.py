@@ -314,13 +314,15 @@ def _make_trainer(
 ) -> Trainer:
     weights = _make_weights(settings, layout, stages, dtype=dtype, sharding=sharding)
     weights.optimizer = build_optimizer(
-        "adam" if settings.optimizer == "adam" else "adamw",
+        settings.optimizer,
         weights,
         moments=settings.moments,
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        sm3_beta=settings.sm3_beta,
     )
     scaler = LossScaler.create(
         fp16=dtype == torch.float16,
@@ -329,6 +331,7 @@ def _make_trainer(
         minimum=settings.min_loss_scale,
         window=settings.loss_scale_window,
         hysteresis=settings.hysteresis,
+        consecutive=settings.consecutive_hysteresis,
     )
     schedule = Schedule(
         batch_size=settings.batch_size,

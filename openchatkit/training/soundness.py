@@ -12,7 +12,8 @@ from openchatkit.storage import storage_errors
 from openchatkit.training.setup import RunProgress
 from openchatkit.training.step import StepResult
 
-# After this many steps in a row whose gradient is not finite, training does not recover by itself.
+# After this many steps in a row whose gradient is not finite, and that no lower loss scale could have helped, training
+# does not recover by itself.
 _HOPELESS = 20
 
 
@@ -20,18 +21,29 @@ class Soundness:
     """Judges a run by its steps and keeps `progress.proven` up to date; all ranks come to the same verdict.
 
     `root` holds the checkpoints, of which the newest `keep` stay. With `uploads_to`, so do those that are not uploaded
-    to that address.
+    to that address. The run is to end after `max_overflows` steps in a row whose gradient is not finite, and with
+    `ends_at_min_scale` after one at the least loss scale.
     """
 
     def __init__(
-        self, root: Path, progress: RunProgress, layout: Layout, *, keep: int, uploads_to: str | None = None
+        self,
+        root: Path,
+        progress: RunProgress,
+        layout: Layout,
+        *,
+        keep: int,
+        uploads_to: str | None = None,
+        max_overflows: int | None = None,
+        ends_at_min_scale: bool = False,
     ) -> None:
         self.root, self.progress, self.layout, self.keep, self.uploads_to = root, progress, layout, keep, uploads_to
+        self._max_overflows, self._ends_at_min_scale = max_overflows, ends_at_min_scale
         self._first_step = progress.step + 1
         self._last_applied = progress.step  # the last step that changed weights, as far as this run knows
         self._applied = 0  # steps of this run that changed weights
         self._not_finite = 0  # steps in a row, up to the last one, whose gradient was not finite
         self._hopeless = 0  # of these, those that no lower loss scale could have helped
+        self._is_exhausted = False  # whether the loss scale had to fall below the least
         self._loss_is_finite = True  # as far as is known
         self._blamed: set[str] = set()  # sources whose loss was finite in none of the steps of `_not_finite`
 
@@ -49,6 +61,7 @@ class Soundness:
         elif result.trained_tokens:
             self._not_finite, self._loss_is_finite = self._not_finite + 1, math.isfinite(result.loss)
             self._hopeless += not (self._loss_is_finite and scale_can_fall)
+            self._is_exhausted |= self._ends_at_min_scale and result.scale_is_exhausted
             bad = {
                 name
                 for name, loss in zip(sources, result.sources, strict=True)
@@ -86,14 +99,20 @@ class Soundness:
     @property
     def is_hopeless(self) -> bool:
         """Whether too many steps were in vain."""
-        return self._hopeless == _HOPELESS
+        if self._max_overflows is not None:
+            return self._is_exhausted or self._not_finite >= self._max_overflows
+        return self._is_exhausted or self._hopeless >= _HOPELESS
 
     def check(self) -> None:
         """Raise UserError after too many steps in vain."""
         if self.is_hopeless:
+            steps = self._max_overflows or _HOPELESS
+            what = f"was not finite for {steps} steps in a row, up to step {self.progress.step}"
+            if self._is_exhausted:
+                what = f"was not finite at step {self.progress.step}, with the least loss scale"
             raise UserError(
-                f"the gradient was not finite for {_HOPELESS} steps in a row, up to step {self.progress.step}"
-                f"{self._blame()}: lower --lr, use --bf16 instead of --fp16, or look at the data; {self.go_back()}"
+                f"the gradient {what}{self._blame()}: lower --lr, use --bf16 instead of --fp16, or look at the data; "
+                f"{self.go_back()}"
             )
 
     def check_end(self) -> None:
@@ -130,7 +149,7 @@ class Soundness:
         saved, proven = self.progress.saved, self.progress.proven
         if saved is None:
             return "nothing was saved"
-        if self._loss_is_finite and self._hopeless < _HOPELESS:
+        if self._loss_is_finite and not self.is_hopeless:
             return f"the same command goes on from {checkpoint.checkpoint_path(self.root, saved)}"
         if proven is None:
             return f"nothing in {self.root} is known to be good"

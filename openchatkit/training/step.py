@@ -54,6 +54,7 @@ class StepResult:
     `applied` is false when the gradient was not finite, or nothing was trained on: then no parameter of any rank has
     changed, nor the optimizer's state. `digest` is that of all the step's rows, over all replicas (see `Batch.digest`);
     `sources` has an entry for each source. `saving`: some rank was writing a checkpoint when the step began.
+    `scale_is_exhausted`: the gradient overflowed where the loss scale would have had to fall below the least.
     """
 
     loss: float
@@ -65,6 +66,7 @@ class StepResult:
     digest: int
     sources: tuple[SourceLoss, ...]
     saving: bool = False
+    scale_is_exhausted: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class Trainer:
             digest=digest,
             sources=tuple(map(SourceLoss, sums.source_losses, trained)),
             saving=sums.saving,
+            scale_is_exhausted=not finite and self.scaler.is_exhausted,
         )
         if applied or not finite:
             self.scaler.update(overflow=not finite)

@@ -83,6 +83,18 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
             [*SHORT, "--tensor-group-size", "2", "--optimizer", "8bit-adam"],
             "exclude each other: blocks of it that hold columns",
         ),
+        (
+            [*SHORT, "--tensor-group-size", "2", "--optimizer", "sm3"],
+            "--optimizer sm3 and --tensor-group-size 2 exclude each other",
+        ),
+        (
+            [*SHORT, "--data-group-size", "2", "--dp-mode", "sharded", "--optimizer", "sm3"],
+            "--optimizer sm3 and --dp-mode sharded exclude each other: it keeps maxima of whole rows",
+        ),
+        ([*SHORT, "--optimizer", "lion", "--optimizer-state", "bf16"], "lion keeps its state in float32: leave"),
+        ([*SHORT, "--optimizer", "madgrad", "--adam-eps", "0"], "madgrad divides by --adam-eps where a gradient"),
+        ([*SHORT, "--momentum", "0.9"], "--momentum 0.9 is of --optimizer madgrad or sm3, not of adamw: leave it out"),
+        ([*SHORT, "--optimizer", "lion", "--sm3-beta", "0.9"], "--sm3-beta 0.9 is of --optimizer sm3, not of lion"),
         ([*SHORT, "--tensor-group-size", "2", "--world-size", "1"], "x --tensor-group-size 2 = 2: make them agree"),
         (["--pp-mode", "zigzag"], "--pp-mode: invalid choice: 'zigzag'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -251,9 +263,9 @@ def test_resume_with_moments_in_another_form(tmp_path, flags, before, now):
     path = run(tmp_path, flags, **before)
     ended = ranks.train(tmp_path, {**flags, "checkpoint_path": path.parent, "total_steps": 2, **now})
     assert ended.statuses == [2], ended.errors
-    had, has = before.get("optimizer_state", "float32"), now.get("optimizer_state", "8bit")
-    assert f"{path} has the optimizer's state in {had}, of which none in {has} can be made" in ended.errors[0]
-    assert f"give --optimizer-state {had}" in ended.errors[0]
+    had = f"--optimizer adamw --optimizer-state {before.get('optimizer_state', 'float32')}"
+    has = "--optimizer 8bit-adam" if not before else "--optimizer adam --optimizer-state bf16"
+    assert f"{path} has the state of {had}, of which none of {has} can be made: give the former" in ended.errors[0]
 
 
 def test_resume_of_another_model(tmp_path, flags, prepared):

@@ -239,7 +239,17 @@ def test_tied_gradient_is_the_sum_of_both_ends(tmp_path, flags, prepared):
     assert not any(name.startswith("head/embed_out") for name in tensors(path))
 
 
-@pytest.mark.parametrize("change", [{"bf16": True}, {"optimizer": "8bit-adam"}, {"optimizer": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bf16": True},
+        {"optimizer": "8bit-adam"},
+        {"optimizer": "adam"},
+        {"optimizer": "sm3", "momentum": 0.9, "bf16": True},
+        *(pytest.param({"optimizer": name}, marks=long) for name in ("lion", "madgrad", "sm3")),
+    ],
+    ids=str,
+)
 def test_other_precisions_and_optimizers(tmp_path, flags, change):
     one = run(tmp_path / "one", flags, total_steps=3, **change)
     two = run(tmp_path / "two", flags, total_steps=3, **INTERLEAVED, activation_checkpointing="selective", **change)
@@ -313,6 +323,8 @@ def test_random_weights_are_those_of_the_seed(tmp_path, flags):
         ("neox", {"bf16": True, "optimizer_state": "bf16"}),
         pytest.param("neox", {"bf16": True}, marks=long),
         pytest.param("neox", {"optimizer": "8bit-adam"}, marks=long),
+        pytest.param("neox", {"optimizer": "lion"}, marks=long),
+        pytest.param("tied", {"optimizer": "madgrad", "bf16": True}, marks=long),
         pytest.param("tied", {"bf16": True}, marks=long),
         pytest.param("tied", {"optimizer": "8bit-adam"}, marks=long),
     ],
@@ -330,7 +342,15 @@ def test_shared_state_gives_the_bits_of_plain_replicas(tmp_path, flags, prepared
 
 
 @pytest.mark.parametrize(
-    "change", [{"bf16": True}, *(pytest.param(each, marks=long) for each in ({}, {"optimizer": "8bit-adam"}))], ids=str
+    "change",
+    [
+        {"bf16": True},
+        *(
+            pytest.param(each, marks=long)
+            for each in ({}, {"optimizer": "8bit-adam"}, {"optimizer": "lion"}, {"optimizer": "madgrad"})
+        ),
+    ],
+    ids=str,
 )
 def test_shared_gradients_of_one_pass_give_the_bits_of_plain_replicas(tmp_path, flags, change):
     """With several micro-batches, sums over replicas come before those over micro-batches, and bits may differ."""
@@ -346,6 +366,8 @@ def test_shared_gradients_of_one_pass_give_the_bits_of_plain_replicas(tmp_path, 
         pytest.param(SHARDED, marks=long),
         pytest.param({"optimizer": "8bit-adam"}, marks=long),
         pytest.param({"optimizer_state": "bf16"}, marks=long),
+        pytest.param({"optimizer": "sm3"}, marks=long),
+        pytest.param({**SHARDED, "optimizer": "madgrad"}, marks=long),
     ],
     ids=str,
 )

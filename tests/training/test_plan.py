@@ -35,6 +35,7 @@ from openchatkit.training.fully_sharded import FullyShardedWeights, MatrixShardi
 from openchatkit.training.gradients import Gradients
 from openchatkit.training.local_stages import LocalStages, join_parts
 from openchatkit.training.loss import VocabularyLoss
+from openchatkit.training.optimization import OPTIMIZERS
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.pipeline import Pipeline
 from openchatkit.training.plan import memory, parameters, work
@@ -482,6 +483,11 @@ STATES = [
     ("float32", "float32", "sharded-gradients", False),
     ("bfloat16", "8bit", "sharded-gradients", False),
     ("bfloat16", "float32", "sharded-parameters", False),
+    ("bfloat16", "lion", "sharded", True),
+    ("float32", "madgrad", "sharded-gradients", False),
+    ("float32", "madgrad without momentum", "sharded-parameters", False),
+    ("bfloat16", "sm3", "allreduce", False),
+    ("float32", "sm3 without momentum", "allreduce", True),
 ]
 
 
@@ -608,6 +614,9 @@ def allocate(run, layout, monkeypatch):
     """Bytes of each kind after a step, and what replicas exchanged for it."""
     dtype = DTYPES[run.precision]
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "moments": run.moments}
+    name, *without_momentum = run.moments.split(maxsplit=1)
+    if name in ("madgrad", "sm3"):
+        options["momentum"] = 0.0 if without_momentum else 0.9
     with count_exchanged(monkeypatch) as exchanged, LiveBytes([]) as live:
         stages = make_rank(run.config, run, layout)
         if run.dp_mode == "sharded-parameters":
@@ -616,7 +625,7 @@ def allocate(run, layout, monkeypatch):
             modes = {"sharded": run.dp_mode == "sharded", "shard_gradients": run.dp_mode == "sharded-gradients"}
             weights = Weights(stages, layout, dtype=dtype, offloaded=run.offload, **modes)
             weights.reduce_gradients()
-        weights.optimizer = build_optimizer("adamw", weights, **options)
+        weights.optimizer = build_optimizer(name if name in OPTIMIZERS else "adamw", weights, **options)
         weights.step(0.5, 1e-3)
     held = [weights.parameter(each) for each in weights.masters]
     held = held if run.dp_mode == "sharded-parameters" else list(stages.parameters())

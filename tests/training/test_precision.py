@@ -67,6 +67,29 @@ def test_the_dynamic_loss_scale_is_megatrons():
     assert scaler.scale == 2.0
 
 
+def test_consecutive_overflows_are_counted_from_the_last_good_step():
+    """DeepSpeed's `consecutive_hysteresis`: without it, the second since the last doubling halves the scale."""
+    for consecutive, expected in ((False, [16, 16, 8, 8, 4, 2]), (True, [16, 16, 16, 16, 16, 8])):
+        options = {"fp16": True, "fixed": 0, "initial": 16.0, "minimum": 1.0, "window": 100, "hysteresis": 2}
+        scaler = LossScaler.create(**options, consecutive=consecutive)
+        history = []
+        for overflow in (1, 0, 1, 0, 1, 1):
+            scaler.update(overflow=bool(overflow))
+            history.append(scaler.scale)
+        assert history == expected
+
+
+def test_a_scale_is_exhausted_where_it_would_fall_below_the_least():
+    """As DeepSpeed's scaler of ZeRO ends a run: not at the overflow that reaches the least scale, but at the next."""
+    scaler = LossScaler.create(fp16=True, fixed=0, initial=4.0, minimum=2.0, window=1000, hysteresis=2)
+    found = []
+    for _ in range(4):
+        found.append((scaler.scale, scaler.is_exhausted))
+        scaler.update(overflow=True)
+    assert found == [(4.0, False), (4.0, False), (2.0, True), (2.0, True)]
+    assert not LossScaler.create(fp16=True, fixed=2.0, initial=4.0, minimum=2.0, window=1, hysteresis=1).is_exhausted
+
+
 def test_the_loss_scale_resumes_from_its_state():
     scaler = LossScaler.create(fp16=True, fixed=0, initial=16.0, minimum=1.0, window=2, hysteresis=2)
     scaler.update(overflow=False)

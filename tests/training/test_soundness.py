@@ -245,3 +245,26 @@ def test_a_source_whose_loss_was_never_finite_is_named(tmp_path):
         soundness.add(result, scale_can_fall=False, sources=["a", "b", "c"])
     with pytest.raises(UserError, match="20 steps in a row, up to step 0, nor the loss of b: lower --lr"):
         soundness.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "message"),
+    [
+        ({}, 10 + 20, "not finite for 20 steps in a row"),
+        ({"max_overflows": 50}, 50, "not finite for 50 steps in a row"),
+        ({"max_overflows": 50, "ends_at_min_scale": True}, 10 + 5, "not finite at step 15, with the least loss scale"),
+    ],
+    ids=str,
+)
+def test_overflows_end_a_run_by_its_limits(tmp_path, options, last, message):
+    """The loss scale falls in the first 10 steps, and is exhausted from the 15th on, say; GPT-NeoX's limit is 50."""
+    progress = RunProgress()
+    soundness = Soundness(tmp_path, progress, Layout(0, torch.device("cpu")), keep=2, **options)
+    fields = {"grad_norm": math.inf, "lr": 0.1, "applied": False, "stop": False, "digest": 0, "trained_tokens": 4}
+    for step in range(1, last + 1):
+        soundness.check()
+        progress.step = step
+        result = StepResult(loss=1.0, sources=(SourceLoss(1.0, 4),), scale_is_exhausted=step >= 15, **fields)
+        soundness.add(result, scale_can_fall=step <= 10, sources=["a"])
+    with pytest.raises(UserError, match=f"the gradient was {message}.*: lower --lr, use --bf16"):
+        soundness.check()

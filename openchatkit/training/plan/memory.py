@@ -11,6 +11,7 @@ from openchatkit.training.loss import CHUNK_TOKENS
 from openchatkit.training.plan.parameters import ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun
 from openchatkit.training.plan.work import list_products, list_steady_passes
+from openchatkit.training.runs import UNIT
 from openchatkit.training.schedules import SCHEDULES
 
 
@@ -31,8 +32,18 @@ STATE = {
     ("other", "half"): StateBytes(weight=4, gradient=4, master=0),
     ("other", "float32"): StateBytes(weight=4, gradient=4, master=0),
 }
-# Two moments, by what they are kept in; those of 8 bits have a float32 scale for each block of 256.
-MOMENTS = {"float32": 8.0, "bf16": 4.0, "8bit": 2 + 2 * 4 / 256}
+# The optimizer's state, by its form (see `optimization.name_moments`). Moments of 8 bits have a float32 scale for each
+# block of 256. SM3 has a float32 number for each row and column besides.
+MOMENTS = {
+    "float32": 8.0,
+    "bf16": 4.0,
+    "8bit": 2 + 2 * 4 / 256,
+    "lion": 4.0,
+    "madgrad": 12.0,
+    "madgrad without momentum": 8.0,
+    "sm3": 4.0,
+    "sm3 without momentum": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def _state_bytes(run: PlannedRun, count: ParameterCount) -> tuple[float, float, 
     if run.dp_mode == "sharded-parameters":
         # Float32 rows of matrices, which are their own masters; vectors are whole on every replica.
         held = (count.elements - count.vectors) / run.replicas + count.vectors
-        return 4 * held, 4 * held, 0.0, MOMENTS["float32" if run.moments == "8bit" else run.moments] * held
+        return 4 * held, 4 * held, 0.0, MOMENTS[run.moments] * held
     computes = "float32" if run.precision == "float32" else "half"
     sizes = {"matrix": count.matrices, "other": count.elements - count.matrices}
     weights, gradients, masters = (
@@ -122,11 +133,16 @@ def _state_bytes(run: PlannedRun, count: ParameterCount) -> tuple[float, float, 
     )
     if run.offload:
         masters = 4.0 * count.elements
-    moments = (count.elements - count.small) * MOMENTS[run.moments] + count.small * MOMENTS[
-        "float32" if run.moments == "8bit" else run.moments
-    ]
+    moments = _moment_bytes(run.moments, count)
     share = _share(run, "sharded", "sharded-gradients")
     return weights, gradients / _share(run, "sharded-gradients"), masters / share, moments / share
+
+
+def _moment_bytes(moments: str, count: ParameterCount) -> float:
+    """Return the bytes of the optimizer's state of some parameters, of which each replica has all."""
+    of_small = MOMENTS["float32" if moments == "8bit" else moments]
+    lines = 4 * count.lines if moments.startswith("sm3") else 0
+    return (count.elements - count.small) * MOMENTS[moments] + count.small * of_small + lines
 
 
 def _share(run: PlannedRun, *modes: str) -> int:
@@ -303,6 +319,11 @@ def checkpoint_bytes(run: PlannedRun) -> float:
     config = run.config
     count = count_parameters(config, layer_name(0), WHOLE).times(config.num_layers)
     count += count_parameters(config, EMBED, WHOLE) + count_parameters(config, HEAD, WHOLE)
-    tied = count_parameters(config, HEAD, WHOLE).matrices if config.tie_embeddings else 0
-    small = count.small * MOMENTS["float32" if run.moments == "8bit" else run.moments]
-    return 4 * (count.elements - tied) + (count.elements - tied - count.small) * MOMENTS[run.moments] + small
+    moments = _moment_bytes(run.moments, count)
+    if not config.tie_embeddings:
+        return 4 * count.elements + moments
+    rows, width = config.vocab_size, config.hidden_size
+    projection = ParameterCount(
+        elements=rows * width, small=rows * width if rows * width < UNIT else 0, lines=rows + width
+    )
+    return 4 * (count.elements - projection.elements) + moments - _moment_bytes(run.moments, projection)

@@ -19,8 +19,8 @@ class ParameterCount:
     """Elements of a shard's parameters in one part of it.
 
     `matrices` are those that layers use in products alone (not the embedding), `uncut` those whose gradients parts add
-    up, `small` those of parameters too small for 8-bit moments, `vectors` those of biases and norms; `largest` is the
-    largest parameter.
+    up, `small` those of parameters too small for 8-bit moments, `vectors` those of biases and norms. `lines` counts
+    their rows and columns, of a vector its elements; `largest` is the largest parameter.
     """
 
     elements: int = 0
@@ -28,6 +28,7 @@ class ParameterCount:
     uncut: int = 0
     small: int = 0
     vectors: int = 0
+    lines: int = 0
     largest: int = 0
 
     def __add__(self, other: "ParameterCount") -> "ParameterCount":
@@ -37,14 +38,14 @@ class ParameterCount:
             self.uncut + other.uncut,
             self.small + other.small,
             self.vectors + other.vectors,
+            self.lines + other.lines,
             max(self.largest, other.largest),
         )
 
     def times(self, number: int) -> "ParameterCount":
         """Return the count of that many such shards."""
-        sums = (self.elements, self.matrices, self.uncut, self.small, self.vectors)
-        elements, matrices, uncut, small, vectors = (number * each for each in sums)
-        return ParameterCount(elements, matrices, uncut, small, vectors, self.largest if number else 0)
+        sums = {name: number * value for name, value in vars(self).items()}
+        return ParameterCount(**sums | {"largest": self.largest if number else 0})
 
 
 def count_parameters(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
@@ -69,7 +70,7 @@ def _count_kind(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
         matrix = size if parameter.dim() > 1 and shard != EMBED else 0
         uncut, small = (size if cuts[name] == "whole" else 0), (size if size < UNIT else 0)
         vector = size if parameter.dim() == 1 else 0
-        count += ParameterCount(size, matrix, uncut, small, vector, largest=size)
+        count += ParameterCount(size, matrix, uncut, small, vector, lines=sum(parameter.shape), largest=size)
     return count
 
 
