@@ -10,6 +10,7 @@ import inspect
 import os
 import platform
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,72 @@ def multiply_int8(x: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
     return (functional.linear(x, steps.to(x.dtype)) * scale).to(x.dtype)
 
 
+# A number is written with digits of base 126, from -63 to 63: FBGEMM's unsigned 8 bits, moved by 64. Two products of a
+# digit and a step of at most 127 then fit into the 16 bits in which processors without better instructions add them.
+_BASE, _LARGEST_DIGIT, _MIDDLE = torch.tensor(126.0), torch.tensor(63.0), 64
+_FBGEMM = "fbgemm"
+
+
+def pack_int8(steps: Tensor, scale: Tensor, *, digits: int) -> Callable[[Tensor], Tensor] | None:
+    """Return x -> (x @ steps.T) * scale over a packed copy of `steps`; None where FBGEMM's product is missing.
+
+    `steps` is int8 [out, in] from -127 to 127, `scale` [out], x float32 [rows, in], the result float32 [rows, out]. x
+    is rounded to `digits` digits: by at most its row's largest |x| / 126^digits. Digits and steps are multiplied and
+    added as integers, without error, so that no row depends on the others.
+    """
+    if not can_pack_int8():
+        return None
+    packed = _pack_steps(steps, scale.double() / _LARGEST_DIGIT)
+
+    def multiply(x: Tensor) -> Tensor:
+        # Small operators cost as much as the product of one row, so there are few. Rows of zeros, and of infinities and
+        # NaN, become what they must by the last product.
+        largest = x.abs().amax(1, keepdim=True)
+        rest = x * (_LARGEST_DIGIT / largest)
+        rows = [rest]
+        for _ in range(digits - 1):
+            rest = (rest - rest.round()).mul_(_BASE)  # what rounding leaves, in the same range
+            rows.append(rest)
+        *parts, result = _multiply_digits(torch.cat(rows), packed).chunk(digits)
+        for part in reversed(parts):
+            result = torch.add(part, result, alpha=1 / 126)
+        return result.mul_(largest)
+
+    return multiply
+
+
+def _pack_steps(steps: Tensor, scale: Tensor) -> Any:
+    # Which library packs is a setting of the process, and what it has packed remembers it.
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, _FBGEMM
+    try:
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        whole = torch._make_per_channel_quantized_tensor(steps.contiguous(), scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(whole, None)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _multiply_digits(digits: Tensor, packed: Any) -> Tensor:
+    operator = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return operator(digits, 1.0, _MIDDLE, packed)  # rounds to the nearest, and to even
+
+
+@functools.cache
+def can_pack_int8() -> bool:
+    """Whether FBGEMM multiplies digits by 8-bit weights on this processor, the largest of both without error."""
+    if _FBGEMM not in torch.backends.quantized.supported_engines:
+        return False
+    steps, digits = torch.full((8, 64), 127, dtype=torch.int8), torch.tensor([[-63.0], [63.0]]).expand(2, 64)
+    try:
+        with warnings.catch_warnings():
+            # Torch means to give up its quantised tensors, and says so once a process.
+            warnings.simplefilter("ignore")
+            got = _multiply_digits(digits, _pack_steps(steps, torch.ones(8)))
+    except (AttributeError, RuntimeError, TypeError):  # missing, or of another signature
+        return False
+    return torch.equal(got, digits @ steps.float().T)
+
+
 @functools.cache
 def widens_products(device: torch.device) -> bool:
     """Whether `device` can write the product of two float16 or bfloat16 matrices in float32: CUDA, since torch 2.8."""
@@ -87,15 +154,18 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def attend_to_segments(query: Tensor, key: Tensor, value: Tensor, *, borders: Tensor, longest: int) -> Tensor:
+def attend_to_segments(
+    query: Tensor, key: Tensor, value: Tensor, *, borders: Tensor, longest: int, before: int = -1
+) -> Tensor:
     """Return causal attention within each segment of a sequence, [tokens, heads, head_dim] as all three given.
 
-    Segment i is tokens borders[i] to borders[i + 1] - 1: int32 [segments + 1]. None is longer than `longest`. For
-    devices and dtypes that `attends_documents` knows.
+    Segment i is tokens borders[i] to borders[i + 1] - 1: int32 [segments + 1]. None is longer than `longest`. A
+    token sees itself and at most `before` tokens before it, -1 for all. For devices and dtypes that
+    `attends_documents` knows.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    mixed = varlen_attn(query, key, value, borders, borders, longest, longest, window_size=(-1, 0))
+    mixed = varlen_attn(query, key, value, borders, borders, longest, longest, window_size=(before, 0))
     assert isinstance(mixed, Tensor), type(mixed)
     return mixed
 

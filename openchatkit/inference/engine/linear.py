@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -21,7 +22,7 @@ from openchatkit.libraries import pytorch
 from openchatkit.loading import hardware
 from openchatkit.progress import bar
 
-# Up to this many rows the CPU's 8-bit operator is faster than widening the weights for an ordinary product.
+# Up to this many rows torch's plain 8-bit operator is faster than widening the weights for an ordinary product.
 FEW_ROWS = 16
 # Up to this many rows, weights of 16 bits are faster read again for each than widened.
 _FEW_NARROW_ROWS = 4
@@ -37,10 +38,11 @@ class Int8Linear(nn.Module):
     """x @ weight.T + bias with weights of 8 bits, each output channel in steps of its own; it computes in `dtype`.
 
     Every weight is within half a step of the original, a step being 1/126.5 of its channel's largest weight. The layer
-    is made on `device`, whatever holds the original. Symmetric and weight-only, as in gpt-fast.
+    is made on `device`, whatever holds the original. Symmetric and weight-only, as in gpt-fast. On a CPU it can be
+    packed: it then has no `weight` any more.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     scale: Tensor
     bias: Tensor | None
 
@@ -57,6 +59,9 @@ class Int8Linear(nn.Module):
         device = weight.device
         self._on_cpu = device.type == "cpu" and dtype == torch.bfloat16
         self._widens = self._on_cpu and not hardware.computes_in(device, dtype)
+        # What keeps x as exact as `dtype` is, so that the weights alone have 8 bits.
+        self._digits = 4 if dtype == torch.float32 else 2
+        self._packed: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> "Int8Linear":
@@ -66,7 +71,17 @@ class Int8Linear(nn.Module):
         made._hold(weight, scale, bias, dtype)
         return made
 
+    def pack(self) -> None:
+        """Let the CPU read the weights in the form that it multiplies fastest, in a copy that takes their place."""
+        if self.weight is not None and self.weight.device.type == "cpu":
+            self._packed = pytorch.pack_int8(self.weight, self.scale, digits=self._digits)
+            self.weight = self.weight if self._packed is None else None
+
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        if self._packed is not None:
+            y = self._packed(x.reshape(-1, self.in_features).float()).view(*x.shape[:-1], self.out_features)
+            return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+        assert self.weight is not None, "not packed"
         if self._on_cpu and x.numel() <= FEW_ROWS * self.in_features:
             y = pytorch.multiply_int8(x.reshape(-1, self.in_features), self.weight, self.scale)
             y = y.view(*x.shape[:-1], self.out_features)
@@ -152,6 +167,21 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, room: float) -> None:
     elif dtype.itemsize == 2 and not computes:
         replace(model, lambda _, layer: NarrowLinear(layer, dtype), "loading")
     convert(model, dtype)
+
+
+def pack_int8(model: nn.Module, *, room: float) -> None:
+    """Pack layers of 8 bits that are on the CPU, if the copies take no more than `room` bytes."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    size = sum(layer.out_features * layer.in_features for layer in layers)
+    if size >= room or not pytorch.can_pack_int8():
+        return
+    with (
+        bar(len(layers), "packing", unit="layer", leave=False, delay=1) as progress,
+        # The operator packs on one thread.
+        ThreadPoolExecutor(torch.get_num_threads()) as threads,
+    ):
+        for _ in threads.map(Int8Linear.pack, layers):
+            progress.update()
 
 
 def convert(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> None:

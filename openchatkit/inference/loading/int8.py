@@ -13,16 +13,18 @@ from openchatkit.errors import UserError
 from openchatkit.formats import int8_cache
 from openchatkit.inference.engine import linear
 from openchatkit.inference.engine.linear import Int8Linear
+from openchatkit.loading import hardware
 
 # Fewer weights than this are quantised faster than their cache is found.
 SMALLEST = 10**6
 _PARTS = ("weight", "scale")
 
 
-def quantise(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def quantise(model: nn.Module, folder: Path | None, device: torch.device, dtype: torch.dtype) -> None:
     """Bring a model to its device with linear layers of 8 bits and all else in `dtype`.
 
-    It comes in the precision that it is stored in, mapped, so that main memory and the GPU's hold 8 bits alone.
+    It comes in the precision that it is stored in, mapped, so that main memory and the GPU's hold 8 bits alone. Those
+    are cached for its `folder`, if it has one.
     """
     path = _cache_path(model, folder, dtype)
     kept = int8_cache.read(path) if path else None
@@ -43,11 +45,14 @@ def quantise(model: nn.Module, folder: Path, device: torch.device, dtype: torch.
             int8_cache.write(path, parts)
     linear.convert(model, dtype, device)
     model.to(device)
+    if device.type == "cpu":
+        # Mapped files need no room, copies do; a fifth is left for the rest.
+        linear.pack_int8(model, room=0.8 * hardware.available_memory())
 
 
-def _cache_path(model: nn.Module, folder: Path, dtype: torch.dtype) -> Path | None:
+def _cache_path(model: nn.Module, folder: Path | None, dtype: torch.dtype) -> Path | None:
     """Where the model's weights are kept, or None where they need not or cannot be."""
-    if linear.linear_bytes(model, torch.int8) < SMALLEST:
+    if folder is None or linear.linear_bytes(model, torch.int8) < SMALLEST:
         return None
     try:
         return int8_cache.cache_path(folder, str(linear.step_dtype(dtype)))

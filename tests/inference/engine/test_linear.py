@@ -41,13 +41,16 @@ def test_a_quantised_weight_is_within_half_a_step(monkeypatch, width, outputs, d
 @pytest.mark.parametrize("rows", [1, 3, linear.FEW_ROWS, linear.FEW_ROWS + 1, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("width", "outputs"), SHAPES)
-def test_a_layer_of_8_bits_is_as_near_to_float64_as_its_steps_allow(width, outputs, dtype, rows):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_of_8_bits_is_as_near_to_float64_as_its_steps_allow(width, outputs, dtype, rows, packed):
     original = layer(width, outputs, torch.float32)
     made = linear.Int8Linear(original, device=CPU, dtype=dtype)
+    weight = made.weight.double() * made.scale.double()[:, None]
+    if packed:
+        made.pack()
     x = torch.randn(1, rows, width).to(dtype)
     got = made(x)
     assert (got.dtype, got.shape) == (dtype, (1, rows, outputs))
-    weight = made.weight.double() * made.scale.double()[:, None]
     exact = x.double() @ weight.T + original.bias.double()
     # Two roundings of the result, and one of each weight, product or sum on the way there.
     size = x.double().abs() @ weight.abs().T + original.bias.double().abs()

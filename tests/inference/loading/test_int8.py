@@ -11,6 +11,8 @@ from openchatkit import storage
 from openchatkit.formats import hf_model, int8_cache
 from openchatkit.inference.engine.linear import Int8Linear
 from openchatkit.inference.loading import int8, loader
+from openchatkit.libraries import pytorch
+from openchatkit.loading import hardware
 
 TOKENS = torch.arange(2, 40)[None]
 
@@ -44,6 +46,12 @@ def logits(folder) -> torch.Tensor:
     return model(TOKENS).logits
 
 
+def test_weights_are_packed_where_they_can_be(folder):
+    layers = [part for part in loader.load(str(folder), dtype="int8").model.modules() if isinstance(part, Int8Linear)]
+    assert layers
+    assert all((layer.weight is None) == pytorch.can_pack_int8() for layer in layers)
+
+
 def files(chat_home) -> list:
     return sorted((chat_home / "cache").glob("*"))
 
@@ -57,8 +65,9 @@ def test_a_model_is_quantised_once(folder, quantised, chat_home):
     assert len(quantised) == count
 
 
-def test_what_is_kept_is_mapped(folder, chat_home):
+def test_what_is_kept_is_mapped_where_there_is_no_room_for_copies(folder, chat_home, monkeypatch):
     logits(folder)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 0)
     model = loader.load(str(folder), dtype="int8").model
     with open("/proc/self/maps") as maps:
         held = [line.split()[0].split("-") for line in maps if files(chat_home)[0].name in line]
