@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, hf_model, layer_shards, legacy
+from openchatkit.formats import hf_model, layer_shards, legacy
 from openchatkit.inference.engine import linear
 from openchatkit.inference.engine.engine import Engine
+from openchatkit.inference.engine.linear import Int8Linear
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader, model_folders, placement
 from openchatkit.libraries import pytorch
@@ -193,7 +194,8 @@ def test_an_output_layer_that_shares_the_embedding_is_quantised_and_the_embeddin
     for file in tiny_tokenizer.iterdir():
         shutil.copy(file, tmp_path)
     model = loader.load(str(tmp_path), dtype="int8").model
-    assert (model.lm_head.weight.dtype, model.gpt_neox.embed_in.weight.dtype) == (torch.int8, torch.bfloat16)
+    assert isinstance(model.lm_head, Int8Linear)
+    assert model.gpt_neox.embed_in.weight.dtype == torch.bfloat16
     stored = load_file(tmp_path / hf_model.WEIGHTS)["gpt_neox.embed_in.weight"]
     assert torch.equal(model.gpt_neox.embed_in.weight, stored.to(torch.bfloat16))
     packed = loader.load(str(tmp_path), dtype="bfloat16").model
@@ -292,7 +294,7 @@ def test_quantised_models_are_spread_over_the_gpus_alone():
 def test_no_such_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in (tmp_path / "none", "./none", "huggingface_models/none", "none"):
-        refused(name, f"--model {name}: no such folder; huggingface_models/ holds .*; make a model with")
+        refused(name, f"--model {name}: no such folder; huggingface_models/ holds .*; give a training")
 
 
 def test_a_hub_name_that_cannot_be_reached(monkeypatch, tmp_path):
@@ -308,33 +310,18 @@ def test_a_file(random_models):
 def test_an_empty_folder_and_one_that_lacks_its_weights(tmp_path, copy):
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, f"--model {empty} is not a Hugging Face model: config.json is missing, found nothing; pass a folder")
+    refused(
+        empty, f"--model {empty} is not a Hugging Face model: config.json is missing, found nothing; pass a training"
+    )
     (copy / hf_model.WEIGHTS).unlink()
     refused(
         copy, "is not a Hugging Face model: model.safetensors is missing, found config.json, generation_config.json"
     )
 
 
-@pytest.mark.parametrize("file", [layer_shards.shard_file("embed"), legacy.shard_file("embed")])
-def test_layer_shards(copy, file):
-    (copy / hf_model.WEIGHTS).rename(copy / file)
-    refused(copy, f"--model {copy} holds layer shards, which training starts from, not a Hugging Face model: pass the")
-
-
-@pytest.mark.parametrize(("family", "tool"), [("neox", "gptneox"), ("gptj", "gptj")])
-def test_a_training_checkpoint(random_models, tmp_path, family, tool):
-    folder = checkpoint.checkpoint_path(tmp_path, 20)
-    folder.mkdir()
-    shutil.copy(random_models[family] / layer_shards.CONFIG, folder)
-    convert = f"run `python tools/convert_to_hf_{tool}.py --ckpt-path {folder} --save-path huggingface_models/NAME`"
-    refused(folder, f"--model {folder} is a training checkpoint, not a Hugging Face model: {convert}")
-    what = r"a folder of training checkpoints \(the newest is 20\)"
-    refused(tmp_path, f"--model {tmp_path} is {what}, not a Hugging Face model: {convert}")
-
-
 def test_a_checkpoint_of_the_original_kit(tmp_path):
     (tmp_path / legacy.stage_file(0)).touch()
-    refused(tmp_path, "is a training checkpoint, not a Hugging Face model: run `python tools/convert_to_hf_gptneox.py")
+    refused(tmp_path, "is a checkpoint of the original kit, which does not say what model it is: convert it with tools")
 
 
 def test_a_folder_that_must_not_be_read(copy, monkeypatch):
@@ -342,7 +329,7 @@ def test_a_folder_that_must_not_be_read(copy, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (copy / layer_shards.CONFIG).unlink()
-    monkeypatch.setattr(model_folders, "check_folder", forbidden)
+    monkeypatch.setattr(model_folders, "_identify", forbidden)
     refused(copy, f"--model {copy} cannot be read: Permission denied")
     refused("x" * 5000, "cannot be read: File name too long")
 
