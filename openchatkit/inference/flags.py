@@ -22,7 +22,8 @@ def add_model_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--model",
         default=str(_DEFAULT_MODEL),
-        help="folder or hub name of a Hugging Face model; the default is the one that the original kit documents",
+        help="folder or hub name of a Hugging Face model, the folder of a training checkpoint or of a run, or one of "
+        "GPT-NeoX's own; the default is the model that the original kit documents",
     )
     flags.add_argument("--gpu-id", type=cli.natural, default=0, help="the GPU to run on, where there is one")
     flags.add_argument("--dtype", choices=DTYPES, default="auto", help=_DTYPE)

@@ -1,7 +1,7 @@
 """Changes between releases of transformers: argument names, cache layers, attention hooks, internal tables."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -95,6 +95,29 @@ def causal_lm_class(model_type: str) -> str:
         with torch.device("meta"):
             return type(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type))).__name__
     return names[model_type]
+
+
+def has_causal_lm(model_type: str) -> bool:
+    """Return whether transformers has a network of this type."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def from_tensors(
+    config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype | str, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the causal model of a configuration with these tensors, mapped ones as they are, and its loading info.
+
+    AutoModelForCausalLM takes none without a folder of weights.
+    """
+    import transformers
+
+    kind: Any = getattr(transformers, causal_lm_class(config.model_type))
+    loaded = kind.from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True, **options
+    )
+    return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
 
 
 def silence() -> None:

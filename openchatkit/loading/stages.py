@@ -4,17 +4,17 @@ Owns which of these a folder is, and filling the network one layer at a time; no
 that are a part of a model, to be trained, are filled by `training.checkpoints`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from openchatkit import progress
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, hf_model, neox_checkpoint
+from openchatkit.formats import checkpoint, hf_model, neox_checkpoint, neox_tokenizers, tokenizer_files
 from openchatkit.formats.hf_model import HFModel
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards, check_shard, read_config
 from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
@@ -27,6 +27,7 @@ from openchatkit.models.stage import Stage
 
 HUGGING_FACE, SHARDS, CHECKPOINT = "Hugging Face model", "layer shards", "training checkpoint"
 GPT_NEOX = "GPT-NeoX checkpoint"
+_T = TypeVar("_T")
 _HF_WEIGHTS = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
 
 
@@ -70,6 +71,20 @@ def find(path: Path) -> ModelFolder:
             "Hugging Face model, a training checkpoint, or layer shards, which pretrained/GPT-NeoX-20B/prepare.py makes"
         )
     return ModelFolder(LayerShards.open(path).path, SHARDS)
+
+
+def read_live(path: Path, read: Callable[[ModelFolder], _T]) -> _T:
+    """Return what `read` makes of the model that a path means (see `find`), whose run may still be training.
+
+    Where the run wrote a newer checkpoint, and perhaps deleted this one, while it was read in vain, that one is read.
+    """
+    while True:
+        before = checkpoint.read_latest(path)
+        try:
+            return read(find(path))
+        except (OSError, UserError):
+            if checkpoint.read_latest(path) == before:
+                raise
 
 
 def count_parameters(found: ModelFolder) -> int:
@@ -119,6 +134,29 @@ def shard_keys(model: HFModel) -> dict[str, dict[str, str]]:
             )
         keys[shard][name] = key
     return keys
+
+
+def write_tokenizer(found: ModelFolder, folder: Path) -> None:
+    """Write the tokenizer that lies in a model's folder, or beside GPT-NeoX's files, so that AutoTokenizer loads it.
+
+    UserError where there is none.
+    """
+    places = [found.path, *([found.path.parent] if found.kind == GPT_NEOX else [])]
+    if place := next((place for place in places if tokenizer_files.has_tokenizer(place)), None):
+        tokenizer_files.copy_tokenizer(place, folder)
+        return
+    file = neox_checkpoint.tokenizer_file(found.path) if found.kind == GPT_NEOX else None
+    if file is None:
+        advice = f"put {tokenizer_files.tokenizer_json(found.path).name}, as its training used it, there"
+        raise UserError(f"{found.path} holds no tokenizer: {advice}")
+    loaded = neox_tokenizers.load("HFTokenizer", file, None)
+    serialised = loaded.to_json()
+    assert serialised is not None, "of the tokenizers library"
+    if loaded.end_of_text is None:
+        raise UserError(f"the tokenizer in {file} has no {neox_tokenizers.END_OF_TEXT} token")
+    tokenizer_files.write_tokenizer(
+        folder, serialised, end_of_text=neox_tokenizers.END_OF_TEXT, padding=neox_tokenizers.PADDING
+    )
 
 
 def load_stage(reader: ShardReader, device: torch.device, dtype: torch.dtype | None = None) -> Stage:

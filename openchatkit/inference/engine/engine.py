@@ -1,8 +1,8 @@
 """The decode loop: prompt token ids in, reply token ids out, one at a time.
 
 Owns the order of prefill, next token and speculation, and what ends a reply by token. Text, stop strings and turns are
-not known here. The model is any causal language model of transformers, whose `generate()` is the test oracle, or a network
-of the kit's own.
+not known here. The model is any causal language model of transformers, whose `generate()` is the test oracle, or a
+network of the kit's own.
 
 A prompt that begins as an earlier text did, reply included, is read only from where they differ. So undoing,
 regenerating and editing need no call, and a turn costs its own tokens.

@@ -1,9 +1,9 @@
 """The forward pass of a model over new tokens of one text: plain, compiled, or without a cache.
 
 Owns how a model is called, transformers' or one of the kit's own, and which kind of KV cache suits it. At one token a
-pass, a GPU computes faster than Python can launch. torch.compile's "reduce-overhead" records the launches once (CUDA graphs) and replays
-them, which needs the same shapes and addresses each time: transformers' StaticCache, which holds a whole context from
-the start. Prompts are read by the plain model into the same buffers.
+pass, a GPU computes faster than Python can launch. torch.compile's "reduce-overhead" records the launches once (CUDA
+graphs) and replays them, which needs the same shapes and addresses each time: transformers' StaticCache, which holds a
+whole context from the start. Prompts are read by the plain model into the same buffers.
 
 Not run on a GPU yet: the tests compile for the CPU with backends that keep the code path and leave out the GPU's.
 """
@@ -28,7 +28,7 @@ _STATIC_DRAFT = 7
 
 
 class Runner(Protocol):
-    """A way to run a model over the tokens of a text. What has been read is in a cache, which only the runner looks into.
+    """A way to run a model over the tokens of a text. What was read is in a cache, into which only the runner looks.
 
     `draft_length` is the one length of drafts that is fast, where there is one. A `recurrent` model keeps a state that
     several tokens at once can only begin; a cache that is not `croppable` cannot lose tokens.

@@ -1,7 +1,8 @@
 """A model and its tokenizer from a folder or the hub, on the requested device and in the requested precision.
 
-Owns loading. Finding a model, and explaining what other folders hold, is `model_folders`'; where its weights go is
-`placement`'s, how fast layers are made of them `linear`'s and `attention`'s.
+Owns loading. Finding a model, and explaining what other folders hold, is `model_folders`'; what makes a training
+checkpoint one for transformers is `kit_folders`'; where its weights go is `placement`'s, how fast layers are made of
+them `linear`'s and `attention`'s.
 
 Weights are memory-mapped: nothing is read before it is used, and main memory holds what is used most. What computes
 faster in another form is copied, layer by layer, if memory allows.
@@ -10,14 +11,15 @@ faster in another form is copied, layer by layer, if memory allows.
 import contextlib
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
@@ -31,9 +33,11 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.inference.engine import attention, linear, neox
 from openchatkit.inference.engine.engine import is_out_of_memory
-from openchatkit.inference.loading import placement
+from openchatkit.inference.loading import kit_folders, placement
 from openchatkit.libraries import hf_transformers
-from openchatkit.loading import hardware, pretrained
+from openchatkit.loading import hardware, pretrained, stages
+from openchatkit.loading.stages import HUGGING_FACE, ModelFolder, ShardReader
+from openchatkit.models.stage import Stage
 from openchatkit.texts import reason_of
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -43,11 +47,12 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 class LoadedModel:
     """A model ready to generate: its tokenizer, the device of its inputs, and the ids that end a reply.
 
-    `dtype` is its computing precision, `folder` its source, and `cache_dtype` the precision that its keys and values
-    are best kept in (None: the model's).
+    The model is transformers', or the kit's own where transformers has none of its family. `dtype` is its computing
+    precision, `folder` its source, and `cache_dtype` the precision that its keys and values are best kept in (None: the
+    model's).
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel | Stage
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
@@ -66,7 +71,7 @@ def load(
     cpu_gib: float | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> LoadedModel:
-    """Load the model that `name` means, a folder or a hub name.
+    """Load the model that `name` means: a folder of Hugging Face's, of GPT-NeoX's or of ours, or a hub name.
 
     `dtype` "int8" is this kit's own quantising, `bits` 8 or 4 is bitsandbytes'. `gpu_gib` (by GPU) and `cpu_gib` limit
     the memory that the weights fill; the rest stays on disk. `announce` gets one line on what is being loaded.
@@ -74,47 +79,101 @@ def load(
     """
     placement.check_combination(dtype, bits, gpu_gib, cpu_gib)
     device = placement.choose_device(gpu_id, gpu_gib)
-    folder = _find_folder(name)
-    # The configuration first: an error in it would be reported as the tokenizer's.
-    with _one_line_errors(folder):
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        parameters = _count_parameters(config)
-    tokenizer, words = Tokenizer(folder), config.get_text_config().vocab_size
-    if tokenizer.used_size > words:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {words}: they do not belong "
-            "together, copy the tokenizer that the model was trained with"
-        )
-    precision = placement.choose_dtype(dtype, device, parameters)
-    stored = "int8" if dtype == "int8" else f"{bits} bits" if bits else str(precision).removeprefix("torch.")
-    announce(f"loading {name}, {_round(parameters)} parameters, on {device} in {stored}")
-    if dtype == "int8":
-        from openchatkit.inference.loading import int8
+    weights = _Weights(name, device, dtype, bits, gpu_gib, cpu_gib, announce)
+    found = _find_folder(name)
+    if found.kind == HUGGING_FACE:
+        return weights.load(found.path)
+    return stages.read_live(Path(name).expanduser(), weights.load_other)
 
-        model = _load_model(folder, "auto", {})
-        with _one_line_errors(folder):
-            int8.quantise(model, folder, device, precision)
-    else:
-        spread = placement.placement(device, gpu_gib, cpu_gib) if bits is None else {}
-        options = placement.quantisation_options(bits, precision, device, gpu_gib) if bits else spread
-        on_cpu = device.type == "cpu" and not options
-        model = _load_model(folder, "auto" if on_cpu else precision, options)
-        if bits == 4:
-            placement.check_four_bits(model, device)
-        with _one_line_errors(folder):
-            if on_cpu:
-                # Copies of weights in mapped files free nothing, so they need room; a fifth is left for the rest.
-                linear.prepare(model, precision, room=0.8 * hardware.available_memory())
-            elif not options:
-                nn.Module.to(model, device)
-    # A model spread over several devices keeps its own attention.
-    fast = device.type == "cpu" and attention.use(model)
-    if fast:
-        neox.use(model)
-    cache_dtype = attention.CACHE_DTYPE if fast else None
-    return LoadedModel(
-        model.eval(), tokenizer, device, precision, _eos_ids(model, tokenizer, folder), folder, cache_dtype
-    )
+
+@dataclass(frozen=True)
+class _Weights:
+    """How a model's weights are asked for; see `load`."""
+
+    name: str
+    device: torch.device
+    dtype: str
+    bits: int | None
+    gpu_gib: Mapping[int, float] | None
+    cpu_gib: float | None
+    announce: Callable[[str], None]
+
+    def load_other(self, found: ModelFolder) -> LoadedModel:
+        """Load a model that is in no folder of Hugging Face's: by transformers if it has such a network, else ours."""
+        reader = stages.open_shards(found)
+        with tempfile.TemporaryDirectory() as described:
+            folder = Path(described)
+            kit_folders.write_tokenizer(found, folder)
+            if not hf_transformers.has_causal_lm(reader.raw_config["model_type"]):
+                return self._load_stage(found, reader, Tokenizer(folder))
+            if self.cpu_gib is not None:
+                raise UserError(
+                    f"-r leaves weights in a Hugging Face model's own files, and {found.path} is a {found.kind}: leave "
+                    "it out, or convert the model with tools/convert_to_hf_gptneox.py"
+                )
+            kit_folders.write_description(reader, folder)
+            loaded = self.load(folder, kit_folders.read_tensors(reader))
+        return replace(loaded, folder=found.path)
+
+    def load(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> LoadedModel:
+        """Load a folder of Hugging Face's, or what `tensors` make of its small files."""
+        where = folder if tensors is None else Path(self.name)
+        device, dtype, bits, gpu_gib, cpu_gib = self.device, self.dtype, self.bits, self.gpu_gib, self.cpu_gib
+        # The configuration first: an error in it would be reported as the tokenizer's.
+        with _one_line_errors(where):
+            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            parameters = _count_parameters(config)
+        tokenizer = Tokenizer(folder)
+        _check_vocabulary(self.name, tokenizer, config.get_text_config().vocab_size)
+        precision = placement.choose_dtype(dtype, device, parameters)
+        self._announce(parameters, precision)
+        if dtype == "int8":
+            from openchatkit.inference.loading import int8
+
+            model = _load_model(folder, "auto", {}, tensors, where)
+            with _one_line_errors(where):
+                int8.quantise(model, None if tensors else folder, device, precision)
+        else:
+            spread = placement.placement(device, gpu_gib, cpu_gib) if bits is None else {}
+            options = placement.quantisation_options(bits, precision, device, gpu_gib) if bits else spread
+            on_cpu = device.type == "cpu" and not options
+            model = _load_model(folder, "auto" if on_cpu else precision, options, tensors, where)
+            if bits == 4:
+                placement.check_four_bits(model, device)
+            with _one_line_errors(where):
+                if on_cpu:
+                    # Copies of weights in mapped files free nothing, so they need room; a fifth is left for the rest.
+                    linear.prepare(model, precision, room=0.8 * hardware.available_memory())
+                elif not options:
+                    nn.Module.to(model, device)
+        # A model spread over several devices keeps its own attention.
+        fast = device.type == "cpu" and attention.use(model)
+        if fast:
+            neox.use(model)
+        cache_dtype = attention.CACHE_DTYPE if fast else None
+        eos_ids = _eos_ids(model.generation_config.eos_token_id, tokenizer, where)
+        return LoadedModel(model.eval(), tokenizer, device, precision, eos_ids, folder, cache_dtype)
+
+    def _load_stage(self, found: ModelFolder, reader: ShardReader, tokenizer: Tokenizer) -> LoadedModel:
+        """Load a network that transformers does not have."""
+        if self.dtype == "int8" or self.bits is not None or self.gpu_gib is not None or self.cpu_gib is not None:
+            raise UserError(
+                f"{found.path} is of the family {reader.config.family}, which runs whole, on one device and not "
+                "quantised: leave out --dtype int8, --load-8bit, --load-4bit, -g and -r"
+            )
+        _check_vocabulary(self.name, tokenizer, reader.config.vocab_size)
+        parameters = stages.count_parameters(found)
+        precision = placement.choose_dtype(self.dtype, self.device, parameters)
+        self._announce(parameters, precision)
+        with _one_line_errors(found.path):
+            stage = stages.load_stage(reader, self.device, precision)
+        eos_ids = _eos_ids(reader.raw_config.get("eos_token_id"), tokenizer, found.path)
+        return LoadedModel(stage, tokenizer, self.device, precision, eos_ids, found.path)
+
+    def _announce(self, parameters: int, precision: torch.dtype) -> None:
+        bits = f"{self.bits} bits" if self.bits else str(precision).removeprefix("torch.")
+        stored = "int8" if self.dtype == "int8" else bits
+        self.announce(f"loading {self.name}, {_round(parameters)} parameters, on {self.device} in {stored}")
 
 
 def silence_libraries() -> None:
@@ -125,35 +184,56 @@ def silence_libraries() -> None:
     warnings.simplefilter("ignore")
 
 
-def _find_folder(name: str) -> Path:
+def _find_folder(name: str) -> ModelFolder:
     folder = Path(name).expanduser()
     if os.path.isfile(folder / CONFIG_NAME) and any(os.path.isfile(folder / weights) for weights in _WEIGHTS):
-        return folder
+        return ModelFolder(folder, HUGGING_FACE)
     from openchatkit.inference.loading.model_folders import find_model
 
     return find_model(name)
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The model as transformers loads it: without `options`, mapped if it is stored in `dtype` ("auto" is that)."""
-    with _one_line_errors(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_complete` names the tensor
-            **options,
+def _check_vocabulary(name: str, tokenizer: Tokenizer, words: int) -> None:
+    if tokenizer.used_size > words:
+        raise UserError(
+            f"the tokenizer in {name} has {tokenizer.vocab_size} tokens, the model {words}: they do not belong "
+            "together, copy the tokenizer that the model was trained with"
         )
+
+
+def _load_model(
+    folder: Path,
+    dtype: torch.dtype | str,
+    options: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None,
+    where: Path,
+) -> PreTrainedModel:
+    """The model as transformers loads it: without `options`, mapped if it is stored in `dtype` ("auto" is that).
+
+    `tensors` are its weights if they are in no file of the folder; messages name `where` they are.
+    """
+    options = {**options, "ignore_mismatched_sizes": True}  # `check_complete` names the tensor
+    loaded: Any
+    with _one_line_errors(where):
+        if tensors is None:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            loaded = hf_transformers.from_tensors(config, tensors, dtype=dtype, **options)
     model, info = loaded
-    pretrained.check_complete(folder, info)
+    pretrained.check_complete(where, info)
     return model
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
+def _eos_ids(given: Any, tokenizer: Tokenizer, folder: Path) -> frozenset[int]:
     """The ids that end a reply: those that the model's files name, else the tokenizer's end-of-text."""
-    given = model.generation_config.eos_token_id
     ids = [tokenizer.end_of_text] if given is None else given if isinstance(given, list) else [given]
     if not all(type(id) is int for id in ids):
         raise UserError(f"eos_token_id of the model in {folder} is {given!r}: expected a token id or a list of them")
