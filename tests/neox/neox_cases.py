@@ -13,19 +13,12 @@ REFUSED = {
     "configs2021/sparse.yml": "attention_config",
     "configs/1-3B-transformer-engine.yml": "te_layernorm_mlp",
     "configs/125M-dmoe.yml": "moe_num_experts",
-    "configs/llama/13B.yml": "norm",
-    "configs/llama/30B.yml": "norm",
-    "configs/llama/65B.yml": "norm",
-    "configs/llama2/13B.yml": "norm",
-    "configs/llama2/70B.yml": "num_kv_heads",
-    "configs/llama2/codellama_34B.yml": "num_kv_heads",
-    "configs/llama2/codellama_7B.yml": "norm",
     # Of another fork: GPT-NeoX itself does not know this one either.
     "configs/llemma/34B.yml": "attention_type",
     "configs/mamba/mamba-130M.yml": "attention_config",
     "configs/mamba/mamba-2.8B.yml": "attention_config",
     "configs/mamba/mamba-370M.yml": "attention_config",
-    "configs/mistral/7B.yml": "num_kv_heads",
+    "configs/mistral/7B.yml": "sliding_window_width",
     "configs/rwkv/170M.yml": "attention_config",
 }
 

@@ -56,6 +56,7 @@ def test_shipped_configurations_are_followed_or_refused_by_name(name, write):
 def check(config: NeoxConfig) -> None:
     neox_settings.check_attention(config, config.get("num_layers"))
     config.check()
+    neox_settings.describe_model(config, rows=512)
 
 
 def test_the_page_of_keys_is_up_to_date():

@@ -51,6 +51,49 @@ def test_config_json(name, expected, write):
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"model_type": "gpt_neox", "layer_norm_eps": 1e-5}),
+        # What is of no effect is no option.
+        ({"num_kv_heads": 4, "gpt_j_tied": True}, {"model_type": "gpt_neox"}),
+        ({"activation": "mish"}, {"model_type": "gpt_neox", "hidden_act": "mish"}),
+        ({"activation": "softsign"}, {"model_type": "neox", "hidden_act": "softsign"}),
+        ({"gpt_j_residual": True, "gpt_j_tied": True}, {"model_type": "neox", "gpt_j_tied": True}),
+        ({"norm": "rmsnorm", "layernorm_epsilon": 0.5}, {"norm": "rmsnorm", "norm_eps": 1e-8}),
+        ({"norm": "rmsnorm_2021", "rms_norm_epsilon": "1e-6"}, {"norm": "rmsnorm_2021", "norm_eps": 1e-6}),
+        ({"norm": "scalenorm", "scalenorm_epsilon": 0.1}, {"norm": "scalenorm", "norm_eps": 0.1}),
+        ({"norm": "non_parametric_layernorm", "layernorm_epsilon": 0.5}, {"norm_eps": 0.5}),
+        ({"num_kv_heads": 2, "use_bias_in_mlp": False}, {"num_kv_heads": 2, "use_bias_in_mlp": False}),
+        # LLaMA's own widths: of 7B, whose intermediate_size GPT-NeoX's rule makes of 32768, and of 2021's geglu.
+        ({"activation": "swiglu", "intermediate_size": 32768, "mlp_multiple_of": 256}, {"intermediate_size": 11008}),
+        ({"activation": "geglu", "intermediate_size": 8 * 32}, {"intermediate_size": 8 * 32 // 3}),
+        ({"activation": "glu", "expansion_factor": 6}, {"intermediate_size": 64}),
+        ({"activation": "reglu", "intermediate_size": 126}, {"intermediate_size": 42, "hidden_act": "reglu"}),
+        ({"activation": "geglu", "intermediate_size": 126, "bias_gelu_fusion": True}, {"hidden_act": "geglu"}),
+    ],
+)
+def test_options(configure, settings, expected):
+    config = configure(**settings)
+    config.check()
+    raw = model.make_config(config, 512)
+    assert expected.items() <= raw.items()
+    assert config_from_hf(raw).intermediate_size == raw["intermediate_size"]
+
+
+def test_initialisations_that_are_no_normal_distribution(configure):
+    settings = {"init_method": "orthogonal", "output_layer_init_method": "scaled_orthogonal"}
+    read = config_from_hf(model.make_config(configure(**settings), 512))
+    assert (read.init_method, read.output_init_method) == ("orthogonal", "orthogonal")
+    assert (read.init_std, read.output_init_std) == pytest.approx((math.sqrt(2), math.sqrt(2 / 4)))
+    settings = {"init_method": "xavier_uniform", "output_layer_init_method": "wang_init"}
+    read = config_from_hf(model.make_config(configure(**settings), 512))
+    assert (read.init_method, read.output_init_method) == ("xavier_uniform", "normal")
+    assert (read.init_std, read.output_init_std) == pytest.approx((1.0, 2 / 4 / math.sqrt(32)))
+    read = config_from_hf(model.make_config(configure(output_layer_init_method="xavier_normal"), 512))
+    assert (read.init_method, read.output_init_method, read.init_std) == ("normal", "xavier_normal", 0.02)
+
+
+@pytest.mark.parametrize(
     ("name", "std"),
     [
         ("normal", 0.03),
@@ -99,7 +142,19 @@ def test_attention_kinds(configure, given, kinds):
         ({"attention_config": [[["mamba"], 4]]}, r"mamba: another architecture"),
         ({"attention_config": [["global", 4]]}, r"expected entries such as"),
         ({"attention_config": [[["global"], "some"]]}, r'expected a number of times, or "all"'),
-        ({"num_kv_heads": 2}, r"num_kv_heads 2: .* no grouped queries yet"),
+        ({"num_kv_heads": 3}, r"c.yml:\d+: num_kv_heads 3: num_attention_heads 4 is no multiple of it"),
+        (
+            {"num_kv_heads": 2, "use_qk_layernorm": True},
+            r"use_qk_layernorm True: one norm serves queries and keys, of which num_kv_heads 2 makes fewer",
+        ),
+        ({"mlp_multiple_of": 4}, r"mlp_multiple_of 4: it is for gated activations: leave it out"),
+        ({"mlp_multiple_of": 0, "activation": "geglu"}, r"mlp_multiple_of 0: expected at least 1"),
+        (
+            # mistral/7B.yml
+            {"activation": "swiglu", "intermediate_size": 14336},
+            r"c.yml:\d+: activation swiglu with intermediate_size 14336: GPT-NeoX's first matrix has two halves of "
+            r"4,779 rows, its second 4,778 columns: use intermediate_size 14337",
+        ),
         ({"hidden_size": 30}, r"hidden_size 30 is no multiple of num_attention_heads 4"),
         ({"num_layers": None}, r"num_layers is missing in .*c.yml: a model needs num_layers"),
         ({"hidden_size": 0}, r"hidden_size 0: expected at least 1"),

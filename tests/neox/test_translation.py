@@ -149,7 +149,10 @@ def test_without_a_gpu_products_are_in_what_the_processor_has(run):
     assert run(on_gpu=False, bf16={"enabled": True}).flags["precision"] == "auto"
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if "num_layers" in SHIPPED[name] and name not in REFUSED])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, given in SHIPPED.items() if {"num_layers", "optimizer"} <= given.keys() and name not in REFUSED],
+)
 def test_shipped_configurations_are_runs_of_the_trainer(name, write, store):
     paths = {"data_path": store, "save": "out", "tokenizer_type": "CharLevelTokenizer", "load": None, "hostfile": None}
     model_alone = {key: value for key, value in SHIPPED[name].items() if not key.endswith("_data_paths")}
@@ -235,7 +238,7 @@ def test_splits_are_gpt_neox_s_own(split, documents, borders):
         ({"finetune": True}, r"finetune True: load is not given: name the folder of the run to start from"),
         ({"finetune": True, "load": "elsewhere"}, r"finetune True: elsewhere holds no checkpoint to start from"),
         ({"finetune": True, "load": "out"}, r"finetune True: load and save are both out: give another save"),
-        ({"gpt_j_tied": True}, r"gpt_j_tied True: "),
+        ({"use_mup": True}, r"use_mup True: there is no µP"),
         ({"launcher": "openmpi"}, r"launcher openmpi: there are no MPI launchers: use ssh"),
     ],
 )
