@@ -130,7 +130,7 @@ def has_ranks_elsewhere(world_size: int) -> bool:
 
 
 class RankNotes:
-    """What ranks have noted in a folder for the launcher that started them."""
+    """Notes that ranks leave in a folder for the launcher that started them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

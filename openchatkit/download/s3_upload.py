@@ -1,11 +1,15 @@
 """Files into S3-compatible storage: large ones in parts, and gone on with where a process before has stopped.
 
 Every request carries the MD5 of its bytes, which the storage compares. An object that is whole has the SHA-256 of its
-file in its metadata, so that a file is not sent twice.
+file in its metadata, so that a file is not sent twice. The metadata of an object that comes in parts is set when the
+first is sent, so only an upload that was begun for the same bytes may go on: `.NAME.upload.json` beside the file says
+which one that is.
 """
 
 import base64
+import contextlib
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +18,7 @@ from typing import Any, TypeVar
 from openchatkit.download import s3
 from openchatkit.download.retry import RetryPolicy
 from openchatkit.errors import Interrupted, UserError
-from openchatkit.storage import storage_errors
+from openchatkit.storage import storage_errors, write_text
 
 T = TypeVar("T")
 PART = 64 << 20  # bytes of a part, unless the file has too many of them
@@ -43,6 +47,11 @@ class S3Folder:
         self._prefix = f"{prefix}/" if prefix else ""
         self._client: Any = s3.connect()
 
+    @property
+    def storage(self) -> str:
+        """The address with that of the storage: the same s3://bucket may be in several."""
+        return f"{self.address} at {self._client.meta.endpoint_url}"
+
     def put_text(self, name: str, text: str) -> None:
         """Write a small object; UserError where the storage refuses it, Interrupted where it keeps failing."""
         self._put(name, text.encode(), {})
@@ -54,17 +63,16 @@ class S3Folder:
         """
         size = path.stat().st_size
         if self._has(name, size, sha256):
-            return
-        if size <= self._part:
+            pass
+        elif size <= self._part:
             with storage_errors(path, every=True):
                 content = path.read_bytes()
             _check(path, hashlib.sha256(content).hexdigest(), sha256)
             self._put(name, content, {_SHA256: sha256})
-            return
-        self._put_parts(name, path, size, sha256, upload=self._find_upload(name))
-        if not self._has(name, size, sha256):
-            # What was gone on with had been begun for another file.
-            self._put_parts(name, path, size, sha256, upload=None)
+        else:
+            self._put_parts(name, path, size, sha256)
+        with contextlib.suppress(OSError):
+            _note_path(path).unlink()
 
     def _has(self, name: str, size: int, sha256: str) -> bool:
         head = self._request(name, lambda: self._client.head_object(**self._place(name)), may_be_hidden=True) or {}
@@ -74,25 +82,28 @@ class S3Folder:
         options = {"Body": content, "ContentMD5": _md5(content), "Metadata": metadata}
         self._request(name, lambda: self._client.put_object(**self._place(name), **options))
 
-    def _find_upload(self, name: str) -> str | None:
-        """Return the newest upload of an object that was begun and not completed."""
-        place = self._place(name)
+    def _begin_or_go_on(self, name: str, path: Path, sha256: str) -> tuple[str, dict[int, tuple[str, int]]]:
+        """Return the upload of an object in parts, and those it has: one that was begun for these bytes, or a new one.
 
-        def ask() -> list[dict[str, Any]]:
-            lister = self._client.get_paginator("list_multipart_uploads")
-            pages = lister.paginate(Bucket=place["Bucket"], Prefix=place["Key"])
-            return [each for page in pages for each in page.get("Uploads", ()) if each["Key"] == place["Key"]]
+        The storage may have dropped what was begun.
+        """
+        note, target = (
+            path.with_name(f".{path.name}.upload.json"),
+            {"object": f"{self.storage} {name}", _SHA256: sha256},
+        )
+        begun = _read_note(note)
+        if begun is not None and {**target, "upload": begun.get("upload")} == begun:
+            there = self._list_parts(name, begun["upload"])
+            if there is not None:
+                return begun["upload"], there
+        create, metadata = self._client.create_multipart_upload, {_SHA256: sha256}
+        upload: str = self._request(name, lambda: create(**self._place(name), Metadata=metadata))["UploadId"]
+        with storage_errors(note, every=True):
+            write_text(note, json.dumps({**target, "upload": upload}) + "\n")
+        return upload, {}
 
-        begun = self._request(name, ask, may_be_hidden=True)
-        return max(begun, key=lambda each: each["Initiated"])["UploadId"] if begun else None
-
-    def _put_parts(self, name: str, path: Path, size: int, sha256: str, *, upload: str | None) -> None:
-        place = self._place(name)
-        there = self._list_parts(name, upload) if upload else {}
-        if upload is None:
-            metadata = {_SHA256: sha256}
-            begun = self._request(name, lambda: self._client.create_multipart_upload(**place, Metadata=metadata))
-            upload = begun["UploadId"]
+    def _put_parts(self, name: str, path: Path, size: int, sha256: str) -> None:
+        upload, there = self._begin_or_go_on(name, path, sha256)
         tags: dict[int, str] = {}
         digest = hashlib.sha256()
         for group in _groups(_parts(path, max(self._part, -(-size // _MOST_PARTS)))):
@@ -110,7 +121,7 @@ class S3Folder:
         _check(path, digest.hexdigest(), sha256)
         parts = {"Parts": [{"PartNumber": number, "ETag": f'"{tags[number]}"'} for number in sorted(tags)]}
         complete = self._client.complete_multipart_upload
-        self._request(name, lambda: complete(**place, UploadId=upload, MultipartUpload=parts))
+        self._request(name, lambda: complete(**self._place(name), UploadId=upload, MultipartUpload=parts))
 
     def _sender(self, name: str, upload: str, number: int, content: bytes, tags: dict[int, str]) -> Callable[[], None]:
         options = {"UploadId": upload, "PartNumber": number, "Body": content, "ContentMD5": _md5(content)}
@@ -121,15 +132,15 @@ class S3Folder:
 
         return send
 
-    def _list_parts(self, name: str, upload: str) -> dict[int, tuple[str, int]]:
-        """Return entity tag and size of the parts that an upload has, by their numbers from 1."""
+    def _list_parts(self, name: str, upload: str) -> dict[int, tuple[str, int]] | None:
+        """Return entity tag and size of the parts that an upload has, by their numbers from 1; None without it."""
 
         def ask() -> dict[int, tuple[str, int]]:
             pages = self._client.get_paginator("list_parts").paginate(**self._place(name), UploadId=upload)
             parts = [part for page in pages for part in page.get("Parts", ())]
             return {part["PartNumber"]: (part["ETag"].strip('"'), part["Size"]) for part in parts}
 
-        return self._request(name, ask)
+        return self._request(name, ask, may_be_hidden=True)
 
     def _request(self, name: str, ask: Callable[[], T], *, may_be_hidden: bool = False) -> T:
         """Return what the storage answers, and ask again while it may help.
@@ -155,6 +166,19 @@ class S3Folder:
 
     def _place(self, name: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": f"{self._prefix}{name}"}
+
+
+def _note_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.upload.json")
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """Return what is noted about an upload that was begun; None where nothing of use is."""
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return noted if isinstance(noted, dict) else None
 
 
 def _parts(path: Path, size: int) -> Iterator[tuple[int, bytes]]:

@@ -149,7 +149,7 @@ def prune(
 ) -> list[Path]:
     """Delete all but the newest `keep` checkpoints; return the deleted ones.
 
-    Those of the steps `protected` stay, and with `uploads_to` those that are not uploaded to that address. Nothing is
+    Those of the steps `protected` stay, and with `uploads_to` those that are not uploaded to that storage. Nothing is
     deleted unless a newer checkpoint is verified: `verified` if the caller has done that, else this reads the newest.
     Newer, damaged ones are not counted and stay; those of the original kit always stay.
     """
@@ -174,27 +174,27 @@ def prune(
     return list(doomed.values())
 
 
-def mark_uploaded(path: Path, prefix: str, uploaded: FileRecord) -> None:
-    """Note that the checkpoint with the manifest `uploaded` is whole below the address `prefix`.
+def mark_uploaded(path: Path, storage: str, uploaded: FileRecord) -> None:
+    """Note that the checkpoint with the manifest `uploaded` is whole in `storage`, as `S3Folder.storage` names it.
 
     That is not the one in `path` if the step was saved again beside the upload: then the note counts for nothing.
     """
-    write_text(path / UPLOADED, json.dumps({"prefix": prefix, "manifest": uploaded.sha256}) + "\n")
+    write_text(path / UPLOADED, json.dumps({"storage": storage, "manifest": uploaded.sha256}) + "\n")
 
 
-def is_uploaded(path: Path, prefix: str) -> bool:
-    """Return whether a checkpoint, as it is here, is noted to be whole below the address `prefix`."""
+def is_uploaded(path: Path, storage: str) -> bool:
+    """Return whether a checkpoint, as it is here, is noted to be whole in `storage`."""
     try:
         noted = json.loads((path / UPLOADED).read_text(encoding="utf-8"))
-        return bool(noted["prefix"] == prefix and noted["manifest"] == sha256(path / manifest.MANIFEST))
+        return bool(noted["storage"] == storage and noted["manifest"] == sha256(path / manifest.MANIFEST))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def list_to_upload(root: Path, prefix: str) -> list[Path]:
-    """Return the checkpoints of this kit that are not noted to be below the address `prefix`, the oldest first."""
+def list_to_upload(root: Path, storage: str) -> list[Path]:
+    """Return the checkpoints of this kit that are not noted to be in `storage`, the oldest first."""
     found = [path for step in list_steps(root) if (path := find(root, step))]
-    return [path for path in found if (path / manifest.MANIFEST).exists() and not is_uploaded(path, prefix)]
+    return [path for path in found if (path / manifest.MANIFEST).exists() and not is_uploaded(path, storage)]
 
 
 def publish(temporary: Path, root: Path, step: int) -> Path:

@@ -13,7 +13,10 @@ from openchatkit.errors import UserError
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a line for each checkpoint; UserError where one is damaged or `latest` names none that is whole."""
+    """Print a line for each checkpoint; UserError where one is damaged or `latest` names none that is whole.
+
+    A repair of `latest` does not make a damaged checkpoint whole: that is an error still.
+    """
     flags = _build_parser().parse_args(argv)
     # torch takes seconds to import; --help need not wait for it.
     from openchatkit.formats import checkpoint
@@ -71,7 +74,7 @@ def _verify_run(root: Path, *, repair: bool) -> list[str]:
     named = checkpoint.read_latest(root)
     if named in whole:
         print(f"{root}: latest is {named.name}")
-        return [] if repair else problems
+        return problems
     if not trusted:
         return [f"{root}: no checkpoint is whole: copy a whole one here, or move these away", *problems]
     newest = trusted[-1]
@@ -81,7 +84,7 @@ def _verify_run(root: Path, *, repair: bool) -> list[str]:
         with checkpoint.lock_run(root):
             checkpoint.point_to(root, step)
         print(f"{root}: latest is {newest.name} from now on")
-        return []
+        return problems
     state = f"names {named.name}, which is damaged" if named else "names no checkpoint"
     advice = f"the newest verified checkpoint is {newest}; run this again with --repair latest to go on from it"
     print(f"{root}: latest {state}")

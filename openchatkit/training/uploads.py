@@ -2,6 +2,7 @@
 
 A checkpoint is there when its manifest is, which comes last, as `latest` comes after that. One that is there is noted
 so in its folder, and only then may it be deleted here. What a run leaves undone, the next one of the folder does.
+`latest` follows that of the run, back as well.
 """
 
 import threading
@@ -28,14 +29,21 @@ class Uploader:
     """
 
     def __init__(self, root: Path, prefix: str) -> None:
-        self._root, self._prefix = root, prefix
+        self._root = root
         self._stopped = threading.Event()
         self._folder = S3Folder(prefix, stopped=self._stopped)
+        self._latest: int | None = None  # what `latest` in the storage says, once it was written here
+        self._settling = threading.Lock()
         self._changed = threading.Condition()
         self._wanted = self._done = 0  # how often `wake` was called, and how many of these calls were answered
         self._problem: Exception | None = None  # of the last answer
         self._thread = threading.Thread(target=self._answer, name="uploads", daemon=True)
         self._thread.start()
+
+    @property
+    def storage(self) -> str:
+        """The storage, as checkpoints that are uploaded are noted to be in it."""
+        return self._folder.storage
 
     def wake(self) -> None:
         """Let the thread look for checkpoints that are not uploaded."""
@@ -80,7 +88,7 @@ class Uploader:
         """Upload what is not there yet; returns the first error, which `wait` raises, and goes on with the others."""
         problems: list[Exception] = []
         with storage_errors(self._root, every=True):
-            paths = checkpoint.list_to_upload(self._root, self._prefix)
+            paths = checkpoint.list_to_upload(self._root, self.storage)
         for path in paths:
             if self._stopped.is_set():
                 break
@@ -89,6 +97,8 @@ class Uploader:
             except Exception as error:
                 problems.append(error)
                 logger.warning("{} is not uploaded, and is kept and tried again later: {}", path, error)
+        if not paths:
+            self.settle_latest()  # as after each upload
         return problems[0] if problems else None
 
     def _upload(self, path: Path) -> None:
@@ -97,13 +107,20 @@ class Uploader:
             records = checkpoint.list_files(path)
             for record in records:
                 self._folder.put_file(f"{path.name}/{record.name}", path / record.name, sha256=record.sha256)
-            if (step := self._find_latest(path)) is not None:
-                self._folder.put_text(checkpoint.LATEST, f"{step}\n")
-            checkpoint.mark_uploaded(path, self._prefix, records[-1])
-        logger.info("uploaded {} to {} in {:.0f} s", path.name, self._prefix, time.perf_counter() - started)
+            checkpoint.mark_uploaded(path, self.storage, records[-1])
+        self.settle_latest()
+        logger.info("uploaded {} to {} in {:.0f} s", path.name, self._folder.address, time.perf_counter() - started)
 
-    def _find_latest(self, new: Path) -> int | None:
-        """Return the newest step that the storage has, `new` included, up to the one that a run would go on from here.
+    def settle_latest(self) -> None:
+        """Let `latest` in the storage name what a run would go on from, as far as that is there."""
+        with self._settling, storage_errors(self._root, every=True):
+            step = self._find_latest()
+            if step is not None and step != self._latest:
+                self._folder.put_text(checkpoint.LATEST, f"{step}\n")
+                self._latest = step
+
+    def _find_latest(self) -> int | None:
+        """Return the newest step that the storage has, up to the one that a run would go on from here.
 
         A checkpoint that arrives late is older than others there, and one that a run has gone back from is never it.
         """
@@ -111,9 +128,7 @@ class Uploader:
         named = checkpoint.read_latest(self._root)
         last = max(steps) if named is None else checkpoint.parse_step(named.name)
         there = [
-            step
-            for step, path in steps.items()
-            if path is not None and (path == new or checkpoint.is_uploaded(path, self._prefix))
+            step for step, path in steps.items() if path is not None and checkpoint.is_uploaded(path, self.storage)
         ]
         return max((step for step in there if last is None or step <= last), default=None)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import s3_storage
 
+from openchatkit.download import s3_upload
 from openchatkit.download.retry import RetryPolicy
 from openchatkit.download.s3_upload import S3Folder
 from openchatkit.errors import Interrupted, UserError
@@ -67,31 +68,63 @@ def test_another_file_of_the_same_size_replaces_it(storage, folder, tmp_path):
     assert storage.get_object(Bucket="out", Key="deep/run/a")["Body"].read() == (tmp_path / "a").read_bytes()
 
 
-def begin(storage, path: Path, *, sha256: str, parts: int) -> None:
-    """Begin an upload as a process does that is killed after so many parts."""
-    place = {"Bucket": "out", "Key": "deep/run/a"}
-    begun = storage.create_multipart_upload(**place, Metadata={"sha256": sha256})
-    for number in range(1, parts + 1):
-        content = path.read_bytes()[(number - 1) * PART : number * PART]
-        storage.upload_part(**place, UploadId=begun["UploadId"], PartNumber=number, Body=content)
+@pytest.fixture
+def begin(storage, monkeypatch):
+    """Upload two of the parts of a file, as a process does that is stopped then."""
+
+    def begin_upload(path: Path, *, sha256: str) -> None:
+        stopped = threading.Event()
+        folder = S3Folder("s3://out/deep/run", part=PART, stopped=stopped)
+
+        def stop(params, **_) -> None:
+            if params["PartNumber"] == 2:
+                stopped.set()
+
+        folder._client.meta.events.register("provide-client-params.s3.UploadPart", stop)
+        with monkeypatch.context() as patched:
+            patched.setattr(s3_upload, "_AT_ONCE", 1)
+            with pytest.raises(Interrupted, match="a is not whole yet"):
+                folder.put_file("a", path, sha256=sha256)
+
+    return begin_upload
 
 
-def test_an_upload_goes_on_with_the_parts_that_are_missing(storage, folder, tmp_path):
+def test_an_upload_goes_on_with_the_parts_that_are_missing(storage, folder, tmp_path, begin):
     digest = write(tmp_path / "a", SIZE)
-    begin(storage, tmp_path / "a", sha256=digest, parts=2)
+    begin(tmp_path / "a", sha256=digest)
     sent = requests_of(folder, "UploadPart")
     folder.put_file("a", tmp_path / "a", sha256=digest)
     assert [params["PartNumber"] for params in sent] == [3]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "the note goes with the need for it"
     assert storage.get_object(Bucket="out", Key="deep/run/a")["Body"].read() == (tmp_path / "a").read_bytes()
 
 
-def test_parts_of_another_file_are_not_used(storage, folder, tmp_path):
-    begin(storage, tmp_path / "a", sha256=write(tmp_path / "a", SIZE, seed=7), parts=2)
-    digest = write(tmp_path / "a", SIZE)
+def test_an_upload_that_was_begun_for_other_bytes_is_left_alone(storage, folder, tmp_path, begin):
+    """Even one whose parts are the same so far: the object would have the SHA-256 of the other bytes."""
+    begin(tmp_path / "a", sha256=write(tmp_path / "a", SIZE))
+    content = bytearray((tmp_path / "a").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    completed = requests_of(folder, "CompleteMultipartUpload")
     folder.put_file("a", tmp_path / "a", sha256=digest)
     found = storage.get_object(Bucket="out", Key="deep/run/a")
-    assert found["Body"].read() == (tmp_path / "a").read_bytes()
-    assert found["Metadata"] == {"sha256": digest}
+    assert (found["Body"].read(), found["Metadata"]) == (content, {"sha256": digest})
+    assert len(completed) == 1
+
+
+@pytest.mark.parametrize("lost", ["the upload", "the note"])
+def test_what_was_begun_and_is_lost_begins_again(storage, folder, tmp_path, begin, lost):
+    digest = write(tmp_path / "a", SIZE)
+    begin(tmp_path / "a", sha256=digest)
+    if lost == "the note":
+        (tmp_path / ".a.upload.json").write_text("{")
+    else:
+        [upload] = storage.list_multipart_uploads(Bucket="out")["Uploads"]
+        storage.abort_multipart_upload(Bucket="out", Key=upload["Key"], UploadId=upload["UploadId"])
+    folder.put_file("a", tmp_path / "a", sha256=digest)
+    found = storage.get_object(Bucket="out", Key="deep/run/a")
+    assert (found["Body"].read(), found["Metadata"]) == ((tmp_path / "a").read_bytes(), {"sha256": digest})
 
 
 @pytest.mark.parametrize("size", [1000, SIZE])

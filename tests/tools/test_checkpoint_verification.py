@@ -66,19 +66,20 @@ def replace_by_another(root):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "said", "left"),
     [
-        (lambda root: (root / "latest").unlink(), "names no checkpoint"),
-        (lambda root: (root / "latest").write_text("99"), "names no checkpoint"),
+        (lambda root: (root / "latest").unlink(), "names no checkpoint", ""),
+        (lambda root: (root / "latest").write_text("99"), "names no checkpoint", ""),
         (
             lambda root: os.truncate(root / "checkpoint_15" / "head.safetensors", 9),
             "names checkpoint_15, which",
+            "head.safetensors has 9 bytes",
         ),
-        (replace_by_another, "names checkpoint_15, which"),
+        (replace_by_another, "names checkpoint_15, which", "checkpoint_15 holds the checkpoint of step 5"),
     ],
     ids=["missing", "wrong", "truncated", "of another step"],
 )
-def test_a_latest_that_leads_nowhere_good_is_named_and_repaired(root, verify, damage, said):
+def test_a_latest_that_leads_nowhere_good_is_named_and_repaired(root, verify, damage, said, left):
     damage(root)
     newest = checkpoint.newest_verified(root)
     status, printed, errors = verify(root)
@@ -87,7 +88,8 @@ def test_a_latest_that_leads_nowhere_good_is_named_and_repaired(root, verify, da
     assert f"latest {said}" in errors
     assert f"the newest verified checkpoint is {newest}; run this again with --repair latest to go on from" in errors
     status, printed, errors = verify(root, "--repair", "latest")
-    assert (status, errors) == (0, "")
+    assert status == (2 if left else 0), "a damaged checkpoint is no less so for it"
+    assert left in errors
     assert f"{root}: latest is {newest.name} from now on" in printed
     assert checkpoint.latest(root) == newest
 
@@ -96,6 +98,11 @@ def test_a_good_latest_is_not_moved_by_a_repair(root, verify):
     """It may name an older one on purpose."""
     checkpoint.point_to(root, 5)
     assert verify(root, "--repair", "latest")[0] == 0
+    assert checkpoint.latest(root) == root / "checkpoint_5"
+    flip(root / "checkpoint_10" / "head.safetensors")
+    status, _, errors = verify(root, "--repair", "latest")
+    assert status == 2
+    assert "checkpoint_10/head.safetensors was altered" in errors
     assert checkpoint.latest(root) == root / "checkpoint_5"
 
 

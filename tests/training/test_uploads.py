@@ -78,7 +78,7 @@ def test_all_checkpoints_arrive_and_are_noted(storage, root, start):
     for step in (5, 10):
         assert_whole_in_storage(storage, root / f"checkpoint_{step}")
     assert storage.get_object(Bucket="out", Key="deep/run/latest")["Body"].read() == b"10\n"
-    assert checkpoint.list_to_upload(root, PREFIX) == []
+    assert checkpoint.list_to_upload(root, uploader.storage) == []
     assert checkpoint.list_to_upload(root, "s3://other") == [root / "checkpoint_5", root / "checkpoint_10"]
     checkpoint.verify(root / "checkpoint_5")
     write_checkpoint(root, 15)
@@ -99,13 +99,13 @@ def test_a_step_that_is_saved_again_beside_its_upload_is_uploaded_again(storage,
     monkeypatch.setattr(checkpoint, "mark_uploaded", save_again_and_mark)
     uploader = start(root)
     assert uploader.wait(60)
-    assert checkpoint.list_to_upload(root, PREFIX) == again == [root / "checkpoint_5"]
-    assert checkpoint.prune(root, 1, verified=root / "checkpoint_10", uploads_to=PREFIX) == []
+    assert checkpoint.list_to_upload(root, uploader.storage) == again == [root / "checkpoint_5"]
+    assert checkpoint.prune(root, 1, verified=root / "checkpoint_10", uploads_to=uploader.storage) == []
     uploader.wake()
     assert uploader.wait(60)
     found = storage.get_object(Bucket="out", Key=f"deep/run/checkpoint_5/{manifest.MANIFEST}")["Body"].read()
     assert found == (root / "checkpoint_5" / manifest.MANIFEST).read_bytes()
-    assert checkpoint.prune(root, 1, verified=root / "checkpoint_10", uploads_to=PREFIX) == again
+    assert checkpoint.prune(root, 1, verified=root / "checkpoint_10", uploads_to=uploader.storage) == again
 
 
 def test_a_damaged_checkpoint_is_kept_here_and_hinders_no_other(storage, root, start):
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_kept_here_and_hinders_no_other(storage, root, s
         uploader.wait(60)
     assert_whole_in_storage(storage, root / "checkpoint_10")
     assert f"checkpoint_5/{manifest.MANIFEST}" not in keys(storage)
-    assert checkpoint.list_to_upload(root, PREFIX) == [root / "checkpoint_5"]
+    assert checkpoint.list_to_upload(root, uploader.storage) == [root / "checkpoint_5"]
 
 
 def test_latest_names_the_newest_of_those_that_a_run_would_go_on_from(storage, root, start):
@@ -133,14 +133,29 @@ def test_latest_names_the_newest_of_those_that_a_run_would_go_on_from(storage, r
     assert_whole_in_storage(storage, root / "checkpoint_5")
     assert read_latest() == b"10\n", "5 came later, and is older"
     write_checkpoint(root, 20)
-    checkpoint.point_to(root, 10)  # as a run does that goes back
     uploader.wake()
     assert uploader.wait(60)
+    assert read_latest() == b"20\n"
+    checkpoint.point_to(root, 10)  # as a run does that goes back
+    uploader.settle_latest()
     assert read_latest() == b"10\n"
+    checkpoint.point_to(root, 5)  # as a user does; there is nothing to upload
+    assert start(root).wait(60)
+    assert read_latest() == b"5\n"
     write_checkpoint(root, 15)
     uploader.wake()
     assert uploader.wait(60)
     assert read_latest() == b"15\n"
+
+
+def test_what_is_in_one_storage_is_not_taken_for_being_in_another(storage, root, start, monkeypatch):
+    uploader = start(root)
+    assert uploader.wait(60)
+    with s3_storage.serve() as other:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other)
+        elsewhere = Uploader(root, PREFIX)
+        assert checkpoint.list_to_upload(root, elsewhere.storage) == [root / "checkpoint_5", root / "checkpoint_10"]
+        elsewhere.close()
 
 
 def test_what_the_storage_refuses_is_tried_again(storage, root, start):
@@ -163,7 +178,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_wait_for_uploads(storage, root,
     with pytest.raises(UserError, match=f"{root}: the folder of another machine is gone or was replaced"):
         uploader.wait(60)
     monkeypatch.undo()
-    assert checkpoint.list_to_upload(root, PREFIX) == [root / "checkpoint_5", root / "checkpoint_10"]
+    assert checkpoint.list_to_upload(root, uploader.storage) == [root / "checkpoint_5", root / "checkpoint_10"]
 
 
 def test_a_request_to_stop_does_not_wait_for_uploads(storage, root, start, monkeypatch):
@@ -175,7 +190,7 @@ def test_a_request_to_stop_does_not_wait_for_uploads(storage, root, start, monke
         finish_uploads(uploader, Layout(0, "cpu"), [15])
     held.set()
     finish_uploads(uploader, Layout(0, "cpu"), [])
-    assert checkpoint.list_to_upload(root, PREFIX) == []
+    assert checkpoint.list_to_upload(root, uploader.storage) == []
 
 
 def test_a_prefix_without_keys_or_bucket_ends_before_training(storage, monkeypatch):
@@ -201,7 +216,7 @@ def test_a_run_keeps_what_is_not_uploaded_and_ends_when_all_is(tmp_path, flags, 
     keys_of_storage = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     path = run(tmp_path, flags, environment=keys_of_storage, checkpoint_upload_prefix=PREFIX)
     assert checkpoint.list_steps(path.parent) == [5, 6]
-    assert checkpoint.is_uploaded(path, PREFIX)
+    assert checkpoint.is_uploaded(path, f"{PREFIX} at {os.environ['AWS_ENDPOINT_URL']}")
     assert_whole_in_storage(storage, path)
     uploaded = {key.split("/")[0] for key in keys(storage) if key.endswith(manifest.MANIFEST)}
     assert {"checkpoint_3", "checkpoint_4", "checkpoint_5", "checkpoint_6", before.name} <= uploaded
