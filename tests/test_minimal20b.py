@@ -316,12 +316,14 @@ def test_more_layers_than_the_yml_tells_of(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"rotary"', '"alibi"', r"tiny\.yml says pos_emb: alibi; the kit reads only models with pos_emb: rotary$"),
+        ("{", '{ "use_mup": true,', r"tiny\.yml: use_mup True: the kit has no such network$"),
+        ('"rotary_pct": 0.25', '"rotary_pct": "many"', r"tiny\.yml: rotary_pct many: expected a number$"),
+        ("bias-gelu-fusion\": true", "bias-gelu-fusion\": 3", r"bias_gelu_fusion 3: expected true or false$"),
         ('"hidden-size": 32', '"hidden-size": 64', r"is 32 wide, .*tiny\.yml says 64$"),
-        ('"num-attention-heads": 4,', "", r"tiny\.yml, read as .*num_attention_heads is None"),
-        ('"num-layers": 3', '"num-layers": "x"', r"tiny\.yml does not say num_layers, a whole number$"),
+        ('"num-attention-heads": 4,', "", r"tiny\.yml does not say num_attention_heads, a whole number of at least 1$"),
+        ('"num-layers": 3', '"num-layers": "x"', r"tiny\.yml does not say num_layers, a whole number of at least 1$"),
         ("{", "{ [", r"^cannot read .*tiny\.yml"),
-        ('"norm":', '"activation": "geglu", "norm":', "activation 'geglu' is not supported"),
+        ('"norm":', '"activation": "tanh", "norm":', r"tiny\.yml, read as .*hidden_act is 'tanh', expected one of"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, before, after, message):
@@ -343,10 +345,10 @@ def test_files_that_contradict_each_other_or_say_nothing(tmp_path):
 
 
 def test_the_published_model_needs_no_yml(tmp_path, monkeypatch):
-    from openchatkit.formats import neox_checkpoint
+    from openchatkit.formats import neox_saved_settings
 
-    published = {**neox_checkpoint._PUBLISHED, "num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 4}
-    monkeypatch.setattr(neox_checkpoint, "_PUBLISHED", published)
+    published = {**neox_saved_settings._PUBLISHED, "num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 4}
+    monkeypatch.setattr(neox_saved_settings, "_PUBLISHED", published)
     reference = neox()
     steps = write_neox(tmp_path, reference)
     (tmp_path / "configs" / "tiny.yml").unlink()

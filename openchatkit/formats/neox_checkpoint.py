@@ -1,79 +1,56 @@
-"""GPT-NeoX's own checkpoints (github.com/EleutherAI/gpt-neox), read and never written: how GPT-NeoX-20B was published.
+"""Checkpoints of GPT-NeoX, read: of any number of tensor ranks, with a pipeline or without, of 2021 and of today.
 
     20B_tokenizer.json  latest  configs/*.yml  global_step150000/layer_<ii>-model_<rr>-model_states.pt
 
-Layer 0 is the embedding, 2 to L + 1 are the blocks, L + 3 is the final norm and L + 4 the projection (missing where it
-is tied to the embedding); the others hold nothing. Each is cut into shards of tensor parallelism, which are merged here
-as GPT-NeoX's layers add them up. The yml files say what no tensor does: heads, residual, activation, rotation.
+That is how GPT-NeoX-20B was published; `neox_layout` has all names. The parts of tensor ranks are merged as GPT-NeoX's
+layers add them up. `neox_writer` writes such folders.
 """
 
-import re
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from openchatkit.errors import UserError
+from openchatkit.formats import neox_layout, neox_settings, neox_tokenizers, tokenizer_files
+from openchatkit.formats.neox_layout import LAYER_FILE, WHOLE_FILE
+from openchatkit.formats.neox_saved_settings import SavedSettings
+from openchatkit.formats.neox_tokenizers import NeoxTokenizer
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.cuts import join_tensor
+from openchatkit.models.cuts import is_cut, join_tensor
 from openchatkit.models.registry import config_from_hf, family
-from openchatkit.models.shards import HEAD, layer_number, shard_names
-from openchatkit.texts import reason_of
+from openchatkit.models.shards import shard_names
 
 END_OF_TEXT = 0
-EXAMPLE = "layer_00-model_00-model_states.pt"
-_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_NAMES = {
-    "word_embeddings": "embed_in",
-    "norm": "final_layer_norm",
-    "final_linear": "embed_out",
-    "mlp.linear1": "mlp.dense_h_to_4h",
-    "mlp.linear2": "mlp.dense_4h_to_h",
-}
-# GPT-NeoX-20B as its own yml describes it: its weights are often fetched without that file.
-_PUBLISHED: dict[str, Any] = {
-    "num_layers": 44,
-    "hidden_size": 6144,
-    "num_attention_heads": 64,
-    "pos_emb": "rotary",
-    "rotary_pct": 0.25,
-    "gpt_j_residual": True,
-    "no_weight_tying": True,
-    "bias_gelu_fusion": True,
-    "max_position_embeddings": 2048,
-}
-_DEFAULTS = {
-    "norm": "layernorm",
-    "pos_emb": "learned",
-    "rotary_pct": 1.0,
-    "rotary_emb_base": 10000,
-    "gpt_j_residual": False,
-    "gpt_j_tied": False,
-    "no_weight_tying": False,
-    "activation": "gelu",
-    "bias_gelu_fusion": False,
-    "layernorm_epsilon": 1e-5,
-    "max_position_embeddings": 2048,
-}
-_ONLY = {"norm": "layernorm", "pos_emb": "rotary", "gpt_j_tied": False}
+EXAMPLE = neox_layout.EXAMPLE
 
 
 def find(path: Path) -> Path | None:
-    """Return the folder of layer files for a path: itself, the one that `latest` names, or the only one inside."""
+    """Return a step's folder for a path: itself, the one that `latest` names, or the only one inside.
+
+    None where there is no checkpoint of GPT-NeoX. UserError where `latest` names a step that is missing, or none of
+    several.
+    """
     if not path.is_dir():
         return None
-    latest = path / "latest"
-    if latest.is_file():
-        named = [path / latest.read_text(encoding="utf-8").strip()]
-    else:
-        named = sorted(path.glob("global_step*"))
-    candidates: list[Path] = [path, *named] if len(named) == 1 else [path]
-    for folder in candidates:
-        if folder.is_dir() and any(_FILE.fullmatch(entry.name) for entry in folder.iterdir()):
-            return folder
-    return None
+    if neox_layout.is_checkpoint(path):
+        return path
+    steps = [folder for folder in sorted(path.glob(f"{neox_layout.STEP_PREFIX}*")) if neox_layout.is_checkpoint(folder)]
+    latest = path / neox_layout.LATEST
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if named.startswith(neox_layout.STEP_PREFIX):
+        if path / named not in steps:
+            there = ", ".join(folder.name for folder in steps) or "none"
+            raise UserError(f"{latest} says {named}, which is not there ({there} is): give a step's folder itself")
+        return path / named
+    if len(steps) > 1:
+        listed = ", ".join(folder.name for folder in steps)
+        raise UserError(f"{path} holds {listed}, and no {neox_layout.LATEST} names one: give one of them")
+    return steps[0] if steps else None
 
 
 def tokenizer_file(path: Path) -> Path | None:
@@ -82,33 +59,110 @@ def tokenizer_file(path: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+class _Files(Protocol):
+    """The files of a step: `ranks`, how many have a part of each layer, and the layers of each."""
+
+    ranks: dict[int, int]
+
+    def name(self, layer: int, rank: int) -> str:
+        """Return the name of the file with a rank's part of a layer."""
+
+    def open(self, layer: int, rank: int) -> "_Layer":
+        """Open a rank's part of a layer."""
+
+
+class _Layer:
+    """A rank's part of a layer: `specs` by GPT-NeoX's names of tensors, of a file at `path`."""
+
+    def __init__(self, file: PickledFile, prefix: str = "") -> None:
+        self.path, self._file, self._prefix = file.path, file, prefix
+        self.specs = {key.removeprefix(prefix): spec for key, spec in file.specs.items() if key.startswith(prefix)}
+
+    def read(self, key: str) -> Tensor:
+        """Return a tensor, memory-mapped."""
+        return self._file.read([self._prefix + key])[self._prefix + key]
+
+
+class _LayerFiles:
+    """A file for each layer and rank, as pipelines write them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        found: dict[int, set[int]] = {}
+        for entry in folder.iterdir():
+            if match := LAYER_FILE.fullmatch(entry.name):
+                found.setdefault(int(match[1]), set()).add(int(match[2]))
+        highest = max((max(ranks) for ranks in found.values()), default=-1)
+        for layer, ranks in sorted(found.items()):
+            if missing := sorted(set(range(max(ranks) + 1)) - ranks):
+                raise UserError(f"{folder / self.name(layer, missing[0])} is missing; shards up to {highest} are there")
+        self.ranks = {layer: len(ranks) for layer, ranks in found.items()}
+
+    def name(self, layer: int, rank: int) -> str:
+        return neox_layout.layer_file(layer, rank)
+
+    def open(self, layer: int, rank: int) -> _Layer:
+        return _Layer(PickledFile(self._folder / self.name(layer, rank)))
+
+
+class _WholeFiles:
+    """A file for each rank, as models without a pipeline are saved."""
+
+    def __init__(self, folder: Path) -> None:
+        numbers = sorted(int(match[1]) for entry in folder.iterdir() if (match := WHOLE_FILE.fullmatch(entry.name)))
+        if missing := sorted(set(range(numbers[-1] + 1)) - set(numbers)):
+            raise UserError(f"{folder / neox_layout.whole_file(missing[0])} is missing; {numbers[-1]} is there")
+        self._files = [PickledFile(folder / neox_layout.whole_file(n), entry=neox_layout.TENSORS) for n in numbers]
+        self.ranks: dict[int, int] = {}
+        for file in self._files:
+            if file.specs.keys() != self._files[0].specs.keys():
+                raise UserError(f"{file.path} and {self._files[0].path.name} hold different tensors; fetch both again")
+        for key in self._files[0].specs:
+            match = neox_layout.IN_WHOLE_FILE.fullmatch(key)
+            if match is None:
+                raise UserError(f"{self._files[0].path} holds {key}; expected tensors such as sequential.0.x.weight")
+            self.ranks[int(match[1])] = len(self._files)
+
+    def name(self, layer: int, rank: int) -> str:
+        return neox_layout.whole_file(rank)
+
+    def open(self, layer: int, rank: int) -> _Layer:
+        return _Layer(self._files[rank], neox_layout.in_whole_file(layer, ""))
+
+
 class NeoXCheckpoint:
     """A checkpoint with the interface of LayerShards: `path`, `raw_config`, `config`, `shards` and `read`.
 
-    `path` is the folder of the layer files. UserError when files are missing, do not belong together, or describe
-    a network that the kit does not support.
+    `path` is the folder of a step. UserError when files are missing, do not belong together, or describe a network that
+    the kit does not support.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._ranks = _ranks(self.path)
-        layers = sorted(self._ranks)
-        self._settings, self._source = _settings(self.path, layers[-1])
-        self._check_files(layers)
-        self.raw_config = self._hf_config()
+        self._files = _open_files(self.path)
+        self.settings = SavedSettings(self.path, blocks=max(self._files.ranks) - 4)
+        self._source = self.settings.source
+        self._count, self._tied = self.settings.need("num_layers")[0], not self.settings.get("no_weight_tying")
+        self._check_files(sorted(self._files.ranks))
+        self.raw_config = self._describe()
         try:
             self.config: ModelConfig = config_from_hf(self.raw_config)
         except UserError as error:
             raise UserError(f"{self._source}, read as {error}") from error
         self.shards = shard_names(self.config.num_layers)
+        self._check_norms()
 
     def read(self, shard: str) -> dict[str, Tensor]:
         """Read a shard's tensors, merged, on the CPU, in the dtype they are stored in; memory-mapped where not cut."""
         merged: dict[str, Tensor] = {}
-        for layer in self._layers(shard):
+        layers = neox_layout.shard_layers(self.config, shard)
+        for layer in layers:
             merged |= self._read_layer(layer)
         expected = family(self.config).parameter_shapes(self.config, shard)
-        where = self.path / _file(self._layers(shard)[0], 0)
+        if self.settings.get("gpt_j_residual") and self.settings.get("gpt_j_tied"):
+            # The norm that attention and MLP share is the first; the second is stored too.
+            merged = {name: t for name, t in merged.items() if not name.startswith("post_attention_layernorm.")}
+        where = self.path / self._files.name(layers[0], 0)
         if different := sorted(expected.keys() ^ merged.keys()):
             has = "lacks" if different[0] in expected else "holds"
             raise UserError(f"{where} {has} {different[0]}, unlike the network that {self._source} describes")
@@ -117,17 +171,9 @@ class NeoXCheckpoint:
                 raise UserError(f"{where}: {name} is {list(merged[name].shape)}, {self._source} makes it {list(shape)}")
         return merged
 
-    def _layers(self, shard: str) -> list[int]:
-        """Return the layer files of a shard, by GPT-NeoX's numbers."""
-        count = self.config.num_layers
-        if shard == HEAD:
-            return [count + 3] if self.config.tie_embeddings else [count + 3, count + 4]
-        number = layer_number(shard)
-        return [0 if number is None else number + 2]
-
-    def _open(self, layer: int) -> list[PickledFile]:
+    def _open(self, layer: int) -> list[_Layer]:
         """Open a layer's files, rank after rank; UserError unless they hold the same names in the same shapes."""
-        files = [PickledFile(self.path / _file(layer, rank)) for rank in range(self._ranks[layer])]
+        files = [self._files.open(layer, rank) for rank in range(self._files.ranks[layer])]
         for file in files[1:]:
             if file.specs != files[0].specs:
                 raise UserError(f"{file.path} and {files[0].path.name} hold different tensors; fetch both again")
@@ -135,136 +181,117 @@ class NeoXCheckpoint:
 
     def _read_layer(self, layer: int) -> dict[str, Tensor]:
         files = self._open(layer)
-        names = {key: _our_name(key) for key in files[0].specs if "rotary_emb." not in key}
-        return {ours: self._merge(ours, [file.read([key])[key] for file in files]) for key, ours in names.items()}
+        names = {key: ours for key in files[0].specs if (ours := neox_layout.our_name(key)) is not None}
+        return {ours: self._merge(ours, [file.read(key) for file in files]) for key, ours in names.items()}
 
     def _merge(self, name: str, parts: list[Tensor]) -> Tensor:
         """Merge the shards of one tensor, one of each rank; GPT-NeoX stores on all ranks what it does not cut."""
+        if name.startswith(neox_layout.QK_NORM):
+            parts = [part.flatten() for part in parts]  # [heads, head_dim] there
         cut = family(self.config).cuts(self.config).get(name, "rows")  # `read` refuses names of no parameter
-        if len(parts) > 1 and cut == "once" and self._settings["gpt_j_residual"]:
-            # Every rank adds its own before the ranks' results are summed.
-            return torch.stack(parts).float().sum(0).to(parts[0].dtype)
-        if len(parts) > 1 and cut == "whole":  # copies, which drift apart in training
-            return torch.stack(parts).float().mean(0).to(parts[0].dtype)
-        return join_tensor(parts, cut)
+        if is_cut(cut) or len(parts) == 1:
+            return join_tensor(parts, cut)
+        wide = torch.promote_types(parts[0].dtype, torch.float32)
+        if name in neox_layout.ADDED_BIASES:
+            # With parallel residual every rank adds its own before the ranks' results are summed, else all have one.
+            summed = torch.stack(parts).to(wide).sum(0).to(parts[0].dtype)
+            return summed if self.settings.get("gpt_j_residual") else parts[0]
+        if all(torch.equal(part, parts[0]) for part in parts[1:]):
+            return parts[0]
+        return torch.stack(parts).to(wide).mean(0).to(parts[0].dtype)  # copies, which drift apart in training
 
     def _check_files(self, layers: list[int]) -> None:
         """UserError unless every layer is there, on as many ranks as the tensors were cut for."""
-        count, ranks = self._settings["num_layers"], self._ranks[layers[0]]
-        expected = [0, *range(2, count + 2), count + 3, *([count + 4] if self._settings["no_weight_tying"] else [])]
+        files, said = self._files, f"{self._source} says {self._count} layers"
+        expected = neox_layout.list_layers(self._count, tied=self._tied)
         if left := sorted(set(layers) - set(expected)):
-            raise UserError(f"{self.path / _file(left[-1], 0)} is one too many; {self._source} says {count} layers")
+            raise UserError(f"{self.path / files.name(left[-1], 0)} is one too many; {said}")
         if missing := sorted(set(expected) - set(layers)):
-            raise UserError(f"{self.path / _file(missing[0], 0)} is missing; {self._source} says {count} layers")
-        if other := [layer for layer in layers if self._ranks[layer] != ranks]:
+            raise UserError(f"{self.path / files.name(missing[0], 0)} is missing; {said}")
+        ranks = files.ranks[layers[0]]
+        if other := [layer for layer in layers if files.ranks[layer] != ranks]:
             raise UserError(
-                f"{self.path} holds {ranks} shards of layer {layers[0]} and {self._ranks[other[0]]} of layer "
+                f"{self.path} holds {ranks} shards of layer {layers[0]} and {files.ranks[other[0]]} of layer "
                 f"{other[0]}; fetch what is missing, or keep one checkpoint alone in the folder"
             )
-        file = PickledFile(self.path / _file(2, 0))
-        spec = file.specs.get("attention.query_key_value.weight")
-        if spec is None or len(spec.shape) != 2:
-            raise UserError(f"{file.path} holds no attention.query_key_value.weight; it is not a layer of GPT-NeoX")
-        rows, width = spec.shape
-        if rows * ranks != 3 * width:
+        columns = self._find_shape(2, "attention.dense.weight", "it is not a layer of GPT-NeoX")
+        if columns[1] * ranks != columns[0]:
             raise UserError(
-                f"{self.path} holds {ranks} shards a layer, its tensors were cut into {3 * width / rows:g}; fetch what "
-                "is missing, or keep one checkpoint alone in the folder"
+                f"{self.path} holds {ranks} shards a layer, its tensors were cut into {columns[0] / columns[1]:g}; "
+                "fetch what is missing, or keep one checkpoint alone in the folder"
             )
 
-    def _hf_config(self) -> dict[str, Any]:
-        """Return what transformers has in config.json: sizes from the files, the rest from the settings."""
-        said = self._settings
-        embedding, block = self._open(0)[0], self._open(2)[0]
-        shapes = {_our_name(key): spec.shape for file in (embedding, block) for key, spec in file.specs.items()}
-        try:
-            rows, hidden = shapes["embed_in.weight"]
-            intermediate = shapes["mlp.dense_h_to_4h.weight"][0] * self._ranks[2]
-        except KeyError as error:
-            raise UserError(f"{self.path} holds no {error.args[0]}; it is not a checkpoint of GPT-NeoX") from error
-        if said.get("hidden_size", hidden) != hidden:
-            raise UserError(f"{embedding.path} is {hidden} wide, {self._source} says {said['hidden_size']}")
-        gelu = "gelu_fast" if said["bias_gelu_fusion"] else "gelu"
-        return {
-            "model_type": "gpt_neox",
-            "vocab_size": rows * self._ranks[0],
-            "hidden_size": hidden,
-            "num_hidden_layers": said["num_layers"],
-            "num_attention_heads": said.get("num_attention_heads"),
-            "intermediate_size": intermediate,
-            "max_position_embeddings": said["max_position_embeddings"],
-            "rotary_pct": float(said["rotary_pct"]),
-            "rotary_emb_base": float(said["rotary_emb_base"]),
-            "hidden_act": gelu if said["activation"] == "gelu" else said["activation"],
-            "layer_norm_eps": float(said["layernorm_epsilon"]),
-            "use_parallel_residual": said["gpt_j_residual"],
-            "attention_bias": "attention.query_key_value.bias" in shapes,
-            "tie_word_embeddings": not said["no_weight_tying"],
-            "bos_token_id": END_OF_TEXT,
-            "eos_token_id": END_OF_TEXT,
-        }
-
-
-def _file(layer: int, rank: int) -> str:
-    return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-
-
-def _our_name(key: str) -> str:
-    module, _, kind = key.rpartition(".")
-    return f"{_NAMES.get(module, module)}.{kind}"
-
-
-def _ranks(folder: Path) -> dict[int, int]:
-    """Return how many shards each layer has; UserError where they are not numbered from 0 without a gap."""
-    found: dict[int, set[int]] = {}
-    for entry in folder.iterdir():
-        if match := _FILE.fullmatch(entry.name):
-            found.setdefault(int(match[1]), set()).add(int(match[2]))
-    highest = max((max(ranks) for ranks in found.values()), default=-1)
-    for layer, ranks in sorted(found.items()):
-        if missing := sorted(set(range(max(ranks) + 1)) - ranks):
-            raise UserError(f"{folder / _file(layer, missing[0])} is missing; shards up to {highest} are there")
-    if not found:
-        raise UserError(f"{folder} holds no files as {EXAMPLE}")
-    return {layer: len(ranks) for layer, ranks in found.items()}
-
-
-def _settings(folder: Path, last_layer: int) -> tuple[dict[str, Any], str]:
-    """Return the network's settings, defaults filled in, and where they come from, for messages."""
-    places = (folder / "configs", folder.parent / "configs")
-    files = next((found for place in places if (found := sorted(place.glob("*.yml")))), [])
-    said: dict[str, Any] = {}
-    for file in files:
-        for name, value in _read_yml(file).items():
-            if said.setdefault(name, value) != value:
-                raise UserError(f"{file} says {name}: {value}, another file beside it {said[name]}; keep this model's")
-    source = str(files[0] if len(files) == 1 else files[0].parent) if files else "GPT-NeoX-20B's settings"
-    if not files:
-        if last_layer != _PUBLISHED["num_layers"] + 4:
+    def _check_norms(self) -> None:
+        ranks, norm = self._files.ranks[0], self.config.options.norm
+        if self.config.options.use_qk_layernorm and ranks > 1 and norm in ("layernorm", "non_parametric_layernorm"):
             raise UserError(
-                f"{places[1]}/*.yml is missing, and {folder} is not GPT-NeoX-20B; copy the yml files that the model "
-                "was trained with there: they say the number of heads and the kind of residual"
+                f"{self._source}: use_qk_layernorm with {norm} is over the heads of one of {ranks} tensor ranks, which "
+                "no other number of them computes: the checkpoint cannot be merged"
             )
-        said = dict(_PUBLISHED)
-    settings = {**_DEFAULTS, **said}
-    for name, value in _ONLY.items():
-        if settings[name] != value:
-            raise UserError(f"{source} says {name}: {settings[name]}; the kit reads only models with {name}: {value}")
-    if not isinstance(settings.get("num_layers"), int):
-        raise UserError(f"{source} does not say num_layers, a whole number")
-    return settings, source
+
+    def _describe(self) -> dict[str, Any]:
+        """Return config.json: sizes from the files, the rest from the settings."""
+        no_model = "it is not a checkpoint of GPT-NeoX"
+        rows, hidden = self._find_shape(0, "embed_in.weight", no_model)
+        inner = self._find_shape(2, "mlp.dense_4h_to_h.weight", no_model)[1] * self._files.ranks[2]
+        said = self.settings.need("hidden_size")[0]
+        if said != hidden:
+            raise UserError(f"{self.path / self._files.name(0, 0)} is {hidden} wide, {self._source} says {said}")
+        raw = neox_settings.describe_model(self.settings, rows=rows * self._files.ranks[0], inner_width=inner)
+        end = self._find_end_of_text()
+        return raw | {"bos_token_id": end, "eos_token_id": end}
+
+    def _find_shape(self, layer: int, name: str, otherwise: str) -> tuple[int, int]:
+        """Return the shape of a rank's part of a matrix; UserError where a layer has none of that name."""
+        file = self._files.open(layer, 0)
+        for key, spec in file.specs.items():
+            if neox_layout.our_name(key) == name and len(spec.shape) == 2:
+                return spec.shape[0], spec.shape[1]
+        raise UserError(f"{file.path} holds no {name}; {otherwise}")
+
+    def verify(self, shards: Iterable[str] | None = None) -> None:
+        """Read the headers of the files of `shards` (default: of all): GPT-NeoX keeps no digests to compare with."""
+        for shard in self.shards if shards is None else shards:
+            for layer in neox_layout.shard_layers(self.config, shard):
+                self._open(layer)
+
+    def write_tokenizer(self, folder: Path) -> bool:
+        """Write the tokenizer that lies here, or that the settings name, as AutoTokenizer loads it; return if it did.
+
+        UserError where it is of no kind that can be written, or asks for remote code.
+        """
+        if place := next((each for each in (self.path, self.path.parent) if tokenizer_files.has_tokenizer(each)), None):
+            tokenizer_files.copy_tokenizer(place, folder)
+            return True
+        tokenizer = self._load_tokenizer()
+        if tokenizer is not None:
+            neox_tokenizers.write(tokenizer, folder)
+        return tokenizer is not None
+
+    def _load_tokenizer(self) -> NeoxTokenizer | None:
+        if loaded := self.settings.load_tokenizer():
+            return loaded
+        file = tokenizer_file(self.path)
+        return None if file is None else neox_tokenizers.load("HFTokenizer", file, None)
+
+    def _find_end_of_text(self) -> int:
+        with contextlib.suppress(
+            UserError
+        ):  # of a tokenizer that cannot be loaded; the user hears of it when it is needed
+            if (tokenizer := self._load_tokenizer()) is not None and tokenizer.end_of_text is not None:
+                return tokenizer.end_of_text
+        return END_OF_TEXT
 
 
-def _read_yml(path: Path) -> dict[str, Any]:
-    """Return the settings of a yml file that matter here, hyphens as underscores."""
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {reason_of(error)}") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds no settings; fetch it again")
-    known = _DEFAULTS.keys() | _PUBLISHED.keys()
-    settings = {str(name).replace("-", "_"): value for name, value in loaded.items()}
-    return {name: value for name, value in settings.items() if name in known and value is not None}
+def _open_files(folder: Path) -> _Files:
+    layers = _LayerFiles(folder)
+    if layers.ranks:
+        return layers
+    if neox_layout.is_checkpoint(folder):
+        whole = _WholeFiles(folder)
+        if whole.ranks:
+            return whole
+        raise UserError(
+            f"{folder} holds the state of ranks and no weights: its files such as {EXAMPLE} are missing; fetch them"
+        )
+    raise UserError(f"{folder} holds no files as {EXAMPLE}")

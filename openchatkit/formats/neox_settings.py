@@ -37,8 +37,11 @@ class NeoxSettings(Protocol):
         """Return whole numbers that have no default; UserError for one that is missing or below 1."""
 
 
-def describe_model(config: NeoxSettings, *, rows: int) -> dict[str, Any]:
-    """Return config.json of the model, whose embedding has so many `rows`; UserError for sizes that do not fit."""
+def describe_model(config: NeoxSettings, *, rows: int, inner_width: int | None = None) -> dict[str, Any]:
+    """Return config.json of the model, whose embedding has so many `rows`; UserError for sizes that do not fit.
+
+    `inner_width` is that of MLPs where it is known from weights: 2021 had another rule for gated ones.
+    """
     layers, width, heads, positions = config.need(
         "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"
     )
@@ -53,7 +56,7 @@ def describe_model(config: NeoxSettings, *, rows: int) -> dict[str, Any]:
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": _inner_width(config, width),
+        "intermediate_size": inner_width or _inner_width(config, width),
         "max_position_embeddings": positions,
         "rotary_pct": config.get("rotary_pct"),
         "rotary_emb_base": config.get("rotary_emb_base"),

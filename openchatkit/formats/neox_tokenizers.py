@@ -55,6 +55,23 @@ def load(kind: str, vocab_file: Path | None, merge_file: Path | None) -> NeoxTok
         ) from error
 
 
+def write(tokenizer: NeoxTokenizer, folder: Path) -> None:
+    """Write a tokenizer so that AutoTokenizer loads it; one without padding pads with end-of-text.
+
+    UserError where the tokenizers library cannot express it, or it has no end-of-text.
+    """
+    from tokenizers import Tokenizer
+
+    serialised, end = tokenizer.to_json(), tokenizer.end_of_text
+    if serialised is None or end is None:
+        lack = f"has no {END_OF_TEXT} token" if serialised else "is none of the tokenizers library"
+        raise UserError(f"the tokenizer {lack}: use HFTokenizer with a tokenizer.json")
+    library = Tokenizer.from_str(serialised)
+    end_of_text = str(library.id_to_token(end))
+    padding = PADDING if library.token_to_id(PADDING) is not None else end_of_text
+    tokenizer_files.write_tokenizer(folder, serialised, end_of_text=end_of_text, padding=padding)
+
+
 @dataclass
 class _Library:
     """A tokenizer of the `tokenizers` library."""

@@ -13,19 +13,42 @@ from openchatkit.formats.manifest import DamagedError
 from openchatkit.formats.tensor_file import CHUNK, TensorSpec, tensor_bytes
 
 
+class _Dropped:
+    """What takes the place of an object that is no tensor: it holds nothing and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> "_Dropped":
+        return object.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+    def __setitem__(self, _: object, __: object) -> None:
+        pass
+
+
 class PickledFile:
     """A pickled dict of tensors by name, with the interface of a TensorFile.
+
+    With `entry` the tensors are that entry of the dict, and whatever else the file holds is dropped: settings, an
+    optimizer, the state of random generators. There are none where the entry is missing or empty.
 
     Files from before torch 1.6 cannot be mapped and are read whole. DamagedError when the file is missing, damaged, or
     holds anything but named tensors with data: nothing in it is ever run (`weights_only`).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, entry: str | None = None) -> None:
         self.path = path
         try:
             with open(path, "rb") as file:
                 self.mapped = file.read(4) == b"PK\x03\x04"
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            dropped = torch.serialization.get_unsafe_globals_in_checkpoint(path) if entry and self.mapped else []
+            with torch.serialization.safe_globals([(_Dropped, name) for name in dropped]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            if entry and isinstance(loaded, dict):
+                loaded = loaded.get(entry) or {}
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing") from None
         except pickle.UnpicklingError as error:

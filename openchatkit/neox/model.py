@@ -87,26 +87,14 @@ def write_model(folder: Path, config: NeoxConfig, *, resumes: bool) -> None:
     A run that `resumes` keeps its embedding's rows, which depend on the tensor ranks it was started with.
     """
     tokenizer = load_tokenizer(config)
-    serialised, end = tokenizer.to_json(), tokenizer.end_of_text
-    assert serialised is not None, "load_tokenizer refuses it"
-    assert end is not None, "load_tokenizer refuses it"
+    end = tokenizer.end_of_text
     raw = make_config(config, tokenizer.vocab_size) | {"bos_token_id": end, "eos_token_id": end}
     before = config_file.read_raw(folder) if is_written(folder) else {}
     rows, parts = before.get("vocab_size", 0), max(config.get("model_parallel_size"), 1)
     if resumes and rows >= tokenizer.vocab_size and rows % parts == 0:
         raw["vocab_size"] = rows
-    if before == raw and tokenizer_files.read_tokenizer(folder) == serialised:
+    if before == raw and tokenizer_files.read_tokenizer(folder) == tokenizer.to_json():
         return
     with storage.storage_errors(folder), storage.hold_lock(storage.lock_path(folder), f"waiting for {folder}"):
-        tokenizer_files.write_tokenizer(folder, serialised, **_name_special_tokens(serialised, end))
+        neox_tokenizers.write(tokenizer, folder)
         config_file.write_raw(folder, raw)
-
-
-def _name_special_tokens(serialised: str, end: int) -> dict[str, str]:
-    """Return end-of-text and padding as a tokenizer writes them; one without padding pads with end-of-text."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(serialised)
-    end_of_text = str(tokenizer.id_to_token(end))
-    padded = tokenizer.token_to_id(neox_tokenizers.PADDING) is not None
-    return {"end_of_text": end_of_text, "padding": neox_tokenizers.PADDING if padded else end_of_text}
