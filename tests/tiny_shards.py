@@ -36,14 +36,14 @@ def weights(raw, *, seed=0):
     }
 
 
-def write_prepared(folder, raw=NEOX, *, seed=0):
-    """A prepared folder; returns its weights."""
+def write_prepared(folder, raw=NEOX, *, seed=0, made=None):
+    """A prepared folder, of weights that were `made` or of random ones; returns them."""
     source = folder.with_name(f"{folder.name}_source")
     for path in (folder, source):
         path.mkdir(parents=True, exist_ok=True)
     (source / CONFIG).write_text(json.dumps(raw))
     writer = ShardWriter(folder, config_from_hf(raw), source=source, about={"seed": seed})
-    made = weights(raw, seed=seed)
+    made = made or weights(raw, seed=seed)
     for shard, tensors in made.items():
         if shard not in writer.done:
             specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

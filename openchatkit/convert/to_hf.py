@@ -88,12 +88,18 @@ def convert(
 
     from openchatkit.formats import hf_writer
     from openchatkit.formats.tensor_file import TensorSpec
+    from openchatkit.models import neox
     from openchatkit.storage import check_room, whole_folder
 
     save_path = Path(save_path).expanduser().resolve()
     if save_path.exists() and not hf_writer.may_replace(save_path):
         raise UserError(f"--save-path {save_path} holds something else than a converted model; choose another folder")
     source = _open_source(Path(ckpt_path), original, config_name, stages, layers_per_stage)
+    if source.config.family == neox.FAMILY.name:
+        raise UserError(
+            f"{ckpt_path} has {', '.join(neox.list_choices(source.config))}, which GPT-NeoX in transformers does not "
+            "compute: chat with the checkpoint as it is, inference/bot.py --model"
+        )
     if family not in (None, source.config.family):
         tool = f"tools/convert_to_hf_{source.config.family.replace('_', '')}.py"
         raise UserError(f"{ckpt_path} is a {source.config.family} model, {family} was expected; use {tool}")

@@ -20,7 +20,7 @@ from openchatkit.models.family import Family
 from openchatkit.models.gpt_neox import GPTNeoXEmbed
 from openchatkit.models.initialisation import check_method
 from openchatkit.models.layers import ACTIVATIONS, causal_attention, rotate_halves
-from openchatkit.models.neox_options import GATES, read_options
+from openchatkit.models.neox_options import GATES, NeoxOptions, read_options
 from openchatkit.models.norms import make_norm
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -184,6 +184,13 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         output_init_method=raw.get("output_initializer") and check_method(raw["output_initializer"]),
         options=options,
     )
+
+
+def list_choices(config: ModelConfig) -> list[str]:
+    """Return what of a model's config is beyond the family `gpt_neox`, as `name value`."""
+    said = config.options.to_json() | {"hidden_act": config.activation}
+    usual = NeoxOptions().to_json() | {"hidden_act": config.activation if config.activation in ACTIVATIONS else None}
+    return [f"{name} {value}" for name, value in said.items() if value != usual[name]]
 
 
 def cuts(config: ModelConfig) -> dict[str, Cut]:

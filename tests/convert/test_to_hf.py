@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import tiny_shards
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -265,6 +266,17 @@ def test_the_other_family_s_tool(tmp_path, tiny_tokenizer, capsys):
     make(tmp_path, "gptj", tiny_tokenizer)
     line = failing(capsys, "--ckpt-path", tmp_path / "ckpts", "--save-path", tmp_path / "hf")
     assert line.endswith("is a gptj model, gpt_neox was expected; use tools/convert_to_hf_gptj.py")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_model_that_transformers_cannot_compute(tmp_path, tiny_tokenizer, capsys):
+    raw = tiny_shards.NEOX | {"model_type": "neox", "vocab_size": 400, "max_position_embeddings": 32, "num_kv_heads": 1}
+    tiny_shards.write_prepared(tmp_path / "prepared", raw | {"norm": "rmsnorm", "hidden_act": "swiglu"})
+    tiny_models.copy_tokenizer(tiny_tokenizer, tmp_path / "prepared")
+    checkpoint_of(tmp_path / "prepared", tmp_path / "ckpts")
+    line = failing(capsys, "--ckpt-path", tmp_path / "ckpts", "--save-path", tmp_path / "hf")
+    assert "has norm rmsnorm, num_kv_heads 1, hidden_act swiglu, which GPT-NeoX in transformers does not" in line
+    assert line.endswith("chat with the checkpoint as it is, inference/bot.py --model")
     assert not (tmp_path / "hf").exists()
 
 

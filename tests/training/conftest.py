@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_shards
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from openchatkit.convert.from_hf import prepare
+from openchatkit.models.registry import config_from_hf
+from openchatkit.models.stage import Stage
 
 SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 MODELS = {
@@ -21,6 +24,18 @@ MODELS = {
     "gptj": lambda: GPTJForCausalLM(
         GPTJConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4, n_positions=64, rotary_dim=4)
     ),
+}
+# Of the kit's own family: norms of one number, stacked matrices and biases, grouped heads.
+OPTIONS = SIZES | {
+    "model_type": "neox",
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "norm": "scalenorm",
+    "hidden_act": "geglu",
+    "num_kv_heads": 2,
+    "gpt_j_tied": True,
 }
 
 
@@ -35,6 +50,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> 
         make().save_pretrained(source)
         shutil.copytree(tiny_tokenizer, source, dirs_exist_ok=True)
         found[name] = prepare(str(source), folder)
+    found["options"] = folder / "options"
+    stage = Stage(config_from_hf(OPTIONS))
+    stage.init_weights(0)
+    shards = {shard: dict(module.state_dict()) for shard, module in stage.named_shards()}
+    shutil.copytree(tiny_tokenizer, folder / "options_source")
+    tiny_shards.write_prepared(found["options"], OPTIONS, made=shards)
     return found
 
 

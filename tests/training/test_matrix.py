@@ -16,7 +16,7 @@ from test_layouts import assert_same_bits, tensors
 from openchatkit.formats import checkpoint, metrics
 
 AXES: dict[str, tuple[object, ...]] = {
-    "model": ("neox", "tied", "gptj"),
+    "model": ("neox", "tied", "gptj", "options"),
     # Of two ranks, but for the first value.
     "pipeline": ("one rank", "gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
     "replicas": ("one rank", "allreduce", "sharded", "sharded-gradients", "sharded-parameters"),

@@ -12,6 +12,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from openchatkit.distributed.seams import Enter, Leave
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import WHOLE, Part, cut_shard, join_tensor
+from openchatkit.models.neox_options import NeoxOptions
 from openchatkit.models.registry import family
 from openchatkit.models.stage import Stage
 from openchatkit.training.loss import VocabularyLoss
@@ -43,12 +44,23 @@ NETWORKS = {
         "attention_bias": False,
     },
     "gptj": {"family": "gptj", "attention_bias": False},
+    "grouped, gated": {
+        "family": "neox",
+        "num_heads": 8,
+        "activation": "swiglu",
+        "options": NeoxOptions(norm="rmsnorm", num_kv_heads=4, gpt_j_tied=True),
+    },
+    "serial, one number a norm": {
+        "family": "neox",
+        "parallel_residual": False,
+        "options": NeoxOptions(norm="scalenorm", use_qk_layernorm=True),
+    },
 }
 CASES = [
     (network, documents, recompute)
     for network, documents, recompute in itertools.product(NETWORKS, [False, True], [False, True])
 ]
-HALVES = list(itertools.product(["parallel", "serial", "gptj"], [torch.bfloat16, torch.float16]))
+HALVES = list(itertools.product(["parallel", "serial", "gptj", "grouped, gated"], [torch.bfloat16, torch.float16]))
 ROWS, LENGTH, CHUNK = 3, 12, 16
 COUNTS = [2, 4]
 
