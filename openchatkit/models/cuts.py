@@ -64,8 +64,8 @@ class Part:
 WHOLE = Part(0, 1)
 
 
-def check_parts(config: ModelConfig, count: int) -> None:
-    """UserError unless the model can be cut into `count` parts."""
+def check_parts(config: ModelConfig, count: int, *, flag: str = "--tensor-group-size") -> None:
+    """UserError unless the model can be cut into `count` parts, the number that `flag` gave."""
     sizes = {
         "attention heads": config.num_heads,
         **({"key heads": config.num_key_heads} if config.num_key_heads != config.num_heads else {}),
@@ -77,13 +77,13 @@ def check_parts(config: ModelConfig, count: int) -> None:
         fitting = [str(number) for number in range(1, common + 1) if common % number == 0]
         has = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
-            f"--tensor-group-size {count}: expected a number that divides all of the model's sizes ({has}); "
+            f"{flag} {count}: expected a number that divides all of the model's sizes ({has}); "
             f"give {' or '.join(fitting)}"
         )
     norm = config.options.norm
     if count > 1 and config.options.use_qk_layernorm and norm in ("layernorm", "non_parametric_layernorm"):
         raise UserError(
-            f"--tensor-group-size {count}: use_qk_layernorm with {norm} is over all heads, of which a rank would have "
+            f"{flag} {count}: use_qk_layernorm with {norm} is over all heads, of which a rank would have "
             "some: use 1, or rmsnorm"
         )
 
