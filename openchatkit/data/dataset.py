@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from openchatkit.data.batch import Batch
+from openchatkit.data import neox_order
+from openchatkit.data.batch import IGNORE, Batch
 from openchatkit.data.mixture import Interleaving, TaskEntry, parse
 from openchatkit.data.options import DataOptions
 from openchatkit.data.samples.packing import Packed, pack
@@ -31,35 +32,35 @@ class Dataset:
 
     `sources` have name, weight, rows, quarantined, documents, tokens and trained_tokens; `packed`, in the same order,
     the samples an epoch and their share of padding; `interleaving` says which sample is of which source.
-    `epoch_samples` is the sum, over the sources, of the samples that show each of its documents once. `fingerprint` is
-    the same for two data sets only if all their samples are.
+    `epoch_samples` is the sum, over the sources, of the samples that show each of its documents once, or in GPT-NeoX's
+    order the number after which it begins again. `fingerprint` is the same for two data sets only if all their samples
+    are. Nothing is predicted from the token `unpredicted`.
     """
 
     def __init__(
-        self, sources: Sequence[MixtureSource], packed: Sequence[Packed], options: DataOptions, *, fingerprint: str
+        self,
+        sources: Sequence[MixtureSource],
+        packed: Sequence[Packed],
+        options: DataOptions,
+        *,
+        interleaving: Interleaving,
+        epoch_samples: int,
+        fingerprint: str,
+        unpredicted: int | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.packed = tuple(packed)
         self.seq_length = options.seq_length
-        self.epoch_samples = sum(part.samples for part in packed)
+        self.interleaving = interleaving
+        self.epoch_samples = epoch_samples
         self.fingerprint = fingerprint
         self._separate = options.packing == "documents"
-        if options.whole_epochs:
-            self.interleaving = Interleaving.by_quota([part.samples for part in packed], seed=options.seed)
-            return
-        weights = [source.weight for source in sources]
-        if options.mixture_unit == "tokens":
-            # Turns are of samples. A source whose samples hold fewer tokens than full rows gets so many more turns.
-            weights = [
-                weight * (options.seq_length / part.tokens_per_sample)
-                for weight, part in zip(weights, packed, strict=True)
-            ]
-        self.interleaving = Interleaving.by_weight(weights, seed=options.seed)
+        self._unpredicted = unpredicted
 
     def epochs(self, samples: int) -> list[float]:
         """Return the number of epochs of each source in the first `samples` samples."""
         counts = self.interleaving.counts(samples)
-        return [count / part.samples for count, part in zip(counts, self.packed, strict=True)]
+        return [count * part.passes / part.samples for count, part in zip(counts, self.packed, strict=True)]
 
     def batch(self, first: int, count: int) -> Batch:
         """Return samples first to first + count - 1."""
@@ -73,6 +74,8 @@ class Dataset:
             self.packed[source].fill(
                 sample, tokens[row], labels[row], None if document_starts is None else document_starts[row]
             )
+        if self._unpredicted is not None:
+            labels[tokens == self._unpredicted] = IGNORE
         starts = None if document_starts is None else torch.from_numpy(document_starts)
         return Batch(first, torch.from_numpy(tokens), torch.from_numpy(labels), starts, torch.from_numpy(sources))
 
@@ -89,14 +92,10 @@ def build_dataset(
     UserError: see `mixture.parse`, `records.reader`, `stores.cache`, `samples.source`, `samples.packing`.
     """
     entries = parse(task_names, cache_dir=options.data_cache, flag=flag)
-    whole = options.whole_epochs and len(entries) > 1 and not any(entry.weighted for entry in entries)
-    options = dataclasses.replace(options, whole_epochs=whole)
     tokenizer = Tokenizer(options.tokenizer)
-    sources, packed = [], []
-    for number, (entry, name) in enumerate(
-        zip(entries, _number_copies([entry.name for entry in entries]), strict=True)
-    ):
-        source = MixtureSource(
+    names = _number_copies([entry.name for entry in entries])
+    sources = [
+        MixtureSource(
             name,
             entry.weight,
             _open_stores(entry, tokenizer, options),
@@ -106,9 +105,41 @@ def build_dataset(
             seed=options.seed,
             cache_dir=options.data_cache,
         )
-        sources.append(source)
-        packed.append(pack(source, options.seq_length, packing=options.packing, padding=tokenizer.padding))
-    return Dataset(sources, packed, options, fingerprint=_fingerprint(sources, tokenizer, options))
+        for number, (entry, name) in enumerate(zip(entries, names, strict=True))
+    ]
+    weighted = any(entry.weighted for entry in entries)
+    packed: Sequence[Packed]
+    if options.data_order == "neox":
+        packed, turns, again = neox_order.arrange(sources, options, padding=tokenizer.padding, weighted=weighted)
+    else:
+        options = dataclasses.replace(options, whole_epochs=options.whole_epochs and len(sources) > 1 and not weighted)
+        packed, turns, again = _arrange(sources, options, padding=tokenizer.padding)
+    return Dataset(
+        sources,
+        packed,
+        options,
+        interleaving=turns,
+        epoch_samples=again,
+        fingerprint=_fingerprint(sources, packed, tokenizer, options),
+        unpredicted=tokenizer.end_of_text if options.mask_end_of_text else None,
+    )
+
+
+def _arrange(
+    sources: Sequence[MixtureSource], options: DataOptions, *, padding: int
+) -> tuple[Sequence[Packed], Interleaving, int]:
+    """Return the samples of each source in the kit's order, their turns, and how many samples an epoch of all has."""
+    packed = [pack(source, options.seq_length, packing=options.packing, padding=padding) for source in sources]
+    samples = [part.samples for part in packed]
+    if options.whole_epochs:
+        return packed, Interleaving.by_quota(samples, seed=options.seed), sum(samples)
+    weights = [source.weight for source in sources]
+    if options.mixture_unit == "tokens":
+        # Turns are of samples. A source whose samples hold fewer tokens than full rows gets so many more turns.
+        weights = [
+            weight * (options.seq_length / part.tokens_per_sample) for weight, part in zip(weights, packed, strict=True)
+        ]
+    return packed, Interleaving.by_weight(weights, seed=options.seed), sum(samples)
 
 
 def _open_stores(entry: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -> list[Content]:
@@ -145,7 +176,9 @@ def _open_stores(entry: TaskEntry, tokenizer: Tokenizer, options: DataOptions) -
     return contents
 
 
-def _fingerprint(sources: Sequence[MixtureSource], tokenizer: Tokenizer, options: DataOptions) -> str:
+def _fingerprint(
+    sources: Sequence[MixtureSource], packed: Sequence[Packed], tokenizer: Tokenizer, options: DataOptions
+) -> str:
     decides = {
         "version": _VERSION,
         "seed": options.seed,
@@ -157,6 +190,10 @@ def _fingerprint(sources: Sequence[MixtureSource], tokenizer: Tokenizer, options
         "padding": tokenizer.padding,
         "sources": [[source.weight, *source.identity] for source in sources],
         **({"whole_epochs": True} if options.whole_epochs else {}),
+        **({"mask_end_of_text": True} if options.mask_end_of_text else {}),
+        **({"allow_chopped": False} if not options.allow_chopped else {}),
+        # More steps change GPT-NeoX's order only if they are more than its samples.
+        **({"neox": [[part.samples, part.passes] for part in packed]} if options.data_order == "neox" else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
