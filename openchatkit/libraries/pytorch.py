@@ -183,6 +183,15 @@ def attends_documents(device: torch.device, dtype: torch.dtype, head_dim: int) -
     return True
 
 
+def tensors_without_memory() -> contextlib.AbstractContextManager[Any] | None:
+    """Return a context whose tensors have shapes and no content, on whatever device; None where torch has none."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError:
+        return None
+    return FakeTensorMode()
+
+
 def connect_gloo_on_first_use() -> None:
     """Let gloo connect two ranks when one first sends to the other, in process groups that are made from now on.
 

@@ -16,11 +16,13 @@ from openchatkit.libraries import pytorch
 class Borders(NamedTuple):
     """Documents of a micro-batch whose rows are laid end to end: number i has the tokens `at[i]` to `at[i + 1]` - 1.
 
-    `at` is int32 [documents + 1]; no document has more than `longest` tokens.
+    `at` is int32 [documents + 1]; no document has more than `longest` tokens. A token sees itself and at most `before`
+    tokens before it, -1 for all.
     """
 
     at: Tensor
     longest: int
+    before: int = -1
 
 
 # What a token sees. A mask is added to scores, or is bool; either can be broadcast to [batch, heads, length, all].
@@ -39,16 +41,24 @@ class Documents:
 
 
 def confine(
-    document_starts: Tensor, *, before: int = 0, device: torch.device, dtype: torch.dtype, head_dim: int
+    document_starts: Tensor,
+    *,
+    before: int = 0,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    by_mask: bool = False,
 ) -> Documents:
     """Return what lets token t see the tokens from document_starts[t] to t, for attention on `device` in `dtype`.
 
     `document_starts` is int64 [batch, length], of tokens that follow `before` others in their row. Borders need it on
     the CPU: how many documents there are decides shapes, and reading it from a GPU would wait for all its work.
+    `by_mask`: borders would not do.
     """
     place = torch.arange(before, before + document_starts.shape[1], device=document_starts.device)
     positions = pytorch.send(place - document_starts, device)
-    if not before and document_starts.device.type == "cpu" and pytorch.attends_documents(device, dtype, head_dim):
+    on_cpu = document_starts.device.type == "cpu"
+    if not before and not by_mask and on_cpu and pytorch.attends_documents(device, dtype, head_dim):
         borders = find_borders(document_starts)
         return Documents(positions, borders._replace(at=pytorch.send(borders.at, device)))
     return Documents(positions, document_mask(pytorch.send(document_starts, device), dtype, before=before))
@@ -81,5 +91,5 @@ def attend_documents(query: Tensor, key: Tensor, value: Tensor, borders: Borders
     """Attend causally within documents: [batch, heads, length, head_dim] -> [batch, length, heads * head_dim]."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    mixed = pytorch.attend_to_segments(*flat, borders=borders.at, longest=borders.longest)
+    mixed = pytorch.attend_to_segments(*flat, borders=borders.at, longest=borders.longest, before=borders.before)
     return mixed.view(query.shape).flatten(-2)

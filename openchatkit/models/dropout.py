@@ -49,6 +49,23 @@ def drop_weights(weights: Tensor, keys: Tensor | None, rate: float, *, first_hea
     return _drop(weights, mix(of_heads.unsqueeze(-1), places), rate)
 
 
+def attend_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keys: Tensor, *, rate: float, first_head: int = 0
+) -> Tensor:
+    """Attend with dropped weights: [batch, heads, length, head_dim] -> [batch, length, heads * head_dim].
+
+    `mask` is added to the scores; heads of keys and values may be fewer. By the plain formula, which holds a number for
+    each pair of a row's tokens: fused kernels drop out by generators of their own, which know no samples and layouts.
+    """
+    times = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(times, dim=1) if times > 1 else each for each in (key, value))
+    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + mask
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    weights = scores.softmax(-1, dtype=wide).to(value.dtype)
+    mixed = drop_weights(weights, keys, rate, first_head=first_head) @ value
+    return mixed.transpose(1, 2).flatten(-2)
+
+
 def _drop(values: Tensor, keys: Tensor, rate: float) -> Tensor:
     """Drop of values [..., elements], with a key for each [...]."""
     dropped = uniform(keys, values.shape[-1]) < round(rate * 2**32) - 2**31

@@ -34,6 +34,8 @@ class Family:
     """A network's modules. `norm`, `projection` and `embedding` name the submodules of the head and of the embedding.
 
     `cuts` says of every parameter that a model may have, by its name within a shard, how it is spread over parts.
+    `takes_views`: embedding and layers are given views of the tokens (see `views`). `of_all_layers` names matrices that
+    are the same in all layers: each has its own, and the sum of all gradients. They are not used in products.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Family:
     layers_prefix: str
     projection_aliases: tuple[str, ...]
     ignored: re.Pattern[str]
+    takes_views: bool = False
+    of_all_layers: tuple[str, ...] = ()
 
     @property
     def tied_weight(self) -> str:

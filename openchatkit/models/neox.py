@@ -15,13 +15,20 @@ from openchatkit.errors import UserError
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_positive_int
 from openchatkit.models.cuts import WHOLE, Cut, Part, StackedRows
-from openchatkit.models.documents import Seen
+from openchatkit.models.dropout import ATTENTION_OUTPUT, EMBEDDING, MLP_OUTPUT, attend_with_dropout, drop_hidden
 from openchatkit.models.family import Family
-from openchatkit.models.gpt_neox import GPTNeoXEmbed
 from openchatkit.models.initialisation import check_method
-from openchatkit.models.layers import ACTIVATIONS, causal_attention, rotate_halves
+from openchatkit.models.layers import (
+    ACTIVATIONS,
+    VocabularyRows,
+    causal_attention,
+    grouped_attention,
+    rotate_halves,
+)
 from openchatkit.models.neox_options import GATES, NeoxOptions, read_options
 from openchatkit.models.norms import make_norm
+from openchatkit.models.positions import RelativeBias, SinusoidalTable
+from openchatkit.models.views import EmbeddingView, LayerView
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **ACTIVATIONS,
@@ -29,6 +36,34 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": F.sigmoid,
     "identity": nn.Identity(),
 }
+
+
+class NeoxEmbed(nn.Module):
+    """Token ids [batch, length] -> [batch, length, hidden_size], with what is added for their positions.
+
+    The first part has the table of learned positions, and adds it, since the parts' results are added up.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
+        super().__init__()
+        self.embed_in = VocabularyRows(config, part)
+        self.leave: nn.Module = nn.Identity()
+        self.dropout, kind, width = config.options.hidden_dropout, config.options.pos_emb, config.hidden_size
+        adds = part.index == 0
+        self.position_embeddings = (
+            nn.Embedding(config.max_position_embeddings, width) if adds and kind == "learned" else None
+        )
+        self.sinusoidal = SinusoidalTable(width) if adds and kind == "sinusoidal" else None
+
+    def forward(self, tokens: Tensor, view: EmbeddingView) -> Tensor:
+        embedded = self.embed_in(tokens)
+        if self.position_embeddings is not None:
+            embedded = embedded + self.position_embeddings(view.positions)
+        if self.sinusoidal is not None:
+            embedded = embedded + self.sinusoidal(view.positions, view.reach).to(embedded.dtype)
+        # Before the parts are added up: all of them drop the same.
+        hidden: Tensor = self.leave(drop_hidden(embedded, view.keys, EMBEDDING, self.dropout))
+        return hidden
 
 
 class NeoxAttention(nn.Module):
@@ -49,8 +84,18 @@ class NeoxAttention(nn.Module):
         self.qk_layernorm = (
             make_norm(options.norm, width, config.norm_eps, groups=self.num_heads) if options.use_qk_layernorm else None
         )
+        self.dropout, self.first_head = options.attention_dropout, part.first(config.num_heads)
+        self.rpe = (
+            RelativeBias(
+                options.rpe_num_buckets,
+                self.num_heads,
+                factor=self.head_dim**0.5 if options.rpe_scaled else 1.0,
+            )
+            if options.pos_emb == "rpe"
+            else None
+        )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: LayerView, cache: KVCache | None = None) -> Tensor:
         query, key, value = self._project(x)
         if self.qk_layernorm is not None:
             norm = self.qk_layernorm
@@ -60,12 +105,22 @@ class NeoxAttention(nn.Module):
             query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        if self.num_key_heads < self.num_heads:
-            # Kernels that take grouped keys themselves are not those that a processor or a mask lets attention have.
-            times = self.num_heads // self.num_key_heads
-            key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
-        attended: Tensor = self.dense(causal_attention(query, key, value, seen))
+        attended: Tensor = self.dense(self._attend(query, key, value, view))
         return attended
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, view: LayerView) -> Tensor:
+        seen = view.seen
+        if self.rpe is not None:
+            assert isinstance(seen, Tensor), type(seen)
+            assert view.buckets is not None
+            seen = seen + self.rpe(view.buckets, query.shape[2]).to(seen.dtype)
+        if self.dropout and view.keys is not None:
+            assert isinstance(seen, Tensor), type(seen)
+            return attend_with_dropout(
+                query, key, value, seen, view.keys, rate=self.dropout, first_head=self.first_head
+            )
+        attend = causal_attention if self.num_key_heads == self.num_heads else grouped_attention
+        return attend(query, key, value, seen)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each [batch, length, heads, head_dim]."""
@@ -104,9 +159,10 @@ class NeoxMLP(nn.Module):
 
 
 class NeoxLayer(nn.Module):
-    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `seen` is what they see.
+    """[batch, length, hidden_size] -> the same; `cos`, `sin` are of the tokens' positions, `view` says the rest.
 
     Attention and MLP follow each other, or read the same hidden state; then one norm may serve both (`gpt_j_tied`).
+    Hidden states are dropped before the parts' results are added up: all parts drop the same.
     """
 
     def __init__(self, config: ModelConfig, part: Part = WHOLE) -> None:
@@ -119,17 +175,20 @@ class NeoxLayer(nn.Module):
         )
         self.attention = NeoxAttention(config, part)
         self.mlp = NeoxMLP(config, part)
+        self.dropout = options.hidden_dropout
         self.enter: nn.Module = nn.Identity()
         self.leave: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: LayerView, cache: KVCache | None = None) -> Tensor:
         y = self.enter(x)
         normed = self.input_layernorm(y)
-        added: Tensor = self.attention(normed, cos, sin, seen, cache)
+        added: Tensor = self.attention(normed, cos, sin, view, cache)
+        added = drop_hidden(added, view.keys, ATTENTION_OUTPUT, self.dropout)
         if not self.parallel_residual:
             x = x + self.leave(added)
             y = self.enter(x)
         mlp: Tensor = self.mlp(normed if self.post_attention_layernorm is None else self.post_attention_layernorm(y))
+        mlp = drop_hidden(mlp, view.keys, MLP_OUTPUT, self.dropout)
         mixed: Tensor = x + self.leave(added + mlp if self.parallel_residual else mlp)
         return mixed
 
@@ -151,18 +210,13 @@ class NeoxHead(nn.Module):
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     """Read the kit's own config.json of this family; UserError for settings that the network does not have."""
     options = read_options(raw)
-    for name, default in (("hidden_dropout", 0), ("attention_dropout", 0), ("sliding_window_width", None)):
-        if (given := getattr(options, name)) != default:
-            raise UserError(f"config.json: {name} {given}: the kit's layers do not have it yet")
-    if options.pos_emb not in ("rotary",):
-        raise UserError(f"config.json: pos_emb {options.pos_emb!r}: the kit's layers do not have it yet")
-    if sparse := {*options.attention_config} - {"global"}:
-        raise UserError(f"config.json: attention_config {sorted(sparse)}: the kit's layers do not have it yet")
     activation, known = raw.get("hidden_act", "gelu"), sorted({*ACTIVATIONS, "softsign", *GATES})
     if activation not in known:
         raise UserError(f"config.json: hidden_act is {activation!r}, expected one of {', '.join(known)}")
     hidden_size, num_heads = get_positive_int(raw, "hidden_size"), get_positive_int(raw, "num_attention_heads")
     rotary = options.pos_emb == "rotary"
+    if options.pos_emb == "sinusoidal" and hidden_size % 2:
+        raise UserError(f"config.json: sinusoidal positions need an even hidden_size, it is {hidden_size}")
     return ModelConfig(
         family="neox",
         vocab_size=get_positive_int(raw, "vocab_size"),
@@ -201,6 +255,7 @@ def cuts(config: ModelConfig) -> dict[str, Cut]:
     norms = ("input_layernorm", "post_attention_layernorm", "final_layer_norm")
     return {
         "embed_in.weight": "rows",
+        "position_embeddings.weight": "once",
         **{f"{norm}.{name}": "whole" for norm in norms for name in ("weight", "bias", "scale", "g")},
         "attention.query_key_value.weight": qkv,
         "attention.query_key_value.bias": qkv,
@@ -208,6 +263,7 @@ def cuts(config: ModelConfig) -> dict[str, Cut]:
         "attention.qk_layernorm.weight": "rows",
         "attention.qk_layernorm.bias": "rows",
         "attention.qk_layernorm.g": "whole",
+        "attention.rpe.weight": "columns",
         "attention.dense.weight": "columns",
         "attention.dense.bias": "once",
         "mlp.dense_h_to_4h.weight": inner,
@@ -221,7 +277,7 @@ def cuts(config: ModelConfig) -> dict[str, Cut]:
 FAMILY = Family(
     name="neox",
     config_from_hf=config_from_hf,
-    embed=GPTNeoXEmbed,
+    embed=NeoxEmbed,
     layer=NeoxLayer,
     head=NeoxHead,
     cuts=cuts,
@@ -232,4 +288,6 @@ FAMILY = Family(
     layers_prefix="gpt_neox.layers.",
     projection_aliases=(),
     ignored=re.compile("(?!)"),
+    takes_views=True,
+    of_all_layers=("attention.rpe.weight",),
 )

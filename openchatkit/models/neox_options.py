@@ -1,4 +1,4 @@
-"""What GPT-NeoX's settings choose beyond the architecture of GPT-NeoX-20B: values alone, read from a config.json.
+"""The choices of GPT-NeoX's settings beyond the architecture of GPT-NeoX-20B: values alone, read from a config.json.
 
 Names are those of GPT-NeoX's settings. The network that they choose is in `neox`.
 """
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from openchatkit.errors import UserError
+from openchatkit.models.sparse_attention import SPARSE_KINDS, read_sparsity
 
 NORMS = ("layernorm", "rmsnorm", "rmsnorm_2021", "scalenorm", "non_parametric_layernorm")
 """Kinds of norms; rmsnorm_2021 is GPT-NeoX's until May 2025, which adds epsilon to the root instead of the mean."""
 POSITIONS = ("learned", "sinusoidal", "rotary", "rpe", "alibi", "none")
-ATTENTION_KINDS = ("global", "local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer")
+ATTENTION_KINDS = ("global", *SPARSE_KINDS)
 GATES = {"geglu": "gelu", "reglu": "relu", "swiglu": "silu", "glu": "sigmoid", "bilinear": "identity"}
 """The activations that multiply one half of what the first matrix of an MLP makes by the other, and their functions."""
 
@@ -48,6 +49,24 @@ class NeoxOptions:
         _check_choice("pos_emb", self.pos_emb, POSITIONS)
         for kind in self.attention_config:
             _check_choice("attention_config", kind, ATTENTION_KINDS)
+        sparsity = read_sparsity(dict(self.sparsity_config))
+        for kind in self.attention_config:
+            sparsity.check(kind)
+        if self.sliding_window_width is not None and {*self.attention_config} - {"global"}:
+            raise UserError(
+                "config.json: sliding_window_width is of layers with global attention: leave it out, or sparse layers"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+                raise UserError(f"config.json: {name} is {rate!r}, expected a number of at least 0 and below 1")
+        buckets, farthest = self.rpe_num_buckets, self.rpe_max_distance
+        if type(buckets) is not int or buckets < 2 or buckets % 2:
+            raise UserError(f"config.json: rpe_num_buckets is {buckets!r}, expected an even number of at least 2")
+        if type(farthest) is not int or farthest <= buckets // 2:
+            raise UserError(
+                f"config.json: rpe_max_distance is {farthest!r}, expected more than half of rpe_num_buckets {buckets}"
+            )
         for name in ("num_kv_heads", "sliding_window_width"):
             if (number := getattr(self, name)) is not None and (type(number) is not int or number < 1):
                 raise UserError(f"config.json: {name} is {number!r}, expected a positive whole number, or null")

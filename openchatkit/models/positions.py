@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from openchatkit.libraries import pytorch
+
 
 def measure_distances(length: int, *, before: int = 0, device: torch.device) -> Tensor:
     """Return how far behind each of `length` tokens all others are, and 0 for later ones.
@@ -74,6 +76,28 @@ def bucket_distances(buckets: int, max_distance: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def list_buckets(length: int, reach: int, *, buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    """Return the buckets of the diagonals of pairs of tokens [length, reach]: int64 [length + reach].
+
+    Diagonal j has the pairs in which the key is reach - 1 - j places before the query, or after it, as if in its place.
+    """
+    found = bucket_distances(buckets, max_distance)
+    distances = (reach - 1 - torch.arange(length + reach, device="cpu")).clamp(0, max_distance)
+    return pytorch.send(torch.tensor(found, device="cpu")[distances], device)
+
+
+def spread_diagonals(values: Tensor, length: int) -> Tensor:
+    """Return [heads, length, reach] of which each diagonal has one of `values` [heads, length + reach].
+
+    Entry q, k is value k - q + length - 1. Views and one copy make it, and of a gradient sums over rows.
+    """
+    width = values.shape[-1]
+    rows = values.unsqueeze(1).expand(-1, length, -1).reshape(len(values), length * width)
+    # Rows that are one shorter begin one value earlier, each in turn.
+    shifted = rows[:, length - 1 : length - 1 + length * (width - 1)].view(len(values), length, width - 1)
+    return shifted[..., : width - length]
+
+
 class RelativeBias(nn.Module):
     """A bias by head and bucket of distance, `weight` [buckets, heads], for each pair of tokens.
 
@@ -81,14 +105,12 @@ class RelativeBias(nn.Module):
     sqrt(head_dim) since January 2022, and was 1 before.
     """
 
-    def __init__(self, buckets: int, heads: int, *, max_distance: int, factor: float) -> None:
+    def __init__(self, buckets: int, heads: int, *, factor: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(buckets, heads))
-        self.max_distance, self.factor = max_distance, factor
+        self.factor = factor
 
-    def forward(self, distances: Tensor) -> Tensor:
-        """Return the biases [1, heads, length, all], float32, of int64 distances [length, all]."""
-        buckets = torch.tensor(bucket_distances(self.weight.shape[0], self.max_distance), device=distances.device)
-        # Rows by distance first: the gradient of each is a sum over a diagonal.
-        rows = self.weight.float()[buckets] * self.factor
-        return rows.T[:, distances.clamp(max=self.max_distance)].unsqueeze(0)
+    def forward(self, buckets: Tensor, length: int) -> Tensor:
+        """Return the biases [1, heads, length, reach], in float32 at least, of the buckets of `list_buckets`."""
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        return spread_diagonals(weight.T[:, buckets] * self.factor, length).unsqueeze(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from openchatkit.models.documents import Borders
+from openchatkit.models.views import LayerView
 
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
@@ -23,7 +24,7 @@ _ATTENTION = (
 _PRODUCTS = ("mm", "addmm")
 
 
-def recompute(layer: Callable[..., Tensor], *inputs: Tensor | Borders | None, selective: bool) -> Tensor:
+def recompute(layer: Callable[..., Tensor], *inputs: Tensor | Borders | LayerView | None, selective: bool) -> Tensor:
     """Call a layer such that its backward pass computes its inner results again; the bits are those of a plain call."""
     options: dict[str, Any] = {"context_fn": _contexts} if selective else {}
     result: Tensor = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **options)

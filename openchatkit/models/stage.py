@@ -17,6 +17,7 @@ from openchatkit.models.recompute import keep_in_main_memory
 from openchatkit.models.recompute import recompute as recompute_layer
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
+from openchatkit.models.views import Views, needs_masks
 
 
 class Stage(nn.Module):
@@ -29,7 +30,8 @@ class Stage(nn.Module):
     the CPU, whatever the device of the stage (see `documents.confine`).
     `cache` (see `new_cache`) holds the tokens of earlier calls: those given now follow them, t counts all of them, and
     `document_starts` are those of the new ones. `mask`, bool [..., length, all tokens], is true where a row's token
-    sees a column's, instead of itself and all before it.
+    sees a column's, instead of itself and all before it. `dropout_keys`, int64 [batch], are those of the rows (see
+    `dropout`) of a model that drops out; without them nothing is dropped.
     With tied embeddings the head's projection is a parameter of its own that starts equal to the embedding: training
     adds the two gradients and applies the sum to both.
     `recompute`: the backward pass computes layers again, but for some results if `selective`; `offload` keeps what it
@@ -89,6 +91,7 @@ class Stage(nn.Module):
         *,
         cache: Sequence[KVCache] | None = None,
         mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         before = cache[0].length if cache else 0
         tokens = x.shape[1] * (1 if EMBED in self.shards else self.hidden_parts)
@@ -100,33 +103,55 @@ class Stage(nn.Module):
         if document_starts is None and mask is None and before and tokens > 1:
             document_starts = torch.zeros(1, tokens, dtype=torch.int64, device=x.device)
         if document_starts is None:
+            positions = torch.arange(before, length, device=x.device)
             cos, sin = cos[before:length], sin[before:length]
         else:
             if isinstance(document_starts, Tensor):
                 document_starts = self.confine(document_starts, x.device, before=before)
             seen, positions = document_starts.seen, document_starts.positions
             cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+        views = None
+        if family(self.config).takes_views:
+            views = Views(
+                self.config,
+                self.part,
+                rows=x.shape[0],
+                positions=positions,
+                before=before,
+                seen=seen,
+                dtype=self._compute_dtype(x.device),
+                keys=dropout_keys,
+            )
         caches = iter(cache or ())
         for name, module in self.shards.items():
             if name == EMBED:
-                x = module(x)
+                x = module(x) if views is None else module(x, views.of_embedding())
                 # Hidden states travel in the dtype that the layers compute in, within a stage and between stages.
                 x = x.to(self._compute_dtype(x.device))
             elif name == HEAD:
                 x = module(x)
-            elif cache is not None:
-                x = module(x, cos, sin, seen, next(caches))
-            elif self.recompute and torch.is_grad_enabled():
-                with keep_in_main_memory(x) if self.offload else contextlib.nullcontext():
-                    x = recompute_layer(module, x, cos, sin, seen, selective=self.selective)
             else:
-                x = module(x, cos, sin, seen)
+                around = (cos, sin, seen if views is None else views.of_layer(name))
+                if cache is not None:
+                    x = module(x, *around, next(caches))
+                elif self.recompute and torch.is_grad_enabled():
+                    with keep_in_main_memory(x) if self.offload else contextlib.nullcontext():
+                        x = recompute_layer(module, x, *around, selective=self.selective)
+                else:
+                    x = module(x, *around)
         return x
 
     def confine(self, document_starts: Tensor, device: torch.device, *, before: int = 0) -> Documents:
         """Return what `forward` makes of document starts; it takes either, and a wrapper may move tensors to a GPU."""
         dtype = self._compute_dtype(device)
-        return confine(document_starts, before=before, device=device, dtype=dtype, head_dim=self.config.head_dim)
+        return confine(
+            document_starts,
+            before=before,
+            device=device,
+            dtype=dtype,
+            head_dim=self.config.head_dim,
+            by_mask=needs_masks(self.config),
+        )
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype of products: autocast's where it is on, else that of the parameters."""
@@ -184,7 +209,12 @@ class Stage(nn.Module):
         order, cuts = shard_names(self.config.num_layers), family(self.config).cuts(self.config)
         generator = torch.Generator().manual_seed(seed * len(order) + order.index(shard))
         for name, parameter in self.shards[shard].named_parameters():
-            if parameter.dim() > 1:
+            if name in family(self.config).of_all_layers:
+                # GPT-NeoX's own way, whatever the others'; by a generator that no shard has.
+                alike = torch.Generator().manual_seed(-1 - seed)
+                shape = whole_shape(parameter.shape, cuts[name], self.part.count)
+                parameter.copy_(cut_tensor(draw_matrix("xavier_normal", shape, 1.0, alike), cuts[name], self.part))
+            elif parameter.dim() > 1:
                 self._draw(parameter, cuts[name], generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -13,6 +13,7 @@ from openchatkit.models.neox_options import NeoxOptions, read_options
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
+from openchatkit.models.views import LayerView
 
 RAW = FAMILIES["neox"] | {
     "model_type": "neox",
@@ -270,7 +271,7 @@ def layer_of_parts(parts, x, cos, sin):
     """What a tensor group's layers compute together."""
     one = parts[0]
     normeds = [part.input_layernorm(x) for part in parts]
-    attended = sum(part.attention(y, cos, sin, None) for part, y in zip(parts, normeds, strict=True))
+    attended = sum(part.attention(y, cos, sin, LayerView()) for part, y in zip(parts, normeds, strict=True))
     if not one.parallel_residual:
         x = x + attended
     if one.post_attention_layernorm is not None:
@@ -291,7 +292,7 @@ def test_parts_compute_the_whole_and_their_gradients_join_to_its(case):
         part = kind.module(config, name, Part(index, 2)).double()
         part.load_state_dict(cut_shard(whole.state_dict(), cuts, Part(index, 2)))
         parts.append(part)
-    expected, found = whole(x, cos, sin, None), layer_of_parts(parts, x, cos, sin)
+    expected, found = whole(x, cos, sin, LayerView()), layer_of_parts(parts, x, cos, sin)
     torch.testing.assert_close(found, expected, **NUMBERS)
     for each in (expected, found):
         each.square().mean().backward()
@@ -328,7 +329,7 @@ def test_options_are_written_as_they_are_read(case):
 
 
 def test_options_of_lists_and_blocks_are_written_as_they_are_read():
-    raw = {"attention_config": ["local", "global"], "sparsity_config": {"local_window_blocks": [4, [1]], "block": 16}}
+    raw = {"attention_config": ["local", "global"], "sparsity_config": {"local_window_blocks": [4, 1], "block": 16}}
     assert read_options(raw).to_json() == NeoxOptions().to_json() | raw
     assert hash(read_options(raw)) == hash(read_options(raw))
 

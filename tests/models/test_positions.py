@@ -13,6 +13,7 @@ from openchatkit.models.positions import (
     alibi_bias,
     alibi_slopes,
     bucket_distances,
+    list_buckets,
     measure_distances,
 )
 
@@ -53,14 +54,16 @@ def test_biases_are_by_the_distance_to_tokens_before():
 
 
 def test_a_relative_bias_is_its_buckets_row():
-    bias = RelativeBias(8, 3, max_distance=20, factor=2.0)
+    bias = RelativeBias(8, 3, factor=2.0)
     torch.nn.init.normal_(bias.weight, generator=torch.Generator().manual_seed(0))
-    distances, buckets = measure_distances(40, device=CPU), bucket_distances(8, 20)
-    found = bias(distances)
+    buckets = bucket_distances(8, 20)
+    found = bias(list_buckets(40, 40, buckets=8, max_distance=20, device=CPU), 40)
     assert found.shape == (1, 3, 40, 40)
     for query, key in [(0, 0), (5, 0), (39, 39), (39, 0), (30, 12), (3, 9)]:
         bucket = buckets[min(max(query - key, 0), 20)]
         assert found[0, :, query, key].tolist() == (2 * bias.weight[bucket]).tolist()
     found.sum().backward()
-    pairs = torch.tensor(buckets)[distances.clamp(max=20)].flatten().bincount(minlength=8)
+    pairs = torch.tensor(buckets)[measure_distances(40, device=CPU).clamp(max=20)].flatten().bincount(minlength=8)
     assert torch.equal(bias.weight.grad, 2.0 * pairs.unsqueeze(1).expand(-1, 3))
+    later = bias(list_buckets(3, 40, buckets=8, max_distance=20, device=CPU), 3)
+    assert torch.equal(later, found[:, :, 37:])
