@@ -70,6 +70,9 @@ RECOMPUTING = ("none", "selective", "full")
 # The places that a run's numbers can go to, besides metrics.jsonl.
 BACKENDS = ("print", "loguru", "tensorboard", "wandb")
 
+# What of each layer can have its norm recorded.
+NORMS = ("gradients", "parameters", "optimizer-state")
+
 # Each of these sets says one thing in several ways.
 _ALTERNATIVES = (
     {"precision", "bf16", "fp16"},
@@ -90,10 +93,19 @@ def parse_recomputing(text: str) -> str:
 
 def parse_backends(text: str) -> str:
     """Return `--train-log-backend`'s names, each once, joined by commas."""
+    return _parse_names(text, BACKENDS)
+
+
+def parse_norms(text: str) -> str:
+    """Return `--log-norms`' names, each once, joined by commas."""
+    return _parse_names(text, NORMS)
+
+
+def _parse_names(text: str, known: Sequence[str]) -> str:
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    if not_known := [name for name in names if name not in BACKENDS]:
+    if not_known := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(
-            f"expected one or several of {', '.join(BACKENDS)}, separated by commas, got {not_known[0]!r}"
+            f"expected one or several of {', '.join(known)}, separated by commas, got {not_known[0]!r}"
         )
     return ",".join(names)
 
@@ -309,6 +321,17 @@ class LoggingSettings:
         help="one or several of `print`, `loguru`, `tensorboard` and `wandb`, separated by commas; `print` is the "
         "console, which is there in any case, `loguru` writes `./logs/`. `metrics.jsonl` is always written",
     )
+    log_norms: str | None = setting(
+        None,
+        check=parse_norms,
+        help="one or several of `gradients`, `parameters` and `optimizer-state`, separated by commas, whose norms are "
+        "recorded for each layer, the embedding and the head; the last two go through all weights after each step",
+    )
+    curve_names: str = setting(
+        "kit",
+        choices=("kit", "neox"),
+        help="names of the curves in TensorBoard and wandb: those of `metrics.jsonl`, or GPT-NeoX's, `train/lm_loss`",
+    )
     tensorboard_dir: Path = setting(
         help="folder of TensorBoard's files; not given: `tensorboard/` in `--checkpoint-path`"
     )
@@ -369,6 +392,8 @@ class Settings(
                 "or them out"
             )
         self.check_optimization()
+        if self.moments == "8bit" and "optimizer-state" in (self.log_norms or ""):
+            raise UserError("--log-norms optimizer-state: state of 8 bits has no norms: leave it, or those bits, out")
         if bool(self.evaluation_steps) != bool(self.evaluation_data):
             raise UserError("--evaluation-steps and --evaluation-data go together: how often, and on what")
 

@@ -117,13 +117,9 @@ class FullyShardedWeights(RankWeights):
     def squared_norms(self) -> Tensor:
         """Return the squared norm of each shard's gradient; see `RankWeights.squared_norms`."""
         norms = torch.zeros(self.stages.config.num_layers + 2, dtype=torch.float64, device=self.layout.device)
-        for run in self.masters:
-            is_vector = run.place.key in self._vectors
-            counts = not is_vector or self.layout.replica == 0
-            counts &= not (self._cuts[run.place.name] == "whole" and self.stages.part.index)
-            if counts and not is_tied_copy(self.stages, run.place):
-                gradient = own_rows(gradient_of(self.parameter(run)))
-                norms[run.place.shard_number] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        for run in filter(self.counts, self.masters):
+            gradient = own_rows(gradient_of(self.parameter(run)))
+            norms[run.place.shard_number] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         self.layout.sum_over_replicas(norms)
         return norms
 
@@ -149,6 +145,10 @@ class FullyShardedWeights(RankWeights):
         head = self._stage.shards[HEAD]
         assert isinstance(head, FSDPModule), type(head)
         head.reshard()
+
+    def is_on_all_replicas(self, run: Run) -> bool:
+        """Whether every replica has the master of a run: of vectors."""
+        return run.place.key in self._vectors
 
     def writer(self, shard: str) -> int:
         """Return the replica that writes a shard: replicas take turns, since all have as much of it."""

@@ -14,6 +14,7 @@ from openchatkit.errors import RESUMABLE, Interrupted, UserError
 from openchatkit.training.config import Settings
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter, open_sinks
+from openchatkit.training.norms import NormMeter
 from openchatkit.training.prediction import Prediction
 from openchatkit.training.replica_check import ReplicaCheck
 from openchatkit.training.saving import Saver
@@ -57,6 +58,7 @@ class Loop:
             on_full_disk=settings.on_full_disk,
             published=self._add_checkpoint,
         )
+        self._norms = NormMeter(trainer.weights, (settings.log_norms or "").split(","))
         self._replica_check = ReplicaCheck(trainer.weights, shares_state=settings.dp_mode != "allreduce")
         self._ledger: LedgerWriter | None = None  # on rank 0 only, as the next two
         self._uploader: Uploader | None = None
@@ -112,6 +114,7 @@ class Loop:
         )
         if self._ledger is not None:
             self._ledger.add(self.progress.step, self.trainer.global_batch, result)
+        norms = self._norms.measure(result)
         if self._reporter is not None and self._meter is not None:
             row = {
                 "step": self.progress.step,
@@ -122,6 +125,7 @@ class Loop:
                 "trained_tokens": result.trained_tokens,
                 "loss_scale": self.trainer.scaler.scale,
                 **self._meter.measure(seconds),
+                **norms,
                 "sources": by_name(self.inputs.dataset, result.sources),
             }
             last = self.progress.step * self.trainer.global_batch

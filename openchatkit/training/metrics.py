@@ -10,14 +10,16 @@ from loguru import logger
 from openchatkit.settings import to_json
 from openchatkit.training import sinks
 from openchatkit.training.config import Settings
+from openchatkit.training.curve_names import Row, choose_curves
 from openchatkit.training.monitor import Monitor
-from openchatkit.training.sinks import Row, Sink
+from openchatkit.training.sinks import Sink
 
 
 def open_sinks(settings: Settings, *, first_step: int, total_steps: int) -> list[Sink]:
     """Return the sinks of a run, metrics.jsonl first. UserError where one cannot be opened; then none stays open."""
     folder = settings.checkpoint_path
     names = settings.train_log_backend.split(",")
+    curves = choose_curves(settings.curve_names, seq_length=settings.seq_length)
     opened: list[Sink] = [sinks.MetricsFile(folder, first_step=first_step)]
     try:
         if "wandb" in names:
@@ -28,10 +30,11 @@ def open_sinks(settings: Settings, *, first_step: int, total_steps: int) -> list
                     group=settings.wandb_group or settings.job_id,
                     name=settings.wandb_run_name,
                     config=to_json(settings),
+                    curves=curves,
                 )
             )
         if "tensorboard" in names:
-            opened.append(sinks.TensorBoard(settings.tensorboard_dir, first_step=first_step))
+            opened.append(sinks.TensorBoard(settings.tensorboard_dir, first_step=first_step, curves=curves))
         if settings.monitor is not None:
             opened.append(Monitor(settings.monitor, folder, total_steps=total_steps))
         if "loguru" in names:

@@ -14,9 +14,9 @@ from loguru import logger
 from openchatkit import web
 from openchatkit.errors import UserError
 from openchatkit.formats import metrics, trace
+from openchatkit.training.curve_names import Row
 from openchatkit.training.forecast import Forecast, format_left
 from openchatkit.training.run_curves import RunCurves, read_timeline, render_page
-from openchatkit.training.sinks import Row
 
 if TYPE_CHECKING:
     from starlette.requests import Request

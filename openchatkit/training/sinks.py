@@ -15,9 +15,8 @@ from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import metrics
 from openchatkit.storage import storage_errors
+from openchatkit.training.curve_names import Curves, Row, flatten
 from openchatkit.training.forecast import Forecast, format_left
-
-Row = dict[str, Any]
 
 _LOG_FILE = "./logs/file_{time}.log"
 # Records with this key are for the sink that it names alone.
@@ -123,16 +122,20 @@ class LogFile:
 
 
 class TensorBoard:
-    """Event files that TensorBoard reads; those of steps after `first_step` are hidden there."""
+    """Event files that TensorBoard reads; those of steps after `first_step` are hidden there.
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    `curves` names the curves of a row, here and in `Wandb`.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, curves: Curves = flatten) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._curves = curves
         with storage_errors(folder):
             self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def add_step(self, row: Row) -> None:
-        for name, value in flatten(row).items():
+        for name, value in self._curves(row).items():
             self._writer.add_scalar(name, value, row["step"])
 
     add_evaluation = add_step
@@ -144,9 +147,19 @@ class TensorBoard:
 class Wandb:
     """A run on wandb's server, or with WANDB_MODE=offline in ./wandb/. `config` must hold no secrets."""
 
-    def __init__(self, *, project: str, team: str | None, group: str, name: str | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        project: str,
+        team: str | None,
+        group: str,
+        name: str | None,
+        config: dict[str, Any],
+        curves: Curves = flatten,
+    ) -> None:
         import wandb
 
+        self._curves = curves
         try:
             self._run = wandb.init(project=project, entity=team, group=group, name=name, config=config, resume="allow")
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
@@ -154,7 +167,7 @@ class Wandb:
             raise UserError(f"wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from error
 
     def add_step(self, row: Row) -> None:
-        self._run.log(flatten(row), step=row["step"])
+        self._run.log(self._curves(row), step=row["step"])
 
     add_evaluation = add_step
 
@@ -205,14 +218,6 @@ def format_evaluation(row: Row) -> str:
     loss = row["evaluation_loss"]
     missing = "not finite" if row["evaluation_tokens"] else "none"
     return f"step {row['step']} | evaluation loss {missing if loss is None else f'{loss:.4g}'}"
-
-
-def flatten(row: Row) -> dict[str, float]:
-    """Return a row for charts: `loss/<source>` in place of nested values, and nothing for what has no value."""
-    flat = {key: value for key, value in row.items() if key != "step" and not isinstance(value, dict)}
-    for key, loss in (("sources", "loss"), ("evaluation_sources", "evaluation_loss")):
-        flat |= {f"{loss}/{name}": source["loss"] for name, source in row.get(key, {}).items()}
-    return {name: value for name, value in flat.items() if value is not None}
 
 
 def _format_loss(row: Row) -> str:

@@ -54,6 +54,7 @@ class StepResult:
     `applied` is false when the gradient was not finite, or nothing was trained on: then no parameter of any rank has
     changed, nor the optimizer's state. `digest` is that of all the step's rows, over all replicas (see `Batch.digest`);
     `sources` has an entry for each source. `saving`: some rank was writing a checkpoint when the step began.
+    `shard_grad_norms` are those of the parts of the model, in the order of its shards.
     `scale_is_exhausted`: the gradient overflowed where the loss scale would have had to fall below the least.
     """
 
@@ -67,6 +68,7 @@ class StepResult:
     sources: tuple[SourceLoss, ...]
     saving: bool = False
     scale_is_exhausted: bool = False
+    shard_grad_norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class _StepSums:
     stop: bool
     saving: bool
     source_losses: list[float]
-    squared_norm: float
+    squared_norms: list[float]
 
 
 class Trainer:
@@ -172,7 +174,7 @@ class Trainer:
         with timer.compute(timing.NORM), self.layout.activity.waiting():
             sums = self._sum_over_ranks(loss, (stop, saving), digest)
 
-        grad_norm = math.sqrt(sums.squared_norm) / self.scaler.scale
+        grad_norm = math.sqrt(sum(sums.squared_norms)) / self.scaler.scale
         finite = math.isfinite(grad_norm)
         applied = finite and trained_tokens > 0
         lr = self.schedule.rates.at(number)
@@ -191,6 +193,7 @@ class Trainer:
             sources=tuple(map(SourceLoss, sums.source_losses, trained)),
             saving=sums.saving,
             scale_is_exhausted=not finite and self.scaler.is_exhausted,
+            shard_grad_norms=tuple(math.sqrt(square) / self.scaler.scale for square in sums.squared_norms),
         )
         if applied or not finite:
             self.scaler.update(overflow=not finite)
@@ -294,7 +297,7 @@ class Trainer:
             stop=sums["votes"][0] > 0,
             saving=sums["votes"][1] > 0,
             source_losses=sums["source_losses"],
-            squared_norm=sum(sums["squared_norms"]),
+            squared_norms=sums["squared_norms"],
         )
 
     def _add_up(self, shares: Mapping[str, Tensor], *all_reduces: Callable[[Tensor], None]) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class StepMeter:
             "tokens_per_second": self._tokens / seconds,
             "data_seconds": self._timer.seconds(timing.DATA),
             "receive_seconds": waits,
+            "operations_per_second": self._operations / seconds / self._layout.world_size if self._operations else None,
             "hardware_share": self._operations / seconds / self._peak_rate if self._peak_rate else None,
             "memory_bytes": memory_in_use(self._layout.device),
         }

@@ -106,6 +106,10 @@ class Weights(RankWeights):
     def release_copies(self) -> None:
         """Do nothing: copies of weights stay."""
 
+    def is_on_all_replicas(self, run: Run) -> bool:
+        """Whether every replica has the master of a run."""
+        return not self.sharded
+
     def writer(self, shard: str) -> int:
         """Return the replica that writes a shard: the one that has most of it, or replicas in turn if all have it."""
         if not self.sharded:

@@ -93,6 +93,11 @@ BASE = ["--model-name", "m", "--task-name", "d.jsonl"]
         ),
         ([*SHORT, "--optimizer", "lion", "--optimizer-state", "bf16"], "lion keeps its state in float32: leave"),
         ([*SHORT, "--optimizer", "madgrad", "--adam-eps", "0"], "madgrad divides by --adam-eps where a gradient"),
+        (
+            [*SHORT, "--optimizer", "8bit-adam", "--log-norms", "gradients,optimizer-state"],
+            "--log-norms optimizer-state: state of 8 bits has no norms",
+        ),
+        ([*SHORT, "--log-norms", "weights"], "--log-norms: expected one or several of gradients, parameters, opt"),
         ([*SHORT, "--momentum", "0.9"], "--momentum 0.9 is of --optimizer madgrad or sm3, not of adamw: leave it out"),
         ([*SHORT, "--optimizer", "lion", "--sm3-beta", "0.9"], "--sm3-beta 0.9 is of --optimizer sm3, not of lion"),
         ([*SHORT, "--tensor-group-size", "2", "--world-size", "1"], "x --tensor-group-size 2 = 2: make them agree"),

@@ -13,6 +13,7 @@ from openchatkit.errors import UserError
 from openchatkit.formats import metrics
 from openchatkit.settings import to_json
 from openchatkit.training import config, sinks
+from openchatkit.training.curve_names import choose_curves
 from openchatkit.training.metrics import Reporter
 
 
@@ -53,6 +54,36 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(tmp_path):
             sink.add_step({"step": step, "loss": first_step + step / 10, "sources": {"a": {"loss": None}}})
         sink.close()
     assert scalars(tmp_path) == {"loss": [(1, pytest.approx(0.1)), (2, pytest.approx(1.2))]}
+
+
+def test_curves_have_gpt_neoxs_names_where_they_are_asked_for(tmp_path):
+    sink = sinks.TensorBoard(tmp_path, first_step=0, curves=choose_curves("neox", seq_length=16))
+    numbers = {"loss": 2.0, "lr": 0.5, "loss_scale": 8.0, "seconds": 0.25, "tokens_per_second": 64.0}
+    nested = {"gradient_norms": {"embed": 3.0}, "sources": {"a": {"loss": 1.0}}}
+    sink.add_step({"step": 1, **numbers, "operations_per_second": 1e9, "grad_norm": 4.0, **nested})
+    sources = {"evaluation_sources": {"b": {"loss": 0.5}}}
+    sink.add_evaluation({"step": 1, "evaluation_loss": 0.0, "evaluation_perplexity": 1.0, **sources})
+    sink.add_evaluation({"step": 2, "evaluation_loss": None, "test_loss": 1.0, "test_perplexity": 2.5})
+    sink.close()
+    assert {name: value for name, [(_, value)] in scalars(tmp_path).items()} == {
+        "train/lm_loss": 2.0,
+        "train/learning_rate": 0.5,
+        "train/loss_scale": 8.0,
+        "runtime/iteration_time": 0.25,
+        "runtime/steps_per_sec": 4.0,
+        "runtime/samples_per_sec": 4.0,
+        "runtime/tokens_per_sec": 64.0,
+        "runtime/flops_per_sec_per_gpu": 1e9,
+        "validation/lm_loss": 0.0,
+        "validation/lm_loss_ppl": 1.0,
+        "test/lm_loss": 1.0,
+        "test/lm_loss_ppl": 2.5,
+        # What GPT-NeoX has no name for.
+        "grad_norm": 4.0,
+        "gradient_norms/embed": 3.0,
+        "loss/a": 1.0,
+        "evaluation_loss/b": 0.5,
+    }
 
 
 def test_wandb_offline(tmp_path, flags, monkeypatch):
