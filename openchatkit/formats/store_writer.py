@@ -70,8 +70,9 @@ class TokenStoreWriter:
         self.excluded_tokens = start.excluded_tokens
         self.untrained = start.untrained
         self._prefix = prefix
-        self._vocab_size = vocab_size
         self._dtype = dtype or choose_dtype(vocab_size or 0)
+        limits = np.iinfo(self._dtype)
+        self._lowest, self._highest = (limits.min, limits.max) if vocab_size is None else (0, vocab_size - 1)
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._files: list[BinaryIO] = []
         try:
@@ -104,9 +105,9 @@ class TokenStoreWriter:
     def add(self, tokens: np.ndarray, sizes: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append documents: their tokens one after another, each one's size, and the mask's byte of every token."""
         assert int(sizes.sum()) == len(tokens), (int(sizes.sum()), len(tokens))
-        if self._vocab_size is not None and len(tokens):
-            assert tokens.min() >= 0, "token id out of range"
-            assert tokens.max() < self._vocab_size, "token id out of range"
+        if len(tokens):
+            assert tokens.min() >= self._lowest, "token id out of range"
+            assert tokens.max() <= self._highest, "token id out of range"
         self._bin.write(tokens.astype(self._dtype).data)
         self._idx.write(sizes.astype("<i4").data)
         if self._mask is not None:

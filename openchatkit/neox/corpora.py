@@ -4,10 +4,8 @@ DIR/NAME/NAME_text_document.{bin,idx}, with an end-of-document token each, and b
 of records that are in DIR/NAME already are taken as they are, since most hosts of these corpora are gone.
 """
 
-import json
 import os
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,13 @@ from pathlib import Path
 from loguru import logger
 
 from openchatkit import cli, storage
-from openchatkit.data.records.reader import is_readable
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.pace import Pace
 from openchatkit.download.sidecar import read_sidecar
 from openchatkit.download.sources import fetch
 from openchatkit.errors import UserError
 from openchatkit.formats import neox_tokenizers, token_store
-from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES
+from openchatkit.tools.preprocess import inputs
 from openchatkit.tools.preprocess.command import preprocess
 from openchatkit.tools.preprocess.fields import FieldOptions
 
@@ -187,18 +184,18 @@ def _find_records(name: str, corpus: Corpus, folder: Path) -> list[Path]:
         if _name_file(address) in by_hand:
             continue
         try:
-            path = fetch(address, folder)
+            fetch(address, folder)
         except UserError as error:
             raise _explain_gone(name, corpus, folder, address, error) from error
-        if path.suffix == ".zip":
-            _unpack_text(path, folder)
     return _list_records(folder)
 
 
 def _list_records(folder: Path) -> list[Path]:
-    suffixes = ARCHIVE_SUFFIXES
-    found = [path for path in folder.iterdir() if is_readable(path.name) or path.name.endswith(suffixes)]
-    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if inputs.is_input(path.name) and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _explain_gone(name: str, corpus: Corpus, folder: Path, address: str, error: UserError) -> UserError:
@@ -212,14 +209,3 @@ def _explain_gone(name: str, corpus: Corpus, folder: Path, address: str, error: 
 
 def _name_file(address: str) -> str:
     return address.rsplit("/", 1)[-1]
-
-
-def _unpack_text(path: Path, folder: Path) -> None:
-    """Make a file of records of an archive's texts, each of them one document."""
-    target = folder / f"{path.stem}.jsonl"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            texts = [archive.read(member).decode("utf-8") for member in archive.infolist()]
-        storage.write_text(target, "".join(json.dumps({_KEY: text}) + "\n" for text in texts))
-    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run the same command again") from error

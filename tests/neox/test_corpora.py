@@ -112,7 +112,7 @@ def test_a_part_of_a_corpus_is_not_taken_for_all_of_it(tmp_path):
 def test_a_damaged_archive(tmp_path):
     with serving(Server) as server:
         server.files["/enwik8.zip"] = b"no archive"
-        with pytest.raises(UserError, match=r"enwik8.zip is damaged .*: delete it and run the same command again"):
+        with pytest.raises(UserError, match=r"enwik8.zip is cut short or damaged .*: fetch it again"):
             prepare("enwik8", Corpus("enwik8", (f"{server.address}/enwik8.zip",)), tmp_path, **CHARACTERS)
 
 

@@ -29,6 +29,7 @@ from openchatkit.formats.cached_store import (
     write_record,
 )
 from openchatkit.formats.store_writer import StoreProgress
+from openchatkit.formats.token_store import choose_dtype
 
 _KEY = folder_prefix(Path()).name
 
@@ -159,7 +160,7 @@ def _open(source: Path, folder: Path, tokenizer: Tokenizer, bad_rows: str, pace:
         folder,
         [_KEY],
         title=f"tokenising {source}",
-        vocab_size=tokenizer.vocab_size,
+        dtype=choose_dtype(tokenizer.vocab_size),
         masked=True,
         bad_rows=bad_rows,
         resume={_KEY: saved} if saved else None,

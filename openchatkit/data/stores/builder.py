@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from loguru import logger
 
 from openchatkit import storage
@@ -58,7 +59,7 @@ class StoreBuilder:
         keys: Sequence[str],
         *,
         title: str,
-        vocab_size: int,
+        dtype: np.dtype,
         masked: bool,
         bad_rows: str,
         resume: Progress | None,
@@ -71,9 +72,9 @@ class StoreBuilder:
         self._write_note = write_note
         self._pace = pace
         try:
-            self._open(keys, vocab_size, masked, resume)
+            self._open(keys, dtype, masked, resume)
         except ValueError:  # files that hold less than was noted
-            self._open(keys, vocab_size, masked, None)
+            self._open(keys, dtype, masked, None)
         if self.input.rows:
             logger.info("{}: continues after row {:,}, where it was stopped", title, self.input.row)
         self._saved_tokens = self._tokens
@@ -88,7 +89,7 @@ class StoreBuilder:
     def _tokens(self) -> int:
         return sum(held.tokens for held in self.progress.values())
 
-    def _open(self, keys: Sequence[str], vocab_size: int, masked: bool, resume: Progress | None) -> None:
+    def _open(self, keys: Sequence[str], dtype: np.dtype, masked: bool, resume: Progress | None) -> None:
         """Open the files at what was saved, or empty. ValueError: they hold less."""
         if resume is None:
             for path in self._folder.iterdir():
@@ -102,7 +103,7 @@ class StoreBuilder:
             self._writers: dict[str, TokenStoreWriter] = {}
             for key in keys:
                 writer = TokenStoreWriter(
-                    self._folder / key, vocab_size=vocab_size, masked=masked, resume=resume[key] if resume else None
+                    self._folder / key, dtype=dtype, masked=masked, resume=resume[key] if resume else None
                 )
                 self._writers[key] = files.enter_context(writer)
             self._files = files.pop_all()

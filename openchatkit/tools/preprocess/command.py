@@ -1,37 +1,36 @@
 """Files of records -> token stores that GPT-NeoX reads: the command `tools/preprocess_data.py`, with GPT-NeoX's flags.
 
-`<prefix>_<key>_document.bin` and `.idx` for each field, byte for byte as GPT-NeoX writes them, and a loss mask beside
-them with `--loss-mask`. They are built in a hidden folder beside them (`work_folder`), in which the same command
-continues after it was stopped. `fields` makes documents of rows.
+`<prefix>_<key>_document.bin` and `.idx` for each field, byte for byte as GPT-NeoX writes them; beside them a loss mask
+with `--loss-mask`, or with `--mask-before-token` GPT-NeoX's store of labels. They are built in a hidden folder beside
+them (`work_folder`), in which the same command continues after it was stopped. `inputs` reads rows, `fields` makes
+documents of them.
 """
 
 import contextlib
 import importlib.util
 import time
-from collections.abc import Generator, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
+import numpy as np
 from loguru import logger
 
 from openchatkit import cli, progress
 from openchatkit.data.options import BAD_ROWS
-from openchatkit.data.records.raw_row import Mark, RawRow
-from openchatkit.data.records.reader import ENDINGS, Records, is_readable
-from openchatkit.data.records.reader import files as record_files
+from openchatkit.data.records.raw_row import Mark
 from openchatkit.data.stores import workers
 from openchatkit.data.stores.builder import Progress
 from openchatkit.data.stores.pace import Pace
 from openchatkit.data.stores.tokenise import in_batches
 from openchatkit.errors import UserError
 from openchatkit.formats import chat, neox_tokenizers
-from openchatkit.tools.preprocess import fields
-from openchatkit.tools.preprocess.archives import ARCHIVE_SUFFIXES, Archive
+from openchatkit.formats.token_store import NOT_TRAINED, TokenStore
+from openchatkit.tools.preprocess import fields, inputs
+from openchatkit.tools.preprocess.inputs import InputRows, NamedRow
 from openchatkit.tools.preprocess.work_folder import set_aside_path, store_prefix, unfinished_stores
 
-NamedRow = tuple[str, RawRow]  # a row with the name of its file
-
 PACE = Pace()
+_LOOKED_AT = 1 << 20  # documents looked at at a time
 
 
 @cli.command
@@ -40,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if args.dataset_impl != "mmap":
         raise UserError(f"--dataset-impl {args.dataset_impl}: only mmap is written, which GPT-NeoX reads as it is")
+    if args.split_sentences or args.keep_newlines:
+        flag = "--split-sentences" if args.split_sentences else "--keep-newlines"
+        raise UserError(f"{flag} is for models of sentences, as BERT: documents are kept whole here, leave it out")
     if args.ftfy and importlib.util.find_spec("ftfy") is None:
         raise UserError("--ftfy needs a package: pip install ftfy")
-    files = input_files(args.input)
+    files = inputs.find_files(args.input)
     encoder = neox_tokenizers.load(args.tokenizer_type, args.vocab_file, args.merge_file)
     if args.append_eod and encoder.end_of_text is None:
         raise UserError(f"--append-eod: {args.vocab_file} has no {neox_tokenizers.END_OF_TEXT} token")
@@ -51,7 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     keys = tuple(dict.fromkeys(args.jsonl_keys))
     if unfit := [key for key in keys if not key or "/" in key]:
         raise UserError(f"--jsonl-keys {unfit[0]!r}: a file is named after it: expected a name without a '/'")
-    job = fields.FieldOptions(encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask)
+    context_end = () if args.mask_before_token is None else _read_ids(args.mask_before_token, encoder.vocab_size)
+    if context_end and args.loss_mask:
+        raise UserError("--mask-before-token and --loss-mask both say what is trained on: give one of them")
+    if context_end and (len(keys) > 1 or keys[0] == fields.LABELS):
+        raise UserError(
+            f"--mask-before-token takes one of --jsonl-keys, other than {fields.LABELS}: found {' '.join(keys)}"
+        )
+    job = fields.FieldOptions(
+        encoder, keys, append_eod=args.append_eod, ftfy=args.ftfy, chats=args.loss_mask, context_end=context_end
+    )
     preprocess(
         files,
         args.output_prefix,
@@ -71,8 +82,7 @@ def _parser() -> cli.Parser:
         description="Tokenise records into .bin and .idx files, as GPT-NeoX reads them.",
     )
     group = parser.add_argument_group("input")
-    endings = ", ".join((ENDINGS, *ARCHIVE_SUFFIXES))
-    group.add_argument("--input", required=True, help=f"files of records, separated by commas: {endings}")
+    group.add_argument("--input", required=True, help=f"files, separated by commas: {inputs.ENDINGS}")
     group.add_argument(
         "--jsonl-keys", "--json-keys", nargs="+", default=["text"], help="fields, each a store of its own"
     )
@@ -86,6 +96,13 @@ def _parser() -> cli.Parser:
     group.add_argument("--append-eod", action="store_true", help="close each document with end-of-text")
     group.add_argument("--ftfy", action="store_true", help="mend texts with ftfy")
     group.add_argument("--loss-mask", action="store_true", help="fields are chats: cut them at roles, and write a mask")
+    group.add_argument(
+        "--mask-before-token",
+        metavar="ID,ID,...",
+        help="write labels beside the texts, which train on what comes after the first such ids",
+    )
+    group.add_argument("--split-sentences", action="store_true", help="refused: documents are kept whole")
+    group.add_argument("--keep-newlines", action="store_true", help="refused: it belongs to --split-sentences")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", type=Path, required=True, help="what the files' names begin with")
     group.add_argument("--dataset-impl", choices=["lazy", "cached", "mmap"], default="mmap", help="mmap alone")
@@ -96,22 +113,12 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def input_files(names: str) -> list[Path]:
-    """Return the files that --input lists, in order; UserError for one that is missing or of another kind."""
-    files = [Path(name.strip()) for name in names.split(",") if name.strip()]
-    if not files:
-        raise UserError("--input names no file")
-    for path in files:
-        try:
-            path.stat()
-        except FileNotFoundError as error:
-            raise UserError(f"--input {path}: there is no such file") from error
-        except OSError as error:
-            raise UserError(f"--input {path} cannot be read: {error.strerror or error}") from error
-        if not path.is_dir() and not is_readable(path.name) and not path.name.endswith(ARCHIVE_SUFFIXES):
-            endings = ", ".join((ENDINGS, *ARCHIVE_SUFFIXES))
-            raise UserError(f"--input {path}: expected a name that ends in {endings}")
-    return files
+def _read_ids(text: str, vocab_size: int) -> tuple[int, ...]:
+    """Return the ids of `--mask-before-token`, which are all of the vocabulary."""
+    ids = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise UserError(f"--mask-before-token {text!r}: expected ids such as 1,2,3, each below {vocab_size}")
+    return tuple(ids)
 
 
 def preprocess(
@@ -162,7 +169,7 @@ def preprocess(
 
 
 def _tokenise(
-    source: "InputRows", start: int, job: fields.FieldOptions, processes: int, pace: Pace
+    source: InputRows, start: int, job: fields.FieldOptions, processes: int, pace: Pace
 ) -> Generator[tuple[list[NamedRow], fields.TokenisedFields], None, None]:
     """Yield what the rows after the first `start` ones become, batch by batch."""
     rows = in_batches(source.rows(start), lambda named: len(named[1].data), pace.batch_bytes)
@@ -182,41 +189,6 @@ def _tokenise(
             yield batch, part._replace(bad=bad)
 
 
-class InputRows:
-    """The rows of some files, one file after another, each with the name of its file; and how fast they are read."""
-
-    def __init__(self, files: Sequence[Path], keys: Sequence[str]) -> None:
-        self._files, self._keys = files, keys
-        self._sizes = [_size(path) for path in files]
-        self.size = sum(self._sizes)
-        self._read = 0
-        self._text = 0
-
-    def rows(self, start: int) -> Iterator[NamedRow]:
-        """Yield the rows after the first `start` ones."""
-        number, before = 0, 0
-        for path, size in zip(self._files, self._sizes, strict=True):
-            is_archive = path.name.endswith(ARCHIVE_SUFFIXES)
-            records: Archive | Records = Archive(path) if is_archive else Records(path, columns=self._keys)
-            with records:
-                rows = records.rows() if isinstance(records, Archive) else zip(repeat(str(path)), records.rows())
-                for name, row in rows:
-                    number += 1
-                    if number > start:
-                        self._read = before + records.position
-                        self._text += len(row.data)
-                        yield name, row
-            before += size
-
-    def rate(self, seconds: float) -> str:
-        """Return how much of the input has been read, and how many bytes of records a second."""
-        return f"{self._read / max(self.size, 1):.0%} of the input, {self._text / 1e6 / max(seconds, 1e-9):.1f} MB/s"
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in record_files(path))
-
-
 def _report(stores: Progress, job: fields.FieldOptions, prefix: Path) -> None:
     for key, held in stores.items():
         trained = f", {held.trained_tokens:,} of them trained on" if job.chats else ""
@@ -227,5 +199,21 @@ def _report(stores: Progress, job: fields.FieldOptions, prefix: Path) -> None:
         )
         if job.chats and not held.trained_tokens:
             logger.warning(f"no text under {key!r} has a line that begins with {chat.BOT}: there is no mask")
+    if job.context_end:
+        _report_labels(TokenStore(store_prefix(prefix, fields.LABELS)), job)
     if held.quarantined:
         logger.warning(f"{held.quarantined:,} of {held.rows:,} rows set aside, listed in {set_aside_path(prefix)}")
+
+
+def _report_labels(labels: TokenStore, job: fields.FieldOptions) -> None:
+    """Warn of documents without the ids after which training begins: all of their tokens are trained on."""
+    trained = sum(
+        int((labels.tokens[labels.starts(numbers)] != NOT_TRAINED).sum())
+        for numbers in np.array_split(np.arange(labels.documents), labels.documents // _LOOKED_AT + 1)
+    )
+    if trained:
+        ids = ",".join(map(str, job.context_end))
+        logger.warning(
+            f"{trained:,} of {labels.documents:,} documents do not hold {ids} and are trained on whole; beside other "
+            "characters a text may have other ids"
+        )

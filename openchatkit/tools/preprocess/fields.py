@@ -8,8 +8,10 @@ nothing here imports torch or transformers.
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from openchatkit.data.records import document
 from openchatkit.data.records.document import BadRowError
@@ -17,17 +19,35 @@ from openchatkit.data.records.tables import CARRIERS
 from openchatkit.data.stores.tokenise import Tokenised, assemble
 from openchatkit.formats import chat
 from openchatkit.formats.neox_tokenizers import NeoxTokenizer
+from openchatkit.formats.token_store import NOT_TRAINED, choose_dtype
+
+LABELS = "label"  # the key of the store of labels, as GPT-NeoX names it
 
 
 @dataclass(frozen=True)
 class FieldOptions:
-    """Which fields become documents, and how. `chats`: they are cut at roles, and there is a mask on responses."""
+    """Which fields become documents, and how. `chats`: they are cut at roles, and there is a mask on responses.
+
+    `context_end` are ids: the one field has a store of labels beside it, which do not train on the tokens of a document
+    up to the end of the first place that holds these. Both stores are int32 then, as in GPT-NeoX.
+    """
 
     encoder: NeoxTokenizer
     keys: tuple[str, ...]
     append_eod: bool
     ftfy: bool
     chats: bool
+    context_end: tuple[int, ...] = ()
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """The keys of all stores that are written."""
+        return (*self.keys, LABELS) if self.context_end else self.keys
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of their tokens."""
+        return np.dtype("<i4") if self.context_end else choose_dtype(self.encoder.vocab_size)
 
 
 class TokenisedFields(NamedTuple):
@@ -55,7 +75,29 @@ def encode(rows: Sequence[bytes], job: FieldOptions) -> TokenisedFields:
             continue
         for key, cut in zip(job.keys, segments, strict=True):
             found[key].append(cut)
-    return TokenisedFields({key: _documents(chats, job) for key, chats in found.items()}, bad)
+    documents = {key: _documents(chats, job) for key, chats in found.items()}
+    if job.context_end:
+        (texts,) = documents.values()
+        documents[LABELS] = _label(texts, job.context_end)
+    return TokenisedFields(documents, bad)
+
+
+def _label(texts: Tokenised, context_end: Sequence[int]) -> Tokenised:
+    """Return the labels of some documents; where a document holds no `context_end`, all of its tokens are labels."""
+    tokens, ends = texts.tokens, np.cumsum(texts.sizes, dtype=np.int64)
+    last = len(tokens) - len(context_end)  # the last place at which it can begin
+    places = np.arange(max(last + 1, 0))
+    for offset, id in enumerate(context_end):
+        places = places[tokens[places + offset] == id]
+    stops = places + len(context_end)
+    documents = np.searchsorted(ends, places, side="right")
+    inside = stops <= ends[documents]
+    documents, first = np.unique(documents[inside], return_index=True)
+    context = np.zeros(len(ends), np.int64)  # where the context of each document ends, as a place in `tokens`
+    context[documents] = stops[inside][first]
+    return replace(
+        texts, tokens=np.where(np.arange(len(tokens)) < np.repeat(context, texts.sizes), NOT_TRAINED, tokens), spelled=0
+    )
 
 
 def _documents(chats: Sequence[list[chat.Segment]], job: FieldOptions) -> Tokenised:

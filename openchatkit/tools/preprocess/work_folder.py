@@ -59,7 +59,7 @@ def unfinished_stores(
     with storage.own_folder(folder):
         resumable = True
         try:
-            taken = next((path for path in _final_files(prefix, job.keys) if path.exists()), None)
+            taken = next((path for path in _final_files(prefix, job.stores) if path.exists()), None)
             if taken and not overwrite:
                 raise UserError(f"{taken} is there already: name another --output-prefix, or pass --overwrite")
             resumable = False
@@ -72,9 +72,9 @@ def unfinished_stores(
 
             with StoreBuilder(
                 folder,
-                job.keys,
+                job.stores,
                 title=title,
-                vocab_size=job.encoder.vocab_size,
+                dtype=job.dtype,
                 masked=job.chats,
                 bad_rows=bad_rows,
                 resume=_read_note(note, identity, bad_rows),
@@ -84,7 +84,7 @@ def unfinished_stores(
                 yield stores
                 if not all(map(reader.is_unchanged, files, stamps)):
                     raise UserError("the input was changed while it was tokenised: run again when it is complete")
-            _publish(folder, prefix, job.keys, quarantined=stores.input.quarantined)
+            _publish(folder, prefix, job.stores, quarantined=stores.input.quarantined)
         except BaseException as error:
             if not note.exists() or not (resumable or is_resumable(error)):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -506,7 +506,23 @@ def test_a_full_disk(
         (["--dataset-impl", "lazy"], "--dataset-impl lazy: only mmap is written"),
         (["--dataset-impl", "cached"], "--dataset-impl cached: only mmap is written"),
         (["--input", "{tmp}/none.jsonl"], "none.jsonl: there is no such file"),
-        (["--input", "{tmp}/a.txt"], "a.txt: expected a name that ends in .jsonl"),
+        (["--input", "{tmp}/a.text"], "a.text: expected a name that ends in .jsonl"),
+        (["--split-sentences"], "--split-sentences is for models of sentences, as BERT: documents are kept whole here"),
+        (["--keep-newlines"], "--keep-newlines is for models of sentences, as BERT: documents are kept whole here"),
+        (["--mask-before-token", "1,x"], "--mask-before-token '1,x': expected ids such as 1,2,3, each below 512"),
+        (["--mask-before-token", "512"], "--mask-before-token '512': expected ids such as 1,2,3, each below 512"),
+        (
+            ["--mask-before-token", "1", "--loss-mask"],
+            "--mask-before-token and --loss-mask both say what",
+        ),
+        (
+            ["--mask-before-token", "1", "--json-keys", "a", "b"],
+            "one of --jsonl-keys, other than label: found a b",
+        ),
+        (
+            ["--mask-before-token", "1", "--json-keys", "label"],
+            "one of --jsonl-keys, other than label: found label",
+        ),
         (["--input", ","], "--input names no file"),
         (["--input", "x" * 300 + ".jsonl"], "xxx.jsonl cannot be read: File name too long"),
         (["--jsonl-keys", "a/b"], "--jsonl-keys 'a/b': a file is named after it"),
@@ -525,6 +541,7 @@ def test_a_full_disk(
 )
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, flags: list[str], message: str) -> None:
     (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.text").write_text("text")
     parquet.write_table(pa.table({"text": ["hi"]}), tmp_path / "a.parquet")
     (tmp_path / "empty.jsonl").write_bytes(jsonl([""]))
     Backend(models.BPE({"a": 0}, [])).save(str(tmp_path / "no_end.json"))
