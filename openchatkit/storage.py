@@ -77,7 +77,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with own_folder(temporary), storage_errors(path):
         try:
             for entry in temporary.iterdir():
-                entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             yield temporary
             replace_folder(temporary, path)
         finally:
@@ -223,6 +223,15 @@ def format_bytes(size: int) -> str:
         if size >= 10**power:
             return f"{size / 10**power:.1f} {unit}"
     return f"{size} bytes"
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file of this path could be written now; its folder is made. The file stays as it is."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: expected the name of a file to write")
+    with storage_errors(path, every=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextlib.contextmanager

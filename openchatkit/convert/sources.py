@@ -46,11 +46,12 @@ class TensorSource:
 
 
 class CheckpointSource(TensorSource):
-    """One of our checkpoints. Each file is compared with the manifest before the first of its tensors is read."""
+    """One of our checkpoints, or a prepared model. Each file is compared with the manifest before a tensor is read."""
 
     def __init__(self, path: Path, *, config_name: str | None, flags: StageFlags) -> None:
         checkpoint.verify(path, [])
-        _check_flags(path, checkpoint.read_state(path).get("layout", {}), flags)
+        trained = checkpoint.STATE in checkpoint.read_manifest(path).files
+        _check_flags(path, checkpoint.read_state(path).get("layout", {}) if trained else {}, flags)
         raw_config, config = read_config(path)
         super().__init__(raw_config, config, _find_tokenizer(path, config, config_name))
         self._path = path

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from openchatkit.errors import UserError
-from openchatkit.formats.tensor_file import cast
+from openchatkit.formats.tensor_file import cast, tensor_bytes
 
 _Item = TypeVar("_Item")
 _counting = threading.Lock()
@@ -30,12 +31,26 @@ def stream(
 
     UserError names the tensor (`what`) whose numbers would become infinite or, with `finite`, already are not finite.
     """
+    for chunk in _convert(chunks, source, target, what=what, finite=finite):
+        yield chunk
+        with _counting:
+            progress.update(len(chunk))
+
+
+def convert_tensor(tensor: Tensor, target: torch.dtype, *, what: str, finite: bool = True) -> Tensor:
+    """Return a tensor on the CPU in the dtype `target`, itself where it has that; errors as `stream`."""
+    pieces = list(_convert([tensor_bytes(tensor)], tensor.dtype, target, what=what, finite=finite))
+    if tensor.dtype == target:
+        return tensor
+    return torch.frombuffer(pieces[0], dtype=target).reshape(tensor.shape)
+
+
+def _convert(
+    chunks: Iterable[memoryview], source: torch.dtype, target: torch.dtype, *, what: str, finite: bool
+) -> Iterator[memoryview]:
     chunks = _check_finite(chunks, source, what) if finite else chunks
     try:
-        for chunk in chunks if source == target else cast(chunks, source, target):
-            yield chunk
-            with _counting:
-                progress.update(len(chunk))
+        yield from chunks if source == target else cast(chunks, source, target)
     except OverflowError as error:
         name = str(target).removeprefix("torch.")
         raise UserError(f"{what} holds {error}, more than {name} can; convert to bfloat16 or keep the dtype") from error

@@ -7,7 +7,7 @@ layers add them up. `neox_writer` writes such folders.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from openchatkit.formats.neox_layout import LAYER_FILE, WHOLE_FILE
 from openchatkit.formats.neox_saved_settings import SavedSettings
 from openchatkit.formats.neox_tokenizers import NeoxTokenizer
 from openchatkit.formats.pickled import PickledFile
+from openchatkit.formats.tensor_file import TensorSpec
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import is_cut, join_tensor
 from openchatkit.models.registry import config_from_hf, family
@@ -67,6 +68,9 @@ class _Files(Protocol):
     def name(self, layer: int, rank: int) -> str:
         """Return the name of the file with a rank's part of a layer."""
 
+    def place(self, layer: int) -> str:
+        """Return where in its file a layer is, for messages."""
+
     def open(self, layer: int, rank: int) -> "_Layer":
         """Open a rank's part of a layer."""
 
@@ -101,6 +105,9 @@ class _LayerFiles:
     def name(self, layer: int, rank: int) -> str:
         return neox_layout.layer_file(layer, rank)
 
+    def place(self, layer: int) -> str:
+        return ""
+
     def open(self, layer: int, rank: int) -> _Layer:
         return _Layer(PickledFile(self._folder / self.name(layer, rank)))
 
@@ -125,6 +132,9 @@ class _WholeFiles:
 
     def name(self, layer: int, rank: int) -> str:
         return neox_layout.whole_file(rank)
+
+    def place(self, layer: int) -> str:
+        return f": {neox_layout.in_whole_file(layer, '*')}"
 
     def open(self, layer: int, rank: int) -> _Layer:
         return _Layer(self._files[rank], neox_layout.in_whole_file(layer, ""))
@@ -169,11 +179,11 @@ class NeoXCheckpoint:
         for name, shape in expected.items():
             if tuple(merged[name].shape) != shape:
                 raise UserError(f"{where}: {name} is {list(merged[name].shape)}, {self._source} makes it {list(shape)}")
-        return merged
+        return {name: merged[name] for name in expected}
 
     def _open(self, layer: int) -> list[_Layer]:
         """Open a layer's files, rank after rank; UserError unless they hold the same names in the same shapes."""
-        files = [self._files.open(layer, rank) for rank in range(self._files.ranks[layer])]
+        files = [self._files.open(layer, rank) for rank in range(self._files.ranks.get(layer, 0))]
         for file in files[1:]:
             if file.specs != files[0].specs:
                 raise UserError(f"{file.path} and {files[0].path.name} hold different tensors; fetch both again")
@@ -181,6 +191,8 @@ class NeoXCheckpoint:
 
     def _read_layer(self, layer: int) -> dict[str, Tensor]:
         files = self._open(layer)
+        if not files:  # of a norm without parameters
+            return {}
         names = {key: ours for key in files[0].specs if (ours := neox_layout.our_name(key)) is not None}
         return {ours: self._merge(ours, [file.read(key) for file in files]) for key, ours in names.items()}
 
@@ -204,10 +216,11 @@ class NeoXCheckpoint:
         """UserError unless every layer is there, on as many ranks as the tensors were cut for."""
         files, said = self._files, f"{self._source} says {self._count} layers"
         expected = neox_layout.list_layers(self._count, tied=self._tied)
+        norm = {self._count + 3} if self.settings.get("norm") == "non_parametric_layernorm" else set()
         if left := sorted(set(layers) - set(expected)):
-            raise UserError(f"{self.path / files.name(left[-1], 0)} is one too many; {said}")
-        if missing := sorted(set(expected) - set(layers)):
-            raise UserError(f"{self.path / files.name(missing[0], 0)} is missing; {said}")
+            raise UserError(f"{self.path / files.name(left[-1], 0)}{files.place(left[-1])} is one too many; {said}")
+        if missing := sorted(set(expected) - set(layers) - norm):
+            raise UserError(f"{self.path / files.name(missing[0], 0)}{files.place(missing[0])} is missing; {said}")
         ranks = files.ranks[layers[0]]
         if other := [layer for layer in layers if files.ranks[layer] != ranks]:
             raise UserError(
@@ -255,6 +268,15 @@ class NeoXCheckpoint:
             for layer in neox_layout.shard_layers(self.config, shard):
                 self._open(layer)
 
+    def list_files(self) -> list[Path]:
+        """Return the files that hold the tensors."""
+        return sorted({self.path / self._files.name(layer, rank) for layer, rank in self._list_parts()})
+
+    def list_specs(self) -> Iterator[TensorSpec]:
+        """Yield dtype and shape of every rank's part of every tensor."""
+        for layer, rank in self._list_parts():
+            yield from self._files.open(layer, rank).specs.values()
+
     def write_tokenizer(self, folder: Path) -> bool:
         """Write the tokenizer that lies here, or that the settings name, as AutoTokenizer loads it; return if it did.
 
@@ -268,6 +290,9 @@ class NeoXCheckpoint:
             neox_tokenizers.write(tokenizer, folder)
         return tokenizer is not None
 
+    def _list_parts(self) -> list[tuple[int, int]]:
+        return [(layer, rank) for layer, ranks in sorted(self._files.ranks.items()) for rank in range(ranks)]
+
     def _load_tokenizer(self) -> NeoxTokenizer | None:
         if loaded := self.settings.load_tokenizer():
             return loaded
@@ -275,9 +300,8 @@ class NeoXCheckpoint:
         return None if file is None else neox_tokenizers.load("HFTokenizer", file, None)
 
     def _find_end_of_text(self) -> int:
-        with contextlib.suppress(
-            UserError
-        ):  # of a tokenizer that cannot be loaded; the user hears of it when it is needed
+        # That a tokenizer cannot be loaded is said when it is needed.
+        with contextlib.suppress(UserError):
             if (tokenizer := self._load_tokenizer()) is not None and tokenizer.end_of_text is not None:
                 return tokenizer.end_of_text
         return END_OF_TEXT

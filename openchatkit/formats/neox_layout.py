@@ -39,6 +39,12 @@ def step_folder(step: int) -> str:
     return f"{STEP_PREFIX}{step}"
 
 
+def parse_step(name: str) -> int | None:
+    """Return the step in a folder's name; None for other names."""
+    number = name.removeprefix(STEP_PREFIX)
+    return int(number) if name != number and number.isdecimal() else None
+
+
 def layer_file(layer: int, rank: int) -> str:
     """Return the name of the file with a tensor rank's part of a layer."""
     return f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"

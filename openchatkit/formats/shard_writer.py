@@ -8,16 +8,26 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from openchatkit.formats import manifest
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, shard_file
 from openchatkit.formats.manifest import MANIFEST, DamagedError, FileRecord
-from openchatkit.formats.tensor_file import TensorSpec, write_stream
+from openchatkit.formats.tensor_file import TensorSpec, tensor_bytes, write_stream
 from openchatkit.formats.tokenizer_files import TOKENIZER_FILES, copy_tokenizer, tokenizer_digests
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.shards import shard_names
 from openchatkit.storage import atomic_path, storage_errors
 
 _SHARD_FILE = re.compile(r"(embed|head|layer_\d{5})\.safetensors")
+
+
+def may_write(folder: Path) -> bool:
+    """Return whether a folder is missing, empty, or of a prepared model alone, so that another may take its place."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    known = {CONFIG, JOURNAL, MANIFEST, *TOKENIZER_FILES}
+    others = {name for name in names - known if not _SHARD_FILE.fullmatch(name) and not name.endswith(".tmp")}
+    return not others and (folder.is_dir() or not folder.exists())
 
 
 class ShardWriter:
@@ -52,6 +62,11 @@ class ShardWriter:
             self._records[record.name] = record
             self.done.add(shard)
             self._write_journal()
+
+    def write_tensors(self, shard: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard from tensors in memory."""
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.write(shard, specs, lambda name: [tensor_bytes(tensors[name])])
 
     def finish(self) -> None:
         """Copy config.json and the tokenizer from the source, and make the folder whole."""

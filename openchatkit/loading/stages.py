@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openchatkit import progress
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, hf_model, neox_checkpoint, neox_tokenizers, tokenizer_files
+from openchatkit.formats import checkpoint, hf_model, neox_checkpoint, tokenizer_files
 from openchatkit.formats.hf_model import HFModel
 from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards, check_shard, read_config
 from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
@@ -137,26 +137,18 @@ def shard_keys(model: HFModel) -> dict[str, dict[str, str]]:
 
 
 def write_tokenizer(found: ModelFolder, folder: Path) -> None:
-    """Write the tokenizer that lies in a model's folder, or beside GPT-NeoX's files, so that AutoTokenizer loads it.
+    """Write the tokenizer of a model's folder, or that GPT-NeoX's settings name, so that AutoTokenizer loads it.
 
     UserError where there is none.
     """
-    places = [found.path, *([found.path.parent] if found.kind == GPT_NEOX else [])]
-    if place := next((place for place in places if tokenizer_files.has_tokenizer(place)), None):
-        tokenizer_files.copy_tokenizer(place, folder)
+    if found.kind == GPT_NEOX:
+        if NeoXCheckpoint(found.path).write_tokenizer(folder):
+            return
+    elif tokenizer_files.has_tokenizer(found.path):
+        tokenizer_files.copy_tokenizer(found.path, folder)
         return
-    file = neox_checkpoint.tokenizer_file(found.path) if found.kind == GPT_NEOX else None
-    if file is None:
-        advice = f"put {tokenizer_files.tokenizer_json(found.path).name}, as its training used it, there"
-        raise UserError(f"{found.path} holds no tokenizer: {advice}")
-    loaded = neox_tokenizers.load("HFTokenizer", file, None)
-    serialised = loaded.to_json()
-    assert serialised is not None, "of the tokenizers library"
-    if loaded.end_of_text is None:
-        raise UserError(f"the tokenizer in {file} has no {neox_tokenizers.END_OF_TEXT} token")
-    tokenizer_files.write_tokenizer(
-        folder, serialised, end_of_text=neox_tokenizers.END_OF_TEXT, padding=neox_tokenizers.PADDING
-    )
+    advice = f"put {tokenizer_files.tokenizer_json(found.path).name}, as its training used it, there"
+    raise UserError(f"{found.path} holds no tokenizer: {advice}")
 
 
 def load_stage(reader: ShardReader, device: torch.device, dtype: torch.dtype | None = None) -> Stage:

@@ -1,0 +1,115 @@
+"""Models of any folder -> GPT-NeoX's checkpoints: the command that lets GPT-NeoX go on with what the kit has trained.
+
+One layer is in memory at a time. The result appears under its name only when it is whole.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openchatkit import cli
+from openchatkit.errors import UserError
+
+if TYPE_CHECKING:
+    from openchatkit.loading.stages import ModelFolder
+
+AGES = ("today", "2021")
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make a checkpoint that GPT-NeoX reads."""
+    parser = cli.Parser(
+        prog="tools/convert_to_neox.py", description="Make a checkpoint that GPT-NeoX reads of a model of any folder."
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="CHECKPOINT", help="a training checkpoint, layer shards, or a model of another kind"
+    )
+    parser.add_argument("--save-dir", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--tensor-ranks", type=cli.positive_int, default=1, help="ranks that share each layer")
+    parser.add_argument("--no-pipeline", action="store_true", help="one file a rank, for pipe_parallel_size 0")
+    parser.add_argument(
+        "--names", choices=AGES, default="today", help="names of tensors: those since December 2024, or from before"
+    )
+    dtype = parser.add_mutually_exclusive_group()
+    dtype.add_argument("--fp16", action="store_true", help="convert to float16 (not given: as stored)")
+    dtype.add_argument("--bf16", action="store_true", help="convert to bfloat16 (not given: as stored)")
+    parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
+    args = parser.parse_args(argv)
+    from loguru import logger
+
+    folder = convert(
+        args.model,
+        args.save_dir,
+        ranks=args.tensor_ranks,
+        pipeline=not args.no_pipeline,
+        names=args.names,
+        dtype="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
+        finite=not args.allow_non_finite,
+    )
+    logger.info(f"GPT-NeoX's checkpoint is in {folder}")
+
+
+def convert(
+    path: Path,
+    save_dir: Path,
+    *,
+    ranks: int = 1,
+    pipeline: bool = True,
+    names: str = "today",
+    dtype: str | None = None,
+    finite: bool = True,
+) -> Path:
+    """Write the model that `path` means (see `stages.find`) for so many tensor ranks; return the folder.
+
+    UserError when there is no such model, it is damaged, GPT-NeoX has no such network or these ranks cannot share it,
+    `save_dir` holds something, or with `finite` where numbers are not finite. Nothing is written then.
+    """
+    import torch
+    from loguru import logger
+
+    from openchatkit.convert.streams import convert_tensor
+    from openchatkit.formats.neox_writer import NeoXWriter, describe_losses
+    from openchatkit.loading import stages
+    from openchatkit.progress import bar
+    from openchatkit.storage import check_room, whole_folder
+
+    save_dir = Path(save_dir).expanduser().resolve()
+    if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+        raise UserError(f"--save-dir {save_dir} is there already and not empty; choose another folder")
+    found = stages.find(Path(path).expanduser())
+    reader = stages.open_shards(found)
+    for loss in describe_losses(reader.config):
+        logger.warning(loss)
+    target = None if dtype is None else getattr(torch, dtype)
+    size = stages.count_parameters(found) * (4 if target is None else target.itemsize)
+    with tempfile.TemporaryDirectory() as tokenizer, whole_folder(save_dir) as folder:
+        check_room(folder, size if pipeline else 2 * size, str(save_dir), "make room or use another disk")
+        writer = NeoXWriter(
+            folder, reader.config, step=_find_step(found), ranks=ranks, pipeline=pipeline, newer=names == "today"
+        )
+        with bar(len(reader.shards), save_dir.name, unit="shard") as progress:
+            for shard in reader.shards:
+                converted = {
+                    name: convert_tensor(tensor, target or tensor.dtype, what=f"{name} of {shard}", finite=finite)
+                    for name, tensor in reader.read(shard).items()
+                }
+                writer.write(shard, converted)
+                progress.update()
+        try:
+            stages.write_tokenizer(found, Path(tokenizer))
+        except UserError as error:
+            logger.warning("{}; the settings name no tokenizer", error)
+        writer.finish(Path(tokenizer), home=save_dir)
+    return save_dir
+
+
+def _find_step(found: "ModelFolder") -> int:
+    """Return the step that a model was trained up to, 0 where it is no checkpoint."""
+    from openchatkit.formats import checkpoint, neox_layout
+    from openchatkit.loading import stages
+
+    if found.kind == stages.CHECKPOINT:
+        return int(checkpoint.read_state(found.path)["step"])
+    return neox_layout.parse_step(found.path.name) or 0
