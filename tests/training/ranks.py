@@ -48,6 +48,7 @@ def start(
     for rank in range(world_size):
         argv = to_argv({"world_size": world_size, **flags, **(own or {}).get(rank, {}), "rank": rank})
         errors = folder / f"stderr_{rank}"
+        errors.write_text("")  # also for a rank that is killed before it writes anything
         process = context.Process(target=_rank, args=(argv, errors, environment or {}, workplace, before_main))
         process.start()
         processes.append(process)
