@@ -308,6 +308,9 @@ class CheckpointSettings:
     evaluation_data: str | None = setting(None, help="data to evaluate on, written as `--task-name`")
     evaluation_steps: int = setting(0, check=natural, help="steps between evaluations; 0: never")
     evaluation_num_batch: int = setting(10, check=positive_int, help="batches of an evaluation")
+    test_data: str | None = setting(
+        None, help="data to evaluate on once, after the last step, written as `--task-name`; as many batches"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,6 +388,7 @@ class Settings(
         self._check_batches()
         if self.total_steps is None and self.nepochs is None:
             raise UserError("give --total-steps N or --nepochs N: how long to train")
+        self.check_order(one_pass=self.total_steps is None)
         self.make_rates(self.total_steps)
         if self.checkpoint_growth is not None and (self.checkpoint_steps or self.num_checkpoints):
             raise UserError(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from loguru import logger
 
+from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.processes import ECHO_SECONDS, note_stop
 from openchatkit.distributed.watchdog import describe_short_timeout
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
@@ -94,6 +95,7 @@ class Loop:
                 if profile is not None:
                     profile.step()
                 self._evaluate_if_due()
+                self._test_at_end()
                 if self._comparison_is_due:
                     self._compare_replicas()
                 self._save_if_due(result)
@@ -150,14 +152,25 @@ class Loop:
         every, evaluation = self.settings.evaluation_steps, self.inputs.evaluation
         if evaluation is None or (self.progress.step % every and self.progress.step < self.total_steps):
             return
+        # As in GPT-NeoX, whose order has a share for each: the kit evaluates on the same rows every time.
+        before = (self.progress.step - 1) // every if self.settings.data_order == "neox" else 0
+        self._evaluate(evaluation, "evaluation", first=before * self.settings.evaluation_num_batch)
+
+    def _test_at_end(self) -> None:
+        if self.inputs.test is not None and self.progress.step == self.total_steps:
+            self._evaluate(self.inputs.test, "test")
+
+    def _evaluate(self, dataset: Dataset, name: str, *, first: int = 0) -> None:
+        """Evaluate on batches from number `first` on, and report the numbers under `name`."""
         self.trainer.layout.activity.begin("evaluation")
-        result = self.trainer.evaluate(evaluation, self.settings.evaluation_num_batch)
+        result = self.trainer.evaluate(dataset, self.settings.evaluation_num_batch, first=first)
         if self._reporter is not None:
             row = {
                 "step": self.progress.step,
-                "evaluation_loss": result.loss,
-                "evaluation_tokens": result.trained_tokens,
-                "evaluation_sources": by_name(evaluation, result.sources),
+                f"{name}_loss": result.loss,
+                f"{name}_perplexity": result.perplexity,
+                f"{name}_tokens": result.trained_tokens,
+                f"{name}_sources": by_name(dataset, result.sources),
             }
             self._reporter.report_evaluation(row)
 

@@ -69,7 +69,10 @@ class Reporter:
             sink.add_step(row)
 
     def report_evaluation(self, row: Row) -> None:
-        """Report an evaluation: step, evaluation_loss, evaluation_tokens, evaluation_sources."""
+        """Report an evaluation: step, evaluation_loss, evaluation_perplexity, evaluation_tokens, evaluation_sources.
+
+        That of the test data has `test` in place of `evaluation`.
+        """
         row = _replace_non_finite(row)
         for sink in self._sinks:
             sink.add_evaluation(row)

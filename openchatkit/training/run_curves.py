@@ -61,8 +61,8 @@ class RunCurves:
 
     def add(self, row: dict[str, Any]) -> None:
         """Take a row of metrics.jsonl, of a step or of an evaluation."""
-        if "evaluation_loss" in row:
-            if row["evaluation_loss"] is not None:
+        if "loss" not in row:
+            if row.get("evaluation_loss") is not None:  # of the data that are evaluated on all along
                 self._evaluations.append((row["step"], row["evaluation_loss"]))
             return
         self._last = {key: value for key, value in row.items() if not isinstance(value, dict)}

@@ -12,6 +12,7 @@ from loguru import logger
 
 from openchatkit.data import options
 from openchatkit.data.dataset import Dataset, build_dataset
+from openchatkit.data.options import DataOptions
 from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout, stage_numbers
 from openchatkit.errors import UserError
@@ -51,6 +52,7 @@ class RunInputs:
     plan: PlannedRun
     dataset: Dataset
     evaluation: Dataset | None
+    test: Dataset | None
     total_steps: int
     rates: LearningRates
 
@@ -85,18 +87,30 @@ def prepare_run(settings: Settings) -> RunInputs:
     _check_tokenizer(shards.config, Tokenizer(settings.tokenizer_name).vocab_size)
     data_options = options.from_settings(to_json(settings))
     dataset = build_dataset(settings.task_name, data_options)
-    evaluation = None
-    if settings.evaluation_data:
-        evaluation = build_dataset(settings.evaluation_data, data_options, flag="--evaluation-data")
+    evaluations = 1 + (settings.total_steps or 0) // max(settings.evaluation_steps, 1)
+    evaluation = _open_evaluation(settings, settings.evaluation_data, "--evaluation-data", data_options, evaluations)
+    test = _open_evaluation(settings, settings.test_data, "--test-data", data_options, 1)
     if settings.rank == 0:
         _warn_of_model_settings(settings, shards)
         if settings.checkpoint_upload_prefix is not None:
             check_upload(settings.checkpoint_upload_prefix, json.dumps(shards.raw_config))
     total_steps = _count_steps(settings, dataset)
-    run = RunInputs(shards, plan, dataset, evaluation, total_steps, settings.make_rates(total_steps))
+    run = RunInputs(shards, plan, dataset, evaluation, test, total_steps, settings.make_rates(total_steps))
     if settings.rank == 0:
         _log_epochs(dataset, run.total_steps * _count_rows(settings))
     return run
+
+
+def _open_evaluation(
+    settings: Settings, names: str | None, flag: str, data_options: DataOptions, evaluations: int
+) -> Dataset | None:
+    """Return the data of so many evaluations, if there are any; where they are one pass, it repeats."""
+    if names is None:
+        return None
+    rows = settings.batch_size * settings.data_group_size
+    samples = evaluations * settings.evaluation_num_batch * rows
+    wanted = None if data_options.wanted is None else samples
+    return build_dataset(names, replace(data_options, wanted=wanted, rows=rows), flag=flag)
 
 
 def settle_plan(settings: Settings, run: RunInputs, layout: Layout) -> RunInputs:
@@ -122,7 +136,7 @@ def settle_plan(settings: Settings, run: RunInputs, layout: Layout) -> RunInputs
 
 def build_trainer(settings: Settings, run: RunInputs, layout: Layout) -> tuple[Trainer, RunProgress]:
     """Build this rank's stages with the weights of the newest checkpoint, or of the model where there is none."""
-    checkpoints.check_same_data([run.dataset, run.evaluation], layout)
+    checkpoints.check_same_data([run.dataset, run.evaluation, run.test], layout)
     dtype = hardware.DTYPES[run.plan.precision]
     sharding = _share_parameters(settings, layout, dtype)
     stages = _make_stages(settings, run, layout, sharding)

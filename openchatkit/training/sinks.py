@@ -215,9 +215,11 @@ def format_numbers(row: Row, columns: int) -> str:
 
 def format_evaluation(row: Row) -> str:
     """Return the line of an evaluation."""
-    loss = row["evaluation_loss"]
-    missing = "not finite" if row["evaluation_tokens"] else "none"
-    return f"step {row['step']} | evaluation loss {missing if loss is None else f'{loss:.4g}'}"
+    name = "test" if "test_tokens" in row else "evaluation"
+    loss, perplexity = row[f"{name}_loss"], row.get(f"{name}_perplexity")
+    if loss is None:
+        return f"step {row['step']} | {name} loss {'not finite' if row[f'{name}_tokens'] else 'none'}"
+    return f"step {row['step']} | {name} loss {loss:.4g}" + (f" perplexity {perplexity:.4g}" if perplexity else "")
 
 
 def _format_loss(row: Row) -> str:

@@ -6,6 +6,7 @@ and gradients, in float64, after the backward passes.
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,11 @@ class Evaluation:
     loss: float
     trained_tokens: int
     sources: tuple[SourceLoss, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where that is no float."""
+        return math.exp(self.loss) if not self.loss > math.log(sys.float_info.max) else math.inf
 
 
 @dataclass(frozen=True)
@@ -199,13 +205,13 @@ class Trainer:
             self.scaler.update(overflow=not finite)
         return result
 
-    def evaluate(self, dataset: Dataset, batches: int) -> Evaluation:
-        """Return the loss over the first `batches` batches of each replica's share of `dataset`."""
+    def evaluate(self, dataset: Dataset, batches: int, *, first: int = 0) -> Evaluation:
+        """Return the loss over `batches` batches of each replica's share of `dataset`, from number `first` on."""
         loss = self._start_losses(dataset, factor=1.0).double()
         trained = torch.zeros(len(dataset.sources), dtype=torch.float64)
         with autocast(self.layout.device, self.dtype):
-            for number in range(batches):
-                following = (dataset, number + 1) if number + 1 < batches else None
+            for number in range(first, first + batches):
+                following = (dataset, number + 1) if number + 1 < first + batches else None
                 batch = self._evaluation_batches.take((dataset, number), following=following)
                 # Every rank knows the labels: were each to count them, their sum over a pipeline would be too many.
                 trained += _trained_tokens([batch], len(trained)) if self.stages.has_head else 0
