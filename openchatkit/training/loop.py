@@ -126,7 +126,7 @@ class Loop:
                 "tokens": self.progress.tokens,
                 "trained_tokens": result.trained_tokens,
                 "loss_scale": self.trainer.scaler.scale,
-                **self._meter.measure(seconds),
+                **self._meter.measure(seconds, result),
                 **norms,
                 "sources": by_name(self.inputs.dataset, result.sources),
             }

@@ -55,6 +55,7 @@ class StepResult:
     `applied` is false when the gradient was not finite, or nothing was trained on: then no parameter of any rank has
     changed, nor the optimizer's state. `digest` is that of all the step's rows, over all replicas (see `Batch.digest`);
     `sources` has an entry for each source. `saving`: some rank was writing a checkpoint when the step began.
+    `data_seconds` is how long a rank waited for its rows, in the mean over all ranks.
     `shard_grad_norms` are those of the parts of the model, in the order of its shards.
     `scale_is_exhausted`: the gradient overflowed where the loss scale would have had to fall below the least.
     """
@@ -68,6 +69,7 @@ class StepResult:
     digest: int
     sources: tuple[SourceLoss, ...]
     saving: bool = False
+    data_seconds: float = 0.0
     scale_is_exhausted: bool = False
     shard_grad_norms: tuple[float, ...] = ()
 
@@ -114,6 +116,7 @@ class _StepSums:
     saving: bool
     source_losses: list[float]
     squared_norms: list[float]
+    data_seconds: float = 0.0
 
 
 class Trainer:
@@ -198,6 +201,7 @@ class Trainer:
             digest=digest,
             sources=tuple(map(SourceLoss, sums.source_losses, trained)),
             saving=sums.saving,
+            data_seconds=sums.data_seconds / self.layout.world_size,
             scale_is_exhausted=not finite and self.scaler.is_exhausted,
             shard_grad_norms=tuple(math.sqrt(square) / self.scaler.scale for square in sums.squared_norms),
         )
@@ -285,12 +289,13 @@ class Trainer:
         """
         end_of_digest = digest % (1 << 32)  # a float64 holds the sum of these over any number of ranks
         loss = loss.double()
-        numbers = torch.tensor([*votes, end_of_digest], dtype=torch.float64)
-        of_votes, of_digest = torch.split(pytorch.send(numbers, loss.device), [len(votes), 1])
-        shares = {"votes": of_votes, "ends_of_digests": of_digest, "squared_norms": self.weights.squared_norms()}
+        counts = [*votes, self.pipeline.timer.seconds(timing.DATA)]
+        numbers = torch.tensor([*counts, end_of_digest], dtype=torch.float64)
+        of_counts, of_digest = torch.split(pytorch.send(numbers, loss.device), [len(counts), 1])
+        shares = {"counts": of_counts, "ends_of_digests": of_digest, "squared_norms": self.weights.squared_norms()}
         of_parts = self._add_up(shares, self.layout.sum_over_parts)
         # Parts have the same losses, and replicas the same norms.
-        shares = {"loss": loss, "source_losses": self._source_losses, "votes": of_parts.pop("votes")}
+        shares = {"loss": loss, "source_losses": self._source_losses, "counts": of_parts.pop("counts")}
         of_replicas = self._add_up(shares, self.layout.sum_over_replicas)
         sums = _to_host(self._add_up(of_parts | of_replicas, self.layout.sum_over_pipeline))
         if sums["ends_of_digests"] != [end_of_digest * self.layout.pipeline_size * self.layout.tensor_size]:
@@ -300,8 +305,9 @@ class Trainer:
             )
         return _StepSums(
             loss=sums["loss"][0],
-            stop=sums["votes"][0] > 0,
-            saving=sums["votes"][1] > 0,
+            stop=sums["counts"][0] > 0,
+            saving=sums["counts"][1] > 0,
+            data_seconds=sums["counts"][2],
             source_losses=sums["source_losses"],
             squared_norms=sums["squared_norms"],
         )

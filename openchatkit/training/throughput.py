@@ -19,7 +19,7 @@ from openchatkit.training.device import memory_in_use
 from openchatkit.training.forecast import MEASURED_STEPS
 from openchatkit.training.plan import work
 from openchatkit.training.plan.planner import plan_run
-from openchatkit.training.step import Trainer
+from openchatkit.training.step import StepResult, Trainer
 
 _TERA = 1e12
 
@@ -60,13 +60,13 @@ class StepMeter:
         self._peak_rate = find_peak_rate(settings, trainer.layout, trainer.dtype, steps=steps)
         self._operations = 0 if self._peak_rate is None else count_operations(settings, trainer.stages.config)
 
-    def measure(self, seconds: float) -> dict[str, float | None]:
+    def measure(self, seconds: float, result: StepResult) -> dict[str, float | None]:
         """Return the keys of metrics.jsonl that say how a step of so many seconds was spent."""
         waits = self._timer.seconds(*timing.RECEIVES) if self._layout.pipeline_size > 1 else None
         return {
             "seconds": seconds,
             "tokens_per_second": self._tokens / seconds,
-            "data_seconds": self._timer.seconds(timing.DATA),
+            "data_seconds": result.data_seconds,
             "receive_seconds": waits,
             "operations_per_second": self._operations / seconds / self._layout.world_size if self._operations else None,
             "hardware_share": self._operations / seconds / self._peak_rate if self._peak_rate else None,
