@@ -3,16 +3,20 @@
 import itertools
 import json
 import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from test_layouts import REPLICAS, STAGES, run
 from test_resume import LONG, interrupted
 
 from openchatkit.data import options
+from openchatkit.data.batch import Batch
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
@@ -149,6 +153,30 @@ def test_a_checkpoint_from_before_the_ledger_is_no_reason_to_warn(tmp_path, caps
     entries = ledger.read(tmp_path)
     assert [(entry.first, entry.count, entry.digest) for entry in entries] == [(8 * i, 8, "f" * 16) for i in range(6)]
     assert found == ledger.chain(entries)
+
+
+@dataclass(frozen=True)
+class ReadSlowly:
+    """Make rank 1 take its time to read a batch."""
+
+    seconds: float
+
+    def __call__(self) -> None:
+        read = Dataset.batch
+
+        def batch(self_: Dataset, first: int, rows: int) -> Batch:
+            time.sleep(self.seconds if dist.get_rank() == 1 else 0)
+            return read(self_, first, rows)
+
+        Dataset.batch = batch
+
+
+def test_the_wait_for_rows_is_the_mean_over_all_ranks(tmp_path, flags):
+    flags = {**flags, "checkpoint_path": tmp_path / "ckpt", "data_group_size": 2, "batch_size": 4}
+    ended = ranks.train(tmp_path, flags, world_size=2, before_main=ReadSlowly(1.0))
+    assert ended.statuses == [0, 0], ended.errors
+    [row] = [row for row in metrics.read(tmp_path / "ckpt") if "data_seconds" in row]
+    assert row["data_seconds"] > 0.5, "rank 0, which reports it, has not waited at all"
 
 
 def test_stages_with_different_samples_do_not_take_the_step(flags, prepared):
