@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from openchatkit.formats import token_store
 from openchatkit.formats.token_store import TokenStore
 from openchatkit.neox.config import NeoxConfig
 
-_PACKINGS = {"packed": "concat", "unpacked": "none"}
+_PARTS = ("train", "valid", "test")
+_PACKINGS = {"packed": "concat", "pack_until_overflow": "overflow", "unpacked": "none"}
 
 
 def translate(config: NeoxConfig) -> dict[str, Any]:
@@ -22,24 +24,45 @@ def translate(config: NeoxConfig) -> dict[str, Any]:
     if len(given) != 1:
         found = "both are given" if given else "none of them is given"
         raise UserError(f"give data_path or train_data_paths, one of the two: {found}")
+    _check_epochs(config)
     wanted = config.get("eval_interval") > 0 and config.get("eval_iters") > 0
-    whole = given == ["data_path"]
-    train, valid = (
-        _split_store(config, evaluated=wanted)
-        if whole
-        else (_join_stores(config, "train"), _join_stores(config, "valid"))
-    )
-    evaluated = wanted and valid is not None
+    if given == ["data_path"]:
+        parts = _split_store(config, evaluated=wanted)
+    else:
+        parts = {part: _join_stores(config, part) for part in _PARTS}
+    valid = parts["valid"] if wanted else None
+    test = parts["test"] if config.get("eval_iters") > 0 else None
+    used = [part for part, data in zip(_PARTS, (parts["train"], valid, test), strict=True) if data]
     return {
-        "task_name": train,
+        "task_name": parts["train"],
         "seq_length": seq_length,
+        "data_order": "neox",
         "packing": _PACKINGS[config.get("pack_impl")],
+        "allow_chopped": config.get("allow_chopped"),
+        "mask_end_of_text": config.get("eod_mask_loss"),
         "seed": config.get("seed"),
-        "evaluation_data": valid if evaluated else None,
-        "evaluation_steps": config.get("eval_interval") if evaluated else 0,
-        "evaluation_num_batch": config.get("eval_iters") if evaluated else None,
-        **_follow_labels(config, ["train", "valid"] if evaluated else ["train"]),
+        "evaluation_data": valid,
+        "evaluation_steps": config.get("eval_interval") if valid else 0,
+        "test_data": test,
+        "evaluation_num_batch": config.get("eval_iters") if valid or test else None,
+        **_follow_labels(config, used),
     }
+
+
+def _check_epochs(config: NeoxConfig) -> None:
+    """Raise UserError for what does not go with `train_epochs`, in GPT-NeoX neither."""
+    if config.get("train_epochs") is None:
+        return
+    equal = set(config.get("train_data_weights") or []) <= {1}
+    for name, fine in (
+        ("pack_impl", config.get("pack_impl") == "packed"),
+        ("weight_by_num_documents", not config.get("weight_by_num_documents")),
+        ("train_data_weights", equal),
+    ):
+        if not fine:
+            raise UserError(
+                f"{config.where(name)}: it does not go with train_epochs: give train_iters, or leave it out"
+            )
 
 
 def split_documents(split: str, documents: int) -> list[int]:
@@ -62,11 +85,26 @@ def split_documents(split: str, documents: int) -> list[int]:
     return [0, *(border - beyond for border in borders[1:])]
 
 
-def _split_store(config: NeoxConfig, *, evaluated: bool) -> tuple[str, str | None]:
-    """Return the documents of `data_path` to train on, and those to validate with."""
+def weigh_by_documents(documents: Sequence[int], alpha: float) -> list[float]:
+    """Return the weights of stores by their numbers of documents, as GPT-NeoX's `weight_by_num_documents` has them.
+
+    A store is drawn in proportion to its share of the documents to the power of `alpha`, times what is not its share
+    (alpha as in arXiv 1911.02116, section 3).
+    """
+    if len(documents) == 1:
+        return [1.0]
+    shares = [count / sum(documents) for count in documents]
+    powers = [share**alpha for share in shares]
+    weights = [power / sum(powers) * (1 - share) for power, share in zip(powers, shares, strict=True)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _split_store(config: NeoxConfig, *, evaluated: bool) -> dict[str, str | None]:
+    """Return the documents of `data_path` to train on, those to validate and those to test with, by part."""
     prefix = _find_store(config, "data_path", config.get("data_path"))
     documents = TokenStore(prefix).documents
-    _, train, valid, _ = split_documents(config.get("split"), documents)
+    borders = split_documents(config.get("split"), documents)
+    _, train, valid, _ = borders
     if train < 1:
         raise UserError(
             f"{config.where('split')}: it leaves none of the {documents} documents of {prefix} for training: give "
@@ -77,7 +115,10 @@ def _split_store(config: NeoxConfig, *, evaluated: bool) -> tuple[str, str | Non
             f"{config.where('split')}: it leaves none of the {documents} documents of {prefix} for validation, and "
             f"eval_iters is {config.get('eval_iters')}: give another split, or eval_iters 0"
         )
-    return f"{prefix}[0:{train}]", f"{prefix}[{train}:{valid}]" if valid > train else None
+    return {
+        part: f"{prefix}[{first}:{last}]" if last > first else None
+        for part, (first, last) in zip(_PARTS, pairwise(borders), strict=True)
+    }
 
 
 def _join_stores(config: NeoxConfig, part: str) -> str | None:
@@ -89,7 +130,14 @@ def _join_stores(config: NeoxConfig, part: str) -> str | None:
     weights = [1] * len(paths) if weights is None else weights
     if len(weights) != len(paths):
         raise UserError(f"{config.where(f'{part}_data_weights')}: {len(weights)} weights for {len(paths)} {name}")
-    stores = [str(_find_store(config, name, path)) for path in paths]
+    if min(weights) <= 0:
+        raise UserError(f"{config.where(f'{part}_data_weights')}: expected numbers above 0: leave the store out")
+    prefixes = [_find_store(config, name, path) for path in paths]
+    if config.get("weight_by_num_documents"):
+        weights = weigh_by_documents(
+            [TokenStore(prefix).documents for prefix in prefixes], config.get("weighted_sampler_alpha")
+        )
+    stores = list(map(str, prefixes))
     if labels := config.get(key := f"{part}_label_data_paths"):
         if len(labels) != len(paths):
             raise UserError(f"{config.where(key)}: {len(labels)} label stores for {len(paths)} {name}")

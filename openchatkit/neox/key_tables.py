@@ -154,7 +154,8 @@ TRAINING: Mapping[str, Key] = {
     "eval_interval": _use("whole", 1000),
     "eval_iters": _use("whole", 100),
     "data_types": _use("block"),
-    **_refuse("no_load_optim eod_mask_loss", _NOT_YET),
+    "eod_mask_loss": _use("truth", False),
+    **_refuse("no_load_optim", _NOT_YET),
     **_refuse("z_loss", "it belongs to the training of reward models"),
     **{
         name: Key("differ", only=(None, False), why=why)
@@ -182,19 +183,18 @@ TRAINING: Mapping[str, Key] = {
     **_ignore("s3_chunk_size", "uploads choose the sizes of their pieces"),
 }
 
-_NO_TEST = "the test part is not evaluated yet"
 DATA: Mapping[str, Key] = {
     "data_path": _use("text"),
     "split": _use("text", "969, 30, 1"),
     "train_data_paths": _use("texts"),
     "valid_data_paths": _use("texts"),
-    "test_data_paths": _use("texts", only=[None], why=_NO_TEST, outcome="differ"),
+    "test_data_paths": _use("texts"),
     "train_data_weights": _use("numbers"),
     "valid_data_weights": _use("numbers"),
-    "test_data_weights": _use("numbers", only=[None], why=_NO_TEST, outcome="differ"),
+    "test_data_weights": _use("numbers"),
     "train_label_data_paths": _use("texts"),
     "valid_label_data_paths": _use("texts"),
-    "test_label_data_paths": _use("texts", only=[None], why=_NO_TEST, outcome="differ"),
+    "test_label_data_paths": _use("texts"),
     "tokenizer_type": _use(
         "text",
         "GPT2BPETokenizer",
@@ -204,17 +204,12 @@ DATA: Mapping[str, Key] = {
     ),
     "vocab_file": _use("text"),
     "merge_file": _use("text"),
-    "pack_impl": _use(
-        "text",
-        "packed",
-        choices="packed pack_until_overflow unpacked",
-        only=["packed", "unpacked"],
-        why=f"{_NOT_YET}: use packed or unpacked",
-    ),
-    "allow_chopped": _use("truth", True, only=[True], why=f"{_NOT_YET}: long documents are cut"),
-    **_refuse("weight_by_num_documents", f"{_NOT_YET}: give train_data_weights"),
+    "pack_impl": _use("text", "packed", choices="packed pack_until_overflow unpacked"),
+    "allow_chopped": _use("truth", True),
+    "weight_by_num_documents": _use("truth", False),
+    "weighted_sampler_alpha": _use("number", 1.0),
     **_refuse("reset_position_ids reset_attention_mask", "it did nothing in GPT-NeoX: leave it out"),
-    **_ignore("weighted_sampler_alpha weighted_document_limit", "it belongs to a choice that is not made"),
+    **_ignore("weighted_document_limit", "it belongs to a choice that is not made"),
     **_ignore("data_impl mmap_warmup num_workers use_shared_fs short_seq_prob", "stores are memory-mapped"),
 }
 

@@ -99,7 +99,24 @@ def run(configure, store):
         ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, 1, {"checkpoint_steps": 0, "checkpoint_growth": 2}),
         ({"extra_save_iters": [0, 1, 64]}, 1, {"extra_save_steps": "1,64", "exit_interval": 0}),
         ({"extra_save_iters": [0], "exit_interval": 7}, 1, {"extra_save_steps": None, "exit_interval": 7}),
-        ({"pack_impl": "unpacked"}, 1, {"packing": "none"}),
+        ({}, 1, {"data_order": "neox", "packing": "concat", "allow_chopped": True, "mask_end_of_text": False}),
+        ({"pack_impl": "unpacked", "allow_chopped": False}, 1, {"packing": "none", "allow_chopped": False}),
+        (
+            {"pack_impl": "pack_until_overflow", "eod_mask_loss": True},
+            1,
+            {"packing": "overflow", "mask_end_of_text": True},
+        ),
+        (
+            {"eval_iters": 7, "split": "8,1,1"},
+            1,
+            {"task_name": "a_store[0:80]", "evaluation_data": "a_store[80:90]", "test_data": "a_store[90:100]"},
+        ),
+        (
+            {"eval_iters": 7, "eval_interval": 0, "split": "8,1,1"},
+            1,
+            {"evaluation_data": None, "evaluation_num_batch": 7},
+        ),
+        ({"split": "8,1,1"}, 1, {"evaluation_data": None, "test_data": None, "evaluation_num_batch": None}),
         ({"eval_iters": 7, "eval_interval": 50}, 1, {"evaluation_steps": 50, "evaluation_num_batch": 7}),
         ({"eval_iters": 7, "split": "9,1"}, 1, {"task_name": "a_store[0:90]", "evaluation_data": "a_store[90:100]"}),
         ({}, 1, {"evaluation_data": None, "evaluation_steps": 0, "packing": "concat", "seq_length": 64}),
@@ -130,6 +147,20 @@ def test_stores_with_weights(run, store):
     flags = run(**paths, train_data_weights=[1, 0.5]).flags
     assert (flags["task_name"], flags["evaluation_data"]) == ("a_store:1,a_store:0.5", "a_store:1")
     assert run(**paths).flags["task_name"] == "a_store:1,a_store:1"
+    assert run(**paths, test_data_paths=[store], test_data_weights=[3]).flags["test_data"] == "a_store:3"
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_stores_weighted_by_their_documents(run, store, alpha):
+    with TokenStoreWriter(Path("b_store"), vocab_size=256, masked=False) as writer:
+        writer.add(np.full(300, 97), np.full(300, 1))
+    paths = {"data_path": None, "train_data_paths": [store, "b_store"], "train_data_weights": [9, 1]}
+    flags = run(**paths, weight_by_num_documents=True, weighted_sampler_alpha=alpha).flags
+    drawn = [0.25**alpha * 0.75, 0.75**alpha * 0.25]
+    entries = [entry.split(":") for entry in flags["task_name"].split(",")]
+    assert [name for name, _ in entries] == ["a_store", "b_store"]
+    assert [float(weight) for _, weight in entries] == pytest.approx([share / sum(drawn) for share in drawn])
+    assert data.weigh_by_documents([7], alpha) == [1.0]
 
 
 def test_label_stores(run, store):
@@ -212,6 +243,18 @@ def test_splits_are_gpt_neox_s_own(split, documents, borders):
         (
             {"data_path": None, "train_data_paths": ["a_store"], "train_data_weights": [1, 2]},
             r"train_data_weights \[1, 2\]: 2 weights for 1 train_data_paths",
+        ),
+        (
+            {"data_path": None, "train_data_paths": ["a_store"] * 2, "train_data_weights": [1, 0]},
+            r"train_data_weights \[1, 0\]: expected numbers above 0: leave the store out",
+        ),
+        (
+            {"train_iters": None, "train_epochs": 1, "pack_impl": "unpacked"},
+            r"pack_impl unpacked: it does not go with train_epochs: give train_iters, or leave it out",
+        ),
+        (
+            {"train_iters": None, "train_epochs": 1, "weight_by_num_documents": True},
+            r"weight_by_num_documents True: it does not go with train_epochs",
         ),
         (
             {"data_path": None, "train_data_paths": ["a_store"], "train_label_data_paths": ["a_store", "b_store"]},
