@@ -76,6 +76,11 @@ class NeoxOptions:
                 "leave one of them out"
             )
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether training drops anything out."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
+
     def to_json(self) -> dict[str, Any]:
         """Return the keys of config.json that say this, those at their defaults too."""
         return dataclasses.asdict(self) | {

@@ -28,7 +28,7 @@ from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, shard_names
 from openchatkit.models.stage import Stage
 from openchatkit.training.buckets import Flat, gather_buckets
-from openchatkit.training.gradients import gradient_of
+from openchatkit.training.gradients import add_over_layers, gradient_of
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.rank_weights import OptimizerState, RankWeights, gather_pieces
 from openchatkit.training.runs import Place, Run, is_tied_copy
@@ -100,7 +100,7 @@ class FullyShardedWeights(RankWeights):
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Add what `fully_shard` has not: gradients of vectors, and those of both ends of tied embeddings."""
+        """Add what `fully_shard` has not: gradients of vectors, and those of what layers or tied ends share."""
         for parameter in self._vectors.values():
             if parameter.grad is None:  # the bias of a projection, without a trained token
                 parameter.grad = torch.zeros_like(parameter)
@@ -108,6 +108,8 @@ class FullyShardedWeights(RankWeights):
         _add_gradients(shares, self.layout.tensor)
         _add_gradients(list(self._vectors.values()), self.layout.data)
         kind = family(self.stages.config)
+        tables = {key: each for key, each in self._parameters.items() if key[1] in kind.of_all_layers}
+        add_over_layers(self.stages, self.layout, {key: own_rows(gradient_of(each)) for key, each in tables.items()})
         if self.stages.config.tie_embeddings:
             keys = ((EMBED, kind.embedding_weight), (HEAD, kind.tied_weight))
             first, last = (own_rows(gradient_of(self._parameters[key])) for key in keys)

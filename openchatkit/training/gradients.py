@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
 from openchatkit.models.registry import family
-from openchatkit.models.shards import EMBED, HEAD
+from openchatkit.models.shards import EMBED, HEAD, layer_number
 from openchatkit.training.buckets import BUCKET, Flat, gather_buckets
 from openchatkit.training.local_stages import LocalStages
-from openchatkit.training.runs import UNIT, Run, is_tied_copy
+from openchatkit.training.runs import UNIT, Run, is_counted_elsewhere, is_of_all_layers
 
 Key = tuple[str, str]  # shard and name of a parameter
 
@@ -62,6 +62,7 @@ class Gradients:
         self._sent = 0  # of these
         if keeps_own:
             assert not stages.config.tie_embeddings, "their gradients belong to two parameters"
+            assert not any(is_of_all_layers(stages, run.place) for run in runs), "and these to one of each layer"
             self._call_after_passes(self._collect)
             return
         self._attach()
@@ -97,7 +98,7 @@ class Gradients:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Add gradients over parts, both ends of tied embeddings, and replicas; if these share them, to the owners."""
+        """Add gradients over parts, what layers or tied ends share, and replicas; if sharded, to the owners."""
         if self._keeps_own:
             # Those of the projection are left, which the loss writes; without a trained token there are none.
             for key in filter(self._is_projection, self.parameters):
@@ -113,6 +114,8 @@ class Gradients:
         self._send(early_only=True)
         self._add_over_parts(self.runs)
         self._add_tied()
+        tables = {run.place.key for run in self.runs if is_of_all_layers(self.stages, run.place)}
+        add_over_layers(self.stages, self.layout, {key: gradient_of(self.parameters[key]) for key in tables})
         self._send()
         for bucket in self._buckets:
             bucket.wait()
@@ -124,7 +127,7 @@ class Gradients:
         Sums of units are added in the order of the data's flow, so that the bits are the same over any stages and runs.
         """
         counted = set(self.own) if self.stages.part.index == 0 else set(filter(self._is_cut, self.own))
-        counted -= {run for run in self.own if is_tied_copy(self.stages, run.place)}
+        counted -= {run for run in self.own if is_counted_elsewhere(self.stages, run.place)}
         norms = iter(norms_of_units([self.of(run) for run in self.runs if run in counted]))
         sums = [next(norms).double().square() if run in counted else self._zeros(run.units) for run in self.runs]
         flat = torch.cat(sums) if sums else self._zeros(0)
@@ -180,7 +183,8 @@ class Gradients:
     def _part_by_lateness(self) -> tuple[list[Run], list[Run]]:
         """Return the runs that can be sent before a step's end, and the others.
 
-        Late are those that the loss writes, that are first added up over the tensor group, or that tied ends share.
+        Late are those that the loss writes, that are first added up over the tensor group, or that layers or tied ends
+        share.
         """
         kind = family(self.stages.config)
         tied = (
@@ -189,7 +193,8 @@ class Gradients:
 
         def is_late(run: Run) -> bool:
             over_parts = self.layout.tensor is not None and not self._is_cut(run)
-            return over_parts or run.place.key in tied or self._is_projection(run.place.key)
+            shared = run.place.key in tied or is_of_all_layers(self.stages, run.place)
+            return over_parts or shared or self._is_projection(run.place.key)
 
         return [run for run in self.runs if not is_late(run)], [run for run in self.runs if is_late(run)]
 
@@ -299,6 +304,26 @@ def gradient_of(parameter: Tensor) -> Tensor:
     """Return the gradient of a parameter that has one."""
     assert parameter.grad is not None, tuple(parameter.shape)
     return parameter.grad
+
+
+@torch.no_grad()
+def add_over_layers(stages: LocalStages, layout: Layout, gradients: Mapping[Key, Tensor]) -> None:
+    """Give each copy of a matrix that all layers have in common the sum of the copies' gradients over the model.
+
+    `gradients` are those of this rank's copies. They are added in the order of layers, so that the bits are the same
+    over any stages. Every rank of a pipeline calls it together.
+    """
+    names = sorted({name for _, name in gradients})
+    for name in names:
+        own = {layer_number(shard): gradient for (shard, other), gradient in gradients.items() if other == name}
+        some = next(iter(own.values()))
+        all_layers = torch.zeros(stages.config.num_layers, *some.shape, dtype=some.dtype, device=some.device)
+        for number, gradient in own.items():
+            all_layers[number] = gradient
+        layout.sum_over_pipeline(all_layers)
+        total = all_layers.sum(0)
+        for gradient in own.values():
+            gradient.copy_(total)
 
 
 class _Bucket:

@@ -6,7 +6,7 @@ divided by the tokens of the whole step; merged outputs would keep every micro-b
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class Pipeline:
 
     `loss(hidden, target)` runs on the last stage, once a micro-batch, and returns a scalar to backpropagate as it is;
     the target is one tensor with a row for each row of tokens, on whatever device `loss` wants it. `document_starts`
-    (see `Stage`) do not travel: each rank gives them to its own stages. A single stage runs a plain loop over the
-    micro-batches, with the same bits. `timer` notes what runs when.
+    and `dropout_keys` (see `Stage`) do not travel: each rank gives them to its own stages. A single stage runs a plain
+    loop over the micro-batches, with the same bits. `timer` notes what runs when.
     """
 
     def __init__(
@@ -73,29 +73,39 @@ class Pipeline:
             taken = runners if kind.takes_several else runners[0]
             self._schedule = make(taken, micro_batches, loss_fn=self.loss, scale_grads=False)
 
-    def _forward(self, tokens: Tensor, document_starts: Tensor | None) -> Tensor:
-        """Let the only stage compute. `fully_shard` would move document starts to the GPU, and wait for that."""
+    def _forward(
+        self, tokens: Tensor, *, document_starts: Tensor | None = None, dropout_keys: Tensor | None = None
+    ) -> Tensor:
+        """Let the only stage compute. `fully_shard` would move what is on the CPU to the GPU, and wait for that."""
         [stage] = self.stages
         documents = None if document_starts is None else stage.confine(document_starts, tokens.device)
-        hidden: Tensor = stage(tokens, documents)
+        keys = None if dropout_keys is None else pytorch.send(dropout_keys, tokens.device)
+        hidden: Tensor = stage(tokens, documents, dropout_keys=keys)
         return hidden
 
-    def forward_backward(self, tokens: Tensor, target: Tensor, document_starts: Tensor | None = None) -> Tensor:
+    def forward_backward(
+        self,
+        tokens: Tensor,
+        target: Tensor,
+        document_starts: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
         """Add the gradients of a batch, int64 [micro_batches * micro_batch_size, seq_length], to the parameters'.
 
         Returns the sum of the micro-batches' losses on the last stage, 0 on the others.
         """
         losses: list[Tensor] = []
+        of_rows = _keep_given(document_starts=document_starts, dropout_keys=dropout_keys)
         if self._schedule is None:
-            for number, (x, y, starts) in enumerate(self._cut(tokens, target, document_starts)):
+            for number, (x, y, given) in enumerate(self._cut(tokens, target, of_rows)):
                 with self.timer.compute(timing.FORWARD, 0, number):
-                    hidden = self._forward(x, starts)
+                    hidden = self._forward(x, **given)
                 losses.append(self.loss(hidden, y))
                 del hidden  # backward needs its room
                 with self.timer.compute(timing.BACKWARD, 0, number):
                     losses[-1].backward()  # type: ignore[no-untyped-call]
         else:
-            inputs, options = self._arguments(tokens, target, document_starts, losses)
+            inputs, options = self._arguments(tokens, target, of_rows, losses)
             with self.layout.activity.waiting():
                 self._schedule.step(*inputs, **options)
         self.timer.end_batch(self.micro_batches)
@@ -103,39 +113,46 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, target: Tensor, document_starts: Tensor | None = None) -> Tensor:
-        """Return the micro-batches' summed loss on the last stage, 0 on the others; gradients stay as they are."""
+        """Return the micro-batches' summed loss on the last stage, 0 on the others; gradients stay as they are.
+
+        Nothing is dropped out.
+        """
         losses: list[Tensor] = []
+        of_rows = _keep_given(document_starts=document_starts)
         if self._schedule is None:
-            cut = self._cut(tokens, target, document_starts)
-            losses = [self.loss(self._forward(x, starts), y) for x, y, starts in cut]
+            cut = self._cut(tokens, target, of_rows)
+            losses = [self.loss(self._forward(x, **given), y) for x, y, given in cut]
         else:
-            inputs, options = self._arguments(tokens, target, document_starts, losses)
+            inputs, options = self._arguments(tokens, target, of_rows, losses)
             with pytorch.forward_only(self._schedule), self.layout.activity.waiting():
                 self._schedule.eval(*inputs, **options)
         return self._total(losses)
 
     def _arguments(
-        self, tokens: Tensor, target: Tensor, document_starts: Tensor | None, losses: list[Tensor]
+        self, tokens: Tensor, target: Tensor, of_rows: Mapping[str, Tensor], losses: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Return the arguments that torch's schedule takes here; it appends to `losses` where the last stage is."""
         inputs = (tokens,) if self.stages.has_embed else ()
         options: dict[str, Any] = {"return_outputs": False}
         if self.stages.has_head:
             options |= {"target": target, "losses": losses}
-        if document_starts is not None:
-            options["document_starts"] = document_starts
-        return inputs, options
+        return inputs, {**options, **of_rows}
 
     def _cut(
-        self, tokens: Tensor, target: Tensor, document_starts: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Return the micro-batches of all three."""
+        self, tokens: Tensor, target: Tensor, of_rows: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Return the micro-batches of all."""
         number = self.micro_batches
-        starts = [None] * number if document_starts is None else document_starts.chunk(number)
-        return zip(tokens.chunk(number), target.chunk(number), starts, strict=True)
+        pieces = zip(*(values.chunk(number) for values in of_rows.values()), strict=True) if of_rows else [()] * number
+        given = (dict(zip(of_rows, piece, strict=True)) for piece in pieces)
+        return zip(tokens.chunk(number), target.chunk(number), given, strict=True)
 
     def _total(self, losses: list[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.layout.device)
         for loss in losses:
             total += loss.detach()
         return total
+
+
+def _keep_given(**of_rows: Tensor | None) -> dict[str, Tensor]:
+    return {name: values for name, values in of_rows.items() if values is not None}

@@ -16,7 +16,7 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.models.cuts import Cut, cut_tensor, is_cut, join_tensor, whole_shape
 from openchatkit.models.registry import family
 from openchatkit.training.local_stages import LocalStages
-from openchatkit.training.runs import Run, is_tied_copy
+from openchatkit.training.runs import Run, is_counted_elsewhere
 
 OptimizerState = dict[str, Any]  # of one parameter: tensors and numbers by key
 
@@ -85,7 +85,7 @@ class RankWeights(abc.ABC):
     def counts(self, run: Run) -> bool:
         """Whether a run of this rank's masters is counted here in sums over all ranks, of which others may have it."""
         is_cut = family(self.stages.config).cuts(self.stages.config)[run.place.name] != "whole"
-        is_first = (is_cut or self.stages.part.index == 0) and not is_tied_copy(self.stages, run.place)
+        is_first = (is_cut or self.stages.part.index == 0) and not is_counted_elsewhere(self.stages, run.place)
         return is_first and (self.layout.replica == 0 or not self.is_on_all_replicas(run))
 
     @abc.abstractmethod

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from openchatkit.models.cuts import is_cut
 from openchatkit.models.registry import family
-from openchatkit.models.shards import HEAD, shard_names
+from openchatkit.models.shards import HEAD, layer_name, shard_names
 from openchatkit.training.local_stages import LocalStages
 
 UNIT = 4096  # elements
@@ -76,6 +76,17 @@ def list_places(stages: LocalStages) -> list[Place]:
 def is_tied_copy(stages: LocalStages, place: Place) -> bool:
     """Whether a parameter is the projection of a model with tied embeddings, which the embedding's shard stores."""
     return stages.config.tie_embeddings and place.key == (HEAD, family(stages.config).tied_weight)
+
+
+def is_of_all_layers(stages: LocalStages, place: Place) -> bool:
+    """Whether a parameter is one layer's copy of a matrix that is the same in all layers."""
+    return place.name in family(stages.config).of_all_layers
+
+
+def is_counted_elsewhere(stages: LocalStages, place: Place) -> bool:
+    """Whether another parameter stands for this one in sums over the model: that it is a copy of."""
+    is_first_layer = place.shard == layer_name(0)
+    return is_tied_copy(stages, place) or (is_of_all_layers(stages, place) and not is_first_layer)
 
 
 def cut_into_runs(places: Sequence[Place], owners: int) -> list[Run]:

@@ -23,6 +23,7 @@ from openchatkit.libraries import pytorch
 from openchatkit.loading import hardware
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
+from openchatkit.models.registry import family
 from openchatkit.models.stage import Stage
 from openchatkit.settings import to_json
 from openchatkit.training import checkpoints
@@ -261,7 +262,8 @@ def _count_rows(settings: Settings) -> int:
 
 def _warn_of_model_settings(settings: Settings, shards: LayerShards) -> None:
     """Warn of dropout, which is not applied, and of a tokenizer that is not the model's."""
-    dropout = {key: value for key, value in shards.raw_config.items() if key in _DROPOUT and value}
+    ignored = () if family(shards.config).takes_views else _DROPOUT
+    dropout = {key: value for key, value in shards.raw_config.items() if key in ignored and value}
     if dropout:
         stated = ", ".join(f"{key} {value:g}" for key, value in dropout.items())
         logger.warning("{}: {} in config.json has no effect, nothing is dropped out", shards.path, stated)
@@ -362,4 +364,5 @@ def _make_trainer(
         pp_mode=settings.pp_mode,
         micro_batch_size=settings.micro_batch_size,
         seq_length=settings.seq_length,
+        seed=settings.seed,
     )

@@ -19,6 +19,7 @@ from openchatkit.data.dataset import Dataset
 from openchatkit.data.prefetch import Prefetcher, make_thread
 from openchatkit.errors import UserError
 from openchatkit.libraries import pytorch
+from openchatkit.models.dropout import row_keys
 from openchatkit.training import timing
 from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.loss import VocabularyLoss
@@ -120,7 +121,7 @@ class _StepSums:
 
 
 class Trainer:
-    """The stages of a rank with their optimizer, and the step that all ranks take together."""
+    """The stages of a rank with their optimizer, and the step that all ranks take together; `seed` is of dropout."""
 
     def __init__(
         self,
@@ -132,10 +133,11 @@ class Trainer:
         pp_mode: str,
         micro_batch_size: int,
         seq_length: int,
+        seed: int = 0,
     ) -> None:
         self.weights, self.scaler, self.schedule, self.dtype = weights, scaler, schedule, dtype
         self.stages, self.layout = weights.stages, weights.layout
-        self._loss_factor = 1.0
+        self._seed, self._loss_factor = seed, 1.0
         self._source_losses = torch.zeros(0)
         self._vocabulary_loss: VocabularyLoss | None = None
         if self.stages.has_head:
@@ -177,7 +179,7 @@ class Trainer:
         loss = self._start_losses(dataset, factor=self.scaler.scale / max(trained_tokens, 1))
         with autocast(self.layout.device, self.dtype):
             for batch in rows.batches:
-                loss += self.pipeline.forward_backward(*self._place(batch))
+                loss += self.pipeline.forward_backward(*self._place(batch), self._make_dropout_keys(batch))
         with timer.compute(timing.REDUCE), self.layout.activity.waiting():
             self.weights.reduce_gradients()
         with timer.compute(timing.NORM), self.layout.activity.waiting():
@@ -249,6 +251,10 @@ class Trainer:
     def _place(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens, target, document starts for the pipeline; `VocabularyLoss`, `Stage` want the last two here."""
         return pytorch.send(batch.tokens, self.layout.device), _target(batch), batch.document_starts
+
+    def _make_dropout_keys(self, batch: Batch) -> Tensor | None:
+        """Return the keys of a batch's rows, which no other step has, where the model drops out."""
+        return row_keys(self._seed, batch.first, batch.rows) if self.stages.config.options.drops_out else None
 
     def _count(self, rows: _StepRows, sources: int) -> tuple[int, list[int]]:
         """Return the digest of all rows of a step, over all replicas, and the trained tokens of each source.

@@ -19,6 +19,7 @@ from torch import Tensor
 from openchatkit.distributed.layout import Layout
 from openchatkit.libraries import pytorch
 from openchatkit.models.cuts import Cut
+from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED
 from openchatkit.training.buckets import Flat, gather_buckets
 from openchatkit.training.gradients import Gradients
@@ -59,8 +60,8 @@ class Weights(RankWeights):
         copied = dtype if pytorch.keeps_gradients_in_float32() else torch.float32
         owner = layout.replica if self.sharded else 0
         self.masters = {run: self._make_master(run, copied) for run in self._runs if run.owner == owner}
-        for (shard, _), parameter in self._parameters.items():
-            if copied != torch.float32 and _computes_in_products(shard, parameter):
+        for key, parameter in self._parameters.items():
+            if copied != torch.float32 and self._is_used_in_products(*key):
                 parameter.data = parameter.data.to(copied)
                 pytorch.keep_gradient_in_float32(parameter)
         self._gradients = Gradients(
@@ -141,10 +142,19 @@ class Weights(RankWeights):
             value = value[run.start // _BLOCK : math.ceil(run.stop / _BLOCK)]
         return super()._take_run(key, value, run, whole, cut, master)
 
+    def _is_used_in_products(self, shard: str, name: str) -> bool:
+        """Whether layers use a parameter in products alone: a matrix, but for tables, whose rows are looked up.
+
+        The gradient of an embedding adds up over tokens within one call, and that of relative biases over pairs of
+        them, where half a precision would not do.
+        """
+        is_table = shard == EMBED or name in family(self.stages.config).of_all_layers
+        return self._parameters[shard, name].dim() > 1 and not is_table
+
     def _make_master(self, run: Run, copied: torch.dtype) -> Tensor:
         """Return what the optimizer updates: the parameter itself where that is whole and float32, else a copy."""
         parameter = self.parameter(run)
-        is_apart = self._offloaded or (copied != torch.float32 and _computes_in_products(run.place.shard, parameter))
+        is_apart = self._offloaded or (copied != torch.float32 and self._is_used_in_products(*run.place.key))
         if run.is_whole and not is_apart:
             return parameter
         values = parameter.detach()
@@ -220,14 +230,6 @@ class Weights(RankWeights):
             found: tuple[Run, Tensor, OptimizerState] = received[0]
             return found
         return None
-
-
-def _computes_in_products(shard: str, parameter: Tensor) -> bool:
-    """Whether layers use a parameter in products alone: a matrix, but for the embedding, whose rows are looked up.
-
-    The gradient of an embedding adds up over tokens within one call, where half a precision would not do.
-    """
-    return parameter.dim() > 1 and shard != EMBED
 
 
 def _join_runs(

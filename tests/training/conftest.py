@@ -37,6 +37,17 @@ OPTIONS = SIZES | {
     "num_kv_heads": 2,
     "gpt_j_tied": True,
 }
+# And with layers that share relative biases, and drop out.
+DROPOUT = OPTIONS | {
+    "pos_emb": "rpe",
+    "rpe_num_buckets": 8,
+    "rpe_max_distance": 24,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.2,
+    "norm": "layernorm",
+    "gpt_j_tied": False,
+    "use_parallel_residual": False,
+}
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +61,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> 
         make().save_pretrained(source)
         shutil.copytree(tiny_tokenizer, source, dirs_exist_ok=True)
         found[name] = prepare(str(source), folder)
-    found["options"] = folder / "options"
-    stage = Stage(config_from_hf(OPTIONS))
-    stage.init_weights(0)
-    shards = {shard: dict(module.state_dict()) for shard, module in stage.named_shards()}
-    shutil.copytree(tiny_tokenizer, folder / "options_source")
-    tiny_shards.write_prepared(found["options"], OPTIONS, made=shards)
+    for name, raw in {"options": OPTIONS, "dropout": DROPOUT}.items():
+        found[name] = folder / name
+        stage = Stage(config_from_hf(raw))
+        stage.init_weights(0)
+        shards = {shard: dict(module.state_dict()) for shard, module in stage.named_shards()}
+        shutil.copytree(tiny_tokenizer, folder / f"{name}_source")
+        tiny_shards.write_prepared(found[name], raw, made=shards)
     return found
 
 

@@ -16,7 +16,7 @@ from test_layouts import assert_same_bits, tensors
 from openchatkit.formats import checkpoint, metrics
 
 AXES: dict[str, tuple[object, ...]] = {
-    "model": ("neox", "tied", "gptj", "options"),
+    "model": ("neox", "tied", "gptj", "options", "dropout"),
     # Of two ranks, but for the first value.
     "pipeline": ("one rank", "gpipe", "1f1b", "interleaved", "zero-bubble", "zero-bubble-v"),
     "replicas": ("one rank", "allreduce", "sharded", "sharded-gradients", "sharded-parameters"),
@@ -44,7 +44,7 @@ def fits(row: dict[str, object]) -> bool:
         or (str(row.get("pipeline")).startswith("zero") and row.get("compile", "no") != "no")
         or (row.get("replicas") == "sharded-gradients" and row.get("pipeline", "one rank") != "one rank")
         or (row.get("activation_offload") == "true" and row.get("activation_checkpointing", "full") == "none")
-        or (row.get("replicas") == "sharded-gradients" and row.get("model") == "tied")
+        or (row.get("replicas") == "sharded-gradients" and row.get("model") in ("tied", "dropout"))
         or (row.get("optimizer_state") == "8bit" and row.get("tensor", "one rank") != "one rank")
     )
 

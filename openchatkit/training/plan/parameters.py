@@ -18,9 +18,9 @@ from openchatkit.training.runs import UNIT
 class ParameterCount:
     """Elements of a shard's parameters in one part of it.
 
-    `matrices` are those that layers use in products alone (not the embedding), `uncut` those whose gradients parts add
-    up, `small` those of parameters too small for 8-bit moments, `vectors` those of biases and norms. `lines` counts
-    their rows and columns, of a vector its elements; `largest` is the largest parameter.
+    `matrices` are those that layers use in products alone (no tables, as the embedding is), `uncut` those whose
+    gradients parts add up, `small` those of parameters too small for 8-bit moments, `vectors` those of biases and
+    norms. `lines` counts their rows and columns, of a vector its elements; `largest` is the largest parameter.
     """
 
     elements: int = 0
@@ -67,7 +67,8 @@ def _count_kind(config: ModelConfig, shard: str, part: Part) -> ParameterCount:
     count = ParameterCount()
     for name, parameter in parameters.items():
         size = parameter.numel()
-        matrix = size if parameter.dim() > 1 and shard != EMBED else 0
+        is_table = shard == EMBED or name in kind.of_all_layers
+        matrix = size if parameter.dim() > 1 and not is_table else 0
         uncut, small = (size if cuts[name] == "whole" else 0), (size if size < UNIT else 0)
         vector = size if parameter.dim() == 1 else 0
         count += ParameterCount(size, matrix, uncut, small, vector, lines=sum(parameter.shape), largest=size)

@@ -61,3 +61,7 @@ def _check_model(settings: Settings, config: ModelConfig) -> None:
     check_parts(config, settings.tensor_group_size)
     if settings.dp_mode == "sharded-gradients" and config.tie_embeddings:
         raise UserError("--dp-mode sharded-gradients: the model's embeddings are tied; use --dp-mode sharded")
+    if settings.dp_mode == "sharded-gradients" and config.options.pos_emb == "rpe":
+        raise UserError(
+            "--dp-mode sharded-gradients: the model's layers share their relative biases; use --dp-mode sharded"
+        )
