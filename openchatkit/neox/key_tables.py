@@ -286,10 +286,12 @@ LOGGING: Mapping[str, Key] = {
     "wandb_host": _use("text", "https://api.wandb.ai"),
     **_ignore("wandb_init_all_ranks", "rank 0 sends"),
     **_ignore("log_interval log_dir", "each step is logged, in metrics.jsonl beside the checkpoints"),
+    "log_grad_norm": _use("truth", False),
+    "log_param_norm": _use("truth", False),
+    "log_optimizer_states": _use("truth", False),
     **_ignore(
-        "log_grad_norm log_param_norm log_grad_pct_zeros log_optimizer_states log_gradient_noise_scale "
-        "gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload",
-        "the gradient's norm is logged at each step, and no others",
+        "log_grad_pct_zeros log_gradient_noise_scale gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload",
+        "of gradients, norms are logged",
     ),
     **_ignore(
         "profile profile_step_start profile_step_stop memory_profiling memory_profiling_path",
@@ -363,11 +365,19 @@ BLOCKS: Mapping[str, Mapping[str, Key]] = {
     "optimizer": {"type": _use("text"), "params": _use("block")},
     "optimizer.params": {
         "lr": _use("number", 0.001),
-        "betas": _use("numbers", [0.9, 0.999]),
-        "eps": _use("number", 1e-8),
+        # Defaults of these depend on the type: see `optimizers`.
+        "betas": _use("numbers"),
+        "eps": _use("number"),
+        "momentum": _use("number"),
+        "beta": _use("number"),
+        "adam_w_mode": _use("truth"),
+        "adamw_mode": _use("truth"),
+        "bias_correction": _use("truth", True, only=[True], why="moments are always corrected: leave it out"),
+        "amsgrad": _use("truth", False, only=[False], why="GPT-NeoX's own Adam refuses it: leave it out"),
         **_ignore("max_grad_norm", "gradient_clipping says it"),
+        **_ignore("set_grad_none fp32_optimizer_states", "it changes no result"),
         **_refuse("weight_decay", "the key weight_decay says it: leave it out here"),
-        **_refuse("momentum beta freeze_step cuda_aware comm_backend_name bias_correction amsgrad", _NOT_YET),
+        **_refuse("freeze_step cuda_aware comm_backend_name", "it belongs to OneBitAdam, which is not here yet"),
     },
     "fp16": {
         "enabled": _use("truth"),
@@ -377,7 +387,7 @@ BLOCKS: Mapping[str, Mapping[str, Key]] = {
         "loss_scale_window": _use("whole", 1000),
         "hysteresis": _use("whole", 2),
         "min_loss_scale": _use("number", 1),
-        **_refuse("consecutive_hysteresis", _NOT_YET),
+        "consecutive_hysteresis": _use("truth", False),
         **_ignore("fp16 auto_cast fp16_master_weights_and_grads", "it changes no result"),
     },
     "bf16": {

@@ -12,22 +12,13 @@ from typing import Any
 
 from openchatkit.errors import UserError
 from openchatkit.formats import neox_settings
-from openchatkit.neox import batches, data, model
+from openchatkit.neox import batches, data, model, optimizers
 from openchatkit.neox.config import NeoxConfig
 from openchatkit.settings import flag
 
 _SAVE = "checkpoints"  # where a configuration without `save` keeps its checkpoints, in the current folder
 _MODEL = "model"  # the folder in it that training starts from
 _KEEP_ALL = 1 << 30
-
-# GPT-NeoX's optimizers that the trainer has, and why it has no others.
-_OPTIMIZERS = {"adam": "adamw", "cpu_adam": "adamw"}
-_OTHER_OPTIMIZERS = {
-    **dict.fromkeys(("sm3", "madgrad_wd", "lion"), "the kit's trainer does not have it yet: use Adam"),
-    "cpu_torch_adam": "GPT-NeoX never reaches it: use CPU_Adam",
-    "onebitadam": "the kit's trainer does not have it yet: use Adam",
-    "sgd": "it belongs to µP, which is not here: use Adam",
-}
 
 # The trainer's names of GPT-NeoX's rules for learning rates, by `lr_rule`.
 _RATE_RULES = {"today": "neox", "2021": "neox-2021"}
@@ -70,11 +61,12 @@ def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
         **data.translate(config),
         **_translate_batches(config, replicas, stages=max(config.get("pipe_parallel_size"), 1)),
         **_translate_layout(config, replicas),
-        **_translate_optimizer(config, notes),
+        **optimizers.translate_optimizer(config, replicas=replicas, notes=notes),
         **_translate_learning_rate(config, notes),
         **_translate_precision(config, notes, on_gpu=on_gpu),
         **_translate_saving(config, save, notes),
         **_translate_logging(config, notes),
+        **optimizers.translate_norms(config, notes),
     }
     written = None if "load_pretrained_model" not in flags else save / _MODEL
     return TrainerRun(flags, written, save, tuple(notes))
@@ -165,38 +157,14 @@ def _translate_layout(config: NeoxConfig, replicas: int) -> dict[str, Any]:
             "pipe_parallel_size 0"
         )
     offload = zero["offload_optimizer"] or {}
-    on_cpu = str(config.block("optimizer")["type"]).lower() == "cpu_adam"
     return {
         "pipeline_group_size": stages,
         "tensor_group_size": parts,
         "data_group_size": replicas,
         "sequence_parallel": config.get("sequence_parallel") and parts > 1,
         "dp_mode": modes[stage],
-        "use_offload": zero["cpu_offload"] or offload.get("device", "none") != "none" or on_cpu,
+        "use_offload": zero["cpu_offload"] or offload.get("device", "none") != "none",
         "activation_checkpointing": "full" if config.get("checkpoint_activations") else "none",
-    }
-
-
-def _translate_optimizer(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
-    if not (config.get("optimizer") or {}).get("type") or "params" not in config.get("optimizer"):
-        raise UserError('optimizer is missing: expected {"type": "Adam", "params": {"lr": 0.0006}} for example')
-    kind, params = config.get("optimizer")["type"].lower(), config.block("optimizer.params")
-    if kind not in _OPTIMIZERS:
-        why = _OTHER_OPTIMIZERS.get(kind, "GPT-NeoX has no such optimizer: use Adam")
-        raise UserError(f"{config.given['optimizer'].where}: optimizer.type {config.get('optimizer')['type']}: {why}")
-    if len(params["betas"]) != 2:
-        raise UserError(f"{config.given['optimizer'].where}: optimizer.params.betas {params['betas']}: expected two")
-    eight_bits = config.get("use_bnb_optimizer")
-    if eight_bits:
-        notes.append(f"{config.where('use_bnb_optimizer')}: 8-bit Adam; the embedding has no norm, as it has there")
-    return {
-        "optimizer": "8bit-adam" if eight_bits else _OPTIMIZERS[kind],
-        "lr": params["lr"],
-        "adam_beta1": params["betas"][0],
-        "adam_beta2": params["betas"][1],
-        "adam_eps": params["eps"],
-        "weight_decay": config.get("weight_decay"),
-        "max_grad_norm": config.get("gradient_clipping"),
     }
 
 
@@ -248,15 +216,7 @@ def _translate_precision(config: NeoxConfig, notes: list[str], *, on_gpu: bool) 
         precision = found
     if precision != "float16":
         return {"precision": precision}
-    half = config.block("fp16")
-    return {
-        "precision": precision,
-        "loss_scale": half["loss_scale"],
-        "initial_loss_scale": 2 ** half["initial_scale_power"],
-        "min_loss_scale": half["min_loss_scale"],
-        "loss_scale_window": half["loss_scale_window"],
-        "hysteresis": half["hysteresis"],
-    }
+    return {"precision": precision, **optimizers.translate_loss_scale(config)}
 
 
 def _translate_saving(config: NeoxConfig, save: Path, notes: list[str]) -> dict[str, Any]:
@@ -294,7 +254,7 @@ def _find_extra_steps(config: NeoxConfig, notes: list[str]) -> str | None:
 
 def _translate_logging(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
     """Return where the numbers go besides the console and metrics.jsonl; GPT-NeoX, too, goes on without a logger."""
-    backends, flags = ["print"], {}
+    backends, flags = ["print"], {"curve_names": "neox"}
     if config.get("tensorboard_dir"):
         if importlib.util.find_spec("tensorboard") is None:
             where = config.where("tensorboard_dir")

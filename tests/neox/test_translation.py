@@ -69,6 +69,39 @@ def run(configure, store):
                 "adam_eps": 1e-3,
             },
         ),
+        (
+            {"optimizer": {"type": "CPU_torch_Adam", "params": {"adamw_mode": False}}},
+            1,
+            {"optimizer": "adam", "use_offload": True, "lr": 0.001, "adam_eps": 1e-8},
+        ),
+        (
+            {"optimizer": {"type": "SM3", "params": {"lr": 0.1, "beta": 0.9}}},
+            1,
+            {"optimizer": "sm3", "lr": 0.1, "momentum": 0.0, "sm3_beta": 0.9, "adam_eps": 1e-30},
+        ),
+        (
+            {"optimizer": {"type": "SM3", "params": {"momentum": 0.5}}, "zero_optimization": {"stage": 2}},
+            2,
+            {"optimizer": "sm3", "momentum": 0.5, "dp_mode": "allreduce"},
+        ),
+        (
+            {"optimizer": {"type": "madgrad_wd", "params": {}}, "zero_optimization": {"stage": 1}, "weight_decay": 0.5},
+            2,
+            {"optimizer": "madgrad", "momentum": 0.9, "adam_eps": 1e-6, "weight_decay": 0.5, "dp_mode": "sharded"},
+        ),
+        (
+            {"optimizer": {"type": "madgrad_wd", "params": {"momentum": 0, "eps": 1e-3}}},
+            1,
+            {"optimizer": "madgrad", "momentum": 0, "adam_eps": 1e-3},
+        ),
+        (
+            {"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}, "use_bnb_optimizer": True},
+            1,
+            {"optimizer": "lion", "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": None},
+        ),
+        ({"log_param_norm": True, "log_grad_norm": True}, 1, {"log_norms": "gradients,parameters"}),
+        ({"log_optimizer_states": True, "use_bnb_optimizer": True}, 1, {"log_norms": None}),
+        ({"log_optimizer_states": True}, 1, {"log_norms": "optimizer-state", "curve_names": "neox"}),
         ({}, 1, {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}),
         ({"use_bnb_optimizer": True}, 1, {"optimizer": "8bit-adam"}),
         ({"train_iters": 1000, "warmup": 0.05}, 1, {"total_steps": 1000, "warmup_fraction": 0.05, "nepochs": None}),
@@ -87,9 +120,30 @@ def run(configure, store):
         ({"checkpoint_activations": True}, 1, {"activation_checkpointing": "full"}),
         ({}, 1, {"activation_checkpointing": "none", "precision": "float32", "seed": 1234}),
         (
-            {"fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 3, "loss_scale_window": 500}},
+            {
+                "fp16": {"enabled": True, "initial_scale_power": 12, "hysteresis": 3, "consecutive_hysteresis": True},
+                "zero_optimization": {"stage": 1},
+            },
+            2,
+            {
+                "precision": "float16",
+                "initial_loss_scale": 4096,
+                "hysteresis": 3,
+                "consecutive_hysteresis": True,
+                "end_at_min_loss_scale": True,
+                "max_overflows": 50,
+            },
+        ),
+        (
+            {"fp16": {"enabled": True, "hysteresis": 3, "loss_scale_window": 500, "consecutive_hysteresis": True}},
             1,
-            {"precision": "float16", "initial_loss_scale": 4096, "hysteresis": 3, "loss_scale_window": 500},
+            {
+                "hysteresis": 1,
+                "consecutive_hysteresis": False,
+                "end_at_min_loss_scale": False,
+                "max_overflows": 50,
+                "loss_scale_window": 500,
+            },
         ),
         ({"fp16": {"enabled": True}}, 1, {"initial_loss_scale": 65536, "min_loss_scale": 1, "loss_scale": 0}),
         ({"bf16": {"enabled": True}}, 1, {"precision": "bfloat16"}),
@@ -208,8 +262,16 @@ def test_splits_are_gpt_neox_s_own(split, documents, borders):
         ({"train_iters": None}, r"give train_iters or train_epochs, one of the two: none of them is given"),
         ({"train_epochs": 1}, r"give train_iters or train_epochs, one of the two: both are given"),
         (
-            {"optimizer": {"type": "SM3", "params": {}}},
-            r"c.yml:\d+: optimizer.type SM3: the kit's trainer does not have it",
+            {"optimizer": {"type": "Adam", "params": {"momentum": 0.9}}},
+            r"c.yml:\d+: optimizer.params.momentum: Adam has no such parameter, it takes adam_w_mode, betas, eps, lr",
+        ),
+        (
+            {"optimizer": {"type": "OneBitAdam", "params": {}}},
+            r"c.yml:\d+: optimizer.type OneBitAdam: it is for slow links between machines, and not here yet: use Adam",
+        ),
+        (
+            {"optimizer": {"type": "Adam", "params": {"freeze_step": 400}}},
+            r"c.yml:\d+: optimizer.params.freeze_step 400: it belongs to OneBitAdam",
         ),
         ({"optimizer": {"type": "sgd", "params": {}}}, r"optimizer.type sgd: it belongs to µP"),
         (
@@ -294,6 +356,26 @@ def test_refusals(run, settings, message):
 def test_pipelines_share_states_of_the_optimizer_alone(run):
     with pytest.raises(UserError, match=r"stage 2 and pipe_parallel_size 2 exclude each other: use stage 1"):
         run(ranks=2, zero_optimization={"stage": 2}, pipe_parallel_size=2)
+
+
+def test_tensor_ranks_and_sm3_exclude_each_other(run):
+    with pytest.raises(
+        UserError, match=r"c.yml:\d+: model_parallel_size 2: SM3 keeps maxima of whole rows and columns"
+    ):
+        run(ranks=2, optimizer={"type": "SM3", "params": {}}, model_parallel_size=2)
+
+
+def test_what_optimizers_and_norms_do_otherwise_is_named(run):
+    sm3 = {"type": "SM3", "params": {}}
+    said = "replicas all have the state of SM3, which needs whole matrices"
+    assert f"zero_optimization.stage 1: {said}" in run(ranks=2, optimizer=sm3, zero_optimization={"stage": 1}).notes
+    assert not any(said in note for note in run(optimizer=sm3, zero_optimization={"stage": 1}).notes)
+    notes = run(log_optimizer_states=True, use_bnb_optimizer=True).notes
+    assert any("log_optimizer_states True: state of 8 bits has no norms" in note for note in notes)
+    notes = run(log_grad_norm=True).notes
+    assert any("log_grad_norm True: norms are of layers, not of single parameters" in note for note in notes)
+    notes = run(use_bnb_optimizer=True, optimizer={"type": "Lion", "params": {}}).notes
+    assert any("use_bnb_optimizer True: it has no effect with Lion" in note for note in notes)
 
 
 def test_wandb_is_used_where_it_can_log_in(run, monkeypatch, tmp_path):
