@@ -62,6 +62,14 @@ class Dataset:
         counts = self.interleaving.counts(samples)
         return [count * part.passes / part.samples for count, part in zip(counts, self.packed, strict=True)]
 
+    def fill(
+        self, source: int, sample: int, tokens: np.ndarray, labels: np.ndarray, document_starts: np.ndarray | None
+    ) -> None:
+        """Write a sample of a source into rows, as `samples.packing` describes them."""
+        self.packed[source].fill(sample, tokens, labels, document_starts)
+        if self._unpredicted is not None:
+            labels[tokens == self._unpredicted] = IGNORE
+
     def batch(self, first: int, count: int) -> Batch:
         """Return samples first to first + count - 1."""
         tokens = np.empty((count, self.seq_length), np.int64)
@@ -71,11 +79,9 @@ class Dataset:
         for row in range(count):
             source, sample = self.interleaving.locate(first + row)
             sources[row] = source
-            self.packed[source].fill(
-                sample, tokens[row], labels[row], None if document_starts is None else document_starts[row]
+            self.fill(
+                source, sample, tokens[row], labels[row], None if document_starts is None else document_starts[row]
             )
-        if self._unpredicted is not None:
-            labels[tokens == self._unpredicted] = IGNORE
         starts = None if document_starts is None else torch.from_numpy(document_starts)
         return Batch(first, torch.from_numpy(tokens), torch.from_numpy(labels), starts, torch.from_numpy(sources))
 

@@ -76,9 +76,13 @@ class Quarantine:
 
 
 def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: int, draw: int) -> MixtureFigures:
-    """Compute the figures. Where rows are padded, the share of the loss is estimated from `draw` samples a source."""
-    counts = _count_samples(dataset, steps * batch_size)
-    exact = options.packing == "concat"
+    """Compute the figures.
+
+    The share of the loss is exact where each token is predicted once an epoch, else estimated from `draw` samples a
+    source.
+    """
+    counts = dataset.interleaving.counts(steps * batch_size)
+    exact = options.packing == "concat" and options.data_order == "kit" and not options.mask_end_of_text
     if exact:
         # Over an epoch every token of the source is predicted once.
         trained = [dataset.seq_length * source.trained_tokens / source.tokens for source in dataset.sources]
@@ -98,7 +102,7 @@ def mixture(dataset: Dataset, options: DataOptions, *, steps: int, batch_size: i
             sequences=quota / sum(quotas),
             samples=count,
             # The last window of an epoch goes on into the next one, so windows are not a whole number an epoch.
-            epochs=count * dataset.seq_length / source.tokens if exact else count / packed.samples,
+            epochs=count * dataset.seq_length / source.tokens if exact else count * packed.passes / packed.samples,
             tokens_per_sample=packed.tokens_per_sample,
             trained_per_sample=mean,
             loss=count * mean / total if total else 0.0,
@@ -132,17 +136,6 @@ def read_quarantine(path: Path, first: int = 0) -> tuple[int, tuple[str, ...]]:
     return rows, tuple(shown)
 
 
-def _count_samples(dataset: Dataset, total: int) -> list[int]:
-    """Return how many of the samples below `total` each source gives: one more than the number of its last one."""
-    counts: dict[int, int] = {}
-    for number in range(total - 1, -1, -1):
-        source, local = dataset.interleaving.locate(number)
-        counts.setdefault(source, local + 1)
-        if len(counts) == len(dataset.sources):
-            break
-    return [counts.get(source, 0) for source in range(len(dataset.sources))]
-
-
 def _mean_trained(dataset: Dataset, options: DataOptions, source: int, draw: int) -> float:
     """Return the mean number of trained labels over `draw` samples of one source's first epoch."""
     packed = dataset.packed[source]
@@ -151,6 +144,6 @@ def _mean_trained(dataset: Dataset, options: DataOptions, source: int, draw: int
     numbers = range(packed.samples) if packed.samples <= draw else generator.sample(range(packed.samples), draw)
     trained = 0
     for number in numbers:
-        packed.fill(number, tokens, labels, document_starts if options.packing == "documents" else None)
+        dataset.fill(source, number, tokens, labels, document_starts if options.packing == "documents" else None)
         trained += int((labels != IGNORE).sum())
     return trained / len(numbers)

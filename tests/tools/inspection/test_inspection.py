@@ -189,6 +189,23 @@ def test_figures_are_what_the_samples_hold(
         assert mixture.waste == pytest.approx(sum(padding) / len(padding) / 64, abs=0.06)
 
 
+@pytest.mark.parametrize("packing", ["concat", "overflow"])
+def test_figures_in_gpt_neox_s_order(build: Callable[..., tuple], tmp_path: Path, packing: str) -> None:
+    a = chats(tmp_path / "a.jsonl", [f"What is {n}? It is {n}.\n" for n in range(90)])
+    b = chats(tmp_path / "b.jsonl", [f"Who? {'the answer ' * (n % 7)}\n" for n in range(60)])
+    order = {"data_order": "neox", "wanted": 320, "rows": 8, "mask_end_of_text": True}
+    dataset, options = build(f"{a}:3,{b}:1", packing=packing, **order)
+    mixture = figures.mixture(dataset, options, steps=40, batch_size=8, draw=1000)
+    batch = dataset.batch(0, 320)
+    trained = [int((batch.labels[batch.sources == source] != IGNORE).sum()) for source in range(2)]
+    assert [source.samples for source in mixture.sources] == [240, 80]
+    for source, own, count in zip(mixture.sources, dataset.sources, trained, strict=True):
+        assert source.loss == pytest.approx(count / sum(trained), abs=0.01)
+        if packing == "concat":
+            assert source.epochs == pytest.approx(source.samples * 64 / own.tokens, rel=0.01)
+    assert mixture.trained == pytest.approx(sum(trained) / batch.labels.numel(), rel=0.01)
+
+
 def test_every_sample_reads_as_its_documents(build: Callable[..., tuple], tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts = {f"<human>: What is {n} 🦆?\n<bot>: It is {n}.\n" for n in range(30)}
     dataset, _ = build(str(chats(tmp_path / "a.jsonl", sorted(texts))), packing="documents", loss_on="responses")
