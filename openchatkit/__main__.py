@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": ("make layer shards of a base model", "pretrained/*/prepare.py", ""),
     "fetch": ("fetch and unpack data", "data/prepare_data.py", "download.command"),
     "preprocess": ("tokenise records into .bin and .idx", "tools/preprocess_data.py", "tools.preprocess.command"),
+    "stores": ("count, merge and check token stores", "tools/stores.py", "tools.stores.command"),
     "tokenizer": ("train a tokenizer", "tools/train_tokenizer.py", "tools.tokenizer_training"),
     "inspect": ("show what training would be given", "tools/inspect_data.py", "tools.inspection.command"),
     "plan": ("say what training takes on a layout", "tools/plan_training.py", "tools.planning.command"),

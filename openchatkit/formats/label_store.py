@@ -55,14 +55,7 @@ def find_difference(store: TokenStore, labels: TokenStore, advance: Callable[[in
         tokens, given = store.tokens[first : first + _PIECE], labels.tokens[first : first + _PIECE]
         if len(wrong := np.flatnonzero((tokens != given) & (given != NOT_TRAINED))):
             place = wrong[0]
-            document, token = _locate(store, first + int(place))
+            document, token = store.locate(first + int(place))
             return f"token {token} of document {document} is {tokens[place]}, its label {given[place]}"
         advance(len(tokens))
     return None
-
-
-def _locate(store: TokenStore, place: int) -> tuple[int, int]:
-    """Return the document that holds a place in `tokens`, and the token's number in it."""
-    starts = store.starts(np.arange(store.documents))
-    document = int(np.flatnonzero((starts <= place) & (place < starts + store.sizes))[0])
-    return document, place - int(starts[document])

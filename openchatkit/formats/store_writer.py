@@ -1,6 +1,7 @@
 """Writing token stores (`formats.token_store`), document by document, from the start or from where it stopped."""
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from openchatkit.formats.token_store import (
     bin_path,
     choose_dtype,
     idx_path,
+    maker_path,
     mask_path,
     pack_header,
 )
@@ -43,6 +45,18 @@ class StoreProgress:
     spelled: int = 0
     quarantined: int = 0
     quarantine_size: int = 0
+
+
+def rename_store(old: Path, new: Path) -> None:
+    """Give a whole store another name, its index last, so that no store opens whose other files are missing.
+
+    The store that had the name is gone then, and which tokenizer made that. Both are on one disk.
+    """
+    for place in (idx_path, bin_path, mask_path, maker_path):
+        place(new).unlink(missing_ok=True)
+    for place in (bin_path, mask_path, idx_path):
+        if place(old).exists():
+            os.replace(place(old), place(new))
 
 
 class TokenStoreWriter:

@@ -29,7 +29,6 @@ _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CONTEXT, TRAINED, EXCLUDED = 0, 1, 2  # bytes of a mask
 NOT_TRAINED = -100  # a label
 _UINT16_VOCABULARY = 65500  # vocabularies smaller than this are written as uint16, others as int32
-_MAKER = ".tokenizer"
 
 
 def bin_path(prefix: Path) -> Path:
@@ -47,6 +46,11 @@ def mask_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".mask.bin")
 
 
+def maker_path(prefix: Path) -> Path:
+    """Return the path of what `write_maker` writes."""
+    return prefix.with_name(prefix.name + ".tokenizer")
+
+
 def find_prefix(path: Path) -> Path | None:
     """Return the prefix of the store that a path names, with or without the suffix of a file; None if there is none."""
     for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
@@ -57,13 +61,13 @@ def find_prefix(path: Path) -> Path | None:
 
 def write_maker(prefix: Path, maker: dict[str, str]) -> None:
     """Write beside a store which tokenizer made it, by GPT-NeoX's names: tokenizer_type, vocab_file, merge_file."""
-    storage.write_text(prefix.with_name(f"{prefix.name}{_MAKER}"), json.dumps(maker, indent=1) + "\n")
+    storage.write_text(maker_path(prefix), json.dumps(maker, indent=1) + "\n")
 
 
 def read_maker(prefix: Path) -> dict[str, str]:
     """Return which tokenizer made a store; nothing where it is not known."""
     try:
-        maker = json.loads(prefix.with_name(f"{prefix.name}{_MAKER}").read_text(encoding="utf-8"))
+        maker = json.loads(maker_path(prefix).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return maker if isinstance(maker, dict) else {}
@@ -144,6 +148,12 @@ class TokenStore:
         """Return the positions in `tokens` at which these documents begin, int64."""
         positions: np.ndarray = self.pointers[documents] // self.tokens.itemsize - self._first_token
         return positions
+
+    def locate(self, place: int) -> tuple[int, int]:
+        """Return the document that holds a place in `tokens`, and the token's number in it."""
+        starts = self.starts(np.arange(self.documents))
+        document = int(np.flatnonzero((starts <= place) & (place < starts + self.sizes))[0])
+        return document, place - int(starts[document])
 
     def document(self, number: int) -> np.ndarray:
         """Return the tokens of one document."""

@@ -21,7 +21,7 @@ from openchatkit.data.stores.builder import Progress, StoreBuilder, is_resumable
 from openchatkit.data.stores.pace import Pace
 from openchatkit.errors import UserError
 from openchatkit.formats.cached_store import quarantine_path
-from openchatkit.formats.store_writer import StoreProgress
+from openchatkit.formats.store_writer import StoreProgress, rename_store
 from openchatkit.formats.token_store import bin_path, idx_path, mask_path
 from openchatkit.tools.preprocess import fields
 
@@ -123,9 +123,7 @@ def _publish(folder: Path, prefix: Path, keys: Sequence[str], *, quarantined: in
     if quarantined:
         os.replace(quarantine_path(folder), set_aside_path(prefix))
     for key in keys:
-        for place in (bin_path, mask_path, idx_path):
-            if (path := place(folder / key)).exists():
-                os.replace(path, place(store_prefix(prefix, key)))
+        rename_store(folder / key, store_prefix(prefix, key))
     storage.sync(folder.parent)
 
 
