@@ -1,9 +1,12 @@
-"""Models with random weights, and the tiny tokenizer in their folders."""
+"""Models with random weights, the tiny tokenizer in their folders, and runs with their weights."""
 
 import shutil
 from pathlib import Path
 
 import torch
+
+from openchatkit.formats import checkpoint
+from openchatkit.loading import stages
 
 SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0}
 
@@ -32,3 +35,21 @@ def write_random_models(root: Path, tokenizer: Path) -> dict[str, Path]:
 def add_tokenizer(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         shutil.copy(file, folder)
+
+
+def write_run(folder: Path, model: Path, *steps: int, tokenizer: bool = True) -> Path:
+    """Write a run's folder, with checkpoints of a model's weights after some steps; return it."""
+    reader = stages.open_shards(stages.find(model))
+    for step in steps:
+        temporary = checkpoint.begin(folder, step)
+        records = [checkpoint.write_weights(temporary, shard, reader.read(shard)) for shard in reader.shards]
+        checkpoint.finish(
+            temporary,
+            folder,
+            step,
+            state={"layout": {}},
+            records=records,
+            raw_config=reader.raw_config,
+            tokenizer_from=model if tokenizer else None,
+        )
+    return folder

@@ -1,6 +1,6 @@
 """One GPT-NeoX configuration: its merged settings, old spellings resolved, and what becomes of each of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,16 @@ class NeoxConfig:
             raise UserError(f"{self.where(small)}: expected at least 1")
         return [self.get(name) for name in names]
 
-    def check(self) -> list[str]:
+    def check(self, among: Collection[str] = keys.KEYS) -> list[str]:
         """Return a line for all keys without effect, and one for each reason why others are followed differently.
 
-        UserError for the first value that cannot be followed.
+        UserError for the first value that cannot be followed. Only keys `among` these, or in blocks of theirs, count.
         """
         ignored: list[str] = []
         different: dict[str, list[str]] = {}
         for name, value, key, where in self._values():
+            if name.split(".")[0] not in among:
+                continue
             outcome = keys.judge(key, value)
             if outcome == "refuse":
                 raise UserError(f"{where}: {key.why}")

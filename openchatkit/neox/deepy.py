@@ -13,46 +13,46 @@ from openchatkit.neox.config import NeoxConfig
 from openchatkit.neox.hosts import Host
 from openchatkit.paths import ROOT
 
+# The scripts by both ages' names.
 _TRAINING = ("train.py", "pretrain_gpt2.py")
-_CONVERT = "convert the checkpoint with tools/convert_to_hf_gptneox.py"
-# Scripts of GPT-NeoX that are not here, and what does their work.
-_ELSEWHERE = {
-    **dict.fromkeys(("generate.py", "text_gen_gpt2.py"), f"{_CONVERT} and talk to it with inference/bot.py"),
-    **dict.fromkeys(
-        ("eval.py", "evaluate.py", "eval_tasks/run.py", "run.py"),
-        f"{_CONVERT} and examine it with tools/run_evaluation.py",
-    ),
-}
+_GENERATION = ("generate.py", "text_gen_gpt2.py")
+_EVALUATION = ("eval.py", "evaluate.py", "eval_tasks/run.py")
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the configuration, start the ranks of each host, and wait for them. Returns the exit status."""
+    """Check the configuration, start the ranks of each host, and wait for them; other scripts run here, in one process.
+
+    Returns the exit status.
+    """
     parser = ConfigurationParser(
         prog="neox/deepy.py",
         usage="%(prog)s SCRIPT [-d DIR] CONF... [-H HOSTFILE] [--KEY VALUE ...]",
         description="Start a script of GPT-NeoX on all ranks that its configuration files give.",
         epilog="Any setting of the files may be given as --KEY VALUE, which wins over them.",
     )
-    parser.add_argument("script", metavar="SCRIPT", help=f"what to run: {' or '.join(_TRAINING)}")
+    parser.add_argument("script", metavar="SCRIPT", help=f"what to run: {_name_scripts()}")
     parser.add_files()
     parser.add_argument(
         "--print-commands", action="store_true", help="print the command of each host instead of starting them"
     )
     line = arguments.parse(parser, argv)
-    _check_script(line.known.script)
+    script = _check_script(line.known.script)
     config = line.read_config()
     there = hosts.find_hosts(config)
+    if script not in _TRAINING:
+        _run_here(script, config, there)
+        return 0
     ranks = sum(len(host.slots) for host in there)
     run = translation.translate(config, ranks=ranks, on_gpu=hosts.count_gpus() > 0)
     if run.model is not None and not line.known.print_commands and not model.is_written(run.model):
         model.write_model(run.model, config, resumes=False)
-    script, given = ROOT / "neox" / "train.py", _rank_arguments(line, config, there)
+    program, given = ROOT / "neox" / "train.py", _rank_arguments(line, config, there)
     if len(there) == 1 and there[0].is_here and not config.get("force_multi") and not line.known.print_commands:
         if there[0].name is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, there[0].slots))
-        return launcher.launch(script, given, world_size=ranks)
-    commands = remote.make_commands(there, script, given, environment=remote.collect_environment())
+        return launcher.launch(program, given, world_size=ranks)
+    commands = remote.make_commands(there, program, given, environment=remote.collect_environment())
     if line.known.print_commands:
         for each in commands:
             print(each.text if each.host.name is None else f"{each.host.name}: {each.text}")
@@ -61,12 +61,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return remote.run_commands(commands, launcher="slurm" if by_slurm else "ssh", comment=config.get("comment"))
 
 
-def _check_script(name: str) -> None:
-    script = name.removeprefix("./")
-    if script in _ELSEWHERE:
-        raise UserError(f"{name} is not here yet: {_ELSEWHERE[script]}")
-    if Path(script).name not in _TRAINING:
-        raise UserError(f"there is no script {name}: expected {' or '.join(_TRAINING)}")
+def _check_script(name: str) -> str:
+    """Return the name of a script without its folder."""
+    script = Path(name).name
+    if script not in map(os.path.basename, (*_TRAINING, *_GENERATION, *_EVALUATION)):
+        raise UserError(f"there is no script {name}: expected {_name_scripts()}")
+    return script
+
+
+def _name_scripts() -> str:
+    *names, last = (*_TRAINING, *_GENERATION, *_EVALUATION)
+    return f"{', '.join(names)} or {last}"
+
+
+def _run_here(script: str, config: NeoxConfig, there: Sequence[Host]) -> None:
+    """Generate or evaluate in this process, on the first of the GPUs that the hosts name here."""
+    here = next((host for host in there if host.is_here and host.name is not None), None)
+    if here is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(here.slots[0])
+    if script in _GENERATION:
+        from openchatkit.neox import generation
+
+        generation.generate(config)
+    else:
+        from openchatkit.neox import evaluation
+
+        evaluation.evaluate(config)
 
 
 def _rank_arguments(line: CommandLine, config: NeoxConfig, there: Sequence[Host]) -> list[str]:

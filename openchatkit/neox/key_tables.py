@@ -52,7 +52,6 @@ _INITS = (
     "normal scaled_normal single_residual_scaled_normal small_init wang_init orthogonal scaled_orthogonal "
     "xavier_uniform xavier_normal"
 )
-_NO_DROPOUT = "the kit's layers drop nothing out: set it to 0"
 
 MODEL: Mapping[str, Key] = {
     "num_layers": _use("whole"),
@@ -77,13 +76,10 @@ MODEL: Mapping[str, Key] = {
     "rms_norm_epsilon": _use("number", 1e-8),
     "scalenorm_epsilon": _use("number", 1e-8),
     "use_qk_layernorm": _use("truth", False),
-    "pos_emb": _use(
-        "text",
-        "learned",
-        choices="learned sinusoidal rotary rpe alibi none",
-        only=["rotary"],
-        why=f"{_NOT_YET}: use rotary",
-    ),
+    "pos_emb": _use("text", "learned", choices="learned sinusoidal rotary rpe alibi none"),
+    "rpe_num_buckets": _use("whole", 32),
+    "rpe_max_distance": _use("whole", 128),
+    "rpe_rule": _use("text", "today", choices="today 2021"),  # of the kit
     "rotary_pct": _use("number", 1.0),
     "rotary_emb_base": _use("number", 10000),
     "no_weight_tying": _use("truth", False),
@@ -96,17 +92,16 @@ MODEL: Mapping[str, Key] = {
     "use_bias_in_mlp": _use("truth", True),
     "num_kv_heads": _use("whole"),
     "attention_config": _use("list"),
-    "sparsity": _use("text", "none", choices="none all interspersed", only=["none"], why=f"{_NOT_YET}: sparse layers"),
-    "hidden_dropout": _use("number", 0.0, only=[0], why=_NO_DROPOUT),
-    "attention_dropout": _use("number", 0.0, only=[0], why=_NO_DROPOUT),
+    "sparsity": _use("text", "none", choices="none all interspersed"),
+    "sparsity_config": _use("block"),
+    "sliding_window_width": _use("whole"),
+    "hidden_dropout": _use("number", 0.0),
+    "attention_dropout": _use("number", 0.0),
     "init_method": _use("text", "normal", choices=_INITS),
     "output_layer_init_method": _use("text", "scaled_normal", choices=_INITS),
     "init_method_std": _use("number", 0.02),
-    **_refuse("sliding_window_width apply_residual_connection_post_layernorm", _NOT_YET),
-    **_ignore(
-        "rpe_num_buckets rpe_max_distance opt_pos_emb_offset sparsity_config",
-        "it belongs to a choice that is not made",
-    ),
+    **_refuse("apply_residual_connection_post_layernorm", _NOT_YET),
+    **_refuse("opt_pos_emb_offset", "the first token has the first row of a table of positions"),
     **_ignore(
         "scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion rope_fusion "
         "layernorm_fusion rmsnorm_fusion use_flashattn_swiglu output_layer_parallelism use_cpu_initialization "
@@ -161,7 +156,6 @@ TRAINING: Mapping[str, Key] = {
         name: Key("differ", only=(None, False), why=why)
         for name, why in {
             "no_save_optim": "the optimizer's state is saved with each checkpoint",
-            "eval_tasks": "tasks are evaluated by tools/run_evaluation.py, after training",
             "char_level_ppl": "the loss is given a token",
         }.items()
     },
@@ -304,11 +298,29 @@ LOGGING: Mapping[str, Key] = {
 }
 
 # Read by generation and evaluation, which training has no use for.
-GENERATION: Mapping[str, Key] = _ignore(
-    "text_gen_type temperature top_p top_k maximum_tokens prompt_end sample_input_file sample_output_file num_samples "
-    "recompute return_logits precompute_model_name eval_results_prefix iteration",
-    "it concerns the generation of text",
-)
+GENERATION: Mapping[str, Key] = {
+    "text_gen_type": _use(
+        "text",
+        choices="unconditional input-file interactive precompute",
+        only=[None, "unconditional", "input-file", "interactive"],
+        why="there is no store of logits: use unconditional, input-file or interactive",
+    ),
+    "temperature": _use("number", 0.0),
+    "top_k": _use("whole", 0),
+    "top_p": _use("number", 0.0),
+    "maximum_tokens": _use("whole", 64),
+    "prompt_end": _use("text", "\n"),
+    "sample_input_file": _use("text"),
+    "sample_output_file": _use("text"),
+    "num_samples": _use("whole", 1),
+    "recompute": _use("truth", False),
+    **_refuse("return_logits", "logits are not written: openchatkit.minimal20b gives a model's, in Python"),
+    **_ignore("precompute_model_name", "there is no store of logits"),
+    "iteration": _use("whole"),
+    "eval_results_prefix": _use("text", ""),
+    "eval_tasks": _use("texts"),
+    "eval_include_paths": _use("texts"),  # of the kit
+}
 
 _ARCHITECTURE = "another architecture, which the kit does not have"
 REFUSED: Mapping[str, Key] = {

@@ -254,8 +254,9 @@ def test_commands_of_hosts_are_printed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate.py", "c.yml"], r"generate.py is not here yet: convert the checkpoint with tools/convert_to_hf"),
-        (["trian.py", "c.yml"], r"there is no script trian.py: expected train.py or pretrain_gpt2.py"),
+        (["generate.py", "c.yml"], r"load is not given: name the folder of the checkpoints, as training's save does"),
+        (["evaluate.py", "c.yml", "--load", "none"], r"--load none: it is no folder: train first, or name the folder"),
+        (["trian.py", "c.yml"], r"there is no script trian.py: expected train.py, pretrain_gpt2.py, generate.py, text"),
         (
             ["train.py", "c.yml", "--num_layres", "2"],
             r"--num_layres: GPT-NeoX has no setting 'num_layres': the nearest is",

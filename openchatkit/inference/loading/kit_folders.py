@@ -20,9 +20,12 @@ def write_description(reader: ShardReader, folder: Path) -> None:
     hf_writer.write_config(folder, reader.raw_config, reader.config, dtype=dtype, tokenizer=folder)
 
 
-def write_tokenizer(found: ModelFolder, folder: Path) -> None:
-    """Write the model's tokenizer as a conversion would; UserError where it has none."""
-    stages.write_tokenizer(found, folder)
+def write_tokenizer(found: ModelFolder, folder: Path, *, other: Path | None) -> None:
+    """Write the model's tokenizer, or that in the folder `other`, as a conversion would; UserError without one."""
+    if other is None:
+        stages.write_tokenizer(found, folder)
+    else:
+        tokenizer_files.copy_tokenizer(other, folder)
     tokenizer_files.add_chat_template(folder)
 
 

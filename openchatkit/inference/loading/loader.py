@@ -69,17 +69,19 @@ def load(
     bits: int | None = None,
     gpu_gib: Mapping[int, float] | None = None,
     cpu_gib: float | None = None,
+    tokenizer: Path | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> LoadedModel:
     """Load the model that `name` means: a folder of Hugging Face's, of GPT-NeoX's or of ours, or a hub name.
 
     `dtype` "int8" is this kit's own quantising, `bits` 8 or 4 is bitsandbytes'. `gpu_gib` (by GPU) and `cpu_gib` limit
-    the memory that the weights fill; the rest stays on disk. `announce` gets one line on what is being loaded.
+    the memory that the weights fill; the rest stays on disk. `tokenizer` is the folder of another than the
+    model's own, where that is in no folder of Hugging Face's. `announce` gets one line on what is being loaded.
     UserError when it is not a model, or its parts do not fit together, or it does not fit on the device.
     """
     placement.check_combination(dtype, bits, gpu_gib, cpu_gib)
     device = placement.choose_device(gpu_id, gpu_gib)
-    weights = _Weights(name, device, dtype, bits, gpu_gib, cpu_gib, announce)
+    weights = _Weights(name, device, dtype, bits, gpu_gib, cpu_gib, tokenizer, announce)
     found = _find_folder(name)
     if found.kind == HUGGING_FACE:
         return weights.load(found.path)
@@ -96,6 +98,7 @@ class _Weights:
     bits: int | None
     gpu_gib: Mapping[int, float] | None
     cpu_gib: float | None
+    tokenizer: Path | None
     announce: Callable[[str], None]
 
     def load_other(self, found: ModelFolder) -> LoadedModel:
@@ -103,7 +106,7 @@ class _Weights:
         reader = stages.open_shards(found)
         with tempfile.TemporaryDirectory() as described:
             folder = Path(described)
-            kit_folders.write_tokenizer(found, folder)
+            kit_folders.write_tokenizer(found, folder, other=self.tokenizer)
             if not hf_transformers.has_causal_lm(reader.raw_config["model_type"]):
                 return self._load_stage(found, reader, Tokenizer(folder))
             if self.cpu_gib is not None:

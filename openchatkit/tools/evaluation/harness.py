@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from openchatkit.tools.evaluation import scoring
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
 
 _INSTALL = "pip install 'openchatkit[eval]'"
 
@@ -61,9 +63,10 @@ def evaluate(
     """
     lm_eval = _import_lm_eval()
     # All that can be wrong with the flags comes before the weights are read.
-    found = stages.find(_fetch(model))
+    path = _fetch(model)
     place = hardware.choose_device(device)
-    precision = hardware.choose_dtype(dtype, place, parameters=stages.count_parameters(found), flag="--dtype")
+    parameters = stages.read_live(path, stages.count_parameters)
+    precision = hardware.choose_dtype(dtype, place, parameters=parameters, flag="--dtype")
     if dtype != "auto" and (note := hardware.emulation_note(place, precision)):
         from loguru import logger
 
@@ -72,7 +75,9 @@ def evaluate(
         manager = _task_manager(include_paths)
         loaded = _load_tasks(_match_tasks(tasks, manager), manager)
         try:
-            lm = _load_lm(found, tokenizer or found.path, precision, place, batch_size)
+            found, lm = stages.read_live(
+                path, lambda found: (found, _load_lm(found, tokenizer, precision, place, batch_size))
+            )
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=loaded,
@@ -104,7 +109,7 @@ def evaluate(
 _RELEVANT = ("results", "groups", "higher_is_better", "n-shot", "n-samples", "versions", "configs", "date")
 
 
-def _metric_values(results: Mapping[str, Any]) -> list[MetricValue]:
+def list_values(results: Mapping[str, Any]) -> list[MetricValue]:
     """List the numbers of `evaluate`'s results, task by task."""
     listed = []
     for task, entry in results["results"].items():
@@ -196,22 +201,31 @@ def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
 
 
 def _load_lm(
-    found: stages.ModelFolder, folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int
+    found: stages.ModelFolder, tokenizer: Path | None, dtype: torch.dtype, device: torch.device, batch_size: int
 ) -> "LM":
-    """Load a model and the tokenizer in `folder` as lm-eval's language model."""
-    tokenizer = pretrained.load_tokenizer(folder)
+    """Load a model, and the tokenizer in a folder or else its own, as lm-eval's language model."""
+    loaded = _load_tokenizer(found, tokenizer)
     if found.kind == stages.HUGGING_FACE:
         from lm_eval.models.huggingface import HFLM
 
         model = pretrained.load_model(found.path, dtype, device)
-        pretrained.check_tokenizer(folder, tokenizer, model.config.vocab_size)
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        pretrained.check_tokenizer(tokenizer or found.path, loaded, model.config.vocab_size)
+        return HFLM(pretrained=model, tokenizer=loaded, batch_size=batch_size)
     stage = stages.load_stage(stages.open_shards(found), device, dtype)
-    pretrained.check_tokenizer(folder, tokenizer, stage.config.vocab_size)
-    return scoring.as_lm(scoring.StageScorer(stage, device, batch_size=batch_size), tokenizer)
+    pretrained.check_tokenizer(tokenizer or found.path, loaded, stage.config.vocab_size)
+    return scoring.as_lm(scoring.StageScorer(stage, device, batch_size=batch_size), loaded)
 
 
-def _print_table(listed: Sequence[MetricValue]) -> None:
+def _load_tokenizer(found: stages.ModelFolder, folder: Path | None) -> "PreTrainedTokenizerBase":
+    if folder is not None or found.kind != stages.GPT_NEOX:
+        return pretrained.load_tokenizer(folder or found.path)
+    with tempfile.TemporaryDirectory() as written:
+        stages.write_tokenizer(found, Path(written))
+        return pretrained.load_tokenizer(Path(written))
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Print the table of `evaluate`'s results."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -219,7 +233,7 @@ def _print_table(listed: Sequence[MetricValue]) -> None:
     table = Table("task", "metric", box=box.SIMPLE)
     table.add_column("value", justify="right")
     table.add_column("stderr", justify="right")
-    for one in listed:
+    for one in list_values(results):
         table.add_row(one.task, one.metric, f"{one.value:.4f}", "" if one.stderr is None else f"{one.stderr:.4f}")
     Console().print(table)
 
@@ -229,9 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, print the table, and write the results where they are asked for."""
     parser = cli.Parser(
         prog="tools/run_evaluation.py",
-        description="Evaluate a Hugging Face model, layer shards or a training checkpoint with lm-eval; print a table.",
+        description="Evaluate a Hugging Face model, a training checkpoint, layer shards or GPT-NeoX's files with "
+        "lm-eval; print a table.",
     )
-    parser.add_argument("--model", required=True, help="a folder of any of the three kinds, or a hub name")
+    parser.add_argument("--model", required=True, help="a folder of any of the four kinds, or a hub name")
     parser.add_argument("--tasks", required=True, help="names, groups or patterns, by commas: lambada_openai,piqa")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (not given: the model's)")
     parser.add_argument("--num-fewshot", type=cli.natural, help="solved examples before each (not given: as the task)")
@@ -265,4 +280,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.output is not None:
         write_text(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    _print_table(_metric_values(results))
+    print_results(results)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from random_models import write_run
 from test_loader import refused
 from test_minimal20b import neox, write_neox
 
@@ -17,7 +18,7 @@ from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader
 from openchatkit.libraries import hf_transformers
-from openchatkit.loading import hardware, stages
+from openchatkit.loading import hardware
 from openchatkit.models.stage import Stage
 
 PROMPT, GREEDY = [5, 17, 3, 60], Sampling(max_tokens=20, sample=False)
@@ -26,17 +27,6 @@ PROMPT, GREEDY = [5, 17, 3, 60], Sampling(max_tokens=20, sample=False)
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def write_run(folder: Path, model: Path, *steps: int, tokenizer: bool = True) -> Path:
-    """A run's folder with checkpoints of a model's weights."""
-    reader = stages.open_shards(stages.find(model))
-    for step in steps:
-        temporary = checkpoint.begin(folder, step)
-        records = [checkpoint.write_weights(temporary, shard, reader.read(shard)) for shard in reader.shards]
-        options = {"state": {"layout": {}}, "records": records, "raw_config": reader.raw_config}
-        checkpoint.finish(temporary, folder, step, tokenizer_from=model if tokenizer else None, **options)
-    return folder
 
 
 @torch.inference_mode()
