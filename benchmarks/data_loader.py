@@ -21,6 +21,7 @@ import numpy as np
 from loguru import logger
 
 from openchatkit.data.dataset import Dataset
+from openchatkit.data.mixture import Interleaving
 from openchatkit.data.options import LOSS_ON, PACKINGS, DataOptions
 from openchatkit.data.samples.packing import pack
 from openchatkit.data.samples.source import Content, MixtureSource
@@ -51,7 +52,9 @@ def open_dataset(prefix: Path, packing: str, loss_on: str) -> Dataset:
     content = Content(store, prefix.name, store.documents, trained_tokens=len(store.tokens) // 2)
     source = MixtureSource(prefix.name, 1.0, [content], loss_on=loss_on, number=0, seed=1, cache_dir=prefix.parent)
     options = DataOptions(prefix.parent, seq_length=SEQ_LENGTH, packing=packing, loss_on=loss_on)
-    return Dataset([source], [pack(source, SEQ_LENGTH, packing=packing, padding=0)], options, fingerprint="")
+    packed = pack(source, SEQ_LENGTH, packing=packing, padding=0)
+    turns = Interleaving.by_weight([1.0], seed=1)
+    return Dataset([source], [packed], options, interleaving=turns, epoch_samples=packed.samples, fingerprint="")
 
 
 def anonymous_memory() -> int:
