@@ -12,7 +12,9 @@ from openchatkit.data.dataset import Dataset
 from openchatkit.distributed.processes import ECHO_SECONDS, note_stop
 from openchatkit.distributed.watchdog import describe_short_timeout
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
+from openchatkit.formats import metrics
 from openchatkit.training.config import Settings
+from openchatkit.training.jumps import JumpFinder
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter, open_sinks
 from openchatkit.training.norms import NormMeter
@@ -268,9 +270,8 @@ class Loop:
             return
         folder = self.settings.checkpoint_path
         self._ledger = LedgerWriter(folder, self.progress, self.trainer.layout, self.trainer.schedule)
-        self._reporter = Reporter(
-            open_sinks(self.settings, first_step=self.progress.step, total_steps=self.total_steps)
-        )
+        sinks = open_sinks(self.settings, first_step=self.progress.step, total_steps=self.total_steps)
+        self._reporter = Reporter(sinks, JumpFinder(metrics.read(folder)))
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from openchatkit.settings import to_json
 from openchatkit.training import sinks
 from openchatkit.training.config import Settings
 from openchatkit.training.curve_names import Row, choose_curves
+from openchatkit.training.jumps import JumpFinder
 from openchatkit.training.monitor import Monitor
 from openchatkit.training.sinks import Sink
 
@@ -47,10 +48,10 @@ def open_sinks(settings: Settings, *, first_step: int, total_steps: int) -> list
 
 
 class Reporter:
-    """Reports steps and evaluations to some sinks; made on rank 0 only."""
+    """Reports steps and evaluations to some sinks; made on rank 0 only. `jumps` knows the losses before."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, sinks: Sequence[Sink], jumps: JumpFinder | None = None) -> None:
+        self._sinks, self._jumps = sinks, jumps or JumpFinder()
 
     def report_step(self, row: Row, *, applied: bool, samples: range) -> None:
         """Report one step, with the keys that `training/README.md` lists.
@@ -58,13 +59,17 @@ class Reporter:
         `samples` are the numbers of its samples, as `tools/inspect_data.py --first` counts them. A norm or loss that is
         not finite is written as null, since JSON has no NaN and no infinity.
         """
-        row = _replace_non_finite(row)
+        row = self._jumps.mark(_replace_non_finite(row), samples)
+        numbers = f"samples {samples[0]} to {samples[-1]}"
         if not applied:
             why = "the gradient is not finite" if row["trained_tokens"] else "none of its tokens is trained on"
             bad = [name for name, of in row["sources"].items() if of["loss"] is None and of["trained_tokens"]]
             blamed = f", the loss of {', '.join(bad)} neither" if bad else ""
-            numbers = f"samples {samples[0]} to {samples[-1]}"
             logger.warning("step {}, {}: {}{}; no weight was changed", row["step"], numbers, why, blamed)
+        elif "jump" in row:
+            loss, usual, step = row["loss"], row["jump"]["usual_loss"], row["step"]
+            how = f"tools/inspect_data.py --checkpoint-path with --step {step} shows them"
+            logger.warning("step {}, {}: the loss jumps to {:.3f} from {:.3f}; {}", step, numbers, loss, usual, how)
         for sink in self._sinks:
             sink.add_step(row)
 
