@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "rotary_emb_base": 10000,
     "rpe_num_buckets": 32,
     "rpe_max_distance": 128,
+    "rpe_rule": "today",
     "opt_pos_emb_offset": 0,
     "gpt_j_residual": False,
     "gpt_j_tied": False,
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "init_method": "normal",
     "output_layer_init_method": "scaled_normal",
     "init_method_std": 0.02,
+    "seed": 1234,
     "tokenizer_type": "GPT2BPETokenizer",
 }
 # GPT-NeoX-20B as its own yml describes it: its weights are often fetched without that file.

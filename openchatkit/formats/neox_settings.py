@@ -10,11 +10,8 @@ from typing import Any, Protocol
 
 from openchatkit.errors import UserError
 from openchatkit.models.layers import ACTIVATIONS
-from openchatkit.models.neox_options import GATES, NeoxOptions
+from openchatkit.models.neox_options import ATTENTION_KINDS, GATES, NeoxOptions, read_options
 
-# Kinds of layers that are plain causal attention; `flash` names a kernel.
-_PLAIN_ATTENTION = ("global", "flash")
-_SPARSE_ATTENTION = ("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer")
 _EPSILONS = {
     "layernorm": "layernorm_epsilon",
     "non_parametric_layernorm": "layernorm_epsilon",
@@ -47,7 +44,6 @@ def describe_model(config: NeoxSettings, *, rows: int, inner_width: int | None =
     )
     if width % heads:
         raise UserError(f"{config.where('hidden_size')} is no multiple of num_attention_heads {heads}: change one")
-    check_attention(config, layers)
     activation, options = config.get("activation"), _choose_options(config, layers)
     if activation == "gelu" and config.get("bias_gelu_fusion"):
         activation = "gelu_fast"  # the fused kernel computes the tanh form
@@ -90,23 +86,48 @@ def _choose_options(config: NeoxSettings, layers: int) -> NeoxOptions:
             f"{config.where('use_qk_layernorm')}: one norm serves queries and keys, of which num_kv_heads {key_heads} "
             "makes fewer: leave one of them out"
         )
-    return NeoxOptions(
-        norm=config.get("norm"),
-        use_qk_layernorm=config.get("use_qk_layernorm"),
-        gpt_j_tied=parallel and config.get("gpt_j_tied"),
-        num_kv_heads=key_heads if grouped else None,
-        use_bias_in_mlp=config.get("use_bias_in_mlp"),
-        pos_emb=config.get("pos_emb"),
-    )
+    kinds = choose_attention(config, layers)
+    is_sparse, is_relative = {*kinds} != {"global"}, config.get("pos_emb") == "rpe"
+    chosen = {
+        "norm": config.get("norm"),
+        "use_qk_layernorm": config.get("use_qk_layernorm"),
+        "gpt_j_tied": parallel and config.get("gpt_j_tied"),
+        "num_kv_heads": key_heads if grouped else None,
+        "use_bias_in_mlp": config.get("use_bias_in_mlp"),
+        "pos_emb": config.get("pos_emb"),
+        "hidden_dropout": config.get("hidden_dropout"),
+        "attention_dropout": config.get("attention_dropout"),
+        "sliding_window_width": config.get("sliding_window_width"),
+    }
+    if is_relative:
+        chosen |= {name: config.get(name) for name in ("rpe_num_buckets", "rpe_max_distance")}
+        chosen["rpe_scaled"] = config.get("rpe_rule") == "today"
+    if is_sparse:
+        settings = dict(config.get("sparsity_config") or {})
+        chosen |= {"attention_config": kinds, "sparsity_config": {"seed": config.get("seed")} | settings}
+    try:
+        return read_options(chosen)
+    except UserError as error:
+        # Names are GPT-NeoX's, in this file as in those.
+        raise UserError(str(error).removeprefix("config.json: ")) from error
 
 
-def check_attention(config: NeoxSettings, layers: int) -> None:
-    """Raise UserError unless each layer has plain attention over all tokens before."""
-    kinds = expand_attention(config, layers)
-    if strange := next((kind for kind in kinds if kind not in _PLAIN_ATTENTION), None):
-        known = strange in _SPARSE_ATTENTION
-        why = "the kit's trainer has no sparse layers yet: use global" if known else "another architecture: use global"
-        raise UserError(f"{config.where('attention_config')}: {strange}: {why}")
+def choose_attention(config: NeoxSettings, layers: int) -> list[str]:
+    """Return the kind of attention of each layer; UserError for kinds that are no attention.
+
+    `flash` names a kernel. With `sparsity`, which GPT-NeoX gave up in 2021, all layers or every second one are
+    sparse_variable.
+    """
+    if (sparsity := config.get("sparsity")) != "none":
+        if config.get("attention_config"):
+            raise UserError(f"{config.where('sparsity')}: attention_config says the same: give one of them")
+        return ["sparse_variable" if sparsity == "all" or number % 2 else "global" for number in range(layers)]
+    kinds = ["global" if kind == "flash" else kind for kind in expand_attention(config, layers)]
+    if strange := next((kind for kind in kinds if kind not in ATTENTION_KINDS), None):
+        raise UserError(
+            f"{config.where('attention_config')}: {strange}: another architecture: use {', '.join(ATTENTION_KINDS)}"
+        )
+    return kinds
 
 
 def expand_attention(config: NeoxSettings, layers: int) -> list[str]:

@@ -74,6 +74,13 @@ class Sparsity:
                 "global_block_end_indices", list(ends), "an end, exclusive, after each of global_block_indices"
             )
 
+    def count_random_blocks(self, kind: str) -> int:
+        """Return how many random blocks a row of a kind's layout has at most."""
+        if kind not in ("sparse_variable", "bigbird"):
+            return 0
+        default = 1 if kind == "bigbird" else 0
+        return default if self.num_random_blocks is None else self.num_random_blocks
+
     def check(self, kind: str) -> None:
         """UserError where the settings do not make a layout of a kind."""
         if kind != "sparse_fixed":
@@ -136,8 +143,8 @@ def check_rows(sparsity: Sparsity, length: int) -> None:
     if length % sparsity.block:
         fits = length // sparsity.block * sparsity.block or sparsity.block
         raise UserError(
-            f"rows of {length} tokens are no multiple of the {sparsity.block} tokens of a block of sparse attention: "
-            f"make them {fits} long, or change block in sparsity_config"
+            f"--seq-length {length}: blocks of the model's sparse attention have {sparsity.block} tokens; "
+            f"use {fits}, or change block in sparsity_config"
         )
 
 
@@ -166,15 +173,14 @@ def _see_variable(settings: Sparsity, row: Tensor, column: Tensor, head: int, la
         windows.append(windows[-1])
     window = torch.arange(len(windows), device="cpu").repeat_interleave(torch.tensor(windows, device="cpu"))[:blocks]
     same = window.unsqueeze(1) == window
-    return (
-        same | _is_global(settings, column) | _draw_blocks(settings, settings.num_random_blocks or 0, row, head, layer)
-    )
+    drawn = _draw_blocks(settings, settings.count_random_blocks("sparse_variable"), row, head, layer)
+    return same | _is_global(settings, column) | drawn
 
 
 def _see_bigbird(settings: Sparsity, row: Tensor, column: Tensor, head: int, layer: int) -> Tensor:
     """A window, the first blocks, and random ones (Zaheer et al., arXiv 2007.14062, section 2)."""
     width, first = settings.num_sliding_window_blocks or 3, settings.num_global_blocks
-    count = 1 if settings.num_random_blocks is None else settings.num_random_blocks
+    count = settings.count_random_blocks("bigbird")
     seen = (column >= row - width // 2) | (column < first) | (row < first)
     return seen | _draw_blocks(settings, count, row, head, layer)
 

@@ -42,7 +42,7 @@ class TrainerRun:
 def translate(config: NeoxConfig, *, ranks: int, on_gpu: bool) -> TrainerRun:
     """Return the trainer's run for a configuration on some ranks; UserError for what it cannot follow."""
     layers = config.need("num_layers")[0]
-    neox_settings.check_attention(config, layers)
+    neox_settings.choose_attention(config, layers)  # another architecture is named before what comes with it
     notes = config.check()
     replicas = batches.count_replicas(config, ranks)
     made = model.find_maker(config).get("tokenizer_type")
@@ -92,8 +92,8 @@ def _find_checkpoint(folder: Path) -> Path | None:
 
     if neox_checkpoint.find(folder):
         raise UserError(
-            f"{folder} holds checkpoints of GPT-NeoX itself, which training does not take yet: convert one with "
-            f"`python pretrained/GPT-NeoX-20B/prepare.py --model-name {folder}`, or name another folder"
+            f"{folder} holds checkpoints of GPT-NeoX itself: run `python tools/convert_from_neox.py {folder} --save-dir "
+            "MODEL`, then give load MODEL with finetune true, or name another folder"
         )
     return checkpoint_folders.latest(folder)
 
@@ -111,6 +111,8 @@ def _choose_start(config: NeoxConfig, save: Path, notes: list[str]) -> dict[str,
     if config.get("finetune"):
         if same:
             raise UserError(f"{config.where('finetune')}: load and save are both {save}: give another save")
+        if found is None and model.is_written(load):
+            found = load  # a prepared model
         if found is None:
             raise UserError(f"{config.where('finetune')}: {load} holds no checkpoint to start from")
         return {"model_name": found}

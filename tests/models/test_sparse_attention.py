@@ -131,5 +131,5 @@ def test_settings_that_make_no_layout_are_refused(kind, settings, message):
 
 def test_rows_that_are_not_whole_blocks_are_refused():
     check_rows(Sparsity(), 64)
-    with pytest.raises(UserError, match=r"rows of 70 tokens are no multiple of the 16 tokens .* make them 64 long"):
+    with pytest.raises(UserError, match=r"--seq-length 70: blocks of .* have 16 tokens; use 64, or"):
         check_rows(Sparsity(), 70)

@@ -10,7 +10,6 @@ SHIPPED: dict[str, dict[str, Any]] = GOLDEN["configs"]
 # Shipped configurations of what the kit does not have, with the setting that their refusal names.
 REFUSED = {
     "configs2021/gmlp_small.yml": "attention_config",
-    "configs2021/sparse.yml": "attention_config",
     "configs/1-3B-transformer-engine.yml": "te_layernorm_mlp",
     "configs/125M-dmoe.yml": "moe_num_experts",
     # Of another fork: GPT-NeoX itself does not know this one either.
@@ -18,7 +17,7 @@ REFUSED = {
     "configs/mamba/mamba-130M.yml": "attention_config",
     "configs/mamba/mamba-2.8B.yml": "attention_config",
     "configs/mamba/mamba-370M.yml": "attention_config",
-    "configs/mistral/7B.yml": "sliding_window_width",
+    "configs/mistral/7B.yml": "tokenizer_type",
     "configs/rwkv/170M.yml": "attention_config",
 }
 

@@ -54,7 +54,7 @@ def test_shipped_configurations_are_followed_or_refused_by_name(name, write):
 
 
 def check(config: NeoxConfig) -> None:
-    neox_settings.check_attention(config, config.get("num_layers"))
+    neox_settings.choose_attention(config, config.get("num_layers"))
     config.check()
     neox_settings.describe_model(config, rows=512)
 

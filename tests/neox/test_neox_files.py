@@ -152,9 +152,7 @@ def test_what_is_not_followed_is_said_once(configure):
     ignored, perplexity = configure(**settings).check()
     assert ignored == "without effect here: data_impl, wall_clock_breakdown (docs/neox.md says why)"
     assert re.match(r"\S+c.yml:\d+: char_level_ppl True: the loss is given a token", perplexity)
-    with pytest.raises(UserError, match=r"c.yml:\d+: hidden_dropout 0.1: the kit's layers drop nothing out"):
-        configure(hidden_dropout=0.1).check()
-    with pytest.raises(UserError, match=r"^pos_emb is not given, by default learned: .* use rotary"):
-        configure(pos_emb=None).check()
+    with pytest.raises(UserError, match=r"c.yml:\d+: opt_pos_emb_offset 2: the first token has the first row"):
+        configure(opt_pos_emb_offset=2).check()
     with pytest.raises(UserError, match=r"c.yml:\d+: optimizer.params.weight_decay 0.1: the key weight_decay says it"):
         configure(optimizer={"type": "Adam", "params": {"weight_decay": 0.1}}).check()

@@ -68,6 +68,17 @@ def test_config_json(name, expected, write):
         ({"activation": "swiglu", "intermediate_size": 32768, "mlp_multiple_of": 256}, {"intermediate_size": 11008}),
         ({"activation": "geglu", "intermediate_size": 8 * 32}, {"intermediate_size": 8 * 32 // 3}),
         ({"activation": "glu", "expansion_factor": 6}, {"intermediate_size": 64}),
+        ({"pos_emb": None}, {"pos_emb": "learned", "rotary_pct": 1.0}),
+        ({"pos_emb": "alibi", "rpe_num_buckets": 8}, {"pos_emb": "alibi", "rpe_num_buckets": 32}),
+        ({"pos_emb": "rpe", "rpe_num_buckets": 8}, {"rpe_num_buckets": 8, "rpe_max_distance": 128, "rpe_scaled": True}),
+        ({"pos_emb": "rpe", "rpe_rule": "2021"}, {"rpe_scaled": False}),
+        ({"hidden_dropout": "1e-1"}, {"model_type": "neox", "hidden_dropout": 0.1, "attention_dropout": 0.0}),
+        ({"sliding_window_width": 8}, {"sliding_window_width": 8}),
+        ({"sparsity": "interspersed", "seed": 7}, {"attention_config": ["global", "sparse_variable"] * 2}),
+        ({"sparsity": "all", "seed": 7}, {"attention_config": ["sparse_variable"] * 4, "sparsity_config": {"seed": 7}}),
+        (SHIPPED["configs2021/sparse.yml"], {"sparsity_config": {"block": 16, "num_local_blocks": 32, "seed": 1234}}),
+        # Of no sparse layer.
+        ({"sparsity_config": {"block": 8}, "attention_config": [[["flash"], 4]]}, {"model_type": "gpt_neox"}),
         ({"activation": "reglu", "intermediate_size": 126}, {"intermediate_size": 42, "hidden_act": "reglu"}),
         ({"activation": "geglu", "intermediate_size": 126, "bias_gelu_fusion": True}, {"hidden_act": "geglu"}),
     ],
@@ -126,11 +137,14 @@ def test_initial_weights_have_the_spread_of_their_method(configure, name, std):
         ([[["global", "flash"], "all"]], ["global", "flash"] * 2),
         ([[["global"], 3], [["flash"], 1]], ["global"] * 3 + ["flash"]),
         (["global", "flash", "flash", "global"], ["global", "flash", "flash", "global"]),
+        ([[["local", "global"], "all"]], ["local", "global"] * 2),
+        ([[["bigbird"], 2], [["local", "flash"], 1]], ["bigbird", "bigbird", "local", "flash"]),
     ],
 )
 def test_attention_kinds(configure, given, kinds):
     assert neox_settings.expand_attention(configure(attention_config=given), 4) == kinds
-    neox_settings.check_attention(configure(attention_config=given), 4)
+    plain = ["global" if kind == "flash" else kind for kind in kinds]
+    assert neox_settings.choose_attention(configure(attention_config=given), 4) == plain
 
 
 @pytest.mark.parametrize(
@@ -138,9 +152,13 @@ def test_attention_kinds(configure, given, kinds):
     [
         ({"attention_config": [[["global"], 3]]}, r"attention_config .* it is of 3 layers, num_layers is 4"),
         ({"attention_config": [[["a", "b", "c"], "all"]]}, r"num_layers 4 is no multiple of 3 kinds"),
-        ({"attention_config": [[["local", "global"], "all"]]}, r"local: the kit's trainer has no sparse layers yet"),
         ({"attention_config": [[["mamba"], 4]]}, r"mamba: another architecture"),
         ({"attention_config": [["global", 4]]}, r"expected entries such as"),
+        ({"attention_config": [[["local"], 4]], "sparsity": "all"}, r"sparsity all: attention_config says the same"),
+        ({"sparsity": "all", "sparsity_config": {"blocks": 8}}, r"^sparsity_config: blocks is not known; the settings"),
+        ({"sparsity": "all", "sliding_window_width": 8}, r"^sliding_window_width is of layers with global attention"),
+        ({"hidden_dropout": 1.5}, r"^hidden_dropout is 1.5, expected a number of at least 0 and below 1"),
+        ({"pos_emb": "rpe", "rpe_num_buckets": 9}, r"^rpe_num_buckets is 9, expected an even number"),
         ({"attention_config": [[["global"], "some"]]}, r'expected a number of times, or "all"'),
         ({"num_kv_heads": 3}, r"c.yml:\d+: num_kv_heads 3: num_attention_heads 4 is no multiple of it"),
         (

@@ -6,6 +6,7 @@ from openchatkit.distributed.layout import balanced_layers, stage_layers
 from openchatkit.errors import UserError
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import check_parts
+from openchatkit.models.sparse_attention import check_rows, read_sparsity
 from openchatkit.training.config import MODEL_TYPES, Settings
 from openchatkit.training.plan import work
 from openchatkit.training.plan.planned_run import PlannedRun
@@ -59,6 +60,8 @@ def _check_model(settings: Settings, config: ModelConfig) -> None:
             "tokens"
         )
     check_parts(config, settings.tensor_group_size)
+    if {*config.options.attention_config} - {"global"}:
+        check_rows(read_sparsity(dict(config.options.sparsity_config)), settings.seq_length)
     if settings.dp_mode == "sharded-gradients" and config.tie_embeddings:
         raise UserError("--dp-mode sharded-gradients: the model's embeddings are tied; use --dp-mode sharded")
     if settings.dp_mode == "sharded-gradients" and config.options.pos_emb == "rpe":
