@@ -17,12 +17,12 @@ from openchatkit.training import config as trainer
 
 CONFIGS = ROOT / "neox" / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yml"))
-OF_2021 = ("small", "medium", "XL", "local_setup")
+OF_2021 = ("small", "medium", "XL", "local_setup", "sparse")
 # Paths on machines of theirs, and a log of DeepSpeed's.
 THEIRS = {"hostfile", "train_data_paths", "valid_data_paths", "test_data_paths", "vocab_file", "deepspeed_extra_args"}
 MODELS = (
     "small small_bf16 medium large XL 125M 350M 760M 1-3B 2-7B 6-7B 13B 175B 19M 49M 800M 20B "
-    "2021/13B 2021/175B 2021/2-7B 2021/6-7B local_setup text_generation"
+    "2021/13B 2021/175B 2021/2-7B 2021/6-7B local_setup text_generation sparse"
 )
 PYTHIA = "14M 31M 70M 160M 410M 1B 1-4B 2-8B 6-9B 12B"
 # Layers, width, heads, peak rate: of the files that the golden values do not hold, from the papers.
@@ -61,7 +61,7 @@ def test_values_are_gpt_neox_s(name):
         assert (*sizes, found["optimizer"]["params"]["lr"]) == OTHERS[name]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ("local_setup", "text_generation")])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("local_setup", "text_generation", "sparse")])
 def test_each_is_a_run_of_the_trainer(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = Path("data/enron")
@@ -76,6 +76,11 @@ def test_each_is_a_run_of_the_trainer(name, tmp_path, monkeypatch):
     trainer.parse(translate(config, ranks=ranks, on_gpu=True).arguments)
     shape = config_from_hf(model.make_config(config, 50277))
     assert shape.vocab_size % (128 * config.get("model_parallel_size")) == 0
+
+
+def test_sparse_layers_go_with_a_model():
+    config = NeoxConfig.read([str(CONFIGS / name) for name in ("small", "sparse")])
+    assert config_from_hf(model.make_config(config, 50277)).options.attention_config == ("local", "global") * 6
 
 
 @pytest.mark.parametrize(
