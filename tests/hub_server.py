@@ -1,5 +1,6 @@
 """A server on this machine that misbehaves as asked: plain files, and the protocol of the Hugging Face hub."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -59,10 +60,17 @@ class Server:
 
 @dataclass
 class Hub(Server):
-    """The hub with repositories: `repositories["datasets/laion/OIG"] = {name: bytes}`; `.gz` and the like are LFS."""
+    """The hub with repositories: `repositories["datasets/laion/OIG"] = {name: bytes}`; `.gz` and the like are LFS.
+
+    It takes models too: `branches["org/model"]["main"] = {name: bytes}`, of repositories that are there, or of `org`.
+    `objects` are the large files that came, by SHA-256, and `private` the repositories that were made so.
+    """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    branches: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
 
     def add(self, repository: str, files: dict[str, bytes]) -> None:
         """`repository` is datasets/ORG/NAME, or ORG/NAME for a model."""
@@ -129,8 +137,29 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.served.requests.append(Request(path, header("Range"), header("If-Range"), header("Authorization")))
         self._answer()
 
+    def do_POST(self) -> None:
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        authorization = self.headers.get("Authorization")
+        self.served.requests.append(Request(path, None, None, authorization))
+        faults = self.served.faults.get(path, [])
+        if authorization != f"Bearer {TOKEN}":
+            self._send(401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b"{}")
+        elif faults:
+            self._send(faults.pop(0).status, {}, b"not now")
+        else:
+            status, answer = _Uploads(self.served).post(path, content)
+            self._send(status, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
     def do_PUT(self) -> None:
-        """Answer as storage does that takes nothing for an hour."""
+        """Take a large file of a hub; else answer as storage does that takes nothing for an hour."""
+        if self.path.startswith("/lfs/"):
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            faults = self.served.faults.get(self.path, [])
+            if not faults:
+                self.served.objects[hashlib.sha256(content).hexdigest()] = content
+            self._send(faults.pop(0).status if faults else 200, {"Connection": "close"}, b"")
+            return
         self._send(503, {"Retry-After": "3600", "Connection": "close"}, b"")
 
     def _answer(self) -> None:
@@ -198,11 +227,63 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             identity = name.removeprefix("datasets/")
             siblings = [{"rfilename": each} for each in files]
-            answer = {"id": identity, "sha": COMMIT, "private": False, "siblings": siblings}
+            private = name in self.served.private
+            answer = {"id": identity, "sha": COMMIT, "private": private, "siblings": siblings}
         self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class _Uploads:
+    """The part of the hub's protocol that takes models: repositories, branches, large files, commits."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def post(self, path: str, content: bytes) -> tuple[int, object]:
+        if path == "/api/repos/create":
+            return self._create(json.loads(content))
+        if match := re.fullmatch(r"/(org/[^/]+)\.git/info/lfs/objects/batch", path):
+            objects = [self._object(each) for each in json.loads(content)["objects"]]
+            return 200, {"transfer": "basic", "objects": objects}
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path)
+        if match is None or match[1] not in self._hub.repositories:
+            return 404, {"error": "Repository not found"}
+        branches = self._hub.branches.setdefault(match[1], {"main": {}})
+        if match[2] == "branch":
+            there = match[3] in branches
+            branches.setdefault(match[3], dict(branches["main"]))
+            return (409 if there else 200), {}
+        if match[2] == "preupload":
+            names = [each["path"] for each in json.loads(content)["files"]]
+            modes = {name: "lfs" if is_lfs(name) else "regular" for name in names}
+            return 200, {"files": [{"path": n, "uploadMode": modes[n], "shouldIgnore": False} for n in names]}
+        self._commit(branches[match[3]], [json.loads(line) for line in content.splitlines()])
+        return 200, {"commitOid": COMMIT, "commitUrl": f"{self._hub.address}/{match[1]}/commit/{COMMIT}"}
+
+    def _create(self, asked: dict[str, str]) -> tuple[int, object]:
+        name = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] != "org":
+            return 403, {"error": "You don't have the rights to create a model under this namespace"}
+        if asked.get("visibility") == "private" or asked.get("private"):
+            self._hub.private.add(name) if name not in self._hub.repositories else None
+        status = 409 if name in self._hub.repositories else 200
+        self._hub.repositories.setdefault(name, {})
+        return status, {"url": f"{self._hub.address}/{name}"}
+
+    def _object(self, asked: dict[str, object]) -> dict[str, object]:
+        if asked["oid"] in self._hub.objects:
+            return asked
+        return asked | {"actions": {"upload": {"href": f"{self._hub.address}/lfs/{asked['oid']}"}}}
+
+    def _commit(self, files: dict[str, bytes], lines: list[dict[str, dict[str, str]]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self._hub.objects[value["oid"]]
 
 
 def _entry(name: str, body: bytes) -> dict[str, object]:

@@ -55,18 +55,22 @@ def _build_command(prog: str, model_name: str, *, save_dir: Path, family: str | 
 def prepare(
     model_name: str, save_dir: Path, *, dtype: str | None = None, family: str | None = None, finite: bool = True
 ) -> Path:
-    """Write `<save_dir>/<org>_<model>/` from a hub name or a folder; returns that folder.
+    """Write `<save_dir>/<org>_<model>/` from a hub name or a folder, also of GPT-NeoX's files; returns that folder.
 
     Shards that an earlier run wrote of the same model and dtype are reused if their bytes are unchanged. UserError when
     the kit does not know the model's family, or another than `family` is found, and when the model is incomplete, asks
     for remote code, or with `finite` holds numbers that are not finite.
     """
-    from openchatkit.formats import hf_model
+    from openchatkit.convert import from_neox
+    from openchatkit.formats import hf_model, neox_checkpoint
     from openchatkit.formats.layer_shards import folder_name
     from openchatkit.formats.shard_writer import ShardWriter
     from openchatkit.formats.tokenizer_files import check_tokenizer
     from openchatkit.storage import own_folder
 
+    if neox_checkpoint.find(Path(model_name).expanduser()) and family != "gptj":
+        folder = Path(save_dir) / folder_name(model_name)
+        return from_neox.convert(Path(model_name).expanduser(), folder, dtype=dtype, finite=finite)
     model = hf_model.HFModel(hf_model.fetch(model_name))
     if family not in (None, model.config.family):
         tool = f"tools/convert_from_hf_{model.config.family.replace('_', '')}.py"

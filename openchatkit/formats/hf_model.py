@@ -26,22 +26,17 @@ PICKLED_FILES = (PICKLED, PICKLED_INDEX, "pytorch_model-*-of-*.bin")
 _AGAIN = "fetch or copy the model again"
 
 
-class HFModel:
-    """A model's folder: `path`, `raw_config`, `config`, `files`, and `specs`, the dtype and shape of every tensor.
+class HFTensors:
+    """The tensors of a model's folder, of any network: `path`, `files`, and `specs`, dtype and shape of each by key.
 
     `specs` is in the order of the files. Files stay open and are memory-mapped, except pickled ones from before
     torch 1.6, which take their whole size in memory: with `one_by_one` there are such, only one of them is held, and
-    tensors should be read by one thread in the order of `specs`. UserError when it is not a model, or asks for remote
-    code; DamagedError when a file is missing or damaged.
+    tensors should be read by one thread in the order of `specs`. UserError when there are no weights; DamagedError when
+    a file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        if not (self.path / CONFIG).is_file():
-            raise UserError(
-                f"{self.path} is not a model: {CONFIG} is missing; pass a hub name or a folder that holds it"
-            )
-        self.raw_config, self.config = read_config(self.path)
         self.one_by_one = False
         self._open: dict[str, TensorFile | PickledFile] = {}
         self.specs: dict[str, TensorSpec] = {}
@@ -73,6 +68,19 @@ class HFModel:
             self._open[name] = file = PickledFile(path) if path.suffix == ".bin" else TensorFile(path)
             self.one_by_one |= not file.mapped
         return self._open[name]
+
+
+class HFModel(HFTensors):
+    """A model of a family that the kit knows: its tensors, and `raw_config` and `config`.
+
+    UserError when it is not a model, or asks for remote code.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (Path(path) / CONFIG).is_file():
+            raise UserError(f"{path} is not a model: {CONFIG} is missing; pass a hub name or a folder that holds it")
+        self.raw_config, self.config = read_config(Path(path))
+        super().__init__(path)
 
 
 def _find_weights(path: Path) -> dict[str, list[str] | None]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from openchatkit.errors import UserError
-from openchatkit.formats import config_file, legacy, manifest
+from openchatkit.formats import config_file, legacy, manifest, neox_layout
 from openchatkit.formats.manifest import Manifest, advise
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.formats.tensor_file import TensorFile, TensorSpec
@@ -80,6 +80,11 @@ class LayerShards:
         if (path / JOURNAL).is_file():
             raise UserError(f"{path}: preparing this model was not finished; {_AGAIN}")
         if not (path / CONFIG).is_file():
+            if neox_layout.list_steps(path):
+                raise UserError(
+                    f"{path} is a checkpoint of GPT-NeoX: run `python tools/convert_from_neox.py {path} --save-dir "
+                    "MODEL` and pass MODEL"
+                )
             raise UserError(f"{path} is not a prepared model: {_describe(path)}; {_hint()}")
         opened = cls(path)
         if not opened._is_legacy():

@@ -25,6 +25,7 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import is_cut, join_tensor
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
+from openchatkit.models.sparse_attention import read_sparsity
 
 END_OF_TEXT = 0
 EXAMPLE = neox_layout.EXAMPLE
@@ -38,9 +39,9 @@ def find(path: Path) -> Path | None:
     """
     if not path.is_dir():
         return None
-    if neox_layout.is_checkpoint(path):
+    steps = neox_layout.list_steps(path)
+    if steps == [path]:
         return path
-    steps = [folder for folder in sorted(path.glob(f"{neox_layout.STEP_PREFIX}*")) if neox_layout.is_checkpoint(folder)]
     latest = path / neox_layout.LATEST
     named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     if named.startswith(neox_layout.STEP_PREFIX):
@@ -251,6 +252,12 @@ class NeoXCheckpoint:
         if said != hidden:
             raise UserError(f"{self.path / self._files.name(0, 0)} is {hidden} wide, {self._source} says {said}")
         raw = neox_settings.describe_model(self.settings, rows=rows * self._files.ranks[0], inner_width=inner)
+        for kind in {*raw.get("attention_config", ())} - {"global"}:
+            if read_sparsity(raw["sparsity_config"]).count_random_blocks(kind):
+                raise UserError(
+                    f"{self.settings.where('attention_config')}: GPT-NeoX draws the random blocks of {kind} again in "
+                    "each run, and stores them nowhere: nothing can compute this model again"
+                )
         end = self._find_end_of_text()
         return raw | {"bos_token_id": end, "eos_token_id": end}
 

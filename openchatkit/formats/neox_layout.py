@@ -89,6 +89,15 @@ def their_name(name: str, *, newer: bool) -> str:
     return f"{renamed.get(module, module)}.{kind}"
 
 
+def list_steps(path: Path) -> list[Path]:
+    """Return the folders of steps that a path means: itself, or those in it."""
+    return (
+        [path]
+        if is_checkpoint(path)
+        else [each for each in sorted(path.glob(f"{STEP_PREFIX}*")) if is_checkpoint(each)]
+    )
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder holds the weights of a step, in either kind of files."""
     entries = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []

@@ -92,8 +92,8 @@ def _find_checkpoint(folder: Path) -> Path | None:
 
     if neox_checkpoint.find(folder):
         raise UserError(
-            f"{folder} holds checkpoints of GPT-NeoX itself: run `python tools/convert_from_neox.py {folder} --save-dir "
-            "MODEL`, then give load MODEL with finetune true, or name another folder"
+            f"{folder} holds checkpoints of GPT-NeoX itself: run `python tools/convert_from_neox.py {folder} "
+            "--save-dir MODEL` and give load MODEL with finetune true, or name another folder"
         )
     return checkpoint_folders.latest(folder)
 

@@ -415,8 +415,14 @@ def test_where_a_run_starts(run, tmp_path):
     assert "save is not given: checkpoints go to checkpoints" in run(save=None).notes
     (tmp_path / "neox" / "global_step3").mkdir(parents=True)
     (tmp_path / "neox" / "global_step3" / "layer_00-model_00-model_states.pt").touch()
-    with pytest.raises(UserError, match="neox holds checkpoints of GPT-NeoX itself, which training does not take yet"):
+    advice = (
+        r"neox holds checkpoints of GPT-NeoX itself: run `python tools/convert_from_neox\.py neox --save-dir MODEL`"
+    )
+    with pytest.raises(UserError, match=advice):
         run(load="neox")
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "config.json").touch()
+    assert run(load="converted", finetune=True).flags["model_name"] == Path("converted")
 
 
 def test_data_say_which_tokenizer_made_them(run, configure, store):

@@ -221,6 +221,17 @@ def test_a_training_checkpoint_keeps_its_step(tmp_path):
     assert (tmp_path / "two" / "latest").read_text() == "global_step7"
 
 
+def test_other_commands_take_or_name_it(tmp_path):
+    made = tiny_shards.write_prepared(tmp_path / "shards", PLAIN)
+    to_neox.convert(tmp_path / "shards", tmp_path / "neox", ranks=2)
+    same_shards(prepare(str(tmp_path / "neox"), tmp_path / "prepared"), made)
+    for path in (tmp_path / "neox", tmp_path / "neox" / "global_step0"):
+        advice = (
+            rf"{path} is a checkpoint of GPT-NeoX: run `python tools/convert_from_neox\.py {path} --save-dir MODEL`"
+        )
+        refused(lambda path=path: LayerShards.open(path), advice)
+
+
 def refused(call, message):
     with pytest.raises(UserError) as caught:
         call()
