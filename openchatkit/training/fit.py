@@ -133,8 +133,9 @@ def _check_disk(settings: Settings, plan: PlannedRun, total_steps: int) -> None:
     there = checkpoint.list_steps(folder)
     if there and max(there) >= total_steps:
         return  # Nothing is left to do.
+    following = settings.list_save_steps(total_steps).count(max(there, default=0) + 1, total_steps - 1) + 1
     # A new one is whole before an old one goes.
-    most = settings.keep_checkpoints + 1
+    most = min(settings.keep_checkpoints + 1, len(there) + following)
     if size > free and settings.on_full_disk == "stop":
         storage.check_room(folder, int(size), "a checkpoint", "make room, or give another --checkpoint-path")
     if (wanted := max(most - len(there), 1) * size) > free:

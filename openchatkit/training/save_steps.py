@@ -19,6 +19,16 @@ class SaveSteps:
         """Return whether a checkpoint is due after so many steps of the run."""
         return bool(self.every and step % self.every == 0) or step in self.extra or self._is_power(step)
 
+    def count(self, first: int, last: int) -> int:
+        """Return after how many of the steps `first` to `last`, that one included, a checkpoint is due."""
+        due = set(range(-(-first // self.every) * self.every, last + 1, self.every)) if self.every else set()
+        due |= {step for step in self.extra if first <= step <= last}
+        power = 1.0
+        while self.growth is not None and int(power) <= last:
+            due |= {int(power)} if int(power) >= first else set()
+            power *= self.growth
+        return len(due)
+
     def _is_power(self, step: int) -> bool:
         if self.growth is None:
             return False

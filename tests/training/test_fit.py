@@ -115,13 +115,16 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, 
         check(tmp_path, monkeypatch, disk=size - 1)
     check(tmp_path, monkeypatch, "--on-full-disk", "continue", disk=size - 1)
     said.clear()
-    check(tmp_path, monkeypatch, "--keep-checkpoints", 2, disk=2 * size)
+    often = ("--checkpoint-steps", 2, "--keep-checkpoints")
+    check(tmp_path, monkeypatch, *often, 2, disk=2 * size)
     assert [line for line in said if "or keep fewer than --keep-checkpoints 2" in line]
     said.clear()
-    check(tmp_path, monkeypatch, "--keep-checkpoints", 1, disk=2 * size)
+    check(tmp_path, monkeypatch, *often, 1, disk=2 * size)
+    # However many are to be kept, so many are written.
+    check(tmp_path, monkeypatch, "--checkpoint-steps", 5, "--keep-checkpoints", 1000, disk=2 * size)
     # One of three is there already.
     (tmp_path / "ckpt" / "checkpoint_5").mkdir(parents=True)
-    check(tmp_path, monkeypatch, "--keep-checkpoints", 2, disk=2 * size)
+    check(tmp_path, monkeypatch, *often, 2, disk=2 * size)
     assert not [line for line in said if "--keep-checkpoints" in line]
     # Nothing is left to be saved.
     check(tmp_path, monkeypatch, disk=0, total_steps=5)

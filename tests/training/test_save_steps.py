@@ -24,6 +24,8 @@ def test_steps_that_are_saved(flags, expected):
     settings = config.parse(["--model-name", "m", "--task-name", "d", "--total-steps", "30", *flags.split()])
     steps = settings.list_save_steps(30)
     assert [step for step in range(1, 31) if steps.is_due(step)] == expected
+    for first, last in ((1, 30), (4, 29), (10, 10), (31, 30)):
+        assert steps.count(first, last) == len([step for step in expected if first <= step <= last])
 
 
 def test_a_run_ends_with_75_at_each_interval_and_goes_on(tmp_path, flags):
