@@ -1,7 +1,7 @@
-"""`tools/inspect_data.py`: show the data that training would use, or prove which data it used.
+"""`tools/inspect_data.py`: show the data that training would use or a step has used, or prove which data a run used.
 
-`sampled` reads samples, `figures` computes the numbers of the sources, `terminal` and `page` show both, and
-`verification` is the proof.
+`sampled` reads samples, `figures` computes the numbers of the sources, `terminal` and `page` show both, `steps` finds
+the samples of a step, and `verification` is the proof.
 """
 
 import math
@@ -18,7 +18,12 @@ from openchatkit.settings import SettingsParser, flag, setting
 _DRAW = 256  # samples of each source from which its share of the loss is estimated
 _ENDS = 150  # tokens at either end of a sample that is shortened
 _ROWS = 5  # rows shown of those set aside
-_WITH_VERIFY = ("verify", "checkpoint_path", "tokenizer_name", "data_cache")
+# What may be asked of a run, and what else may be given then: the rest is in its checkpoint.
+_OF_RUN = {
+    "verify": ("tokenizer_name", "data_cache"),
+    "step": ("tokenizer_name", "data_cache", "full"),
+    "jumps": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,33 +49,40 @@ class _ShowSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ProofSettings:
-    title: ClassVar[str] = "proof"
-    verify: bool = setting(False, help="compare a run's ledger with the data")
+class _RunSettings:
+    title: ClassVar[str] = "what a run has used"
+    verify: bool = setting(False, help="compare its ledger with the data: each sample once")
+    step: int | None = setting(None, check=cli.positive_int, help="show the samples that this step was taken on")
+    jumps: bool = setting(False, help="list the steps whose loss jumped")
     checkpoint_path: Path | None = setting(None, check=Path, help="the run's checkpoints, or one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectionSettings(_SourceSettings, options.DataSettings, _ShowSettings, _ProofSettings):
+class InspectionSettings(_SourceSettings, options.DataSettings, _ShowSettings, _RunSettings):
     """All settings of what to show, or to prove; `given` are the names of the settings that the user gave."""
 
     given: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        if self.verify:
-            self._check_proof()
+        asked = [name for name in _OF_RUN if getattr(self, name)]
+        if len(asked) > 1:
+            raise UserError(f"{' and '.join(map(flag, asked))} exclude each other: give one of them")
+        if asked:
+            self._check_run(asked[0])
         else:
             self._check_sources()
 
-    def _check_proof(self) -> None:
+    def _check_run(self, asked: str) -> None:
         if not self.checkpoint_path:
-            raise UserError("--verify needs --checkpoint-path, the folder that training wrote its checkpoints to")
-        for name in sorted(set(self.given).difference(_WITH_VERIFY)):
-            raise UserError(f"{flag(name)} does not go with --verify, which takes it from the checkpoint: leave it out")
+            raise UserError(f"{flag(asked)} needs --checkpoint-path, the folder that training wrote its checkpoints to")
+        for name in sorted(set(self.given).difference({asked, "checkpoint_path"}, _OF_RUN[asked])):
+            raise UserError(
+                f"{flag(name)} does not go with {flag(asked)}, which takes it from the checkpoint: leave it out"
+            )
 
     def _check_sources(self) -> None:
         if self.checkpoint_path:
-            raise UserError("--checkpoint-path goes with --verify alone: give both, or neither")
+            raise UserError("--checkpoint-path goes with --verify, --step or --jumps alone: give one of them, too")
         for name in ("task_name", "tokenizer_name"):
             if not getattr(self, name):
                 raise UserError(f"{flag(name)} is missing: give the one that training is given")
@@ -80,10 +92,14 @@ class InspectionSettings(_SourceSettings, options.DataSettings, _ShowSettings, _
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show samples and the mixture, or verify a run's ledger."""
+    """Show samples and the mixture, those of a step, or verify a run's ledger."""
     settings = parse(argv)
     if settings.verify:
         _verify(settings)
+    elif settings.step:
+        _show_step(settings)
+    elif settings.jumps:
+        _list_jumps(settings)
     else:
         _inspect(settings)
 
@@ -94,7 +110,8 @@ def parse(argv: Sequence[str] | None = None) -> InspectionSettings:
         InspectionSettings,
         prog="tools/inspect_data.py",
         description="Show what training would be given: samples, with the tokens that are trained on, and the "
-        "mixture's figures. With --verify, prove that a run trained on each sample exactly once.",
+        "mixture's figures. With --verify, prove that a run trained on each sample exactly once; with --step, show the "
+        "samples of one of its steps.",
     )
     values = parser.read(argv).values
     return InspectionSettings(**values, given=values.keys())
@@ -133,7 +150,36 @@ def _verify(settings: InspectionSettings) -> None:
     from openchatkit.tools.inspection import terminal, verification
 
     assert settings.checkpoint_path, "the settings were checked"
-    # The checkpoint knows the folder of its tokens, unless another is given.
-    cache_dir = settings.data_cache if "data_cache" in settings.given else None
-    proof = verification.verify(settings.checkpoint_path, tokenizer=settings.tokenizer_name, cache_dir=cache_dir)
+    proof = verification.verify(
+        settings.checkpoint_path, tokenizer=settings.tokenizer_name, cache_dir=_find_cache(settings)
+    )
     terminal.show_proof(terminal.console(), proof)
+
+
+def _show_step(settings: InspectionSettings) -> None:
+    from openchatkit.tools.inspection import sampled, steps, terminal
+
+    assert settings.checkpoint_path, "the settings were checked"
+    assert settings.step, "the settings were checked"
+    found = steps.find_samples(
+        settings.checkpoint_path,
+        settings.step,
+        tokenizer=settings.tokenizer_name,
+        cache_dir=_find_cache(settings),
+    )
+    ends, out = None if settings.full else _ENDS, terminal.console()
+    terminal.show_step(out, found.step, found.samples, found.row)
+    rows = [sampled.read_sample(found.dataset, number, found.tokenizer, ends=ends) for number in found.samples]
+    terminal.show_samples(out, rows)
+
+
+def _list_jumps(settings: InspectionSettings) -> None:
+    from openchatkit.tools.inspection import steps, terminal
+
+    assert settings.checkpoint_path, "the settings were checked"
+    terminal.show_jumps(terminal.console(), steps.list_jumps(settings.checkpoint_path))
+
+
+def _find_cache(settings: InspectionSettings) -> Path | None:
+    """Return the folder of tokens if one is given: else the checkpoint knows it."""
+    return settings.data_cache if "data_cache" in settings.given else None

@@ -6,7 +6,8 @@ Colour is for terminals only, and never the only sign: every line of a sample be
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -117,6 +118,30 @@ def show_proof(out: Console, proof: Proof) -> None:
     if proof.unused:
         proved += f"; {proof.unused:,} of them to no effect, since the gradient of their steps was not finite"
     out.print(proved, soft_wrap=True)
+
+
+def show_step(out: Console, step: int, samples: range, row: Mapping[str, Any]) -> None:
+    """Print which samples a step was taken on, and its loss by its `row` in metrics.jsonl."""
+    note(out, f"step {step:,}: samples {samples[0]:,} to {samples[-1]:,}, as its ledger says{_describe_loss(row)}")
+    for name, of in row.get("sources", {}).items():
+        if of["loss"] is not None and len(row["sources"]) > 1:
+            note(out, f"   {name}: loss {of['loss']:.3f} over {of['trained_tokens']:,} tokens")
+
+
+def show_jumps(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the steps whose loss jumped, by their rows in metrics.jsonl."""
+    for row in rows:
+        first, last = row["jump"]["first_sample"], row["jump"]["last_sample"]
+        out.print(f"step {row['step']:,}: samples {first:,} to {last:,}{_describe_loss(row)}", soft_wrap=True)
+    if not rows:
+        out.print("no loss has jumped")
+
+
+def _describe_loss(row: Mapping[str, Any]) -> str:
+    if "loss" not in row:
+        return ""
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+    return f"; loss {loss}" + (f", usually {row['jump']['usual_loss']:.3f}" if "jump" in row else "")
 
 
 def note(out: Console, text: str) -> None:

@@ -67,7 +67,7 @@ def verify(path: Path, *, tokenizer: Path | None = None, cache_dir: Path | None 
     entries = ledger.read(root)
     up_to = [entry for entry in entries if entry.step <= steps]
     _check_steps(up_to, steps, rows_a_step)
-    dataset = build_dataset(state["settings"]["task_name"], _restore_options(newest, state, tokenizer, cache_dir))
+    dataset = build_dataset(state["settings"]["task_name"], restore_options(newest, state, tokenizer, cache_dir))
     _check_rows(dataset)
     altered = ledger.chain(up_to) != state["ledger"]
     trained = _check_digests(
@@ -131,7 +131,7 @@ def _check_digests(entries: Sequence[LedgerRow], dataset: Dataset, *, trained: d
     total = 0
     with progress.bar(sum(entry.count for entry in entries), "verifying", unit="sample") as bar:
         for entry in entries:
-            digest, counted = _digest(dataset, entry.first, entry.count)
+            digest, counted = hash_samples(dataset, entry.first, entry.count)
             if digest != entry.digest:
                 raise _step_error(entry.step, f"samples with digest {entry.digest}", f"{digest}: {blame}")
             if (known := trained.get(entry.step, counted)) != counted:
@@ -157,9 +157,8 @@ def _step_error(step: int, expected: str, found: str) -> UserError:
     return UserError(f"not verified: step {step}: expected {expected}, found {found}")
 
 
-def _restore_options(
-    newest: Path, state: dict[str, Any], tokenizer: Path | None, cache_dir: Path | None
-) -> DataOptions:
+def restore_options(newest: Path, state: dict[str, Any], tokenizer: Path | None, cache_dir: Path | None) -> DataOptions:
+    """Return how the run of a checkpoint read its data, with another tokenizer or cache if they are given."""
     settings = dict(state["settings"])
     if tokenizer is not None:
         settings["tokenizer_name"] = tokenizer
@@ -199,7 +198,7 @@ def _explain_difference(dataset: Dataset, state: dict[str, Any], *, altered: boo
     return "the data were changed between runs, after this step"
 
 
-def _digest(dataset: Dataset, first: int, count: int) -> tuple[str, int]:
+def hash_samples(dataset: Dataset, first: int, count: int) -> tuple[str, int]:
     """Return the digest of some samples, as in the ledger, and how many of their labels train."""
     rows = max(1, PIECE_TOKENS // dataset.seq_length)
     total = counted = 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from openchatkit.data.batch import IGNORE
 from openchatkit.data.dataset import Dataset, build_dataset
 from openchatkit.data.options import from_settings
 from openchatkit.errors import UserError
@@ -18,6 +19,7 @@ from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
 from openchatkit.tools.inspection import verification
 from openchatkit.tools.inspection.command import main
+from openchatkit.tools.inspection.steps import find_samples
 from openchatkit.tools.inspection.verification import LedgerRun, verify
 
 STEPS, ROWS, LENGTH = 10, 4, 24
@@ -315,3 +317,39 @@ def test_the_command_refuses_in_one_line(
         assert printed.out == ""
         assert message in printed.err
         assert len(printed.err.splitlines()) == 1
+
+
+def test_the_samples_of_a_step_are_shown_as_it_was_given_them(
+    root: Path, write: Callable[..., None], entries: list[LedgerRow], dataset: Dataset, capsys: pytest.CaptureFixture
+) -> None:
+    write(entries)
+    jump = {"usual_loss": 3.0, "first_sample": 20, "last_sample": 23}
+    for step in (5, 6):
+        row = {"step": step, "loss": 1.0 + step, "sources": {}}
+        metrics.append(root, row if step == 5 else {**row, "jump": jump})
+    metrics.append(root, {"step": 6, "evaluation_loss": 2.0})
+
+    def shown(*flags: str) -> tuple[int | None, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["--checkpoint-path", str(root), *flags])
+        printed = capsys.readouterr()
+        return end.value.code, printed.out + printed.err
+
+    assert shown("--jumps") == (0, "step 6: samples 20 to 23; loss 7.000, usually 3.000\n")
+    status, printed = shown("--step", "6")
+    assert status == 0
+    assert printed.startswith("step 6: samples 20 to 23, as its ledger says; loss 7.000, usually 3.000\n")
+    titles = [line for line in printed.splitlines() if line.lstrip().startswith("sample ")]
+    assert [int(title.split()[1].rstrip(",")) for title in titles] == [20, 21, 22, 23]
+    trained = sum(int((dataset.batch(number, 1).labels != IGNORE).sum()) for number in range(20, 24))
+    assert sum(int(title.split(": ")[1].split()[0]) for title in titles) == trained
+    assert "samples 44 to 47, as its ledger says\n" in shown("--step", "12")[1], "which no checkpoint vouches for"
+    assert shown("--step", "13") == (2, f"error: --step 13: {root / LEDGER} has steps 1 to 12\n")
+
+
+def test_samples_of_a_step_that_the_data_no_longer_hold_are_not_shown(
+    root: Path, write: Callable[..., None], entries: list[LedgerRow]
+) -> None:
+    write([replace(entry, digest="0" * 16) if entry.step == 6 else entry for entry in entries])
+    with pytest.raises(UserError, match=r"--step 6: its samples hashed to 0000000000000000, and those of the data now"):
+        find_samples(root, 6)
