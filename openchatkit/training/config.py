@@ -482,7 +482,11 @@ class Settings(
                 self.moments == "8bit",
                 "a block of it is no number of rows; use --optimizer-state bf16, or --dp-mode sharded",
             ),
-            "--check-replicas": (self.check_replicas > 0, "replicas have nothing in common to compare; leave it out"),
+            "--check-replicas": (
+                self.check_replicas > 0,
+                "replicas have norms and biases alone in common, a thousandth of the model; leave it out, or use "
+                "--dp-mode sharded",
+            ),
             "--use-offload": (self.use_offload, "rows are updated in place; leave it out, or use --dp-mode sharded"),
         }
         for other, (is_given, advice) in excluded.items():
