@@ -40,7 +40,7 @@ def pack_as_neox(
     if packing == "concat":
         return _Windows(source, seq_length, wanted=wanted)
     assert wanted is not None, "settings without a number of samples are refused: see `options.check_order`"
-    kind = _FilledRows if packing == "overflow" else _OnePerRow
+    kind = _FilledRows if packing == "overflow" else _DocumentPerRow
     return kind(source, seq_length, wanted=wanted, padding=padding, allow_chopped=allow_chopped)
 
 
@@ -106,7 +106,7 @@ class _Windows:
         return DocumentStream(source, both[:places], f"{name}-anchors", None), both[places:]
 
 
-class _OnePerRow:
+class _DocumentPerRow:
     """`pack_impl: unpacked`: a document a row, in the order of the store; the rows are shuffled.
 
     After a row's document comes the first token of the next one, then padding; what is too long is cut, or without
