@@ -25,6 +25,7 @@ from openchatkit.distributed.seams import Enter, Gather, Leave, Scatter
 from openchatkit.libraries import pytorch
 from openchatkit.loading.hardware import DTYPES
 from openchatkit.models.cuts import Part
+from openchatkit.models.neox_options import NeoxOptions
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, shard_names
 from openchatkit.models.stage import Stage
@@ -423,31 +424,64 @@ CONFINED = [(1, False, False), (2, False, False), (2, True, False), (2, True, Tr
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_stage_keeps_what_the_plan_says(network, recompute, precision, tensor_size, splits_tokens, documents):
-    config, dtype = NETWORKS[network], DTYPES[precision]
+    config = NETWORKS[network]
     options = {"micro_batch_size": 2, "seq_length": 8, "precision": precision, "recompute": recompute}
     options |= {"sequence_parallel": splits_tokens, "documents": documents, "on_gpu": False}
     run = planned(config, 4, 1, tensor_size, "1f1b", m=4, **options)
-    starts = torch.zeros(2, 8, dtype=torch.int64) if documents else None
     with fake_ranks(0, tensor_size):
         for number in range(4):
-            stage = make_stage(run, number)
-            copy_matrices(stage, dtype)
-            tokens = torch.zeros(2, 8, dtype=torch.int64)
-            shape = (2, 8 // stage.hidden_parts, config.hidden_size)
-            x = tokens if number == 0 else torch.randn(shape, dtype=dtype, requires_grad=True)
-            loss = VocabularyLoss(stage.projection) if number == 3 else None
+            assert count_kept(run, number) == memory.kept_bytes(run, number), number
 
-            def forward(stage=stage, x=x, loss=loss, tokens=tokens):
-                hidden = stage(x, starts)
-                return (hidden, None if loss is None else loss(hidden, tokens % (config.vocab_size // tensor_size)))
 
-            tables = stage.rotary(8, CPU)
-            with autocast(CPU, dtype):
-                (hidden, _), found = saved_bytes(forward, besides=[*stage.parameters(), *tables, x])
-            found[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
-            # A part of the embedding notes which of the tokens' rows are elsewhere, and the others' numbers.
-            rows = 2 * 8 * (1 + 8) if number == 0 and tensor_size > 1 else 0
-            assert sum(storage.nbytes() for storage in found.values()) - rows == memory.kept_bytes(run, number), number
+WITH_OPTIONS = {
+    "plain": {},
+    "softsign": {"activation": "softsign", "parallel_residual": False},
+    "llama": {
+        "activation": "swiglu",
+        "parallel_residual": False,
+        "options": NeoxOptions(norm="rmsnorm", num_kv_heads=2, use_bias_in_mlp=False),
+    },
+    "one norm": {"activation": "bilinear", "options": NeoxOptions(gpt_j_tied=True)},
+    "query-key norm": {"options": NeoxOptions(norm="scalenorm", use_qk_layernorm=True)},
+}
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("network", WITH_OPTIONS)
+def test_a_stage_with_options_keeps_what_the_plan_says(network, precision, tensor_size):
+    """But for the first layer's input, where norms in float32 keep a copy, and for the widths of norms' statistics."""
+    config = dataclasses.replace(TINY, family="neox", **WITH_OPTIONS[network])
+    options = {"micro_batch_size": 2, "seq_length": 8, "precision": precision, "recompute": False, "on_gpu": False}
+    run = planned(config, 4, 1, tensor_size, "1f1b", m=4, **options)
+    near = run.tokens * 4 if precision == "float32" else run.hidden_bytes + run.tokens * 32
+    with fake_ranks(0, tensor_size):
+        for number in range(4):
+            assert abs(count_kept(run, number) - memory.kept_bytes(run, number)) <= near, number
+
+
+def count_kept(run, number):
+    """Bytes that a stage of a run's first part keeps of a micro-batch."""
+    config, dtype = run.config, DTYPES[run.precision]
+    starts = torch.zeros(2, 8, dtype=torch.int64) if run.documents else None
+    stage = make_stage(run, number)
+    copy_matrices(stage, dtype)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    shape = (2, 8 // stage.hidden_parts, config.hidden_size)
+    x = tokens if number == 0 else torch.randn(shape, dtype=dtype, requires_grad=True)
+    loss = VocabularyLoss(stage.projection) if number == 3 else None
+
+    def forward():
+        hidden = stage(x, starts)
+        return (hidden, None if loss is None else loss(hidden, tokens % (config.vocab_size // run.tensor_size)))
+
+    tables = stage.rotary(8, CPU)
+    with autocast(CPU, dtype):
+        (hidden, _), found = saved_bytes(forward, besides=[*stage.parameters(), *tables, x])
+    found[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
+    # A part of the embedding notes which of the tokens' rows are elsewhere, and the others' numbers.
+    rows = 2 * 8 * (1 + 8) if number == 0 and run.tensor_size > 1 else 0
+    return sum(storage.nbytes() for storage in found.values()) - rows
 
 
 def make_stage(run, number):

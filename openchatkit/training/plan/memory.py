@@ -4,13 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from openchatkit.loading.hardware import DTYPES
 from openchatkit.models.cuts import WHOLE, Part
 from openchatkit.models.shards import EMBED, HEAD, layer_name
 from openchatkit.training.buckets import BUCKET
 from openchatkit.training.loss import CHUNK_TOKENS
 from openchatkit.training.plan.parameters import ParameterCount, count_parameters, count_rank
 from openchatkit.training.plan.planned_run import PlannedRun
-from openchatkit.training.plan.work import list_products, list_steady_passes
+from openchatkit.training.plan.traced_layer import count_kept_bytes
+from openchatkit.training.plan.work import inner_widths, list_products, list_steady_passes
 from openchatkit.training.runs import UNIT
 from openchatkit.training.schedules import SCHEDULES
 
@@ -165,15 +167,40 @@ def layer_bytes(run: PlannedRun) -> int:
     two results that a CPU's keeps.
     """
     config, parts = run.config, run.tensor_size
+    if config.family == "neox" and (traced := _traced_layer_bytes(run)) is not None:
+        return traced
     hidden, attention, inner = config.hidden_size, config.hidden_size // parts, config.intermediate_size // parts
-    norms = 2 if config.family == "gpt_neox" else 1
+    norms, serial = _count_norms(run), not config.parallel_residual
     # GPT-NeoX keeps queries, keys and values in one matrix, whose values alone are used in the end.
-    states = norms * hidden + (7 if config.family == "gpt_neox" else 5) * attention + 2 * inner
-    serial = config.family == "gpt_neox" and not config.parallel_residual
+    states = norms * hidden + (5 if config.family == "gptj" else 7) * attention + 2 * inner
     # A serial layer's second norm is given a state of its own; a GPU's norms all are, and in float32.
     wide = norms * hidden * 4 if _widens_norms(run) else serial * hidden * run.width
     statistics = 4 * (2 * norms + config.num_heads // parts)
     return run.tokens * (states * run.width + wide + statistics)
+
+
+def _count_norms(run: PlannedRun) -> int:
+    return 1 if run.config.family == "gptj" or run.config.options.gpt_j_tied else 2
+
+
+def _traced_layer_bytes(run: PlannedRun) -> int | None:
+    """Return `layer_bytes` of a layer with options, as a layer on a CPU says; None where it cannot be asked."""
+    config = run.config
+    kept = count_kept_bytes(
+        config,
+        parts=run.tensor_size,
+        rows=run.micro_batch_size,
+        length=run.seq_length,
+        dtype=DTYPES[run.precision],
+    )
+    if kept is None:
+        return None
+    if not _widens_norms(run):
+        return kept - run.whole_bytes
+    if not config.options.norm.endswith("layernorm"):
+        return kept  # which has float32 copies of the norms' inputs, and not these
+    inputs = 1 if config.parallel_residual else 2
+    return kept - inputs * run.whole_bytes + _count_norms(run) * run.tokens * config.hidden_size * 4
 
 
 def _choose_kept_products(run: PlannedRun) -> list[tuple[int, int]]:
@@ -210,6 +237,9 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
         return kept + run.hidden_bytes  # the stage's result, while it is sent, and until its gradient comes
     # The head's norm keeps its input and two numbers a token, the stage its result, and the loss the result's gradient.
     wide = run.tokens * run.config.hidden_size * (4 if _widens_norms(run) else run.width)
+    if not run.config.options.norm.endswith("layernorm"):
+        # These norms also keep what they multiply by their scale, and their input in float32 if it was not.
+        kept += run.tokens * run.config.hidden_size * 4 * (1 if run.precision == "float32" else 2)
     return kept + 3 * wide + run.tokens * 8
 
 
@@ -227,9 +257,9 @@ def pending_bytes(run: PlannedRun, stage: int) -> int:
     """
     first, last = run.layers[stage]
     config = run.config
-    norms, serial = (2, not config.parallel_residual) if config.family == "gpt_neox" else (1, False)
-    cut = (3 * config.hidden_size + config.intermediate_size) // run.tensor_size
-    a_layer = cut + (norms + 1 + serial) * config.hidden_size
+    # The branches' results have one gradient in a parallel layer.
+    whole = (_count_norms(run) + (1 if config.parallel_residual else 2)) * config.hidden_size
+    a_layer = sum(inner_widths(run)) + whole
     return (last - first) * run.tokens * a_layer * run.width
 
 
@@ -255,7 +285,7 @@ def _working_bytes(run: PlannedRun, count: ParameterCount, activations: int) -> 
     Besides, what replicas hold of each other, and of gradients or new weights that are on their way.
     """
     layer = _count(run, layer_name(0))
-    inner = max(run.config.intermediate_size, 3 * run.config.hidden_size) // run.tensor_size
+    inner = max(inner_widths(run))
     gradients = run.tokens * (2 * inner + 2 * run.config.hidden_size) * run.width
     matrix = layer.largest * (4 if run.precision == "float32" else 2 + 4)
     backward = (layer_bytes(run) if run.recompute else 0) + gradients + matrix

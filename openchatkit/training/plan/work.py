@@ -1,9 +1,17 @@
 """The order of a step's work and its operations, of a planned run."""
 
+import functools
+from collections import Counter
 from collections.abc import Sequence
 
+import torch
+from torch import nn
+
 from openchatkit.libraries import pytorch
+from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
+from openchatkit.models.family import SkipInit
+from openchatkit.models.registry import family
 from openchatkit.models.shards import layer_name
 from openchatkit.training.plan.parameters import count_parameters
 from openchatkit.training.plan.planned_run import PlannedRun
@@ -140,10 +148,24 @@ def layer_passes(run: PlannedRun) -> float:
 
 def list_products(run: PlannedRun) -> list[tuple[int, int]]:
     """Return the widths of input and result of each of a layer's products."""
-    hidden, parts = run.config.hidden_size, run.tensor_size
-    attention, inner = hidden // parts, run.config.intermediate_size // parts
-    first = [(hidden, 3 * attention)] if run.config.family == "gpt_neox" else 3 * [(hidden, attention)]
-    return [*first, (attention, hidden), (hidden, inner), (inner, hidden)]
+    return [(layer.in_features, layer.out_features) for layer in _list_maps(run.config, run.tensor_size).values()]
+
+
+def inner_widths(run: PlannedRun) -> list[int]:
+    """Return how many numbers a token has within attention and within the MLP: those of their first products."""
+    widths: Counter[str] = Counter()
+    for name, layer in _list_maps(run.config, run.tensor_size).items():
+        if family(run.config).cuts(run.config)[f"{name}.weight"] != "columns":
+            widths[name.partition(".")[0]] += layer.out_features
+    return list(widths.values())
+
+
+@functools.lru_cache
+def _list_maps(config: ModelConfig, parts: int) -> dict[str, nn.Linear]:
+    """Return the linear maps of a part of a layer, in the order of its products."""
+    with torch.device("meta"), SkipInit():
+        layer = family(config).module(config, layer_name(0), Part(0, parts))
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
 
 
 def rank_operations(run: PlannedRun, pipeline_rank: int) -> int:
