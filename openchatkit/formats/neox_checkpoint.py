@@ -72,11 +72,11 @@ class _Files(Protocol):
     def place(self, layer: int) -> str:
         """Return where in its file a layer is, for messages."""
 
-    def open(self, layer: int, rank: int) -> "_Layer":
+    def open(self, layer: int, rank: int) -> "_LayerPart":
         """Open a rank's part of a layer."""
 
 
-class _Layer:
+class _LayerPart:
     """A rank's part of a layer: `specs` by GPT-NeoX's names of tensors, of a file at `path`."""
 
     def __init__(self, file: PickledFile, prefix: str = "") -> None:
@@ -109,8 +109,8 @@ class _LayerFiles:
     def place(self, layer: int) -> str:
         return ""
 
-    def open(self, layer: int, rank: int) -> _Layer:
-        return _Layer(PickledFile(self._folder / self.name(layer, rank)))
+    def open(self, layer: int, rank: int) -> _LayerPart:
+        return _LayerPart(PickledFile(self._folder / self.name(layer, rank)))
 
 
 class _WholeFiles:
@@ -137,8 +137,8 @@ class _WholeFiles:
     def place(self, layer: int) -> str:
         return f": {neox_layout.in_whole_file(layer, '*')}"
 
-    def open(self, layer: int, rank: int) -> _Layer:
-        return _Layer(self._files[rank], neox_layout.in_whole_file(layer, ""))
+    def open(self, layer: int, rank: int) -> _LayerPart:
+        return _LayerPart(self._files[rank], neox_layout.in_whole_file(layer, ""))
 
 
 class NeoXCheckpoint:
@@ -182,7 +182,7 @@ class NeoXCheckpoint:
                 raise UserError(f"{where}: {name} is {list(merged[name].shape)}, {self._source} makes it {list(shape)}")
         return {name: merged[name] for name in expected}
 
-    def _open(self, layer: int) -> list[_Layer]:
+    def _open(self, layer: int) -> list[_LayerPart]:
         """Open a layer's files, rank after rank; UserError unless they hold the same names in the same shapes."""
         files = [self._files.open(layer, rank) for rank in range(self._files.ranks.get(layer, 0))]
         for file in files[1:]:

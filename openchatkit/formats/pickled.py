@@ -14,7 +14,7 @@ from openchatkit.formats.tensor_file import CHUNK, TensorSpec, tensor_bytes
 
 
 class _Dropped:
-    """What takes the place of an object that is no tensor: it holds nothing and does nothing."""
+    """Placeholder of an object that is no tensor: it holds nothing and does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> "_Dropped":
         return object.__new__(cls)
