@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -221,6 +222,19 @@ def test_a_run_may_go_on_without_the_saves_that_find_no_room(tmp_path, make, mou
     (disk / "filler").unlink()
     saver.save(5, {}, last=True)
     assert saver.published == [1, 5]
+
+
+def test_a_disk_that_becomes_read_only_is_one_line_and_leaves_the_old_checkpoint(tmp_path, make, mount_small_disk):
+    disk, _ = make_room_for(4, tmp_path, make, mount_small_disk)
+    saver = make(disk / "run")
+    saver.save(1, {}, last=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(UserError, match=r"cannot write .*/run: the disk is read-only: choose another folder"):
+        saver.save(2, {})
+    with pytest.raises(UserError, match="the disk is read-only: choose another folder"):
+        checkpoint.lock_run(disk / "new")  # as each run does first
+    assert sorted(path.name for path in (disk / "run").iterdir()) == ["checkpoint_1", "latest"]
+    checkpoint.verify(disk / "run" / "checkpoint_1")
 
 
 def save_and_finish(saver: Saver, step: int) -> None:
