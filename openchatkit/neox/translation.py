@@ -257,6 +257,9 @@ def _find_extra_steps(config: NeoxConfig, notes: list[str]) -> str | None:
 def _translate_logging(config: NeoxConfig, notes: list[str]) -> dict[str, Any]:
     """Return where the numbers go besides the console and metrics.jsonl; GPT-NeoX, too, goes on without a logger."""
     backends, flags = ["print"], {"curve_names": "neox"}
+    if config.get("log_dir"):
+        backends.append("loguru")
+        flags["log_dir"] = config.get("log_dir")
     if config.get("tensorboard_dir"):
         if importlib.util.find_spec("tensorboard") is None:
             where = config.where("tensorboard_dir")

@@ -322,8 +322,9 @@ class LoggingSettings:
         "print",
         check=parse_backends,
         help="one or several of `print`, `loguru`, `tensorboard` and `wandb`, separated by commas; `print` is the "
-        "console, which is there in any case, `loguru` writes `./logs/`. `metrics.jsonl` is always written",
+        "console, which is there in any case, `loguru` a file. `metrics.jsonl` is always written",
     )
+    log_dir: Path = setting(help="folder of the file that `loguru` writes; not given: `./logs/`")
     log_norms: str | None = setting(
         None,
         check=parse_norms,
@@ -546,6 +547,7 @@ def complete(given: Given, cls: type[S], *, environment: Mapping[str, str]) -> S
     model = values["model_name"]
     values = {"tokenizer_name": model, "checkpoint_path": paths.MODEL_CKPTS / model.name} | values
     values.setdefault("tensorboard_dir", values["checkpoint_path"] / "tensorboard")
+    values.setdefault("log_dir", Path("logs"))
     return cls(**values, ignored=tuple(name for name in IGNORED if name in given.values))
 
 

@@ -39,7 +39,7 @@ def open_sinks(settings: Settings, *, first_step: int, total_steps: int) -> list
         if settings.monitor is not None:
             opened.append(Monitor(settings.monitor, folder, total_steps=total_steps))
         if "loguru" in names:
-            opened.append(sinks.LogFile(total_steps=total_steps))
+            opened.append(sinks.LogFile(settings.log_dir, total_steps=total_steps))
     except BaseException:
         for sink in opened:
             sink.close()

@@ -18,7 +18,7 @@ from openchatkit.storage import storage_errors
 from openchatkit.training.curve_names import Curves, Row, flatten
 from openchatkit.training.forecast import Forecast, format_left
 
-_LOG_FILE = "./logs/file_{time}.log"
+_LOG_FILE = "file_{time}.log"
 # Records with this key are for the sink that it names alone.
 _ONLY = "only"
 _SECONDS_BETWEEN_LINES = 10
@@ -102,13 +102,13 @@ class Console:
 
 
 class LogFile:
-    """A file in ./logs/ with a line for every step, and all else that rank 0 logs."""
+    """A file in a folder with a line for every step, and all else that rank 0 logs."""
 
-    def __init__(self, *, total_steps: int) -> None:
+    def __init__(self, folder: Path, *, total_steps: int) -> None:
         self._total_steps = total_steps
-        with storage_errors(Path(_LOG_FILE).parent):
+        with storage_errors(folder):
             self._handler = logger.add(
-                _LOG_FILE, format="{time} | {level} | {message}", level="INFO", filter=_keep_for("file")
+                folder / _LOG_FILE, format="{time} | {level} | {message}", level="INFO", filter=_keep_for("file")
             )
 
     def add_step(self, row: Row) -> None:

@@ -99,6 +99,7 @@ def run(configure, store):
             1,
             {"optimizer": "lion", "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_eps": None},
         ),
+        ({"log_dir": "some/logs"}, 1, {"train_log_backend": "print,loguru", "log_dir": "some/logs"}),
         ({"log_param_norm": True, "log_grad_norm": True}, 1, {"log_norms": "gradients,parameters"}),
         ({"log_optimizer_states": True, "use_bnb_optimizer": True}, 1, {"log_norms": None}),
         ({"log_optimizer_states": True}, 1, {"log_norms": "optimizer-state", "curve_names": "neox"}),

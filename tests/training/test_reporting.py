@@ -27,11 +27,11 @@ def test_print_is_the_default_and_writes_lines_to_a_file(tmp_path, flags):
 def test_loguru_writes_a_file(tmp_path, flags):
     """And TensorBoard its own, in the same run, which also has a live page."""
     change = {"train_log_backend": "loguru,tensorboard", "checkpoint_path": tmp_path / "ckpt", "total_steps": 3}
-    change["monitor"] = f"127.0.0.1:{ranks.free_port()}"
+    change |= {"monitor": f"127.0.0.1:{ranks.free_port()}", "log_dir": tmp_path / "runs" / "logs"}
     ended = ranks.train(tmp_path, {**flags, **change}, workplace=tmp_path)
     assert ended.statuses == [0], ended.errors
     assert f"http://{change['monitor']} shows this run" in ended.errors[0]
-    (log,) = (tmp_path / "logs").glob("file_*.log")
+    (log,) = (tmp_path / "runs" / "logs").glob("file_*.log")
     text = log.read_text()
     assert [text.count(f"step {step}/3 | loss ") for step in (1, 2, 3)] == [1, 1, 1]
     assert scalars(tmp_path / "ckpt" / "tensorboard")["loss"] == [
