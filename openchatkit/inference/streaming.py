@@ -37,6 +37,10 @@ class Detokeniser:
         """Return the characters that this token completes; none while a multi-byte character is unfinished."""
         self._window.append(token)
         text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT) and not self._decode([token]):
+            # An id without a token, in a vocabulary padded with rows: the bytes of a character go on after it.
+            del self._window[-1]
+            return ""
         final = len(text)
         while final > max(self._returned, len(text) - _UNFINISHED) and text[final - 1] == _REPLACEMENT:
             final -= 1
