@@ -206,6 +206,10 @@ def test_a_shard_stores_what_the_network_has_and_says_how_it_is_cut(case):
     for shard, module in stage.named_shards():
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         assert shapes.keys() <= family(config).cuts(config).keys()
+        # By which optimizers know what does not decay.
+        assert {name for name, shape in shapes.items() if len(shape) == 1} == {
+            name for name in shapes if "norm" in name or name.endswith(".bias")
+        }
         stored = family(config).parameter_shapes(config, shard)
         left_out = {"embed_out.weight"} if shard == HEAD and config.tie_embeddings else set()
         assert stored == {name: shape for name, shape in shapes.items() if name not in left_out}
