@@ -85,7 +85,7 @@ def convert(path: Path, folder: Path, *, dtype: str | None = None, finite: bool 
 def _copy_shards(checkpoint: "NeoXCheckpoint", writer: "ShardWriter", dtype: str | None, *, finite: bool) -> None:
     import torch
 
-    from openchatkit.convert.streams import convert_tensor
+    from openchatkit.convert.streams import convert_shard
     from openchatkit.progress import bar
     from openchatkit.storage import check_room
 
@@ -95,9 +95,5 @@ def _copy_shards(checkpoint: "NeoXCheckpoint", writer: "ShardWriter", dtype: str
     check_room(writer.folder, sum(sizes) if missing else 0, str(writer.folder), "make room or use another disk")
     with bar(len(missing), writer.folder.name, unit="shard") as progress:
         for shard in missing:
-            tensors = {
-                name: convert_tensor(tensor, target or tensor.dtype, what=f"{name} of {shard}", finite=finite)
-                for name, tensor in checkpoint.read(shard).items()
-            }
-            writer.write_tensors(shard, tensors)
+            writer.write_tensors(shard, convert_shard(checkpoint.read(shard), target, shard, finite=finite))
             progress.update()

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -37,8 +37,17 @@ def stream(
             progress.update(len(chunk))
 
 
-def convert_tensor(tensor: Tensor, target: torch.dtype, *, what: str, finite: bool = True) -> Tensor:
-    """Return a tensor on the CPU in the dtype `target`, itself where it has that; errors as `stream`."""
+def convert_shard(
+    tensors: Mapping[str, Tensor], target: torch.dtype | None, shard: str, *, finite: bool = True
+) -> dict[str, Tensor]:
+    """Return a shard's tensors on the CPU in the dtype `target`, by default as they are; errors as `stream`."""
+    return {
+        name: _convert_tensor(tensor, target or tensor.dtype, what=f"{name} of {shard}", finite=finite)
+        for name, tensor in tensors.items()
+    }
+
+
+def _convert_tensor(tensor: Tensor, target: torch.dtype, *, what: str, finite: bool) -> Tensor:
     pieces = list(_convert([tensor_bytes(tensor)], tensor.dtype, target, what=what, finite=finite))
     if tensor.dtype == target:
         return tensor

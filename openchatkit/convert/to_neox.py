@@ -69,7 +69,7 @@ def convert(
     import torch
     from loguru import logger
 
-    from openchatkit.convert.streams import convert_tensor
+    from openchatkit.convert.streams import convert_shard
     from openchatkit.formats.neox_writer import NeoXWriter, describe_losses
     from openchatkit.loading import stages
     from openchatkit.progress import bar
@@ -91,11 +91,7 @@ def convert(
         )
         with bar(len(reader.shards), save_dir.name, unit="shard") as progress:
             for shard in reader.shards:
-                converted = {
-                    name: convert_tensor(tensor, target or tensor.dtype, what=f"{name} of {shard}", finite=finite)
-                    for name, tensor in reader.read(shard).items()
-                }
-                writer.write(shard, converted)
+                writer.write(shard, convert_shard(reader.read(shard), target, shard, finite=finite))
                 progress.update()
         try:
             stages.write_tokenizer(found, Path(tokenizer))

@@ -29,6 +29,8 @@ ADDED_BIASES = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
 QK_NORM = "attention.qk_layernorm."
 _OUR_MODULES = {"word_embeddings": "embed_in", "norm": "final_layer_norm", "final_linear": "embed_out"}
 _THEIR_MODULES = {ours: theirs for theirs, ours in _OUR_MODULES.items()}
+# Frequencies of rotary and sinusoidal positions, and ALiBi's slopes.
+_BUFFERS = ("inv_freq", "slopes")
 # GPT-NeoX's names since December 2024, and before, which are also the kit's.
 _MLP = {"mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
 _NEWER_MLP = {ours: theirs for theirs, ours in _MLP.items()}
@@ -76,9 +78,9 @@ def list_layers(count: int, *, tied: bool) -> list[int]:
 
 def our_name(key: str) -> str | None:
     """Return a tensor's name in its shard, for either of GPT-NeoX's namings; None for a buffer of nothing learnt."""
-    if "rotary_emb." in key:
-        return None
     module, _, kind = key.rpartition(".")
+    if kind in _BUFFERS:
+        return None
     return f"{_OUR_MODULES.get(module) or _MLP.get(module, module)}.{kind}"
 
 

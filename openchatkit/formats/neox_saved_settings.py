@@ -27,7 +27,6 @@ DEFAULTS: dict[str, Any] = {
     "rpe_num_buckets": 32,
     "rpe_max_distance": 128,
     "rpe_rule": "today",
-    "opt_pos_emb_offset": 0,
     "gpt_j_residual": False,
     "gpt_j_tied": False,
     "no_weight_tying": False,

@@ -19,8 +19,10 @@ from openchatkit.formats import neox_layout, tokenizer_files
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part, check_parts, cut_tensor, is_cut
 from openchatkit.models.neox_options import GATES, NeoxOptions
+from openchatkit.models.positions import alibi_slopes
 from openchatkit.models.registry import family
-from openchatkit.models.shards import HEAD
+from openchatkit.models.shards import EMBED, HEAD
+from openchatkit.models.sparse_attention import SPARSE_KINDS, read_sparsity
 from openchatkit.storage import storage_errors, sync, write_text
 
 SETTINGS = "model.yml"
@@ -109,9 +111,19 @@ class NeoXWriter:
                 if module == "input_layernorm":
                     unused = torch.zeros_like(tensor) if kind == "bias" else torch.ones_like(tensor)
                     yield f"post_attention_layernorm.{kind}", unused
-        if not self._newer and "attention.dense.weight" in tensors and self.config.rotary_dim:
-            exponent = torch.arange(0, self.config.rotary_dim, 2, dtype=torch.float32) / self.config.rotary_dim
-            yield "attention.rotary_emb.inv_freq", 1.0 / self.config.rotary_base**exponent
+        yield from self._make_buffers(shard, part)
+
+    def _make_buffers(self, shard: str, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """Yield what GPT-NeoX stores beside parameters, and misses where it is not there."""
+        config, positions = self.config, self.config.options.pos_emb
+        if positions == "sinusoidal" and shard == EMBED:
+            yield "position_embeddings.inv_freq", _make_frequencies(config.hidden_size, 10000.0)
+        if shard in (EMBED, HEAD):
+            return
+        if positions == "rotary" and not self._newer:  # which today are not stored
+            yield "attention.rotary_emb.inv_freq", _make_frequencies(config.rotary_dim, config.rotary_base)
+        if positions == "alibi":
+            yield "attention.alibi_embed.slopes", cut_tensor(alibi_slopes(config.num_heads).float(), "rows", part)
 
     def _store(self, layer: int, rank: int, tensors: Mapping[str, Tensor]) -> None:
         with storage_errors(self.folder):
@@ -179,6 +191,10 @@ def describe_losses(config: ModelConfig) -> list[str]:
         losses.append("rmsnorm_2021: GPT-NeoX since May 2025 adds epsilon to the mean instead: use a release before")
     if config.options.pos_emb == "rpe" and not config.options.rpe_scaled:
         losses.append("rpe without scaling: GPT-NeoX since January 2022 multiplies the biases: use a release before")
+    sparsity = read_sparsity(dict(config.options.sparsity_config))
+    for kind in sorted({*config.options.attention_config}):
+        if kind in SPARSE_KINDS and sparsity.count_random_blocks(kind):
+            losses.append(f"{kind}: GPT-NeoX draws random blocks of its own in each run: what it computes differs")
     return losses
 
 
@@ -186,6 +202,11 @@ def _find_share(dimensions: int, width: int) -> float:
     """Return the fraction of a width that GPT-NeoX rounds down to a number of dimensions."""
     share = dimensions / width
     return share if int(width * share) == dimensions else math.nextafter(share, 2.0)
+
+
+def _make_frequencies(width: int, base: float) -> Tensor:
+    exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / base**exponent
 
 
 def _save(content: object, path: Path) -> None:

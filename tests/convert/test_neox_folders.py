@@ -1,7 +1,9 @@
 """Checkpoints of GPT-NeoX, written and read: for any number of tensor ranks, by its own rules, and back to the byte."""
 
+import gc
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -37,6 +39,8 @@ MODELS = {
     },
     "tied norms": {**OWN, "gpt_j_tied": True, "use_parallel_residual": True, "norm": "scalenorm", "pos_emb": "alibi"},
     "positions": {**OWN, "pos_emb": "learned", "use_qk_layernorm": True, "norm": "rmsnorm", "hidden_act": "geglu"},
+    "sparse": {**OWN, "attention_config": ["local", "global"], "sparsity_config": {"block": 4, "seed": 1234}},
+    "sliding": {**OWN, "pos_emb": "sinusoidal", "sliding_window_width": 5, "hidden_dropout": 0.1},
     "relative": {**OWN, "pos_emb": "rpe", "norm": "non_parametric_layernorm", "use_parallel_residual": True},
 }
 
@@ -118,6 +122,23 @@ def test_names_of_2021_come_with_the_frequencies_that_it_stored(tmp_path):
     assert "mlp.dense_h_to_4h.weight" in layer
     expected = 1 / 10000 ** (torch.arange(0, 2, 2) / 2)
     torch.testing.assert_close(layer["attention.rotary_emb.inv_freq"], expected)
+
+
+def test_other_positions_come_with_their_buffers(tmp_path):
+    for name, raw in (("alibi", {**OWN, "pos_emb": "alibi"}), ("waves", {**OWN, "pos_emb": "sinusoidal"})):
+        tiny_shards.write_prepared(tmp_path / name, raw)
+        to_neox.convert(tmp_path / name, tmp_path / "neox" / name, ranks=2)
+    steps = tmp_path / "neox" / "alibi" / "global_step0"
+    slopes = [torch.load(steps / f"layer_03-model_0{rank}-model_states.pt") for rank in range(2)]
+    # Of 4 heads: 2^-2, 2^-4, 2^-6, 2^-8.
+    assert torch.cat([layer["attention.alibi_embed.slopes"] for layer in slopes]).tolist() == [
+        2**-2,
+        2**-4,
+        2**-6,
+        2**-8,
+    ]
+    embedding = torch.load(tmp_path / "neox" / "waves" / "global_step0" / "layer_00-model_01-model_states.pt")
+    assert embedding["position_embeddings.inv_freq"].shape == (8,)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +230,48 @@ def test_a_conversion_resumes(tmp_path, monkeypatch):
     assert asked == ["embed", "layer_00000", "layer_00000", "layer_00001", "head"]
     from_neox.convert(tmp_path / "neox", tmp_path / "back")
     assert len(asked) == 5
+
+
+def test_one_layer_is_in_memory(tmp_path, monkeypatch):
+    tiny_shards.write_prepared(tmp_path / "shards", PLAIN)
+    to_neox.convert(tmp_path / "shards", tmp_path / "two", ranks=2)
+    held, most = [], []
+    read = NeoXCheckpoint.read
+
+    def count_and_read(self, shard):
+        gc.collect()
+        most.append(sum(tensor() is not None for tensor in held))
+        tensors = read(self, shard)
+        held.extend(map(weakref.ref, tensors.values()))
+        return tensors
+
+    monkeypatch.setattr(NeoXCheckpoint, "read", count_and_read)
+    from_neox.convert(tmp_path / "two", tmp_path / "back", dtype="bfloat16")
+    to_neox.convert(tmp_path / "two", tmp_path / "one", dtype="float16")
+    to_neox.convert(tmp_path / "two", tmp_path / "whole", pipeline=False)
+    assert most == [0] * 12
+
+
+def test_numbers_that_are_not_finite_or_too_large(tmp_path):
+    made = tiny_shards.write_prepared(tmp_path / "shards", PLAIN)
+    to_neox.convert(tmp_path / "shards", tmp_path / "neox")
+    path = tmp_path / "neox" / "global_step0" / "layer_03-model_00-model_states.pt"
+    layer = torch.load(path)
+    layer["mlp.linear1.bias"][2] = 1e6
+    torch.save(layer, path)
+    message = r"^mlp\.dense_h_to_4h\.bias of layer_00001 holds values up to 1e\+06, more than float16 can"
+    refused(lambda: from_neox.convert(tmp_path / "neox", tmp_path / "half", dtype="float16"), message)
+    refused(lambda: to_neox.convert(tmp_path / "neox", tmp_path / "again", dtype="float16"), message)
+    assert not (tmp_path / "again").exists()
+    layer["mlp.linear1.bias"][2] = float("nan")
+    torch.save(layer, path)
+    refused(
+        lambda: from_neox.convert(tmp_path / "neox", tmp_path / "back"), "layer_00001 holds NaN or infinite numbers"
+    )
+    from_neox.convert(tmp_path / "neox", tmp_path / "back", finite=False)
+    kept = LayerShards.open(tmp_path / "back").read("layer_00001")["mlp.dense_h_to_4h.bias"]
+    assert kept.isnan().sum() == 1
+    assert torch.equal(kept[3:], made["layer_00001"]["mlp.dense_h_to_4h.bias"][3:])
 
 
 def test_a_training_checkpoint_keeps_its_step(tmp_path):
