@@ -192,6 +192,59 @@ def tensors_without_memory() -> contextlib.AbstractContextManager[Any] | None:
     return FakeTensorMode()
 
 
+def make_block_mask(
+    is_seen: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    *,
+    rows: int | None,
+    heads: int | None,
+    length: int,
+    reach: int,
+    device: torch.device,
+) -> Any:
+    """Return what `attend_to_blocks` takes for a mask: `is_seen` of row, head, query and key, as tensors of numbers.
+
+    None for rows or heads: all are alike.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(is_seen, rows, heads, length, reach, device=device)
+
+
+def attend_to_blocks(query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
+    """Attend over [batch, heads, length, head_dim] to what a mask of `make_block_mask` shows; the same shape.
+
+    Blocks of pairs of which none is seen are not computed, where `attends_to_blocks`; elsewhere it is slow, and has no
+    backward.
+    """
+    mixed = _flex_attention(query.device.type)(query, key, value, block_mask=block_mask)
+    assert isinstance(mixed, Tensor), type(mixed)
+    return mixed
+
+
+@functools.cache
+def _flex_attention(device_type: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Not compiled, it forms all scores, which a CPU is faster at than at compiling.
+    chosen: Any = torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    return chosen
+
+
+@functools.cache
+def attends_to_blocks(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attend_to_blocks` has a kernel here, and for its backward: found out on a GPU, where torch may."""
+    if device.type != "cuda":
+        return False
+    try:
+        mask = make_block_mask(lambda _, __, q, k: q >= k, rows=None, heads=None, length=256, reach=256, device=device)
+        with torch.inference_mode(False), torch.enable_grad():
+            tokens = torch.zeros(1, 1, 256, head_dim, dtype=dtype, device=device, requires_grad=True)
+            attend_to_blocks(tokens, tokens, tokens, mask).sum().backward()  # type: ignore[no-untyped-call]
+    except Exception:  # compilers of several libraries, which fail in ways of their own; a mask does without them
+        return False
+    return True
+
+
 def connect_gloo_on_first_use() -> None:
     """Let gloo connect two ranks when one first sends to the other, in process groups that are made from now on.
 

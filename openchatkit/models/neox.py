@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openchatkit.errors import UserError
+from openchatkit.libraries import pytorch
 from openchatkit.models.cache import KVCache
 from openchatkit.models.config import ModelConfig, get_positive_int
 from openchatkit.models.cuts import WHOLE, Cut, Part, StackedRows
@@ -28,7 +29,7 @@ from openchatkit.models.layers import (
 from openchatkit.models.neox_options import GATES, NeoxOptions, read_options
 from openchatkit.models.norms import make_norm
 from openchatkit.models.positions import RelativeBias, SinusoidalTable
-from openchatkit.models.views import EmbeddingView, LayerView
+from openchatkit.models.views import BlocksSeen, EmbeddingView, LayerView
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **ACTIVATIONS,
@@ -119,6 +120,10 @@ class NeoxAttention(nn.Module):
             return attend_with_dropout(
                 query, key, value, seen, view.keys, rate=self.dropout, first_head=self.first_head
             )
+        if isinstance(seen, BlocksSeen):
+            times = self.num_heads // self.num_key_heads
+            key, value = (each.repeat_interleave(times, dim=1) for each in (key, value))
+            return pytorch.attend_to_blocks(query, key, value, seen.mask).transpose(1, 2).flatten(-2)
         attend = causal_attention if self.num_key_heads == self.num_heads else grouped_attention
         return attend(query, key, value, seen)
 

@@ -5,7 +5,6 @@ block, and on the diagonal, a token sees itself and those before it. Layouts are
 ones have the first blocks of it, so that a row sees the same while it grows.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -114,7 +113,6 @@ def _refuse(name: str, value: Any, expected: str) -> UserError:
     return UserError(f"sparsity_config: {name} is {value!r}, expected {expected}")
 
 
-@functools.lru_cache(maxsize=256)
 def make_layout(kind: str, sparsity: Sparsity, *, blocks: int, heads: int, layer: int) -> Tensor:
     """Return the layout of a layer, bool [heads, blocks, blocks] where each head has its own, else [1, ...]."""
     sparsity.check(kind)

@@ -17,7 +17,7 @@ from openchatkit.models.recompute import keep_in_main_memory
 from openchatkit.models.recompute import recompute as recompute_layer
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, layer_name, shard_names
-from openchatkit.models.views import Views, needs_masks
+from openchatkit.models.views import Layouts, Views, needs_masks
 
 
 class Stage(nn.Module):
@@ -60,6 +60,7 @@ class Stage(nn.Module):
         names = [EMBED] * embed + [layer_name(i) for i in range(first, last)] + [HEAD] * head
         self.shards = nn.ModuleDict({name: family(config).module(config, name, part) for name in names})
         self.rotary = RotaryTable(config.rotary_dim, config.rotary_base)
+        self.layouts = Layouts(config, part)
         self.is_compiled = False
         self.hidden_parts = 1  # of which this part has one, of the tokens of hidden states
 
@@ -121,6 +122,7 @@ class Stage(nn.Module):
                 seen=seen,
                 dtype=self._compute_dtype(x.device),
                 keys=dropout_keys,
+                layouts=self.layouts,
             )
         caches = iter(cache or ())
         for name, module in self.shards.items():
@@ -150,7 +152,7 @@ class Stage(nn.Module):
             device=device,
             dtype=dtype,
             head_dim=self.config.head_dim,
-            by_mask=needs_masks(self.config),
+            by_mask=needs_masks(self.config, device, dtype),
         )
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:

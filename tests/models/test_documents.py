@@ -31,11 +31,16 @@ STARTS = torch.tensor(
 )
 
 
-def weigh(query: Tensor, key: Tensor) -> Tensor:
-    """Attention's weights of one segment, [heads, tokens, tokens], of [tokens, heads, head_dim]."""
+def weigh(query: Tensor, key: Tensor, before: int = -1) -> Tensor:
+    """Attention's weights of one segment, [heads, tokens, tokens], of [tokens, heads, head_dim].
+
+    A token sees itself and `before` tokens before it, -1 for all.
+    """
     scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
-    after = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(after, -torch.inf).softmax(-1)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    if before >= 0:
+        hidden |= torch.ones_like(hidden).tril(-before - 1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 def check_contract(query: Tensor, borders: Tensor, others: Tensor, longest: int, limit: int, options: dict) -> None:
@@ -47,29 +52,29 @@ def check_contract(query: Tensor, borders: Tensor, others: Tensor, longest: int,
     sizes = borders.diff()
     assert (sizes >= 0).all()
     assert longest == limit == sizes.max()
-    assert (options["window_size_left"], options["window_size_right"]) == (-1, 0)
+    assert options["window_size_right"] == 0
     assert query.stride(-1) == 1
 
 
 def forward(query, key, value, borders, others, longest, limit, dropout, causal, debug, **options):
-    assert causal
+    assert causal == (options["window_size_left"] < 0)  # a window says it by itself
     assert not dropout
     check_contract(query, borders, others, longest, limit, options)
     out = torch.empty_like(query)
     for first, last in itertools.pairwise(borders.tolist()):
         q, k, v, o = (tensor[first:last] for tensor in (query, key, value, out))
-        o.copy_(torch.einsum("hqk,khd->qhd", weigh(q, k), v))
+        o.copy_(torch.einsum("hqk,khd->qhd", weigh(q, k, options["window_size_left"]), v))
     unused = torch.empty(0)
     return out, torch.empty(query.shape[1], query.shape[0]), unused.to(torch.uint64), unused.to(torch.uint64), unused
 
 
 def backward(grad, query, key, value, out, lse, borders, others, longest, limit, dropout, causal, *_, **options):
-    assert causal
+    assert causal == (options["window_size_left"] < 0)  # a window says it by itself
     check_contract(query, borders, others, longest, limit, options)
     by_query, by_key, by_value = (torch.empty_like(query) for _ in range(3))
     for first, last in itertools.pairwise(borders.tolist()):
         q, k, v, o, g = (tensor[first:last] for tensor in (query, key, value, out, grad))
-        weights = weigh(q, k)
+        weights = weigh(q, k, options["window_size_left"])
         by_scores = torch.einsum("qhd,khd->hqk", g, v) - (g * o).sum(-1).T.unsqueeze(-1)
         by_scores = by_scores * weights / q.shape[-1] ** 0.5
         by_query[first:last] = torch.einsum("hqk,khd->qhd", by_scores, k)
@@ -145,6 +150,26 @@ def test_models_learn_the_same_by_borders(kind, request):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
     for options in ({"recompute": True}, {"recompute": True, "selective": True}):
         assert all(torch.equal(one, other) for one, other in zip(gradients(kind, **options), plain, strict=True))
+
+
+def test_windows_are_seen_by_borders_as_by_masks(request):
+    """Of documents, and of rows that are one each."""
+    raw = FAMILIES["neox"] | {"model_type": "neox", "sliding_window_width": 4}
+    stage = Stage(config_from_hf(raw)).double()
+    stage.init_weights(0)
+    tokens = torch.arange(96).reshape(4, 24) % 64
+    found = []
+    for by_borders in (False, True):
+        if by_borders:
+            request.getfixturevalue("segments_kernel")
+        for starts in (STARTS, None):
+            stage.zero_grad()
+            logits = stage.logits(stage(tokens, starts))
+            logits.square().mean().backward()
+            found.append([logits.detach(), *(parameter.grad for parameter in stage.parameters())])
+    for one, other in ((found[0], found[2]), (found[1], found[3])):
+        for left, right in zip(one, other, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

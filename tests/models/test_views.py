@@ -3,6 +3,7 @@
 The network in formulas reads one document by itself, so that documents which share a row are compared with it, too.
 """
 
+import dataclasses
 import itertools
 import math
 
@@ -11,13 +12,15 @@ import torch
 from model_configs import FAMILIES
 
 from openchatkit.errors import UserError
+from openchatkit.libraries import pytorch
 from openchatkit.models import dropout
-from openchatkit.models.cuts import Part, cut_shard
+from openchatkit.models.cuts import WHOLE, Part, cut_shard
+from openchatkit.models.documents import find_borders
 from openchatkit.models.dropout import row_keys
 from openchatkit.models.layers import RotaryTable
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.stage import Stage
-from openchatkit.models.views import Views
+from openchatkit.models.views import BlocksSeen, Views
 
 LAYERS, HEADS, WIDTH, LENGTH = 2, 4, 8, 12
 RAW = FAMILIES["neox"] | {
@@ -48,6 +51,7 @@ STARTS = torch.tensor([[0] * 5 + [5] * 7, [0] * 2 + [2] * 9 + [11]])
 DROPPING = {"hidden_dropout": 0.25, "attention_dropout": 0.5}
 NUMBERS = {"rtol": 0, "atol": 1e-11}
 CPU = torch.device("cpu")
+PLACE = {"positions": torch.arange(LENGTH), "before": 0}
 
 
 def config_of(case, **changes):
@@ -392,3 +396,23 @@ def test_rows_longer_than_the_table_of_positions_are_refused():
 def test_models_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         config_from_hf(RAW | changes)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("case", ["local", "others"])
+@torch.inference_mode()
+def test_blocks_show_what_masks_do(case, by_head, monkeypatch):
+    """As on GPUs, by torch's flex attention, which on a CPU has a slow forward and no backward."""
+    sparsity = CASES[case]["sparsity_config"] | {"different_layout_per_head": by_head}
+    stage = Stage(config_of(case, num_kv_heads=2, sparsity_config=sparsity))
+    stage.init_weights(0)
+    expected = [stage(TOKENS), stage(TOKENS, STARTS)]
+    monkeypatch.setattr(pytorch, "attends_to_blocks", lambda *_: True)
+    torch.testing.assert_close(stage(TOKENS), expected[0], rtol=0, atol=1e-5)
+    if case == "others":
+        # Documents as GPUs have them, which a CPU has masks for.
+        documents = dataclasses.replace(stage.confine(STARTS, CPU), seen=find_borders(STARTS))
+        torch.testing.assert_close(stage(TOKENS, documents), expected[1], rtol=0, atol=1e-5)
+        view = Views(stage.config, WHOLE, rows=2, **PLACE, seen=documents.seen, dtype=torch.float32)
+        assert isinstance(view.of_layer("layer_00000").seen, BlocksSeen)
