@@ -111,7 +111,7 @@ def test_a_step_waits_for_no_value_of_the_device_between_its_two_reductions(flag
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(trainer, "_count", lambda batches, sources: (0, [100]))
-    monkeypatch.setattr(trainer, "_sum_over_ranks", lambda *_: _StepSums(1.0, False, False, [1.0], 1.0))
+    monkeypatch.setattr(trainer, "_sum_over_ranks", lambda *_: _StepSums(1.0, False, False, [1.0], [1.0]))
     before = [parameter._version for parameter in stage.parameters()]
     assert trainer.step(0, dataset).applied
     assert all(p._version > version for p, version in zip(stage.parameters(), before, strict=True))
