@@ -7,13 +7,17 @@ import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.neox import arguments, hosts, key_tables, trained
 from openchatkit.neox.config import NeoxConfig
+from openchatkit.neox.translation import TrainerRun
 from openchatkit.storage import check_writable, storage_errors, write_text
+
+if TYPE_CHECKING:
+    from openchatkit.training.task_scorer import TaskEvaluation, TaskScorer
 
 # GPT-NeoX's, where a configuration names none.
 DEFAULT_TASKS = ("lambada", "piqa", "hellaswag", "winogrande", "mathqa", "pubmedqa", "triviaqa")
@@ -49,7 +53,7 @@ def evaluate(config: NeoxConfig) -> None:
             tokenizer=tokenizer,
             num_fewshot=0,
             batch_size=config.get("train_micro_batch_size_per_gpu") or _ROWS,
-            include_paths=read_include_paths(config),
+            include_paths=_read_include_paths(config),
             dtype=config.precision if hosts.count_gpus() else "auto",
         )
     harness.print_results(results)
@@ -58,7 +62,29 @@ def evaluate(config: NeoxConfig) -> None:
     logger.info(f"the results are in {output}")
 
 
-def read_include_paths(config: NeoxConfig) -> list[Path]:
+def prepare_tasks(config: NeoxConfig, run: TrainerRun, *, is_first: bool) -> "TaskEvaluation":
+    """Return what puts `eval_tasks` to the model at each evaluation of a training.
+
+    The first rank loads them now, so that a mistake in them is found at once.
+    """
+    if not run.flags.get("evaluation_steps"):
+        raise UserError(
+            f"{config.where('eval_tasks')}: tasks are evaluated with the loss, which is not: give eval_iters above 0, "
+            "and data to evaluate it on"
+        )
+    if not is_first:
+        return _leave_to_the_first
+    from openchatkit.tools.evaluation import harness
+
+    tokenizer = Path(run.flags.get("tokenizer_name") or run.flags["model_name"])
+    return harness.load_evaluation(config.get("eval_tasks"), tokenizer, include_paths=_read_include_paths(config))
+
+
+def _leave_to_the_first(scorer: "TaskScorer") -> dict[str, float]:
+    raise AssertionError("the first rank alone puts the tasks")
+
+
+def _read_include_paths(config: NeoxConfig) -> list[Path]:
     """Return the folders of tasks that are not lm-eval's own, `eval_include_paths`, a key of the kit."""
     return [Path(path) for path in config.get("eval_include_paths") or []]
 

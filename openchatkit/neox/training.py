@@ -18,8 +18,8 @@ _CONFIGS = "configs"  # the folder beside the checkpoints that keeps the files a
 
 
 @cli.command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as GPT-NeoX's configuration files say."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as GPT-NeoX's configuration files say. Returns the exit status."""
     parser = ConfigurationParser(
         prog="neox/train.py",
         usage="%(prog)s [-d DIR] CONF... [--KEY VALUE ...]",
@@ -40,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if _is_first(line):
         _announce(config, run)
     given = {name: getattr(line.known, name) for name in ("world_size", "rank", "cuda_id", "dist_url")}
-    command.main([*run.arguments, *translation.to_arguments(given)])
+    tasks = None
+    if config.get("eval_tasks"):
+        from openchatkit.neox import evaluation
+
+        tasks = evaluation.prepare_tasks(config, run, is_first=_is_first(line))
+    return command.run([*run.arguments, *translation.to_arguments(given)], evaluate_tasks=tasks)
 
 
 def _count_ranks(line: CommandLine) -> int:

@@ -17,6 +17,7 @@ from openchatkit.training.config import Settings
 if TYPE_CHECKING:
     from openchatkit.training.loop import Loop
     from openchatkit.training.setup import RunInputs
+    from openchatkit.training.task_scorer import TaskEvaluation
 
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
 _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
@@ -24,7 +25,15 @@ _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train until --total-steps, from the newest checkpoint on if there is one. Returns the exit status."""
+    """Train as the flags say; see `run`."""
+    return run(argv)
+
+
+def run(argv: Sequence[str] | None, *, evaluate_tasks: "TaskEvaluation | None" = None) -> int:
+    """Train until --total-steps, from the newest checkpoint on if there is one. Returns the exit status.
+
+    `evaluate_tasks`, given on all ranks and called on rank 0, is called at each evaluation.
+    """
     settings = config.parse(argv)
     if settings.net_interface or settings.world_size > 1:
         host = network.parse_url(settings.dist_url)[0] if settings.dist_url else ""
@@ -41,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_installed(settings.train_log_backend)
         if settings.monitor is not None:
             check_address(settings.monitor)
-    with _explain_failures(settings), _prepare_loop(settings) as loop:
+    with _explain_failures(settings), _prepare_loop(settings, evaluate_tasks) as loop:
         return loop.run()
 
 
 @contextlib.contextmanager
-def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
+def _prepare_loop(settings: Settings, evaluate_tasks: "TaskEvaluation | None") -> Iterator["Loop"]:
     """Open model and data, meet the other ranks, load this rank's stage; leave the others in good order at the end."""
     from openchatkit.distributed import rendezvous, watchdog
     from openchatkit.distributed.layout import make_layout
@@ -90,7 +99,7 @@ def _prepare_loop(settings: Settings) -> Iterator["Loop"]:
             with fastest_attention(settings, inputs.shards.config, layout):
                 expected = make_prediction(settings, inputs.plan, layout, total_steps=inputs.total_steps)
                 trainer, progress = setup.build_trainer(settings, inputs, layout)
-                yield Loop(settings, inputs, trainer, progress, expected)
+                yield Loop(settings, inputs, trainer, progress, expected, evaluate_tasks=evaluate_tasks)
     except BaseException as error:
         status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else DEFECT
         rendezvous.abandon(error.exit_status if isinstance(error, UserError) else status)

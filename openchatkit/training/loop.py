@@ -24,6 +24,7 @@ from openchatkit.training.saving import Saver
 from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
 from openchatkit.training.step import StepResult, Trainer, by_name
+from openchatkit.training.task_scorer import StopRequested, TaskEvaluation, TaskScorer
 from openchatkit.training.throughput import StepMeter
 from openchatkit.training.trace import Profile, open_profile
 from openchatkit.training.uploads import Uploader, finish_uploads
@@ -39,8 +40,10 @@ class Loop:
         trainer: Trainer,
         progress: RunProgress,
         expected: Prediction | None = None,
+        *,
+        evaluate_tasks: TaskEvaluation | None = None,
     ) -> None:
-        self._expected = expected
+        self._expected, self._evaluate_tasks = expected, evaluate_tasks
         self.settings, self.inputs, self.trainer, self.progress = settings, inputs, trainer, progress
         self.total_steps = inputs.total_steps
         self._soundness = Soundness(
@@ -98,6 +101,7 @@ class Loop:
                     profile.step()
                 self._evaluate_if_due()
                 self._test_at_end()
+                self._put_tasks_if_due(requests)
                 if self._comparison_is_due:
                     self._compare_replicas()
                 self._save_if_due(result)
@@ -161,6 +165,27 @@ class Loop:
     def _test_at_end(self) -> None:
         if self.inputs.test is not None and self.progress.step == self.total_steps:
             self._evaluate(self.inputs.test, "test")
+
+    def _put_tasks_if_due(self, requests: list[int]) -> None:
+        """Evaluate tasks, if the run has some, as often as the loss. What fails in one ends no training."""
+        every = self.settings.evaluation_steps
+        if self._evaluate_tasks is None or (self.progress.step % every and self.progress.step < self.total_steps):
+            return
+        layout, scorer = self.trainer.layout, TaskScorer(self.trainer, requests)
+        layout.activity.begin("evaluation of tasks")
+        if layout.rank != 0:
+            scorer.serve()
+            return
+        assert self._reporter is not None, "rank 0 reports"
+        try:
+            with scorer.asking():
+                metrics = self._evaluate_tasks(scorer)
+        except StopRequested:
+            return
+        except UserError as error:
+            logger.warning("step {}, tasks are not evaluated: {}", self.progress.step, error)
+            return
+        self._reporter.report_evaluation({"step": self.progress.step, "eval": metrics})
 
     def _evaluate(self, dataset: Dataset, name: str, *, first: int = 0) -> None:
         """Evaluate on batches from number `first` on, and report the numbers under `name`."""

@@ -214,7 +214,10 @@ def format_numbers(row: Row, columns: int) -> str:
 
 
 def format_evaluation(row: Row) -> str:
-    """Return the line of an evaluation."""
+    """Return the line of an evaluation, of the loss or of tasks."""
+    if "eval" in row:
+        metrics = (f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in row["eval"].items())
+        return f"step {row['step']} | {', '.join(metrics)}"
     name = "test" if "test_tokens" in row else "evaluation"
     loss, perplexity = row[f"{name}_loss"], row.get(f"{name}_perplexity")
     if loss is None:

@@ -26,6 +26,7 @@ from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.pipeline import Pipeline
 from openchatkit.training.precision import LossScaler, autocast
 from openchatkit.training.rank_weights import RankWeights
+from openchatkit.training.row_scores import RowScores
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Trainer:
         self.stages, self.layout = weights.stages, weights.layout
         self._seed, self._loss_factor = seed, 1.0
         self._source_losses = torch.zeros(0)
+        self._row_scores: RowScores | None = None  # of the rows that are scored, where that is done now
+        self.seq_length = seq_length
         self._vocabulary_loss: VocabularyLoss | None = None
         if self.stages.has_head:
             first_row = self.stages.part.first(self.stages.config.vocab_size)
@@ -229,6 +232,30 @@ class Trainer:
         mean = sums["loss"][0] / sum(counts) if sum(counts) else math.nan
         return Evaluation(mean, sum(counts), tuple(map(SourceLoss, sums["source_losses"], counts)))
 
+    def score(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Return the sums of `RowScores` over the labels of rows, int64 [rows, seq_length], on all ranks.
+
+        There are as many rows as a batch of all replicas has; labels that are IGNORE count nothing.
+        """
+        size, first = self.schedule.batch_size, self.layout.replica * self.schedule.batch_size
+        rows = size * self.layout.replicas
+        assert tokens.shape == labels.shape == (rows, self.seq_length), f"{tokens.shape}, {labels.shape}"
+        sums = torch.zeros(rows, 3, dtype=torch.float64, device=self.layout.device)
+        if self._vocabulary_loss is not None:
+            of = self._vocabulary_loss
+            self._row_scores = RowScores(of.projection, rows, group=of.group, first=of.first)
+            sums = self._row_scores.sums
+        target = torch.cat([labels, torch.arange(rows).unsqueeze(1)], dim=1)[first : first + size]
+        try:
+            with autocast(self.layout.device, self.dtype):
+                self.pipeline.evaluate(pytorch.send(tokens[first : first + size], self.layout.device), target)
+        finally:
+            self._row_scores = None
+        self.weights.release_copies()
+        self.layout.sum_over_replicas(sums)
+        self.layout.sum_over_pipeline(sums)
+        return sums
+
     def _read_step(self, step: tuple[Dataset, int]) -> _StepRows:
         """Return this replica's rows of a step, which is given by the data set and its number."""
         (dataset, number), parts = step, self.schedule.accumulate
@@ -283,6 +310,9 @@ class Trainer:
     def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         assert self._vocabulary_loss is not None, self.layout.describe()
         labels, sources = target[:, :-1], target[:, -1:].expand(-1, target.shape[1] - 1)
+        if self._row_scores is not None:
+            self._row_scores.add(hidden, labels, sources)
+            return hidden.new_zeros(())
         with self.pipeline.timer.compute(timing.LOSS):
             return self._vocabulary_loss(
                 hidden, labels, scale=self._loss_factor, sources=sources, sums=self._source_losses

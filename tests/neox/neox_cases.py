@@ -1,4 +1,4 @@
-"""GPT-NeoX's shipped configurations as key and value, and how its files write such."""
+"""GPT-NeoX's shipped configurations as key and value, how its files write such, and a task to evaluate."""
 
 import json
 from pathlib import Path
@@ -47,3 +47,30 @@ def in_yaml_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + "".join(f'"{name}": {in_yaml_value(inner)}, ' for name, inner in value.items()) + "}"
     return {"true": "True", "false": "False"}.get(json.dumps(value), json.dumps(value))
+
+
+# An evaluation task of local records.
+TASK = """
+task: own_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 1.0}}
+"""
+QUESTIONS = [
+    {"question": f"What does it say? {word}", "choices": ["The answer", "one goes on and on"], "gold": number % 2}
+    for number, word in enumerate(["this", "that", "one", "on", "and", "answer"])
+]
+
+
+def write_task(folder: Path) -> Path:
+    """Write a task, own_choice, and its records into a folder; return the folder."""
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (folder / "choice.yaml").write_text(TASK.format(folder=folder))
+    return folder

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from neox_cases import SHIPPED, in_yaml
+from neox_cases import SHIPPED, in_yaml, write_task
 
 from openchatkit.formats import checkpoint
 from openchatkit.neox.hosts import Host
@@ -121,6 +122,42 @@ def test_configurations_of_2021_and_pythia_train_on_two_stages(tmp_path, name):
     done = deepy(tmp_path, "train.py", "-d", "configs", "small", "local_setup")
     assert done.returncode == 0, done.stderr
     assert read_state(tmp_path)["step"] == 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "layout", [{}, {"model_parallel_size": 2}, {"num_gpus": 2}], ids=["stages", "parts", "replicas"]
+)
+def test_text_and_figures_of_a_trained_model(tmp_path, layout):
+    """The commands of the README, one after another; tasks have one result in training, in any layout, and after it."""
+    pytest.importorskip("lm_eval")
+    settings = {"pipe_parallel_size": 1, **layout} if layout else {}
+    prepare(tmp_path, save_interval=1, eval_tasks=["own_choice"], eval_include_paths=["tasks"], **settings)
+    write_task(tmp_path / "tasks")
+    shutil.copy(ROOT / "neox" / "configs" / "text_generation.yml", tmp_path / "configs")
+    files = ["-d", "configs", "small.yml", "local_setup.yml"]
+    done = deepy(tmp_path, "pretrain_gpt2.py", *files)
+    assert done.returncode == 0, done.stderr
+    assert "own_choice_acc" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+    in_training = {row["step"]: row["eval"] for row in rows if "eval" in row}
+    assert list(in_training) == [2, 3]
+    for step, metrics in in_training.items():
+        done = deepy(tmp_path, "eval.py", *files, "--iteration", str(step), "--eval_results_prefix", f"at_{step}")
+        assert done.returncode == 0, done.stderr
+        [written] = tmp_path.glob(f"at_{step}_eval_results_*.json")
+        found = json.loads(written.read_text())["results"]["own_choice"]
+        assert metrics == {f"own_choice_{name}": found[f"{name},none"] for name in ("acc", "acc_norm")}
+    done = deepy(tmp_path, "generate.py", *files, "text_generation.yml")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "sample_output.txt").read_text().splitlines()]
+    assert len(lines) == 10
+    assert {line["context"] for line in lines} == {""}
+    assert 0 < max(line["length"] for line in lines) <= 64
+    (tmp_path / "prompts").write_text("the mail\n")
+    done = deepy(tmp_path, "text_gen_gpt2.py", *files, "-i", "prompts", "-o", "out", "--maximum_tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["length"] for line in (tmp_path / "out").read_text().splitlines()] == [8]
 
 
 @pytest.mark.long

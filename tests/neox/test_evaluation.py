@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from neox_cases import write_task
 from random_models import write_run
 
 from openchatkit.neox import evaluation
@@ -16,31 +17,6 @@ from openchatkit.tools.evaluation import harness
 
 lm_eval = pytest.importorskip("lm_eval")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
-
-TASK = """
-task: own_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-metadata: {{version: 1.0}}
-"""
-QUESTIONS = [
-    {"question": f"What does it say? {word}", "choices": ["The answer", "one goes on and on"], "gold": number % 2}
-    for number, word in enumerate(["this", "that", "one", "on", "and", "answer"])
-]
-
-
-def write_task(folder: Path) -> Path:
-    """Write a task, own_choice, and its records into a folder; return the folder."""
-    folder.mkdir()
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    (folder / "choice.yaml").write_text(TASK.format(folder=folder))
-    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from openchatkit.formats import checkpoint, hf_model
 from openchatkit.loading import hardware, pretrained, stages
 from openchatkit.storage import write_text
 from openchatkit.tools.evaluation import scoring
+from openchatkit.tools.evaluation.scoring import Scorer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -61,7 +62,7 @@ def evaluate(
 
     UserError when lm-eval is not installed, a task or its data is not found, or there is no such model.
     """
-    lm_eval = _import_lm_eval()
+    _import_lm_eval()
     # All that can be wrong with the flags comes before the weights are read.
     path = _fetch(model)
     place = hardware.choose_device(device)
@@ -72,21 +73,12 @@ def evaluate(
 
         logger.warning(note)
     with _silence_libraries():
-        manager = _task_manager(include_paths)
-        loaded = _load_tasks(_match_tasks(tasks, manager), manager)
+        chosen = _load_tasks(tasks, include_paths)
         try:
             found, lm = stages.read_live(
                 path, lambda found: (found, _load_lm(found, tokenizer, precision, place, batch_size))
             )
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=loaded,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                batch_size=batch_size,
-                log_samples=False,
-                task_manager=manager,
-            )
+            results = _put(chosen, lm, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
         except (RuntimeError, MemoryError) as error:
             from openchatkit.inference.engine.engine import is_out_of_memory
 
@@ -96,13 +88,58 @@ def evaluate(
                     "bfloat16"
                 ) from error
             raise
-        except (ValueError, AssertionError, LookupError) as error:
-            # More shots than there are examples, more text to generate than the context holds, and the like.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UserError(f"lm-eval cannot put these tasks to this model: {reason}") from error
     about = {"model": model, "kind": found.kind, "folder": str(found.path), "device": str(place)}
     relevant = {key: results[key] for key in _RELEVANT if key in results}
     return json.loads(json.dumps({**about, "dtype": str(precision).removeprefix("torch."), **relevant}, default=str))
+
+
+def load_evaluation(
+    tasks: Sequence[str], tokenizer: Path, *, include_paths: Sequence[Path] = ()
+) -> Callable[[Scorer], dict[str, float]]:
+    """Return what puts tasks, without examples, to any scorer: metrics by `TASK_METRIC`.
+
+    Tasks, their data and the tokenizer in a folder are loaded now. UserError as `evaluate`, and later for whatever is
+    wrong in a task: it must end no training.
+    """
+    _import_lm_eval()
+    with _silence_libraries():
+        chosen, loaded = _load_tasks(tasks, include_paths), pretrained.load_tokenizer(tokenizer)
+
+    def put(scorer: Scorer) -> dict[str, float]:
+        # The seeds of the process are the caller's.
+        seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+        try:
+            with _silence_libraries():
+                results = _put(chosen, scoring.as_lm(scorer, loaded), num_fewshot=0, **seeds)
+        except (ArithmeticError, AttributeError, OSError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"lm-eval failed at these tasks: {reason}") from error
+        return {f"{one.task}_{one.metric}": one.value for one in list_values(results)}
+
+    return put
+
+
+@dataclass(frozen=True)
+class _LoadedTasks:
+    """Tasks and groups of lm-eval, with their data."""
+
+    manager: "TaskManager"
+    tasks: list[Any]
+
+
+def _put(chosen: _LoadedTasks, lm: "LM", **options: Any) -> dict[str, Any]:
+    """Return lm-eval's results of tasks that a model was put; UserError where they do not fit it."""
+    import lm_eval
+
+    try:
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model=lm, tasks=chosen.tasks, log_samples=False, task_manager=chosen.manager, **options
+        )
+    except (ValueError, AssertionError, LookupError) as error:
+        # More shots than there are examples, more text to generate than the context holds, and the like.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"lm-eval cannot put these tasks to this model: {reason}") from error
+    return results
 
 
 # Of what lm-eval returns; the rest is about the machine.
@@ -129,15 +166,14 @@ def _fetch(model: str) -> Path:
     return path if path.is_dir() or checkpoint.parse_step(path.name) is not None else hf_model.fetch(model)
 
 
-def _import_lm_eval() -> Any:
+def _import_lm_eval() -> None:
     # lm-eval's log goes to the terminal unless this variable is set.
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
         import accelerate  # noqa: F401 - what lm-eval loads Hugging Face models with
-        import lm_eval
+        import lm_eval  # noqa: F401
     except ImportError as error:
         raise UserError(f"evaluation needs {error.name or 'lm_eval'}, which is not installed: {_INSTALL}") from error
-    return lm_eval
 
 
 @contextlib.contextmanager
@@ -184,8 +220,10 @@ def _match_tasks(tasks: Sequence[str], manager: "TaskManager") -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
+def _load_tasks(tasks: Sequence[str], include_paths: Sequence[Path]) -> _LoadedTasks:
     """Load the tasks and groups, each once, with their data, fetched where it is not local."""
+    manager = _task_manager(include_paths)
+    names = _match_tasks(tasks, manager)
     loaded: dict[str, Any] = {}
     inside: set[str] = set()
     for name in names:
@@ -197,7 +235,7 @@ def _load_tasks(names: Sequence[str], manager: "TaskManager") -> list[Any]:
         # A group brings its tasks along; the tasks of a tag are listed by themselves.
         inside.update(child for children in built.get("group_map", {}).values() for child in children)
         loaded |= {**built.get("groups", {}), **built["tasks"]}
-    return [item for name, item in loaded.items() if name not in inside]
+    return _LoadedTasks(manager, [item for name, item in loaded.items() if name not in inside])
 
 
 def _load_lm(

@@ -1,12 +1,12 @@
 """Log-likelihoods and greedy text from a model of ours, as lm-eval asks for them.
 
-`StageScorer` computes and knows nothing of lm-eval; `as_lm` gives it lm-eval's interface. There is no sampling:
-convert a model first to sample from it.
+`StageScorer` computes and knows nothing of lm-eval; `as_lm` gives it, or any `Scorer`, lm-eval's interface. There is
+no sampling: convert a model first to sample from it.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,25 @@ if TYPE_CHECKING:
 _MAX_NEW_TOKENS = 256
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+
+class Scorer(Protocol):
+    """What computes figures of token ids: a whole model, or one in training. It reads `max_length` tokens at most."""
+
+    max_length: int
+
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """As `StageScorer.score`."""
+
+    def generate(
+        self,
+        contexts: Sequence[list[int]],
+        *,
+        max_new_tokens: int,
+        end_of_text: int,
+        is_done: Callable[[list[int]], bool],
+    ) -> list[list[int]]:
+        """As `StageScorer.generate`."""
 
 
 class StageScorer:
@@ -100,7 +119,7 @@ class StageScorer:
         return [results[number] for number in range(len(rows))]
 
 
-def as_lm(scorer: StageScorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
+def as_lm(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
     """Return lm-eval's language model around a scorer; text becomes tokens as it does for the converted model."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
