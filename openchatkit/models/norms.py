@@ -5,6 +5,8 @@ no optimizer lets them decay. Formulas: GPT-NeoX, megatron/model/norms.py; RMSNo
 (arXiv 1910.07467), ScaleNorm of Nguyen and Salazar (arXiv 1910.05895).
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +35,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         runs = torch.unflatten(_widen(x), -1, (self.groups, -1))
-        square = runs.square().mean(-1, keepdim=True)
-        root = (square + self.eps).sqrt() if self.eps_in_root else square.sqrt() + self.eps
-        return ((runs / root).flatten(-2) * self.scale).to(x.dtype)
+        # One pass for a sum of squares, and products alone for what is as large as x.
+        root = torch.linalg.vector_norm(runs, dim=-1, keepdim=True) / math.sqrt(runs.shape[-1])
+        factor = (root.square() + self.eps).rsqrt() if self.eps_in_root else (root + self.eps).reciprocal()
+        normed: Tensor = (runs * factor).flatten(-2) * self.scale
+        return normed.to(x.dtype)
 
 
 class ScaleNorm(nn.Module):
@@ -49,8 +53,8 @@ class ScaleNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         runs = torch.unflatten(_widen(x), -1, (self.groups, -1))
         length = torch.linalg.vector_norm(runs, dim=-1, keepdim=True).clamp_min(self.eps)
-        normed: Tensor = (runs / length).flatten(-2) * self.g
-        return normed.to(x.dtype)
+        normed: Tensor = runs * (self.g / length)
+        return normed.flatten(-2).to(x.dtype)
 
 
 def _widen(x: Tensor) -> Tensor:

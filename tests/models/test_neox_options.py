@@ -9,7 +9,8 @@ from model_configs import FAMILIES
 from openchatkit.errors import UserError
 from openchatkit.models.cuts import Part, check_parts, cut_shard, join_shard
 from openchatkit.models.layers import RotaryTable
-from openchatkit.models.neox_options import NeoxOptions, read_options
+from openchatkit.models.neox_options import NORMS, NeoxOptions, read_options
+from openchatkit.models.norms import make_norm
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
@@ -79,8 +80,7 @@ def make(case, **options):
 # The network in formulas: of one row, with the parameters of a shard by name.
 
 
-def normed(x, kind, parameters, name):
-    eps = RAW["norm_eps"]
+def normed(x, kind, parameters, name, *, eps=RAW["norm_eps"]):
     if "layernorm" in kind:
         y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
         return y * parameters[f"{name}.weight"] + parameters[f"{name}.bias"] if kind == "layernorm" else y
@@ -196,6 +196,23 @@ def test_logits_and_gradients_are_those_of_the_formulas(case):
         for name, parameter in module.named_parameters():
             assert parameter.grad.abs().sum() > 0, (shard, name)
             torch.testing.assert_close(parameter.grad, shards[shard][name].grad, **NUMBERS)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_of_nothing_are_nothing_and_of_half_precision_are_exact_to_it(kind, dtype):
+    norm = make_norm(kind, 32, 1e-8)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
+    x[1] = 0
+    x.requires_grad_()
+    found = norm(x)
+    found.float().sum().backward()
+    assert found.dtype == dtype
+    assert found[1].abs().max() == 0
+    assert torch.isfinite(x.grad).all()
+    parameters = {f"n.{name}": parameter.double() for name, parameter in norm.named_parameters()}
+    expected = normed(x[:1].double(), kind, parameters, "n", eps=1e-8)
+    torch.testing.assert_close(found[:1].double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

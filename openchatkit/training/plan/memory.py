@@ -237,9 +237,10 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
         return kept + run.hidden_bytes  # the stage's result, while it is sent, and until its gradient comes
     # The head's norm keeps its input and two numbers a token, the stage its result, and the loss the result's gradient.
     wide = run.tokens * run.config.hidden_size * (4 if _widens_norms(run) else run.width)
-    if not run.config.options.norm.endswith("layernorm"):
-        # These norms also keep what they multiply by their scale, and their input in float32 if it was not.
-        kept += run.tokens * run.config.hidden_size * 4 * (1 if run.precision == "float32" else 2)
+    norm = run.config.options.norm
+    if not norm.endswith("layernorm"):
+        # An RMSNorm also keeps what it multiplies by its scale; both norms, their input in float32 if it was not.
+        kept += run.tokens * run.config.hidden_size * 4 * (norm.startswith("rmsnorm") + (run.precision != "float32"))
     return kept + 3 * wide + run.tokens * 8
 
 
