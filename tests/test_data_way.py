@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from openchatkit.formats import ledger, metrics
+from openchatkit.formats import checkpoint_folders, ledger, metrics
 from openchatkit.formats.chat import Turn, render_text
 from openchatkit.paths import ROOT
 
@@ -90,10 +90,15 @@ def test_three_sources_two_kills_another_layout(place, run):
     make, train, verify = BLOCKS["Three sources, two kills, another layout"]
     *variable, stages, replicas = train.rstrip("\n").rsplit("\n", 2)
     run(place, make)
-    for enough in (16, 50):
+    folder = place / "example" / "run"
+    for enough, saved in ((16, 12), (50, 48)):
         process = start(place, sys.executable, "\n".join([*variable, f"exec {stages}"]))
         limit = time.monotonic() + 120
-        while not any(row["step"] >= enough for row in metrics.read(place / "example" / "run")):
+        # A checkpoint is saved beside the steps that follow it.
+        while (
+            not any(row["step"] >= enough for row in metrics.read(folder))
+            or max(checkpoint_folders.list_steps(folder), default=0) < saved
+        ):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < limit
             time.sleep(0.005)
@@ -102,8 +107,8 @@ def test_three_sources_two_kills_another_layout(place, run):
     run(place, "\n".join([*variable, replicas]))
     proof = run(place, verify)
     assert "verified: 120 steps, 960 samples, each trained exactly once, by 3 runs" in proof
-    assert len({entry.layout for entry in ledger.read(place / "example" / "run")}) == 2
-    rows = metrics.read(place / "example" / "run")
+    assert len({entry.layout for entry in ledger.read(folder)}) == 2
+    rows = metrics.read(folder)
     assert [row["step"] for row in rows] == list(range(1, 121))
     assert set(rows[-1]["sources"]) == {
         "example/plain.jsonl",
