@@ -7,7 +7,7 @@ layers add them up. `neox_writer` writes such folders.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from openchatkit.formats.neox_tokenizers import NeoxTokenizer
 from openchatkit.formats.pickled import PickledFile
 from openchatkit.formats.tensor_file import TensorSpec
 from openchatkit.models.config import ModelConfig
-from openchatkit.models.cuts import is_cut, join_tensor
+from openchatkit.models.cuts import is_cut, join_tensor, whole_shape
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
 from openchatkit.models.sparse_attention import read_sparsity
@@ -167,9 +167,10 @@ class NeoXCheckpoint:
         """Read a shard's tensors, merged, on the CPU, in the dtype they are stored in; memory-mapped where not cut."""
         merged: dict[str, Tensor] = {}
         layers = neox_layout.shard_layers(self.config, shard)
-        for layer in layers:
-            merged |= self._read_layer(layer)
         expected = family(self.config).parameter_shapes(self.config, shard)
+        for layer in layers:
+            self._check_cuts(layer, expected)
+            merged |= self._read_layer(layer)
         if self.settings.get("gpt_j_residual") and self.settings.get("gpt_j_tied"):
             # The norm that attention and MLP share is the first; the second is stored too.
             merged = {name: t for name, t in merged.items() if not name.startswith("post_attention_layernorm.")}
@@ -178,8 +179,7 @@ class NeoXCheckpoint:
             has = "lacks" if different[0] in expected else "holds"
             raise UserError(f"{where} {has} {different[0]}, unlike the network that {self._source} describes")
         for name, shape in expected.items():
-            if tuple(merged[name].shape) != shape:
-                raise UserError(f"{where}: {name} is {list(merged[name].shape)}, {self._source} makes it {list(shape)}")
+            self._check_shape(where, name, tuple(merged[name].shape), shape)
         return {name: merged[name] for name in expected}
 
     def _open(self, layer: int) -> list[_LayerPart]:
@@ -189,6 +189,21 @@ class NeoXCheckpoint:
             if file.specs != files[0].specs:
                 raise UserError(f"{file.path} and {files[0].path.name} hold different tensors; fetch both again")
         return files
+
+    def _check_cuts(self, layer: int, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """UserError unless the parts of tensors, which are merged by the settings, are of their sizes."""
+        cuts, ranks = family(self.config).cuts(self.config), self._files.ranks.get(layer, 0)
+        if not ranks:  # of a norm without parameters
+            return
+        part = self._files.open(layer, 0)
+        for key, spec in part.specs.items():
+            name = neox_layout.our_name(key)
+            if name is not None and name in expected and is_cut(cuts[name]) and len(spec.shape) == len(expected[name]):
+                self._check_shape(part.path, name, whole_shape(spec.shape, cuts[name], ranks), expected[name])
+
+    def _check_shape(self, path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise UserError(f"{path}: {name} is {list(found)}, {self._source} makes it {list(expected)}")
 
     def _read_layer(self, layer: int) -> dict[str, Tensor]:
         files = self._open(layer)
