@@ -4,6 +4,8 @@ import errno
 import hashlib
 import os
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tiny_shards import flip, write_checkpoint
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import Interrupted, UserError
 from openchatkit.formats import checkpoint, checkpoint_folders, manifest
+from openchatkit.training.soundness import Soundness
 from openchatkit.training.uploads import Uploader, check_upload, finish_uploads
 
 PREFIX = "s3://out/deep/run"
@@ -226,6 +229,39 @@ def test_a_run_keeps_what_is_not_uploaded_and_ends_when_all_is(tmp_path, flags, 
     run(tmp_path, flags, environment=keys_of_storage, checkpoint_upload_prefix=PREFIX)  # all steps are done: it uploads
     assert_whole_in_storage(storage, path)
     storage.delete_object(Bucket="out", Key="deep/run/config.json")
+
+
+@dataclass(frozen=True)
+class GoBackAfterUpload:
+    """Let a run go back no sooner than a checkpoint is uploaded."""
+
+    path: Path
+
+    def __call__(self) -> None:
+        go_back = Soundness.go_back
+
+        def wait_and_go_back(soundness: Soundness) -> str:
+            limit = time.monotonic() + 60
+            while not (self.path / checkpoint_folders.UPLOADED).exists() and time.monotonic() < limit:
+                time.sleep(0.02)
+            return go_back(soundness)
+
+        Soundness.go_back = wait_and_go_back
+
+
+def test_latest_in_the_storage_goes_back_with_a_run_that_diverged(tmp_path, flags, storage):
+    root = tmp_path / "ckpt"
+    flags = {**flags, "checkpoint_path": root, "checkpoint_steps": 1, "checkpoint_upload_prefix": PREFIX}
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    assert ranks.train(tmp_path, {**flags, "total_steps": 6}, environment=environment).statuses == [0]
+    diverge = {**flags, "total_steps": 40, "lr": 1e30}
+    ended = ranks.train(
+        tmp_path, diverge, environment=environment, before_main=GoBackAfterUpload(root / "checkpoint_7")
+    )
+    assert ended.statuses == [2]
+    assert checkpoint.latest(root) == root / "checkpoint_6"
+    assert_whole_in_storage(storage, root / "checkpoint_7")
+    assert storage.get_object(Bucket="out", Key="deep/run/latest")["Body"].read() == b"6\n"
 
 
 def test_a_run_without_keys_is_one_line(tmp_path, flags):
