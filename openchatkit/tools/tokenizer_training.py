@@ -77,7 +77,12 @@ def _parser() -> cli.Parser:
     parser.add_argument("-v", "--vocab-size", "--vocab_size", type=cli.positive_int, default=52000, help="tokens")
     parser.add_argument("--normalizer", choices=_NORMALIZERS, default="none", help="nfkc folds compatibility forms")
     parser.add_argument("--add-prefix-space", action="store_true", help="begin every text with a space")
-    parser.add_argument("--gpt-neox", action="store_true", help="both as GPT-NeoX: nfkc, and a space in front")
+    parser.add_argument(
+        "--gpt-neox",
+        action="store_true",
+        help="both as GPT-NeoX: nfkc, and a space in front; another vocabulary than its own, which lacks the bytes that "
+        "the data lacks and loses characters with them",
+    )
     parser.add_argument("--records-per-file", type=cli.positive_int, help="read no more than these of each file")
     parser.add_argument(
         "--bad-rows", choices=BAD_ROWS, default="error", help="stop at an unusable row, or leave it out"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from openchatkit.data.tokenizer import Tokenizer
@@ -51,6 +52,18 @@ def test_decoding_gives_every_text_back(trained: Backend, text: str) -> None:
 def test_gpt_neox_settings_do_not_give_texts_back(folded: Backend) -> None:
     assert folded.decode(folded.encode("ﬁve").ids) == " five"
     assert folded.encode("Return").ids == folded.encode(" Return").ids
+
+
+def test_no_character_is_lost_as_gpt_neox_loses_it(folded: Backend) -> None:
+    """It trains without an alphabet: what the data lacks has no token."""
+    theirs = Backend(models.BPE())
+    theirs.normalizer, theirs.decoder = normalizers.NFKC(), decoders.ByteLevel()
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    special = ["<|endoftext|>", "<|padding|>"]
+    theirs.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    assert theirs.get_vocab() != folded.get_vocab()
+    assert theirs.decode(theirs.encode("box é 猫 part").ids) == " box   part"
+    assert folded.decode(folded.encode("box é 猫 part").ids) == " box é 猫 part"
 
 
 def test_special_tokens_are_gpt_neox_20bs(trained: Backend) -> None:
