@@ -80,8 +80,8 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--gpt-neox",
         action="store_true",
-        help="both as GPT-NeoX: nfkc, and a space in front; another vocabulary than its own, which lacks the bytes that "
-        "the data lacks and loses characters with them",
+        help="both as GPT-NeoX: nfkc, and a space in front; the vocabulary is another than its own, which lacks the "
+        "bytes that the data lacks and loses characters with them",
     )
     parser.add_argument("--records-per-file", type=cli.positive_int, help="read no more than these of each file")
     parser.add_argument(
