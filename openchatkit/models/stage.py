@@ -103,8 +103,8 @@ class Stage(nn.Module):
         seen: Seen | None = mask
         if document_starts is None and mask is None and before and tokens > 1:
             document_starts = torch.zeros(1, tokens, dtype=torch.int64, device=x.device)
+        positions: Tensor | None = None
         if document_starts is None:
-            positions = torch.arange(before, length, device=x.device)
             cos, sin = cos[before:length], sin[before:length]
         else:
             if isinstance(document_starts, Tensor):
@@ -117,7 +117,7 @@ class Stage(nn.Module):
                 self.config,
                 self.part,
                 rows=x.shape[0],
-                positions=positions,
+                positions=torch.arange(before, length, device=x.device) if positions is None else positions,
                 before=before,
                 seen=seen,
                 dtype=self._compute_dtype(x.device),

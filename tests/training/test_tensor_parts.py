@@ -50,6 +50,7 @@ NETWORKS = {
         "activation": "swiglu",
         "options": NeoxOptions(norm="rmsnorm", num_kv_heads=4, gpt_j_tied=True),
     },
+    "learned positions": {"family": "neox", "rotary_dim": 0, "options": NeoxOptions(pos_emb="learned")},
     "serial, one number a norm": {
         "family": "neox",
         "parallel_residual": False,
