@@ -31,3 +31,12 @@ FAMILIES = {
     "neox": {"model_type": "gpt_neox", **_RAW},
     "gptj": {"model_type": "gptj", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32, "rotary_dim": 4, **_RAW},
 }
+# Of GPT-NeoX's options those that change what attention and MLPs are given.
+OPTIONS = {
+    "model_type": "neox",
+    **_RAW,
+    "norm": "rmsnorm",
+    "hidden_act": "swiglu",
+    "num_kv_heads": 2,
+    "tie_word_embeddings": False,
+}

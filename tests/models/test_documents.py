@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from model_configs import FAMILIES
+from model_configs import FAMILIES, OPTIONS
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -21,6 +21,7 @@ from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.stage import Stage
 
 CPU = torch.device("cpu")
+KINDS = FAMILIES | {"options": OPTIONS}
 STARTS = torch.tensor(
     [
         [0] * 10 + [10] * 14,
@@ -134,14 +135,14 @@ def test_attention_by_borders_is_that_by_the_mask(segments_kernel):
 
 
 def gradients(kind: str, **options: bool) -> list[Tensor]:
-    stage = Stage(config_from_hf(FAMILIES[kind]), **options).double()
+    stage = Stage(config_from_hf(KINDS[kind]), **options).double()
     stage.init_weights(0)
     tokens = torch.arange(96).reshape(4, 24) % 64
     stage.logits(stage(tokens, STARTS)).square().mean().backward()
     return [parameter.grad for parameter in stage.parameters()]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_models_learn_the_same_by_borders(kind, request):
     wanted = gradients(kind)
     request.getfixturevalue("segments_kernel")
@@ -190,7 +191,7 @@ def test_parts_of_a_layer_by_borders_add_up_to_the_whole(kind, segments_kernel):
     torch.testing.assert_close(x + added, whole(x, *places, documents.seen), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_layers_run_one_compiled_program_by_borders(kind, segments_kernel):
     """Without a break. Number of documents and length of the longest become variables of the program one by one."""
     programs = []
@@ -200,7 +201,7 @@ def test_all_layers_run_one_compiled_program_by_borders(kind, segments_kernel):
         return module.forward
 
     tokens = torch.arange(48).reshape(2, 24) % 64
-    stage = Stage(config_from_hf(FAMILIES[kind]))
+    stage = Stage(config_from_hf(KINDS[kind]))
     stage.init_weights(0)
     batches = [STARTS[:2], STARTS[1:3], STARTS[2:], torch.tensor([[0] * 7 + [7] * 17, [0] * 9 + [9] * 15])]
     plain = [stage(tokens, starts) for starts in batches]

@@ -28,6 +28,7 @@ NEOX = {
     "redpajama": {"use_parallel_residual": False, "rotary_pct": 1.0},
     "tanh": {"hidden_act": "gelu_new"},
     "relu": {"hidden_act": "relu"},
+    "mish": {"hidden_act": "mish"},
     "no_bias": {"attention_bias": False},
     "tied": {"tie_word_embeddings": True},
     "base": {"rotary_emb_base": 500.0, "layer_norm_eps": 1e-3},
