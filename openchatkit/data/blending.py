@@ -42,7 +42,8 @@ def _blend_piece(shares: np.ndarray, first: int, count: int, given: np.ndarray) 
     turns = np.empty((steps, len(places)), dtype)
     wrong = np.arange(len(places))
     while len(wrong):
-        found, counts = np.empty((steps, len(wrong)), dtype), before[:, wrong]
+        # `take` lays each source's counts out in a row, which indexing does not.
+        found, counts = np.empty((steps, len(wrong)), dtype), before.take(wrong, axis=1)
         _choose(shares, places[wrong], counts, found)
         turns[:, wrong], after[:, wrong] = found, counts
         wrong = 1 + np.flatnonzero((before[:, 1:] != after[:, :-1]).any(axis=0))
