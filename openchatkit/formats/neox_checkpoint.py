@@ -282,7 +282,8 @@ class NeoXCheckpoint:
         for key, spec in file.specs.items():
             if neox_layout.our_name(key) == name and len(spec.shape) == 2:
                 return spec.shape[0], spec.shape[1]
-        raise UserError(f"{file.path} holds no {name}; {otherwise}")
+        found = ", ".join(sorted(key for key, spec in file.specs.items() if len(spec.shape) == 2)) or "no matrix"
+        raise UserError(f"{file.path} holds no {name} (it holds {found}); {otherwise}")
 
     def verify(self, shards: Iterable[str] | None = None) -> None:
         """Read the headers of the files of `shards` (default: of all): GPT-NeoX keeps no digests to compare with."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 from neox_cases import SHIPPED
@@ -9,7 +10,11 @@ from neox_cases import SHIPPED
 from openchatkit.errors import UserError
 from openchatkit.formats import neox_settings
 from openchatkit.formats.neox_saved_settings import DEFAULTS, SavedSettings
+from openchatkit.formats.neox_writer import describe_settings
+from openchatkit.models.registry import config_from_hf
+from openchatkit.neox.config import NeoxConfig
 from openchatkit.neox.keys import KEYS
+from openchatkit.neox.model import pad_vocabulary
 
 MODEL = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 16}
 
@@ -33,6 +38,44 @@ def test_defaults_are_those_of_the_configurations():
         asked |= recorder.asked
     assert len(asked) > 25
     assert {name for name in asked - DEFAULTS.keys() if KEYS[name].default is not None} == set()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "gpt_neox", "use_parallel_residual": False, "hidden_act": "gelu_fast", "rotary_pct": 0.5},
+        {
+            "hidden_act": "swiglu",
+            "norm": "rmsnorm",
+            "num_kv_heads": 1,
+            "use_bias_in_mlp": False,
+            "attention_bias": False,
+        },
+        {"pos_emb": "rpe", "norm": "scalenorm", "use_qk_layernorm": True, "hidden_dropout": 0.1},
+        {
+            "pos_emb": "alibi",
+            "attention_config": ["local", "global"],
+            "gpt_j_tied": True,
+            "use_parallel_residual": True,
+        },
+        {"pos_emb": "none", "sliding_window_width": 4, "gpt_j_tied": True, "use_parallel_residual": True},
+    ],
+)
+def test_settings_that_are_written_are_keys_of_gpt_neox_and_mean_the_model(tmp_path, options):
+    sizes = {"vocab_size": 512, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    raw = {"model_type": "neox", **sizes, "intermediate_size": 32, "max_position_embeddings": 16} | options
+    model = config_from_hf(raw)
+    write(
+        tmp_path / "model.yml",
+        describe_settings(model, ranks=1, pipeline=True) | {"tokenizer_type": "CharLevelTokenizer"},
+    )
+    config = NeoxConfig.read([str(tmp_path / "model.yml")])
+    config.check()
+    again = config_from_hf(neox_settings.describe_model(config, rows=pad_vocabulary(257, divisor=512, parts=1)))
+    initial = {"init_std", "output_init_std", "init_method", "output_init_method"}
+    different = {key: value for key, value in vars(again).items() if value != vars(model)[key] and key not in initial}
+    assert {key: value for key, value in different.items() if key != "options"} == {}
+    assert again.options == replace(model.options, sparsity_config=again.options.sparsity_config)
 
 
 def write(path, settings):
