@@ -1,6 +1,8 @@
 """The family `neox` (models/neox.py): each of its options against formulas in float64, cut in all ways, and cached."""
 
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import EMBED, HEAD
 from openchatkit.models.stage import Stage
 from openchatkit.models.views import LayerView
+from openchatkit.paths import ROOT
 
 RAW = FAMILIES["neox"] | {
     "model_type": "neox",
@@ -347,6 +350,25 @@ def test_options_are_written_as_they_are_read(case):
     options = config_of(case).options
     assert read_options(options.to_json()) == options
     assert config_from_hf(RAW | CASES[case] | options.to_json()) == config_of(case)
+
+
+def test_the_example_of_the_training_guide_is_a_model():
+    section = (ROOT / "training" / "README.md").read_text(encoding="utf-8").split("## A model of your own")[1]
+    raw = json.loads(section[section.index("    {") : section.index("    }") + 5])
+    config = config_from_hf(raw)
+    assert (config.family, config.num_key_heads, config.rotary_dim) == ("neox", 4, 64)
+    table = section.split("| key of `neox` |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:])))
+    # What the table does not name says itself what it is.
+    assert raw.keys() - named == {
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+    }
 
 
 def test_options_of_lists_and_blocks_are_written_as_they_are_read():
