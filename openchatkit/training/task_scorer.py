@@ -1,4 +1,4 @@
-"""What evaluation tasks ask of a model in training, answered by all its ranks: likelihoods, and the likeliest text.
+"""Answers of a model in training to evaluation tasks, by all its ranks: likelihoods, and the likeliest text.
 
 Rank 0 asks, and the others `serve`: each answer is one pass of the pipeline, in whatever layout the run has. Owns the
 rows of such a pass; the tasks themselves are not known here.
@@ -85,7 +85,7 @@ class TaskScorer:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator["TaskScorer"]:
-        """Let rank 0 ask; at the end the others are told that no more follows."""
+        """Let rank 0 ask; at the end the others learn that no more follows."""
         try:
             yield self
         finally:

@@ -27,7 +27,7 @@ _R = TypeVar("_R")
 
 
 class Scorer(Protocol):
-    """What computes figures of token ids: a whole model, or one in training. It reads `max_length` tokens at most."""
+    """A model that gives figures of token ids, whole or in training; it reads `max_length` tokens at most."""
 
     max_length: int
 
