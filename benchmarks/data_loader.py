@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
+from _token_stores import anonymous_memory, write_store
 from loguru import logger
 
 from openchatkit.data.dataset import Dataset
@@ -25,25 +25,11 @@ from openchatkit.data.mixture import Interleaving
 from openchatkit.data.options import LOSS_ON, PACKINGS, DataOptions
 from openchatkit.data.samples.packing import pack
 from openchatkit.data.samples.source import Content, MixtureSource
-from openchatkit.formats.store_writer import TokenStoreWriter
 from openchatkit.formats.token_store import TokenStore
 
-VOCABULARY = 50_000
 SEQ_LENGTH = 2048
 EPOCHS, BATCHES, BATCH_SIZE = 3, 2000, 4
 NEEDED = 10_000  # tokens a second that a core may train on
-
-
-def write_store(prefix: Path, documents: int, *, mean: int | None, masked: bool) -> None:
-    """Random documents: of `mean` tokens on average, or as chats are. Every other run of 8 tokens is trained on."""
-    generator = np.random.RandomState(0)
-    with TokenStoreWriter(prefix, vocab_size=VOCABULARY, masked=masked) as writer:
-        for first in range(0, documents, 1 << 18):
-            count = min(1 << 18, documents - first)
-            sizes = generator.geometric(1 / mean, count) if mean else generator.lognormal(5, 1, count).astype(np.int64)
-            total = int(sizes.sum())
-            mask = (np.arange(total) >> 3 & 1).astype(np.uint8) if masked else None
-            writer.add(generator.randint(0, VOCABULARY, total), sizes, mask)
 
 
 def open_dataset(prefix: Path, packing: str, loss_on: str) -> Dataset:
@@ -55,12 +41,6 @@ def open_dataset(prefix: Path, packing: str, loss_on: str) -> Dataset:
     packed = pack(source, SEQ_LENGTH, packing=packing, padding=0)
     turns = Interleaving.by_weight([1.0], seed=1)
     return Dataset([source], [packed], options, interleaving=turns, epoch_samples=packed.samples, fingerprint="")
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process's memory that no file backs."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) << 10
 
 
 def measure(prefix: Path, packing: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from data_loader import SEQ_LENGTH, anonymous_memory, write_store
+from _token_stores import anonymous_memory, write_store
 from loguru import logger
 
 from openchatkit.data import neox_order
@@ -29,6 +29,7 @@ from openchatkit.data.options import DataOptions
 from openchatkit.data.samples.source import Content, MixtureSource
 from openchatkit.formats.token_store import TokenStore
 
+SEQ_LENGTH = 2048
 LOOPS = """
 #include <cstdint>
 extern "C" void find_rows(
