@@ -27,6 +27,7 @@ from openchatkit.models.stage import Stage
 
 HUGGING_FACE, SHARDS, CHECKPOINT = "Hugging Face model", "layer shards", "training checkpoint"
 GPT_NEOX = "GPT-NeoX checkpoint"
+PreparedModel = LayerShards | NeoXCheckpoint
 _T = TypeVar("_T")
 _HF_WEIGHTS = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
 
@@ -110,6 +111,15 @@ def open_shards(found: ModelFolder, *, verify: bool = True) -> ShardReader:
     if verify:
         shards.verify()
     return shards
+
+
+def open_prepared(path: Path, *, weights: bool = True) -> PreparedModel:
+    """Open the model that training starts from: layer shards, or a checkpoint of GPT-NeoX, read as it is.
+
+    Without `weights`, which start at random, a folder with config.json is enough. UserError for any other.
+    """
+    step = neox_checkpoint.find(path) if weights else None
+    return LayerShards.open(path, weights=weights) if step is None else NeoXCheckpoint(step)
 
 
 def shard_keys(model: HFModel) -> dict[str, dict[str, str]]:

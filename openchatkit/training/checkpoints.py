@@ -17,7 +17,8 @@ from openchatkit.data.options import DataSettings
 from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
-from openchatkit.formats.layer_shards import LayerShards, read_config
+from openchatkit.formats.layer_shards import read_config
+from openchatkit.loading.stages import PreparedModel
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import cut_shard
 from openchatkit.models.registry import family
@@ -31,7 +32,7 @@ from openchatkit.training.optimization import CONVERTIBLE, OptimizationSettings,
 from openchatkit.training.optimizer import convert_moments
 from openchatkit.training.rank_weights import RankWeights
 
-WeightSource = LayerShards | Path
+WeightSource = PreparedModel | Path
 
 
 def list_source_shards(stages: LocalStages) -> list[str]:
@@ -41,12 +42,12 @@ def list_source_shards(stages: LocalStages) -> list[str]:
 
 
 def load_weights(stages: LocalStages, source: WeightSource, device: torch.device) -> None:
-    """Fill stages with float32 parameters on `device`, from layer shards or from a verified checkpoint folder.
+    """Fill stages with float32 parameters on `device`, from a prepared model or from a verified checkpoint folder.
 
     Only the shards that this rank needs are opened; those of a prepared model are compared with its manifest first.
     """
     kind = family(stages.config)
-    if isinstance(source, LayerShards):
+    if not isinstance(source, Path):
         source.verify(list_source_shards(stages))
     for shard in stages.shards:
         tensors = _read(source, shard)
@@ -191,13 +192,13 @@ def check_same_model(path: Path, config: ModelConfig) -> None:
 
 
 def _read(source: WeightSource, shard: str) -> dict[str, Tensor]:
-    return source.read(shard) if isinstance(source, LayerShards) else checkpoint.read_weights(source, shard)
+    return checkpoint.read_weights(source, shard) if isinstance(source, Path) else source.read(shard)
 
 
 def _check_finite(tensor: Tensor, what: str, source: WeightSource) -> None:
     """Raise UserError for weights that no step could be taken with."""
     if not torch.stack(tensor.aminmax()).isfinite().all():
-        folder = source.path if isinstance(source, LayerShards) else source
+        folder = source if isinstance(source, Path) else source.path
         raise UserError(
             f"{folder}: {what} holds NaN or infinite numbers, with which nothing can be trained: prepare the model "
             "again from whole files, or go back to an earlier checkpoint"

@@ -17,10 +17,10 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.layout import Layout, stage_numbers
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, ledger
-from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.formats.tokenizer_files import has_tokenizer
 from openchatkit.libraries import pytorch
 from openchatkit.loading import hardware
+from openchatkit.loading.stages import PreparedModel, open_prepared
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import Part
 from openchatkit.models.registry import family
@@ -49,7 +49,7 @@ _DROPOUT = ("hidden_dropout", "attention_dropout", "classifier_dropout", "resid_
 class RunInputs:
     """Model, layout and data of a run, before any rank has met another."""
 
-    shards: LayerShards
+    shards: PreparedModel
     plan: PlannedRun
     dataset: Dataset
     evaluation: Dataset | None
@@ -83,7 +83,7 @@ def prepare_run(settings: Settings) -> RunInputs:
     """Open the model and the data and check them against the flags; UserError for what does not fit."""
     if SCHEDULES[settings.pp_mode].v_shaped and not pytorch.runs_v_schedules():
         raise UserError(f"--pp-mode {settings.pp_mode} needs torch 2.13 or newer: use --pp-mode interleaved")
-    shards = LayerShards.open(settings.model_name, weights=settings.load_pretrained_model)
+    shards = open_prepared(settings.model_name, weights=settings.load_pretrained_model)
     plan = plan_run(settings, shards.config, on_gpu=settings.use_cuda)
     _check_tokenizer(shards.config, Tokenizer(settings.tokenizer_name).vocab_size)
     data_options = options.from_settings(to_json(settings))
@@ -260,7 +260,7 @@ def _count_rows(settings: Settings) -> int:
     return settings.batch_size * settings.gradient_accumulate_step * settings.data_group_size
 
 
-def _warn_of_model_settings(settings: Settings, shards: LayerShards) -> None:
+def _warn_of_model_settings(settings: Settings, shards: PreparedModel) -> None:
     """Warn of dropout, which is not applied, and of a tokenizer that is not the model's."""
     ignored = () if family(shards.config).takes_views else _DROPOUT
     dropout = {key: value for key, value in shards.raw_config.items() if key in ignored and value}
