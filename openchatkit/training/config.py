@@ -137,7 +137,9 @@ class ModelSettings:
     """The model to start from, and what the user expects of it."""
 
     title: ClassVar[str] = "model"
-    model_name: Path = setting(required=True, help="folder of layer shards that a `prepare.py` wrote")
+    model_name: Path = setting(
+        required=True, help="folder of layer shards that a `prepare.py` wrote, or of a GPT-NeoX checkpoint"
+    )
     tokenizer_name: Path = setting(help="folder of the tokenizer; not given: `--model-name`")
     model_type: str | None = setting(None, choices=MODEL_TYPES, help="family; checked against the model")
     num_layers: int = setting(
