@@ -61,8 +61,8 @@ def _take_turns(weights: Sequence[float], length: int, options: DataOptions) -> 
     """Return GPT-NeoX's turns of the first `length` samples, which begin again after them."""
     count = len(weights)
     if count == 1:
-        turns = np.broadcast_to(np.uint8(0), length)
-        return Interleaving(turns, np.concatenate(list(count_turns(turns, 1))), begins_again=True)
+        before = np.arange(0, length, STRIDE)[:, None]
+        return Interleaving(np.broadcast_to(np.uint8(0), length), before, begins_again=True)
     name = digest(["blending", *map(repr, weights)])
     arrays = Arrays(options.data_cache / "orders" / name, 0)
     turns = arrays.make(f"turns-{length}", None, length, np.min_scalar_type(count - 1), blend(weights, length))

@@ -16,6 +16,8 @@ from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
 from openchatkit.tools.inspection.verification import verify
+from openchatkit.training.sinks import format_evaluation
+from openchatkit.training.step import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,14 @@ def test_each_evaluation_takes_the_rows_that_are_due(tmp_path: Path, run_flags: 
         assert list(row[f"{name}_sources"]) == [str(run_flags["task_name"])]
     assert found[0][2]["evaluation_loss"] != found[1][2]["evaluation_loss"]
     assert "step 3 | test loss " in ended.errors[0]
+
+
+def test_a_perplexity_that_is_no_number_has_no_value() -> None:
+    """As a loss without tokens, or one of weights that have diverged, has it."""
+    assert [Evaluation(loss, 1, ()).perplexity for loss in (0.0, 710.0, math.inf)] == [1.0, math.inf, math.inf]
+    assert math.isnan(Evaluation(math.nan, 0, ()).perplexity)
+    row = {"step": 3, "test_loss": 710.0, "test_perplexity": None, "test_tokens": 4}
+    assert format_evaluation(row) == "step 3 | test loss 710"
 
 
 @pytest.mark.parametrize(
