@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, counted on tensors without memory: of models whose options are many."""
+"""Bytes that a layer keeps for its backward pass, counted on tensors without memory: of models with many options."""
 
 import dataclasses
 import functools
