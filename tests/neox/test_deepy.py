@@ -124,30 +124,36 @@ def test_configurations_of_2021_and_pythia_train_on_two_stages(tmp_path, name):
     assert read_state(tmp_path)["step"] == 3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "layout", [{}, {"model_parallel_size": 2}, {"num_gpus": 2}], ids=["stages", "parts", "replicas"]
-)
-def test_text_and_figures_of_a_trained_model(tmp_path, layout):
-    """The commands of the README, one after another; tasks have one result in training, in any layout, and after it."""
-    pytest.importorskip("lm_eval")
-    settings = {"pipe_parallel_size": 1, **layout} if layout else {}
-    prepare(tmp_path, save_interval=1, eval_tasks=["own_choice"], eval_include_paths=["tasks"], **settings)
-    write_task(tmp_path / "tasks")
-    shutil.copy(ROOT / "neox" / "configs" / "text_generation.yml", tmp_path / "configs")
+def train_with_a_task(folder: Path, **settings: object) -> tuple[list[str], dict[int, dict[str, float]]]:
+    """Train as the README says, with a task; returns the files' arguments, and its metrics by step."""
+    prepare(folder, save_interval=1, eval_tasks=["own_choice"], eval_include_paths=["tasks"], **settings)
+    write_task(folder / "tasks")
     files = ["-d", "configs", "small.yml", "local_setup.yml"]
-    done = deepy(tmp_path, "pretrain_gpt2.py", *files)
+    done = deepy(folder, "pretrain_gpt2.py", *files)
     assert done.returncode == 0, done.stderr
     assert "own_choice_acc" in done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
-    in_training = {row["step"]: row["eval"] for row in rows if "eval" in row}
+    rows = [json.loads(line) for line in (folder / "checkpoints" / "metrics.jsonl").read_text().splitlines()]
+    return files, {row["step"]: row["eval"] for row in rows if "eval" in row}
+
+
+def evaluate_task(folder: Path, files: list[str], step: int) -> dict[str, float]:
+    """The metrics of the task with the checkpoint of a step, as `train_with_a_task` has them."""
+    done = deepy(folder, "eval.py", *files, "--iteration", str(step), "--eval_results_prefix", f"at_{step}")
+    assert done.returncode == 0, done.stderr
+    [written] = folder.glob(f"at_{step}_eval_results_*.json")
+    found = json.loads(written.read_text())["results"]["own_choice"]
+    return {f"own_choice_{name}": found[f"{name},none"] for name in ("acc", "acc_norm")}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_generation_and_evaluation_follow_the_first_two_commands(tmp_path):
+    pytest.importorskip("lm_eval")
+    files, in_training = train_with_a_task(tmp_path)
     assert list(in_training) == [2, 3]
     for step, metrics in in_training.items():
-        done = deepy(tmp_path, "eval.py", *files, "--iteration", str(step), "--eval_results_prefix", f"at_{step}")
-        assert done.returncode == 0, done.stderr
-        [written] = tmp_path.glob(f"at_{step}_eval_results_*.json")
-        found = json.loads(written.read_text())["results"]["own_choice"]
-        assert metrics == {f"own_choice_{name}": found[f"{name},none"] for name in ("acc", "acc_norm")}
+        assert metrics == evaluate_task(tmp_path, files, step)
+    shutil.copy(ROOT / "neox" / "configs" / "text_generation.yml", tmp_path / "configs")
     done = deepy(tmp_path, "generate.py", *files, "text_generation.yml")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "sample_output.txt").read_text().splitlines()]
@@ -158,6 +164,15 @@ def test_text_and_figures_of_a_trained_model(tmp_path, layout):
     done = deepy(tmp_path, "text_gen_gpt2.py", *files, "-i", "prompts", "-o", "out", "--maximum_tokens", "8")
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["length"] for line in (tmp_path / "out").read_text().splitlines()] == [8]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", [{"model_parallel_size": 2}, {"num_gpus": 2}], ids=("parts", "replicas"))
+def test_tasks_have_one_result_in_any_layout(tmp_path, layout):
+    pytest.importorskip("lm_eval")
+    files, in_training = train_with_a_task(tmp_path, pipe_parallel_size=1, **layout)
+    assert in_training[3] == evaluate_task(tmp_path, files, 3)
 
 
 @pytest.mark.long
