@@ -184,12 +184,19 @@ def _translate_learning_rate(config: NeoxConfig, notes: list[str]) -> dict[str, 
             f"the learning rate follows GPT-NeoX's rule of today for {style}; lr_rule 2021 is that of GPT-NeoX-20B and "
             "Pythia (docs/neox.md)"
         )
+    decay_steps = _find_decay_steps(config, notes)
+    rising = config.get("warmup") * (decay_steps or config.get("train_iters") or 1)
+    if rule == _RATE_RULES["today"] and 0 < rising < 1:
+        notes.append(
+            f"{config.where('warmup')}: it is less than a step, and as in GPT-NeoX of today the first step has the rate "
+            f"{lr / rising:.3g}, above optimizer.params.lr {lr}: give warmup 0"
+        )
     return {
         "lr_rule": rule,
         "lr_decay_style": style,
         "min_lr": config.get("min_lr"),
         "warmup_fraction": config.get("warmup"),
-        "lr_decay_steps": _find_decay_steps(config, notes),
+        "lr_decay_steps": decay_steps,
         "wsd_decay_share": config.get("wsd_decay_share"),
     }
 

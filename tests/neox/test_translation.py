@@ -173,6 +173,7 @@ def run(configure, store):
         ),
         ({"split": "8,1,1"}, 1, {"evaluation_data": None, "test_data": None, "evaluation_num_batch": None}),
         ({"eval_iters": 7, "eval_interval": 50}, 1, {"evaluation_steps": 50, "evaluation_num_batch": 7}),
+        ({"char_level_ppl": True}, 1, {"character_perplexity": True}),
         ({"eval_iters": 7, "split": "9,1"}, 1, {"task_name": "a_store[0:90]", "evaluation_data": "a_store[90:100]"}),
         ({}, 1, {"evaluation_data": None, "evaluation_steps": 0, "packing": "concat", "seq_length": 64}),
     ],
@@ -188,6 +189,14 @@ def test_a_rule_of_the_learning_rate_that_was_not_chosen_is_named(run):
     assert [note for note in run(lr_decay_style="cosine").notes if note.startswith(line)]
     for chosen in ({"lr_rule": "today"}, {"lr_rule": "2021"}, {"lr_decay_style": "wsd"}):
         assert not [note for note in run(**chosen).notes if "rule of" in note]
+
+
+def test_a_warm_up_of_less_than_a_step_is_named(run):
+    """GPT-NeoX's rate is the peak times one over the steps of the warm-up then."""
+    line = "it is less than a step, and as in GPT-NeoX of today the first step has the rate 0.01, above"
+    assert [note for note in run(train_iters=10).notes if line in note]  # warmup is 0.01 by default, lr 0.001
+    for settings in ({"train_iters": 100}, {"warmup": 0}, {"lr_rule": "2021"}, {"lr_decay_iters": 200}):
+        assert not [note for note in run(**settings).notes if "less than a step" in note]
 
 
 def test_saves_and_falls_without_effect_are_named(run):
