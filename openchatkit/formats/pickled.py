@@ -64,7 +64,7 @@ class PickledFile:
                 f"{path} holds the shape but not the data of {empty[0]}, a known fault of offloaded conversions; "
                 "prepare the model again"
             )
-        self._tensors: dict[str, Tensor] = loaded
+        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in loaded.items()}
         self.specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in loaded.items()}
 
     def chunks(self, name: str) -> Iterator[memoryview]:

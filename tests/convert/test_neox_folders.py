@@ -198,12 +198,9 @@ def test_a_file_of_all_layers_may_hold_anything_else(tmp_path):
     made = tiny_shards.write_prepared(tmp_path / "shards", PLAIN)
     to_neox.convert(tmp_path / "shards", tmp_path / "neox", pipeline=False)
     path = tmp_path / "neox" / "global_step0" / "mp_rank_00_model_states.pt"
-    state = torch.load(path) | {
-        "np_rng_state": np.random.get_state(),
-        "args": re.compile("x"),
-        "optimizer": [Hostile()],
-    }
-    torch.save(state, path)
+    module = {key: torch.nn.Parameter(tensor) for key, tensor in torch.load(path)["module"].items()}
+    others = {"np_rng_state": np.random.get_state(), "args": re.compile("x"), "optimizer": [Hostile()]}
+    torch.save({"module": module, **others}, path)
     same_shards(from_neox.convert(tmp_path / "neox", tmp_path / "back"), made)
 
 
@@ -272,6 +269,19 @@ def test_numbers_that_are_not_finite_or_too_large(tmp_path):
     kept = LayerShards.open(tmp_path / "back").read("layer_00001")["mlp.dense_h_to_4h.bias"]
     assert kept.isnan().sum() == 1
     assert torch.equal(kept[3:], made["layer_00001"]["mlp.dense_h_to_4h.bias"][3:])
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_a_file_that_was_cut(tmp_path, pipeline):
+    tiny_shards.write_prepared(tmp_path / "shards", PLAIN)
+    to_neox.convert(tmp_path / "shards", tmp_path / "neox", ranks=2, pipeline=pipeline)
+    name = "layer_03-model_01-model_states.pt" if pipeline else "mp_rank_01_model_states.pt"
+    path = tmp_path / "neox" / "global_step0" / name
+    path.write_bytes(path.read_bytes()[:-500])
+    refused(
+        lambda: from_neox.convert(tmp_path / "neox", tmp_path / "back"), f"{name} is not a whole file of torch.save"
+    )
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_training_checkpoint_keeps_its_step(tmp_path):
