@@ -188,8 +188,8 @@ def _translate_learning_rate(config: NeoxConfig, notes: list[str]) -> dict[str, 
     rising = config.get("warmup") * (decay_steps or config.get("train_iters") or 1)
     if rule == _RATE_RULES["today"] and 0 < rising < 1:
         notes.append(
-            f"{config.where('warmup')}: it is less than a step, and as in GPT-NeoX of today the first step has the rate "
-            f"{lr / rising:.3g}, above optimizer.params.lr {lr}: give warmup 0"
+            f"{config.where('warmup')}: it is less than a step, and as in GPT-NeoX of today the first step has the "
+            f"rate {lr / rising:.3g}, above optimizer.params.lr {lr}: give warmup 0"
         )
     return {
         "lr_rule": rule,

@@ -9,7 +9,7 @@ import pytest
 from small_stores import DOCUMENTS, packed, write
 
 from openchatkit.errors import UserError
-from openchatkit.formats import store_writer
+from openchatkit.formats import store_writer, token_store
 from openchatkit.formats.store_writer import StoreProgress, TokenStoreWriter
 from openchatkit.formats.token_store import TokenStore
 
@@ -69,6 +69,24 @@ def test_a_mask_that_trains_on_nothing_is_removed(tmp_path: Path) -> None:
         writer.add(np.array([1, 2]), np.array([2]), np.array([False, False]))
     assert not (tmp_path / "s.mask.bin").exists()
     assert TokenStore(tmp_path / "s").mask is None
+
+
+def test_a_store_takes_the_place_of_another(tmp_path: Path) -> None:
+    """Nothing of the other is left beside it, neither its mask nor its tokenizer."""
+    write(tmp_path / "new", masked=True)
+    token_store.write_maker(tmp_path / "new", {"tokenizer_type": "HFTokenizer"})
+    write(tmp_path / "old")
+    before = [(tmp_path / f"old{suffix}").read_bytes() for suffix in (".idx", ".bin")]
+    store_writer.rename_store(tmp_path / "old", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.bin", "new.idx"]
+    assert [(tmp_path / f"new{suffix}").read_bytes() for suffix in (".idx", ".bin")] == before
+
+
+def test_tokens_beyond_their_type(tmp_path: Path) -> None:
+    with TokenStoreWriter(tmp_path / "s", dtype=np.dtype("<u2"), masked=False) as writer:
+        for token in (-1, 1 << 16):
+            with pytest.raises(AssertionError):
+                writer.add(np.array([token]), np.array([1]))
 
 
 @pytest.mark.parametrize("closed", [False, True])
