@@ -1,5 +1,6 @@
 """Sizes and settings that the networks are built from, and how they are read from a config.json."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,4 +86,20 @@ def get_positive_int(raw: dict[str, Any], *names: str, default: int | None = Non
     value = get_first(raw, *names, default=default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config.json: {names[0]} is {value!r}, expected a positive whole number")
+    return value
+
+
+def get_number(raw: dict[str, Any], name: str, default: float) -> float:
+    """Return a number of at least 0 from config.json, or `default`; UserError when it is anything else."""
+    value = raw.get(name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise UserError(f"config.json: {name} is {value!r}, expected a number of at least 0")
+    return float(value)
+
+
+def get_truth(raw: dict[str, Any], name: str, default: bool) -> bool:
+    """Return true or false from config.json, or `default`; UserError when it is anything else."""
+    value = raw.get(name, default)
+    if not isinstance(value, bool):
+        raise UserError(f"config.json: {name} is {value!r}, expected true or false")
     return value

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openchatkit.errors import UserError
 from openchatkit.libraries import pytorch
 from openchatkit.models.cache import KVCache
-from openchatkit.models.config import ModelConfig, get_positive_int
+from openchatkit.models.config import ModelConfig, get_number, get_positive_int, get_truth
 from openchatkit.models.cuts import WHOLE, Cut, Part, StackedRows
 from openchatkit.models.dropout import ATTENTION_OUTPUT, EMBEDDING, MLP_OUTPUT, attend_with_dropout, drop_hidden
 from openchatkit.models.family import Family
@@ -31,6 +31,7 @@ from openchatkit.models.norms import make_norm
 from openchatkit.models.positions import RelativeBias, SinusoidalTable
 from openchatkit.models.views import BlocksSeen, EmbeddingView, LayerView
 
+_OUTPUT_SPREAD = "output_initializer_range"
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **ACTIVATIONS,
     "softsign": F.softsign,
@@ -222,6 +223,7 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
     rotary = options.pos_emb == "rotary"
     if options.pos_emb == "sinusoidal" and hidden_size % 2:
         raise UserError(f"config.json: sinusoidal positions need an even hidden_size, it is {hidden_size}")
+    output_method = raw.get("output_initializer")
     return ModelConfig(
         family="neox",
         vocab_size=get_positive_int(raw, "vocab_size"),
@@ -230,17 +232,17 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         intermediate_size=get_positive_int(raw, "intermediate_size"),
         max_position_embeddings=get_positive_int(raw, "max_position_embeddings"),
-        rotary_dim=int(hidden_size // num_heads * float(raw.get("rotary_pct", 1.0))) if rotary else 0,
-        rotary_base=float(raw.get("rotary_emb_base", 10000)),
+        rotary_dim=int(hidden_size // num_heads * get_number(raw, "rotary_pct", 1.0)) if rotary else 0,
+        rotary_base=get_number(raw, "rotary_emb_base", 10000.0),
         activation=activation,
-        norm_eps=float(raw.get("norm_eps", 1e-5)),
-        parallel_residual=bool(raw.get("use_parallel_residual", False)),
-        attention_bias=bool(raw.get("attention_bias", True)),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
-        init_std=float(raw.get("initializer_range", 0.02)),
-        output_init_std=raw.get("output_initializer_range"),
+        norm_eps=get_number(raw, "norm_eps", 1e-5),
+        parallel_residual=get_truth(raw, "use_parallel_residual", False),
+        attention_bias=get_truth(raw, "attention_bias", True),
+        tie_embeddings=get_truth(raw, "tie_word_embeddings", True),
+        init_std=get_number(raw, "initializer_range", 0.02),
+        output_init_std=get_number(raw, _OUTPUT_SPREAD, 0.0) if raw.get(_OUTPUT_SPREAD) is not None else None,
         init_method=check_method(raw.get("initializer", "normal")),
-        output_init_method=raw.get("output_initializer") and check_method(raw["output_initializer"]),
+        output_init_method=None if output_method is None else check_method(output_method),
         options=options,
     )
 

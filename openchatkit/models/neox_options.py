@@ -45,6 +45,9 @@ class NeoxOptions:
     sparsity_config: tuple[tuple[str, Setting], ...] = ()
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool) and not isinstance(value := getattr(self, field.name), bool):
+                raise UserError(f"config.json: {field.name} is {value!r}, expected true or false")
         _check_choice("norm", self.norm, NORMS)
         _check_choice("pos_emb", self.pos_emb, POSITIONS)
         for kind in self.attention_config:
@@ -92,7 +95,9 @@ class NeoxOptions:
 def read_options(raw: dict[str, Any]) -> NeoxOptions:
     """Read the options of a config.json; those that it lacks are at their defaults. UserError for unknown values."""
     given = {field.name: raw[field.name] for field in dataclasses.fields(NeoxOptions) if field.name in raw}
-    kinds, sparsity = given.get("attention_config") or (), given.get("sparsity_config") or {}
+    kinds, sparsity = given.get("attention_config") or [], given.get("sparsity_config") or {}
+    if not isinstance(kinds, list) or not isinstance(sparsity, dict):
+        raise UserError("config.json: attention_config is a list of a kind for each layer, sparsity_config a block")
     return NeoxOptions(
         **given
         | {

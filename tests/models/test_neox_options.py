@@ -392,6 +392,12 @@ def test_options_of_lists_and_blocks_are_written_as_they_are_read():
         ({"initializer": "zeros"}, "initializer is 'zeros', expected one of normal, xavier_uniform, "),
         ({"output_initializer": "ones"}, "initializer is 'ones', expected one of normal, "),
         ({"intermediate_size": None}, "intermediate_size is None"),
+        ({"use_bias_in_mlp": "no"}, "use_bias_in_mlp is 'no', expected true or false"),
+        ({"attention_bias": 0}, "attention_bias is 0, expected true or false"),
+        ({"norm_eps": "small"}, "norm_eps is 'small', expected a number of at least 0"),
+        ({"output_initializer_range": -1}, "output_initializer_range is -1, expected a number of at least 0"),
+        ({"attention_config": "global"}, "attention_config is a list of a kind for each layer"),
+        ({"sparsity_config": [16]}, "sparsity_config a block"),
     ],
 )
 def test_models_that_cannot_be(changes, message):
