@@ -45,6 +45,7 @@ def translate(config: NeoxConfig) -> dict[str, Any]:
         "evaluation_steps": config.get("eval_interval") if valid else 0,
         "test_data": test,
         "evaluation_num_batch": config.get("eval_iters") if valid or test else None,
+        "character_perplexity": config.get("char_level_ppl"),
         **_follow_labels(config, used),
     }
 

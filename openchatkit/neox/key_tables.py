@@ -150,13 +150,13 @@ TRAINING: Mapping[str, Key] = {
     "eval_iters": _use("whole", 100),
     "data_types": _use("block"),
     "eod_mask_loss": _use("truth", False),
+    "char_level_ppl": _use("truth", False),
     **_refuse("no_load_optim", _NOT_YET),
     **_refuse("z_loss", "it belongs to the training of reward models"),
     **{
         name: Key("differ", only=(None, False), why=why)
         for name, why in {
             "no_save_optim": "the optimizer's state is saved with each checkpoint",
-            "char_level_ppl": "the loss is given a token",
         }.items()
     },
     **_ignore("override_lr_scheduler", _CONFIG_WINS),

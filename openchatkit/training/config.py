@@ -313,6 +313,9 @@ class CheckpointSettings:
     test_data: str | None = setting(
         None, help="data to evaluate on once, after the last step, written as `--task-name`; as many batches"
     )
+    character_perplexity: bool = setting(
+        False, help="evaluations also say e to the loss of a character, which compares models of other tokenizers"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ _NEOX = {
     "evaluation_perplexity": "validation/lm_loss_ppl",
     "test_loss": "test/lm_loss",
     "test_perplexity": "test/lm_loss_ppl",
+    "evaluation_character_perplexity": "validation/lm_loss_char_lvl_ppl",
+    "test_character_perplexity": "test/lm_loss_char_lvl_ppl",
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from loguru import logger
 
 from openchatkit.data.dataset import Dataset
+from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.distributed.processes import ECHO_SECONDS, note_stop
 from openchatkit.distributed.watchdog import describe_short_timeout
 from openchatkit.errors import RESUMABLE, Interrupted, UserError
@@ -18,12 +19,13 @@ from openchatkit.training.jumps import JumpFinder
 from openchatkit.training.ledger_writer import LedgerWriter
 from openchatkit.training.metrics import Reporter, open_sinks
 from openchatkit.training.norms import NormMeter
+from openchatkit.training.perplexity import count_characters, to_perplexity
 from openchatkit.training.prediction import Prediction
 from openchatkit.training.replica_check import ReplicaCheck
 from openchatkit.training.saving import Saver
 from openchatkit.training.setup import RunInputs, RunProgress, collect_state
 from openchatkit.training.soundness import Soundness
-from openchatkit.training.step import StepResult, Trainer, by_name
+from openchatkit.training.step import Evaluation, StepResult, Trainer, by_name
 from openchatkit.training.task_scorer import StopRequested, TaskEvaluation, TaskScorer
 from openchatkit.training.throughput import StepMeter
 from openchatkit.training.trace import Profile, open_profile
@@ -199,7 +201,16 @@ class Loop:
                 f"{name}_tokens": result.trained_tokens,
                 f"{name}_sources": by_name(dataset, result.sources),
             }
+            if self.settings.character_perplexity:
+                row[f"{name}_character_perplexity"] = self._find_character_perplexity(dataset, result, first)
             self._reporter.report_evaluation(row)
+
+    def _find_character_perplexity(self, dataset: Dataset, result: Evaluation, first: int) -> float | None:
+        """Return e to the loss of a character, over what has been evaluated; None without any."""
+        rows = self.settings.batch_size * self.trainer.layout.replicas
+        tokenizer = Tokenizer(self.settings.tokenizer_name)
+        characters = count_characters(dataset, tokenizer, first * rows, self.settings.evaluation_num_batch * rows)
+        return to_perplexity(result.loss * result.trained_tokens / characters) if characters else None
 
     def _save_if_due(self, result: StepResult) -> None:
         """Save after the steps that settings say, and at the end. While the weights may not be saved, it stays due.

@@ -6,7 +6,6 @@ and gradients, in float64, after the backward passes.
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from openchatkit.models.dropout import row_keys
 from openchatkit.training import timing
 from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.loss import VocabularyLoss
+from openchatkit.training.perplexity import to_perplexity
 from openchatkit.training.pipeline import Pipeline
 from openchatkit.training.precision import LossScaler, autocast
 from openchatkit.training.rank_weights import RankWeights
@@ -86,8 +86,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite where that is no float."""
-        return math.exp(self.loss) if not self.loss > math.log(sys.float_info.max) else math.inf
+        """e to the loss."""
+        return to_perplexity(self.loss)
 
 
 @dataclass(frozen=True)

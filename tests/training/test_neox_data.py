@@ -12,6 +12,7 @@ from test_layouts import REPLICAS
 from openchatkit.data import options
 from openchatkit.data.dataset import build_dataset
 from openchatkit.data.options import DataOptions
+from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
@@ -47,20 +48,23 @@ def go_on(stopped: Path, folder: Path, flags: dict[str, object], **change: objec
     return ended.errors
 
 
-def plain_loss(model: Path, options: DataOptions, task_name: object, first: int, rows: int) -> float:
-    """The loss of the model that is trained, in float64, over some rows."""
+def plain_loss(model: Path, options: DataOptions, task_name: object, first: int, rows: int) -> tuple[float, float]:
+    """The loss of the model that is trained, in float64, over some rows, and the tokens of a character in them."""
     shards = LayerShards.open(model)
     stage = Stage(shards.config)
     for shard in stage.shards:
         stage.load(shard, shards.read(shard), dtype=torch.float64)
     batch = build_dataset(str(task_name), options).batch(first, rows)
     logits = stage.logits(stage(batch.tokens)).transpose(1, 2)
-    return torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100).item()
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=-100).item()
+    tokenizer, ids = Tokenizer(model), [[token for token in row if token != -100] for row in batch.labels.tolist()]
+    texts = [tokenizer.decode(row).replace(tokenizer.end_of_text_token, "") for row in ids]
+    return loss, sum(map(len, ids)) / sum(map(len, texts))
 
 
 def test_each_evaluation_takes_the_rows_that_are_due(tmp_path: Path, run_flags: dict) -> None:
     ended = ranks.train(
-        tmp_path, {**run_flags, "lr": 0, "checkpoint_path": tmp_path / "ckpt"}
+        tmp_path, {**run_flags, "lr": 0, "character_perplexity": True, "checkpoint_path": tmp_path / "ckpt"}
     )  # the weights stay as they are
     assert ended.statuses == [0], ended.errors
     data = {"data_order": "neox", "seq_length": 48, "mask_end_of_text": True, "seed": 5}
@@ -72,9 +76,11 @@ def test_each_evaluation_takes_the_rows_that_are_due(tmp_path: Path, run_flags: 
     assert [(step, name) for step, name, _ in found] == [(2, "evaluation"), (3, "evaluation"), (3, "test")]
     for (_, name, row), first in zip(found, (0, 16, 0), strict=True):
         options = DataOptions(model, data_cache=cache, wanted=wanted[name], rows=8, **data)
-        loss = plain_loss(model, options, run_flags["task_name"], first, 16)
+        loss, tokens_a_character = plain_loss(model, options, run_flags["task_name"], first, 16)
         assert row[f"{name}_loss"] == pytest.approx(loss, rel=1e-5)
         assert row[f"{name}_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        expected = pytest.approx(math.exp(loss * tokens_a_character), rel=1e-4)
+        assert row[f"{name}_character_perplexity"] == expected
         assert list(row[f"{name}_sources"]) == [str(run_flags["task_name"])]
     assert found[0][2]["evaluation_loss"] != found[1][2]["evaluation_loss"]
     assert "step 3 | test loss " in ended.errors[0]
