@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer as Backend
 
 from openchatkit.errors import UserError
-from openchatkit.formats.tokenizer_files import has_tokenizer
+from openchatkit.formats.tokenizer_files import has_tokenizer, load_tokenizer_files
 from openchatkit.texts import reason_of
 
 if TYPE_CHECKING:
@@ -145,15 +145,13 @@ def _encode(backend: Backend, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _load(folder: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected one that holds a tokenizer (tokenizer.json)")
     if not has_tokenizer(folder):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder} holds no tokenizer: expected tokenizer.json there, found {found}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load_tokenizer_files(folder)
     except Exception as error:  # the tokenizers library raises Exception itself
         reason = reason_of(error)
         raise UserError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error

@@ -1,13 +1,17 @@
 """A tokenizer's files, as Hugging Face names them: copied, written, and read without loading the tokenizer."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openchatkit.errors import UserError
 from openchatkit.formats.chat import CHAT_TEMPLATE
 from openchatkit.storage import atomic_path, sha256, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -98,14 +102,29 @@ def special_token_id(folder: Path, kind: str) -> int | None:
 
 def _id_of_class(folder: Path, kind: str) -> int | None:
     """Return the id of a token that the files do not name, but the tokenizer's class may have."""
-    from transformers import AutoTokenizer
-
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = load_tokenizer_files(folder)
     except Exception:  # it cannot be loaded, and its files name no such token
         return None
     number: int | None = getattr(loaded, f"{kind}_token_id")
     return number
+
+
+def load_tokenizer_files(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer as transformers does, from its folder alone and without remote code; raises what that raises.
+
+    A config.json of the kit's own family is beside some, of which transformers would say at length that it is none of
+    its own.
+    """
+    from transformers import AutoTokenizer
+
+    notes = logging.getLogger("transformers.configuration_utils")
+    level = notes.level
+    notes.setLevel(logging.ERROR)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    finally:
+        notes.setLevel(level)
 
 
 def tokenizer_size(folder: Path) -> int | None:

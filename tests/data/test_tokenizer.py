@@ -1,6 +1,8 @@
 """`data.tokenizer`: text in, ids out, and special tokens in a text are only characters."""
 
+import io
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -100,6 +102,19 @@ def test_padding_falls_back_to_end_of_text(tiny_tokenizer: Path, tmp_path: Path)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert Tokenizer(tmp_path).padding == 0
+
+
+def test_a_model_that_transformers_does_not_know_makes_no_noise(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_tokenizer, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "neox", "vocab_size": 400}))
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        Tokenizer(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert said.getvalue() == ""
 
 
 def test_the_digest_changes_with_the_ids(tiny_tokenizer: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
