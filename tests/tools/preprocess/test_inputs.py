@@ -21,7 +21,7 @@ def run(*files: Path, bad_rows: str = "error") -> int:
         main(
             [
                 *("--input", ",".join(map(str, files)), "--tokenizer-type", "CharLevelTokenizer", "--append-eod"),
-                *("--output-prefix", str(target), "--bad-rows", bad_rows, "--overwrite"),
+                *("--output-prefix", str(target), "--bad-rows", bad_rows, "--overwrite", "--workers", "1"),
             ]
         )
     return ended.value.code
