@@ -45,7 +45,8 @@ def generate(config: NeoxConfig) -> None:
     mode = config.get("text_gen_type") or ("input-file" if config.get("sample_input_file") else "unconditional")
     sampling = read_sampling(config)
     if mode == "interactive":
-        _interact(Generator(config, sampling), _find_prompt_end(config), sys.stdin, sys.stdout)
+        end = _find_prompt_end(config)
+        _interact(Generator(config, sampling), end, sys.stdin, sys.stdout)
         return
     prompts = [""] * _count_samples(config) if mode == "unconditional" else _read_prompts(config)
     output = _find_output(config, mode)

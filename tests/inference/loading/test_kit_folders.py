@@ -1,9 +1,12 @@
 """Chats with what is in no Hugging Face folder: training checkpoints, layer shards, GPT-NeoX's files."""
 
+import io
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import tiny_shards
 import tokenizers
 import torch
 from random_models import write_run
@@ -14,11 +17,13 @@ from openchatkit.convert.from_hf import prepare
 from openchatkit.convert.to_hf import convert
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, layer_shards
+from openchatkit.inference import bot
 from openchatkit.inference.engine.engine import Engine
 from openchatkit.inference.engine.sampling import Sampling
 from openchatkit.inference.loading import loader
 from openchatkit.libraries import hf_transformers
 from openchatkit.loading import hardware
+from openchatkit.models.registry import config_from_hf
 from openchatkit.models.stage import Stage
 
 PROMPT, GREEDY = [5, 17, 3, 60], Sampling(max_tokens=20, sample=False)
@@ -92,6 +97,58 @@ def test_a_family_that_transformers_does_not_have_is_decoded_by_the_kit(random_m
     assert loaded.eos_ids == {0}
     with pytest.raises(UserError, match="checkpoint_20 is of the family gpt_neox, which runs whole, on one device"):
         loader.load(str(run), dtype="int8")
+
+
+OPTIONS = {
+    "learned": {"pos_emb": "learned", "norm": "rmsnorm", "hidden_act": "swiglu"},
+    "sinusoidal": {"pos_emb": "sinusoidal", "hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "rpe": {"pos_emb": "rpe", "use_parallel_residual": False, "tie_word_embeddings": True},
+    "alibi": {"pos_emb": "alibi", "num_kv_heads": 2, "norm": "scalenorm"},
+    "none": {"pos_emb": "none", "use_qk_layernorm": True},
+    "window": {"sliding_window_width": 5},
+    "sparse": {"attention_config": ["global", "local"], "sparsity_config": {"block": 16, "num_local_blocks": 2}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_models_with_options_of_gpt_neox_are_decoded_from_their_checkpoints(random_models, tmp_path, name):
+    """As the whole forward pass of each text says; nothing is dropped out."""
+    sizes = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 64}
+    raw = {
+        "model_type": "neox",
+        **sizes,
+        "eos_token_id": 0,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+    }
+    raw |= OPTIONS[name]
+    stage = Stage(config_from_hf({**raw, "initializer_range": 0.3}))
+    stage.init_weights(1)
+    made = {shard: dict(module.state_dict()) for shard, module in stage.named_shards()}
+    if stage.config.tie_embeddings:
+        made["head"].pop("embed_out.weight")
+    tiny_shards.write_prepared(tmp_path / "shards", raw, made=made)
+    shutil.copy(random_models["neox"] / "tokenizer.json", tmp_path / "shards")
+    shutil.copy(random_models["neox"] / "tokenizer_config.json", tmp_path / "shards")
+    loaded = loader.load(str(write_run(tmp_path / "run", tmp_path / "shards", 3)))
+    text, stage = [*PROMPT], stage.eval()
+    with torch.inference_mode():
+        for _ in range(GREEDY.max_tokens):
+            text.append(int(stage.logits(stage(torch.tensor([text])))[0, -1].argmax()))
+    assert len(set(text)) > 5, "a model that repeats itself proves little"
+    assert greedy(loaded) == text[len(PROMPT) :]
+
+
+def test_the_command_chats_with_a_checkpoint(trained_model, tmp_path, capsys, monkeypatch):
+    said = []
+    for model in (trained_model, write_run(tmp_path, trained_model, 5)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        with pytest.raises(SystemExit) as ended:
+            bot.main(["--model", str(model), "--prompt", "lines", "--no-date", "--no-sample"])
+        assert ended.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said == ["two\nlines\n"] * 2
 
 
 def test_a_run_that_goes_on_while_its_checkpoint_is_read(random_models, tmp_path, monkeypatch):
