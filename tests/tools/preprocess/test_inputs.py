@@ -53,12 +53,17 @@ def test_a_text_is_one_document_byte_for_byte(tmp_path: Path) -> None:
     assert documents(tmp_path) == TEXTS
 
 
-def test_a_text_longer_than_any_record(tmp_path: Path) -> None:
-    text = "0123456789abcdef\n" * (1 << 20)  # 17 MiB
+def test_a_text_longer_than_any_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("openchatkit.data.records.json_files.ROW_LIMIT", 1000)
+    text = "0123456789abcdef\n" * 100
+    (tmp_path / "a.jsonl").write_bytes(jsonl(text))
+    assert run(tmp_path / "a.jsonl") == 2
+    assert "a.jsonl:1: longer than" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text(text)
     assert run(tmp_path / "a.txt") == 0
-    store = TokenStore(tmp_path / "o_text_document")
-    assert store.document(0)[:-1].astype("u1").tobytes() == text.encode()
+    assert documents(tmp_path) == [text]
 
 
 def test_a_zip_of_one_file_is_one_text_whatever_its_name(tmp_path: Path) -> None:
