@@ -54,7 +54,10 @@ def generate(config: NeoxConfig) -> None:
 
 
 class Generator:
-    """The model of a configuration's checkpoint, ready to continue texts. Draws follow its seed, text after text."""
+    """The model of a configuration's checkpoint, in `folder`, ready to continue texts.
+
+    Draws follow the configuration's seed, text after text.
+    """
 
     def __init__(self, config: NeoxConfig, sampling: "Sampling") -> None:
         path = trained.find_trained(config)
@@ -67,7 +70,7 @@ class Generator:
         dtype = config.precision if hosts.count_gpus() else "auto"
         with trained.open_tokenizer(config, path) as folder:
             loaded = loader.load(str(path), dtype=dtype, tokenizer=folder, announce=progress.announce)
-        self.tokenizer, self._sampling = loaded.tokenizer, sampling
+        self.folder, self.tokenizer, self._sampling = loaded.folder, loaded.tokenizer, sampling
         self._engine = Engine(
             loaded.model,
             eos_ids=loaded.eos_ids | {loaded.tokenizer.end_of_text},
@@ -199,7 +202,7 @@ def _write(output: Path, generator: Generator, prompts: Sequence[str]) -> None:
 
             with storage_errors(output, every=True):
                 write_text(output, "".join(lines))
-            logger.info(f"{len(lines)} of {len(prompts)} texts are in {output}")
+            logger.info(f"{len(lines)} of {len(prompts)} texts, by {generator.folder}, are in {output}")
 
 
 def _interact(generator: Generator, end: str, stdin: TextIO, stdout: TextIO) -> None:

@@ -70,7 +70,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def test_samples_without_a_prompt(run, command, random_models):
     status, _, noted = command(num_samples=2)
-    assert (status, noted.splitlines()[-1]) == (0, "2 of 2 texts are in samples.txt")
+    assert (status, noted.splitlines()[-1]) == (0, "2 of 2 texts, by checkpoints/checkpoint_20, are in samples.txt")
     first, second = read(run / "samples.txt")
     assert list(first) == ["context", "text", "length", "finished", "message", "duration_seconds"]
     seconds = first.pop("duration_seconds"), second.pop("duration_seconds")
@@ -252,5 +252,8 @@ def test_what_came_before_ctrl_c_is_kept(run, command, monkeypatch):
 
     monkeypatch.setattr(generation.Generator, "continue_text", stop)
     status, _, noted = command(num_samples=5)
-    assert (status, noted.splitlines()) == (130, ["2 of 5 texts are in samples.txt", "interrupted"])
+    assert (status, noted.splitlines()) == (
+        130,
+        ["2 of 5 texts, by checkpoints/checkpoint_20, are in samples.txt", "interrupted"],
+    )
     assert len(read(run / "samples.txt")) == 2
