@@ -125,8 +125,13 @@ def _open_source(
     layers_per_stage: int | None,
 ) -> "TensorSource":
     from openchatkit.convert.sources import CheckpointSource, LegacySource, StageFlags
-    from openchatkit.formats import checkpoint
+    from openchatkit.formats import checkpoint, neox_checkpoint
 
+    if neox_checkpoint.find(path):
+        raise UserError(
+            f"{path} is a checkpoint of GPT-NeoX: run `python tools/convert_from_neox.py {path} --save-dir MODEL` and "
+            "pass MODEL"
+        )
     path = checkpoint.locate(path)
     if not checkpoint.is_legacy(path):
         return CheckpointSource(path, config_name=config_name, flags=StageFlags(stages, layers_per_stage))
