@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import pytest
+import ranks
 import torch
 from test_layouts import assert_same_bits, run
 from torch.func import functional_call
@@ -11,19 +12,31 @@ from torch.func import functional_call
 from openchatkit.data import options
 from openchatkit.data.dataset import build_dataset
 from openchatkit.distributed.layout import Layout
+from openchatkit.errors import UserError
 from openchatkit.formats import metrics
 from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.models.registry import config_from_hf
 from openchatkit.models.shards import layer_name
 from openchatkit.models.stage import Stage
+from openchatkit.training import config
 from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
+from openchatkit.training.plan.planner import plan_run
 from openchatkit.training.precision import LossScaler
 from openchatkit.training.step import Schedule, Trainer
 from openchatkit.training.weights import Weights
 
 CPU = torch.device("cpu")
 TABLE = "attention.rpe.weight"
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
 
 
 def load(path, **changes) -> Stage:
@@ -114,3 +127,31 @@ def test_stages_recomputation_and_a_resume_drop_the_same(tmp_path, flags, prepar
     two = run(tmp_path / "two", flags, pipeline_group_size=2, activation_checkpointing="full")
     assert_same_bits(one, two)
     assert metrics.read(two.parent)[-1]["loss"] == metrics.read(one.parent)[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags", "message"),
+    [
+        (
+            {"pos_emb": "rpe", "tie_word_embeddings": False},
+            {"dp_mode": "sharded-gradients", "data_group_size": 2, "world_size": 2},
+            "--dp-mode sharded-gradients: the model's layers share their relative biases; use --dp-mode sharded",
+        ),
+        (
+            {"pos_emb": "alibi"},
+            {"dp_mode": "sharded-gradients", "data_group_size": 2, "world_size": 2},
+            "--dp-mode sharded-gradients: the model's embeddings are tied; use --dp-mode sharded",
+        ),
+        (
+            {"attention_config": ["local", "global", "global", "global"]},
+            {"seq_length": 56},
+            "--seq-length 56: blocks of the model's sparse attention have 16 tokens; use 48, or",
+        ),
+    ],
+)
+def test_models_that_a_run_cannot_train(options, flags, message):
+    model = config_from_hf(SIZES | {"model_type": "neox", **options})
+    given = {"model_name": "m", "task_name": "d.jsonl", "total_steps": 1, "seq_length": 48} | flags
+    with pytest.raises(UserError) as error:
+        plan_run(config.parse(ranks.to_argv(given)), model)
+    assert str(error.value).startswith(message)
