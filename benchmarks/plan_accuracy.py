@@ -7,13 +7,14 @@ is of use only on a machine that does nothing else, with a core for each rank.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from _text_model import write_model
 
 from openchatkit.paths import ROOT
 
@@ -31,31 +32,6 @@ LAYOUTS = {
 LINE = re.compile(
     r"after \d+ steps: ([\d,]+) tokens/s, predicted ([\d,]+) .*; ([\d.]+) GiB on the fullest rank, predicted ([\d.]+)"
 )
-
-
-def write_model(folder: Path, options: argparse.Namespace) -> None:
-    """Write a config.json, a tokenizer of bytes, and text to train on."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    config = {
-        "model_type": "gpt_neox",
-        "vocab_size": options.vocabulary,
-        "hidden_size": options.width,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": 8,
-        "max_position_embeddings": options.seq_length,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    rows = [json.dumps({"text": f"{number} is followed by {number + 1}. " * 20}) for number in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def run(folder: Path, flags: str, options: argparse.Namespace) -> tuple[float, float, float, float]:
@@ -87,7 +63,13 @@ def main() -> None:
     print("| layout | tokens/s | predicted | | GiB | predicted | |\n|-|-|-|-|-|-|-|")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        write_model(model, options)
+        write_model(
+            model,
+            layers=options.layers,
+            width=options.width,
+            vocabulary=options.vocabulary,
+            seq_length=options.seq_length,
+        )
         for name in options.only or LAYOUTS:
             speed, predicted, held, counted = run(model, LAYOUTS[name], options)
             cells = [name, f"{speed:,.0f}", f"{predicted:,.0f}", f"{predicted / speed - 1:+.0%}"]
