@@ -124,6 +124,20 @@ def test_configurations_of_2021_and_pythia_train_on_two_stages(tmp_path, name):
     assert read_state(tmp_path)["step"] == 3
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pos_emb", ["learned", "rpe", "alibi"])
+def test_other_positions_dropout_and_sparse_layers_train_on_two_stages(tmp_path, pos_emb):
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    prepare(tmp_path, pos_emb=pos_emb, sparsity="interspersed", no_weight_tying=False, **dropout)
+    done = deepy(tmp_path, "train.py", "-d", "configs", "small", "local_setup")
+    assert done.returncode == 0, done.stderr
+    assert read_state(tmp_path)["step"] == 3
+    done = deepy(tmp_path, "generate.py", "-d", "configs", "small", "local_setup", "--maximum_tokens", "20")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples.txt").read_text()
+
+
 def train_with_a_task(folder: Path, **settings: object) -> tuple[list[str], dict[int, dict[str, float]]]:
     """Train as the README says, with a task; returns the files' arguments, and its metrics by step."""
     prepare(folder, save_interval=1, eval_tasks=["own_choice"], eval_include_paths=["tasks"], **settings)
