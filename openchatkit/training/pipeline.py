@@ -52,17 +52,24 @@ class Pipeline:
         if layout.pipeline_size > 1:
             kind = SCHEDULES[schedule]
             tokens = torch.empty(micro_batch_size, seq_length, dtype=torch.int64, device="meta")
-            shape = (micro_batch_size, seq_length // stages.hidden_parts, stages.config.hidden_size)
-            hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+            count = len(stages.by_number) * layout.pipeline_size
+            size = stages.config.hidden_size
+
+            def declare(length: int) -> Tensor:
+                shape = (micro_batch_size, length, size)
+                return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+            hidden = declare(seq_length // stages.hidden_parts)
             runners = [
                 ObservedStage(
                     self.timer,
                     stage,
                     number,
-                    len(stages.by_number) * layout.pipeline_size,
+                    count,
                     layout.device,
                     input_args=tokens if number == 0 else hidden,
-                    output_args=hidden,
+                    # What the head is given, of all tokens, does not travel.
+                    output_args=declare(seq_length) if number == count - 1 else hidden,
                     group=layout.pipeline,
                 )
                 for number, stage in stages.by_number.items()

@@ -231,4 +231,4 @@ def test_a_terminal_shows_one_live_line(tmp_path):
     assert re.fullmatch(
         r"step 2/2 \|\S+\| 00:00 left, loss 2.346 lr 5e-05 norm 1.23 \| 12346 tok/s MFU 34% wait 12%", last
     ), last
-    assert len(last) < 100
+    assert len(last) <= 100
