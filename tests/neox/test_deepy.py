@@ -58,7 +58,7 @@ def deepy(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
     )
