@@ -39,7 +39,7 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
 
     from openchatkit.formats import hf_model
     from openchatkit.inference.loading import model_folders
-    from openchatkit.loading import hardware, pretrained
+    from openchatkit.loading import hardware, pretrained, stages
 
     def timed(action: Callable[[], _T]) -> tuple[_T, float]:
         hardware.synchronize(device)
@@ -55,9 +55,11 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
     begun = time.perf_counter()
     small, tokenizer_download = timed(lambda: hf_model.fetch(name, weights=False))
     tokenizer, tokenizer_load = timed(lambda: load(AutoTokenizer, small))
-    folder, model_download = timed(lambda: model_folders.find_model(name))
+    found, model_download = timed(lambda: model_folders.find_model(name))
+    if found.kind != stages.HUGGING_FACE:
+        raise UserError(f"{name} is a {found.kind}: expected a Hugging Face model; tools/convert_to_hf_*.py make one")
     before = hardware.main_memory_in_use()
-    model, load_to_ram = timed(lambda: _read_weights(load(AutoModelForCausalLM, folder, dtype="auto").eval()))
+    model, load_to_ram = timed(lambda: _read_weights(load(AutoModelForCausalLM, found.path, dtype="auto").eval()))
     main_memory = hardware.main_memory_in_use() - before
     held, transfer = _gpu_memory(device), 0.0
     if device.type != "cpu":
