@@ -318,7 +318,7 @@ def test_more_layers_than_the_yml_tells_of(tmp_path):
     [
         ("{", '{ "use_mup": true,', r"tiny\.yml: use_mup True: the kit has no such network$"),
         ('"rotary_pct": 0.25', '"rotary_pct": "many"', r"tiny\.yml: rotary_pct many: expected a number$"),
-        ("bias-gelu-fusion\": true", "bias-gelu-fusion\": 3", r"bias_gelu_fusion 3: expected true or false$"),
+        ('bias-gelu-fusion": true', 'bias-gelu-fusion": 3', r"bias_gelu_fusion 3: expected true or false$"),
         ('"hidden-size": 32', '"hidden-size": 64', r"is 32 wide, .*tiny\.yml says 64$"),
         ('"num-attention-heads": 4,', "", r"tiny\.yml does not say num_attention_heads, a whole number of at least 1$"),
         ('"num-layers": 3', '"num-layers": "x"', r"tiny\.yml does not say num_layers, a whole number of at least 1$"),

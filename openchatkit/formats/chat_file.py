@@ -21,7 +21,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from openchatkit.errors import UserError
@@ -106,7 +106,7 @@ def write(
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+        "saved": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": model,
         "messages": list(messages),
         "settings": dict(settings or {}),

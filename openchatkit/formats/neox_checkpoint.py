@@ -24,7 +24,7 @@ from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import is_cut, join_tensor, whole_shape
 from openchatkit.models.registry import config_from_hf, family
 from openchatkit.models.shards import shard_names
-from openchatkit.models.sparse_attention import read_sparsity
+from openchatkit.models.sparsity import read_sparsity
 
 END_OF_TEXT = 0
 EXAMPLE = neox_layout.EXAMPLE

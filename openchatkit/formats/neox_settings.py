@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from openchatkit.errors import UserError
-from openchatkit.models.layers import ACTIVATIONS
+from openchatkit.models.config import ACTIVATION_FORMULAS
 from openchatkit.models.neox_options import ATTENTION_KINDS, GATES, NeoxOptions, read_options
 
 _EPSILONS = {
@@ -63,7 +63,7 @@ def describe_model(config: NeoxSettings, *, rows: int, inner_width: int | None =
         **_describe_initialisation(config, layers, width),
     }
     epsilon = config.get(_EPSILONS[options.norm])
-    if options == NeoxOptions() and activation in ACTIVATIONS:
+    if options == NeoxOptions() and activation in ACTIVATION_FORMULAS:
         return {
             "architectures": ["GPTNeoXForCausalLM"],
             "model_type": "gpt_neox",

@@ -22,7 +22,7 @@ from openchatkit.models.neox_options import GATES, NeoxOptions
 from openchatkit.models.positions import alibi_slopes
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD
-from openchatkit.models.sparse_attention import SPARSE_KINDS, read_sparsity
+from openchatkit.models.sparsity import SPARSE_KINDS, read_sparsity
 from openchatkit.storage import storage_errors, sync, write_text
 
 SETTINGS = "model.yml"

@@ -7,6 +7,19 @@ from typing import Any
 from openchatkit.errors import UserError
 from openchatkit.models.neox_options import NeoxOptions
 
+# Every `hidden_act` that published GPT-NeoX and GPT-J checkpoints name, and those of GPT-NeoX's settings that
+# transformers knows, with its formula: "tanh_gelu" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+ACTIVATION_FORMULAS = {
+    "gelu": "erf_gelu",
+    "gelu_fast": "tanh_gelu",
+    "gelu_new": "tanh_gelu",
+    "gelu_pytorch_tanh": "tanh_gelu",
+    "mish": "mish",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -70,6 +83,13 @@ class ModelConfig:
     def num_key_heads(self) -> int:
         """Heads of keys and values, each of which serves as many heads of queries."""
         return self.options.num_kv_heads or self.num_heads
+
+
+def check_activation(name: str) -> str:
+    """Return `name` if the kit has this activation; UserError lists those it has."""
+    if name not in ACTIVATION_FORMULAS:
+        raise UserError(f"config.json: activation {name!r} is not supported; known: {', '.join(ACTIVATION_FORMULAS)}")
+    return name
 
 
 def get_first(raw: dict[str, Any], *names: str, default: Any = None) -> Any:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from openchatkit.errors import UserError
 from openchatkit.models.cache import KVCache
-from openchatkit.models.config import ModelConfig, get_first, get_positive_int
+from openchatkit.models.config import ModelConfig, check_activation, get_first, get_positive_int
 from openchatkit.models.cuts import WHOLE, Cut, Part
 from openchatkit.models.documents import Seen
 from openchatkit.models.family import Family
 from openchatkit.models.initialisation import check_method
-from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_halves
+from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, rotate_halves
 
 
 class GPTNeoXEmbed(nn.Module):

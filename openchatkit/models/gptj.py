@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from openchatkit.models.cache import KVCache
-from openchatkit.models.config import ModelConfig, get_positive_int
+from openchatkit.models.config import ModelConfig, check_activation, get_positive_int
 from openchatkit.models.cuts import WHOLE, Cut, Part
 from openchatkit.models.documents import Seen
 from openchatkit.models.family import Family
-from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, check_activation, rotate_pairs
+from openchatkit.models.layers import ACTIVATIONS, VocabularyRows, causal_attention, rotate_pairs
 
 
 class GPTJEmbed(nn.Module):

@@ -7,33 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openchatkit.errors import UserError
-from openchatkit.models.config import ModelConfig
+from openchatkit.models.config import ACTIVATION_FORMULAS, ModelConfig
 from openchatkit.models.cuts import Part
 from openchatkit.models.documents import Borders, Seen, attend_documents
 
-_tanh_gelu = functools.partial(F.gelu, approximate="tanh")
-
-# Every `hidden_act` that published GPT-NeoX and GPT-J checkpoints name, and those of GPT-NeoX's settings that
-# transformers knows. `gelu_fast`, `gelu_new` and
-# `gelu_pytorch_tanh` are one formula: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
+_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "erf_gelu": F.gelu,
+    "tanh_gelu": functools.partial(F.gelu, approximate="tanh"),
     "mish": F.mish,
     "relu": F.relu,
     "silu": F.silu,
-    "swish": F.silu,
 }
-
-
-def check_activation(name: str) -> str:
-    """Return `name` if the kit has this activation; UserError lists those it has."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"config.json: activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
-    return name
+ACTIVATIONS = {name: _FORMULAS[formula] for name, formula in ACTIVATION_FORMULAS.items()}
 
 
 class VocabularyRows(nn.Embedding):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openchatkit.errors import UserError
-from openchatkit.models.sparse_attention import SPARSE_KINDS, read_sparsity
+from openchatkit.models.sparsity import SPARSE_KINDS, read_sparsity
 
 NORMS = ("layernorm", "rmsnorm", "rmsnorm_2021", "scalenorm", "non_parametric_layernorm")
 """Kinds of norms; rmsnorm_2021 is GPT-NeoX's until May 2025, which adds epsilon to the root instead of the mean."""

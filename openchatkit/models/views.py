@@ -17,7 +17,8 @@ from openchatkit.models.documents import Borders, Seen, find_borders
 from openchatkit.models.dropout import mix
 from openchatkit.models.positions import alibi_bias, alibi_slopes, list_buckets, measure_distances
 from openchatkit.models.shards import layer_number
-from openchatkit.models.sparse_attention import block_mask, make_layout, read_sparsity
+from openchatkit.models.sparse_attention import block_mask, make_layout
+from openchatkit.models.sparsity import read_sparsity
 
 
 class BlocksSeen(NamedTuple):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from openchatkit.errors import UserError
-from openchatkit.models.sparse_attention import Sparsity, block_mask, check_rows, make_layout, read_sparsity
+from openchatkit.models.sparse_attention import block_mask, check_rows, make_layout
+from openchatkit.models.sparsity import Sparsity, read_sparsity
 
 LAYOUTS = json.loads((Path(__file__).parent / "neox_values.json").read_text(encoding="utf-8"))["layouts"]
 CASES = {

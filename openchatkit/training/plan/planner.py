@@ -6,7 +6,8 @@ from openchatkit.distributed.layout import balanced_layers, stage_layers
 from openchatkit.errors import UserError
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.cuts import check_parts
-from openchatkit.models.sparse_attention import check_rows, read_sparsity
+from openchatkit.models.sparse_attention import check_rows
+from openchatkit.models.sparsity import read_sparsity
 from openchatkit.training.config import MODEL_TYPES, Settings
 from openchatkit.training.plan import work
 from openchatkit.training.plan.planned_run import PlannedRun
