@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from openchatkit import progress
 from openchatkit.errors import UserError
 from openchatkit.formats import neox_checkpoint, tokenizer_files
-from openchatkit.loading import stages
+from openchatkit.loading import model_kinds, stages
 from openchatkit.models import generation
 from openchatkit.models.layers import RotaryTable
 from openchatkit.models.registry import config_from_hf
@@ -107,7 +107,7 @@ def create_model(
         dtype = torch.float32
     if rope_table_dtype not in (torch.float16, torch.float32):
         raise UserError(f"rope_table_dtype is {rope_table_dtype}, expected torch.float16 or torch.float32")
-    reader = stages.open_shards(stages.find(Path(path)), verify=False)
+    reader = stages.open_shards(model_kinds.find(Path(path)), verify=False)
     eos = reader.raw_config.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     stage = stages.load_stage(reader, device, dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from openchatkit.formats import checkpoint
-from openchatkit.loading import stages
+from openchatkit.loading import model_kinds, stages
 
 SMALL = {"vocab_size": 384, "bos_token_id": 0, "eos_token_id": 0}
 
@@ -39,7 +39,7 @@ def add_tokenizer(source: Path, folder: Path) -> None:
 
 def write_run(folder: Path, model: Path, *steps: int, tokenizer: bool = True) -> Path:
     """Write a run's folder, with checkpoints of a model's weights after some steps; return it."""
-    reader = stages.open_shards(stages.find(model))
+    reader = stages.open_shards(model_kinds.find(model))
     for step in steps:
         temporary = checkpoint.begin(folder, step)
         records = [checkpoint.write_weights(temporary, shard, reader.read(shard)) for shard in reader.shards]

@@ -62,13 +62,13 @@ def prepare(
     for remote code, or with `finite` holds numbers that are not finite.
     """
     from openchatkit.convert import from_neox
-    from openchatkit.formats import hf_model, neox_checkpoint
+    from openchatkit.formats import hf_model, neox_layout
     from openchatkit.formats.layer_shards import folder_name
     from openchatkit.formats.shard_writer import ShardWriter
     from openchatkit.formats.tokenizer_files import check_tokenizer
     from openchatkit.storage import own_folder
 
-    if neox_checkpoint.find(Path(model_name).expanduser()) and family != "gptj":
+    if neox_layout.find(Path(model_name).expanduser()) and family != "gptj":
         folder = Path(save_dir) / folder_name(model_name)
         return from_neox.convert(Path(model_name).expanduser(), folder, dtype=dtype, finite=finite)
     model = hf_model.HFModel(hf_model.fetch(model_name))

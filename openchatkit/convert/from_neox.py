@@ -45,16 +45,16 @@ def convert(path: Path, folder: Path, *, dtype: str | None = None, finite: bool 
     """
     from loguru import logger
 
-    from openchatkit.formats import neox_checkpoint, tokenizer_files
+    from openchatkit.formats import neox_layout, tokenizer_files
     from openchatkit.formats.config_file import write_raw
     from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
     from openchatkit.formats.shard_writer import ShardWriter, may_write
     from openchatkit.storage import own_folder, stamp
 
-    step = neox_checkpoint.find(path)
+    step = neox_layout.find(path)
     if step is None:
         raise UserError(
-            f"{path} holds no checkpoint of GPT-NeoX: expected files such as {neox_checkpoint.EXAMPLE}, in it or in "
+            f"{path} holds no checkpoint of GPT-NeoX: expected files such as {neox_layout.EXAMPLE}, in it or in "
             "the folder that its file `latest` names"
         )
     checkpoint = NeoXCheckpoint(step)

@@ -125,9 +125,9 @@ def _open_source(
     layers_per_stage: int | None,
 ) -> "TensorSource":
     from openchatkit.convert.sources import CheckpointSource, LegacySource, StageFlags
-    from openchatkit.formats import checkpoint, neox_checkpoint
+    from openchatkit.formats import checkpoint, neox_layout
 
-    if neox_checkpoint.find(path):
+    if neox_layout.find(path):
         raise UserError(
             f"{path} is a checkpoint of GPT-NeoX: run `python tools/convert_from_neox.py {path} --save-dir MODEL` and "
             "pass MODEL"

@@ -12,7 +12,7 @@ from openchatkit import cli
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
-    from openchatkit.loading.stages import ModelFolder
+    from openchatkit.loading.model_kinds import ModelFolder
 
 AGES = ("today", "2021")
 
@@ -61,7 +61,7 @@ def convert(
     dtype: str | None = None,
     finite: bool = True,
 ) -> Path:
-    """Write the model that `path` means (see `stages.find`) for so many tensor ranks; return the folder.
+    """Write the model that `path` means (see `model_kinds.find`) for so many tensor ranks; return the folder.
 
     UserError when there is no such model, it is damaged, GPT-NeoX has no such network or these ranks cannot share it,
     `save_dir` holds something, or with `finite` where numbers are not finite. Nothing is written then.
@@ -71,14 +71,14 @@ def convert(
 
     from openchatkit.convert.streams import convert_shard
     from openchatkit.formats.neox_writer import NeoXWriter, describe_losses
-    from openchatkit.loading import stages
+    from openchatkit.loading import model_kinds, stages
     from openchatkit.progress import bar
     from openchatkit.storage import check_room, whole_folder
 
     save_dir = Path(save_dir).expanduser().resolve()
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         raise UserError(f"--save-dir {save_dir} is there already and not empty; choose another folder")
-    found = stages.find(Path(path).expanduser())
+    found = model_kinds.find(Path(path).expanduser())
     reader = stages.open_shards(found)
     for loss in describe_losses(reader.config):
         logger.warning(loss)
@@ -104,8 +104,8 @@ def convert(
 def _find_step(found: "ModelFolder") -> int:
     """Return the step that a model was trained up to, 0 where it is no checkpoint."""
     from openchatkit.formats import checkpoint, neox_layout
-    from openchatkit.loading import stages
+    from openchatkit.loading import model_kinds
 
-    if found.kind == stages.CHECKPOINT:
+    if found.kind == model_kinds.CHECKPOINT:
         return int(checkpoint.read_state(found.path)["step"])
     return neox_layout.parse_step(found.path.name) or 0

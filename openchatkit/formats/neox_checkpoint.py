@@ -30,30 +30,6 @@ END_OF_TEXT = 0
 EXAMPLE = neox_layout.EXAMPLE
 
 
-def find(path: Path) -> Path | None:
-    """Return a step's folder for a path: itself, the one that `latest` names, or the only one inside.
-
-    None where there is no checkpoint of GPT-NeoX. UserError where `latest` names a step that is missing, or none of
-    several.
-    """
-    if not path.is_dir():
-        return None
-    steps = neox_layout.list_steps(path)
-    if steps == [path]:
-        return path
-    latest = path / neox_layout.LATEST
-    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
-    if named.startswith(neox_layout.STEP_PREFIX):
-        if path / named not in steps:
-            there = ", ".join(folder.name for folder in steps) or "none"
-            raise UserError(f"{latest} says {named}, which is not there ({there} is): give a step's folder itself")
-        return path / named
-    if len(steps) > 1:
-        listed = ", ".join(folder.name for folder in steps)
-        raise UserError(f"{path} holds {listed}, and no {neox_layout.LATEST} names one: give one of them")
-    return steps[0] if steps else None
-
-
 def tokenizer_file(path: Path) -> Path | None:
     """Return the tokenizer published with GPT-NeoX-20B, in a folder or beside it; None where there is none."""
     places = (folder / "20B_tokenizer.json" for folder in (path, path.parent))

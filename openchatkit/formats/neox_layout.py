@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from openchatkit.errors import UserError
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.shards import HEAD, layer_number
 
@@ -45,6 +46,30 @@ def parse_step(name: str) -> int | None:
     """Return the step in a folder's name; None for other names."""
     number = name.removeprefix(STEP_PREFIX)
     return int(number) if name != number and number.isdecimal() else None
+
+
+def find(path: Path) -> Path | None:
+    """Return a step's folder for a path: itself, the one that `latest` names, or the only one inside.
+
+    None where there is no checkpoint of GPT-NeoX. UserError where `latest` names a step that is missing, or none of
+    several.
+    """
+    if not path.is_dir():
+        return None
+    steps = list_steps(path)
+    if steps == [path]:
+        return path
+    latest = path / LATEST
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if named.startswith(STEP_PREFIX):
+        if path / named not in steps:
+            there = ", ".join(folder.name for folder in steps) or "none"
+            raise UserError(f"{latest} says {named}, which is not there ({there} is): give a step's folder itself")
+        return path / named
+    if len(steps) > 1:
+        listed = ", ".join(folder.name for folder in steps)
+        raise UserError(f"{path} holds {listed}, and no {LATEST} names one: give one of them")
+    return steps[0] if steps else None
 
 
 def layer_file(layer: int, rank: int) -> str:

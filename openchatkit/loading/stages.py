@@ -4,40 +4,28 @@ Owns which of these a folder is, and filling the network one layer at a time; no
 that are a part of a model, to be trained, are filled by `training.checkpoints`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from openchatkit import progress
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, hf_model, neox_checkpoint, tokenizer_files
+from openchatkit.formats import checkpoint, neox_layout, tokenizer_files
 from openchatkit.formats.hf_model import HFModel
-from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards, check_shard, read_config
+from openchatkit.formats.layer_shards import LayerShards, check_shard, read_config
 from openchatkit.formats.neox_checkpoint import NeoXCheckpoint
 from openchatkit.loading import pretrained
+from openchatkit.loading.model_kinds import CHECKPOINT, GPT_NEOX, HUGGING_FACE, ModelFolder
 from openchatkit.models.config import ModelConfig
 from openchatkit.models.family import SkipInit
 from openchatkit.models.registry import family
 from openchatkit.models.shards import EMBED, HEAD, shard_names
 from openchatkit.models.stage import Stage
 
-HUGGING_FACE, SHARDS, CHECKPOINT = "Hugging Face model", "layer shards", "training checkpoint"
-GPT_NEOX = "GPT-NeoX checkpoint"
 PreparedModel = LayerShards | NeoXCheckpoint
-_T = TypeVar("_T")
-_HF_WEIGHTS = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """A folder that holds a model, and which of the four kinds it is."""
-
-    path: Path
-    kind: str
 
 
 class ShardReader(Protocol):
@@ -49,43 +37,6 @@ class ShardReader(Protocol):
 
     def read(self, shard: str) -> Mapping[str, Tensor]:
         """Return a shard's tensors by their names in the shard, on the CPU, as they are stored."""
-
-
-def find(path: Path) -> ModelFolder:
-    """Find the model that a path means: the folder itself, or the latest checkpoint in it; UserError without one."""
-    if folder := neox_checkpoint.find(path):
-        return ModelFolder(folder, GPT_NEOX)
-    if any((path / file).is_file() for file in _HF_WEIGHTS):
-        return ModelFolder(path, HUGGING_FACE)
-    is_step = (path / checkpoint.STATE).exists() or checkpoint.parse_step(path.name) is not None
-    if is_step or checkpoint.list_steps(path) or checkpoint.is_legacy(path):
-        path = checkpoint.locate(path)
-        if checkpoint.is_legacy(path):
-            raise UserError(
-                f"{path} is a checkpoint of the original kit, which does not say what model it is: "
-                "convert it with tools/convert_to_hf_gptneox.py and pass the folder that makes"
-            )
-        return ModelFolder(path, CHECKPOINT)
-    if not (path / CONFIG).is_file() and not (path / JOURNAL).is_file():
-        raise UserError(
-            f"{path} holds no model: neither GPT-NeoX's layer files, {neox_checkpoint.EXAMPLE} and so on, nor a "
-            "Hugging Face model, a training checkpoint, or layer shards, which pretrained/GPT-NeoX-20B/prepare.py makes"
-        )
-    return ModelFolder(LayerShards.open(path).path, SHARDS)
-
-
-def read_live(path: Path, read: Callable[[ModelFolder], _T]) -> _T:
-    """Return what `read` makes of the model that a path means (see `find`), whose run may still be training.
-
-    Where the run wrote a newer checkpoint, and perhaps deleted this one, while it was read in vain, that one is read.
-    """
-    while True:
-        before = checkpoint.read_latest(path)
-        try:
-            return read(find(path))
-        except (OSError, UserError):
-            if checkpoint.read_latest(path) == before:
-                raise
 
 
 def count_parameters(found: ModelFolder) -> int:
@@ -118,7 +69,7 @@ def open_prepared(path: Path, *, weights: bool = True) -> PreparedModel:
 
     Without `weights`, which start at random, a folder with config.json is enough. UserError for any other.
     """
-    step = neox_checkpoint.find(path) if weights else None
+    step = neox_layout.find(path) if weights else None
     return LayerShards.open(path, weights=weights) if step is None else NeoXCheckpoint(step)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, neox_checkpoint, neox_tokenizers
-from openchatkit.loading import stages
+from openchatkit.formats import checkpoint, neox_layout, neox_tokenizers
+from openchatkit.loading import model_kinds, stages
 from openchatkit.neox import model
 from openchatkit.neox.config import NeoxConfig
 
@@ -37,7 +37,7 @@ def find_trained(config: NeoxConfig) -> Path:
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         raise UserError(f"{config.where('iteration')}: {load} has no checkpoint of it: there are {there}")
-    if not steps and not neox_checkpoint.find(load):
+    if not steps and not neox_layout.find(load):
         found = "it is no folder" if not load.is_dir() else "it holds no checkpoint"
         raise UserError(f"{config.where('load')}: {found}: train first, or name the folder that training saved to")
     path = load if step is None else steps[step]
@@ -49,12 +49,12 @@ def _list_steps(load: Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by step, of either kind, from the oldest to the newest."""
     ours = {step: path for step in checkpoint.list_steps(load) if (path := checkpoint.find(load, step))}
     theirs = {int(match[1]): path for path in load.glob("*") if (match := _THEIRS.fullmatch(path.name))}
-    return dict(sorted({**{step: path for step, path in theirs.items() if neox_checkpoint.find(path)}, **ours}.items()))
+    return dict(sorted({**{step: path for step, path in theirs.items() if neox_layout.find(path)}, **ours}.items()))
 
 
 def _check_sizes(config: NeoxConfig, path: Path) -> None:
     """Raise UserError where the configuration gives a size that is not the checkpoint's."""
-    found = stages.read_live(path, lambda found: stages.open_shards(found, verify=False).config)
+    found = model_kinds.read_live(path, lambda found: stages.open_shards(found, verify=False).config)
     for name, ours in _SHARED.items():
         if name in config.given and config.get(name) != getattr(found, ours):
             raise UserError(
@@ -69,7 +69,7 @@ def open_tokenizer(config: NeoxConfig, path: Path) -> Iterator[Path | None]:
 
     The kit's checkpoints hold the one that they were trained with.
     """
-    if not neox_checkpoint.find(path) or "tokenizer_type" not in config.given:
+    if not neox_layout.find(path) or "tokenizer_type" not in config.given:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -88,9 +88,9 @@ def _find_checkpoint(folder: Path) -> Path | None:
     if not folder.is_dir():
         return None
     # They import torch, which takes seconds, and which deepy.py needs for nothing else.
-    from openchatkit.formats import checkpoint_folders, neox_checkpoint
+    from openchatkit.formats import checkpoint_folders, neox_layout
 
-    if neox_checkpoint.find(folder):
+    if neox_layout.find(folder):
         raise UserError(
             f"{folder} holds checkpoints of GPT-NeoX itself: run `python tools/convert_from_neox.py {folder} "
             "--save-dir MODEL` and give load MODEL with finetune true, or name another folder"

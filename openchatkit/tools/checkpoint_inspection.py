@@ -17,7 +17,7 @@ from openchatkit.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from openchatkit.loading.stages import ModelFolder
+    from openchatkit.loading.model_kinds import ModelFolder
 
 _CHUNK = 1 << 22  # numbers that are widened at a time
 
@@ -111,11 +111,11 @@ def compare(path: Path, other: Path, *, only: str = "*", tolerance: float = 0.0)
 def open_model(path: Path) -> TensorGroups:
     """Open the model that a path means; UserError where there is none."""
     from openchatkit.formats import config_file
-    from openchatkit.loading import stages
+    from openchatkit.loading import model_kinds
     from openchatkit.models.registry import FAMILIES
 
-    found = stages.find(path.expanduser())
-    if found.kind == stages.HUGGING_FACE and config_file.read_raw(found.path).get("model_type") not in FAMILIES:
+    found = model_kinds.find(path.expanduser())
+    if found.kind == model_kinds.HUGGING_FACE and config_file.read_raw(found.path).get("model_type") not in FAMILIES:
         return _HFGroups(found.path)
     return _ShardGroups(found)
 

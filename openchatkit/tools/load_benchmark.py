@@ -39,7 +39,7 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
 
     from openchatkit.formats import hf_model
     from openchatkit.inference.loading import model_folders
-    from openchatkit.loading import hardware, pretrained, stages
+    from openchatkit.loading import hardware, model_kinds, pretrained
 
     def timed(action: Callable[[], _T]) -> tuple[_T, float]:
         hardware.synchronize(device)
@@ -56,7 +56,7 @@ def measure(name: str, device: "torch.device", *, repeat: int) -> dict[str, floa
     small, tokenizer_download = timed(lambda: hf_model.fetch(name, weights=False))
     tokenizer, tokenizer_load = timed(lambda: load(AutoTokenizer, small))
     found, model_download = timed(lambda: model_folders.find_model(name))
-    if found.kind != stages.HUGGING_FACE:
+    if found.kind != model_kinds.HUGGING_FACE:
         raise UserError(f"{name} is a {found.kind}: expected a Hugging Face model; tools/convert_to_hf_*.py make one")
     before = hardware.main_memory_in_use()
     model, load_to_ram = timed(lambda: _read_weights(load(AutoModelForCausalLM, found.path, dtype="auto").eval()))

@@ -23,13 +23,7 @@ _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pip
 _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the flags say; see `run`."""
-    return run(argv)
-
-
-def run(argv: Sequence[str] | None, *, evaluate_tasks: "TaskEvaluation | None" = None) -> int:
+def run(argv: Sequence[str] | None = None, *, evaluate_tasks: "TaskEvaluation | None" = None) -> int:
     """Train until --total-steps, from the newest checkpoint on if there is one. Returns the exit status.
 
     `evaluate_tasks`, given on all ranks and called on rank 0, is called at each evaluation.
@@ -52,6 +46,9 @@ def run(argv: Sequence[str] | None, *, evaluate_tasks: "TaskEvaluation | None" =
             check_address(settings.monitor)
     with _explain_failures(settings), _prepare_loop(settings, evaluate_tasks) as loop:
         return loop.run()
+
+
+main = command(run)
 
 
 @contextlib.contextmanager

@@ -34,4 +34,4 @@ def test_a_plain_chat_reads_few_files_of_the_library(random_models):
     assert done.returncode == 0, done.stderr
     names = [line for line in done.stderr.splitlines() if line.partition(".")[0] == "openchatkit"]
     assert "openchatkit.inference.engine.engine" in names
-    assert len(names) <= LIMIT, names
+    assert len(names) <= LIMIT, "\n".join(names)

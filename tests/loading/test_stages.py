@@ -10,7 +10,7 @@ from openchatkit.convert.from_hf import prepare
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards
-from openchatkit.loading import stages
+from openchatkit.loading import model_kinds, stages
 
 CPU = torch.device("cpu")
 MODELS = {"neox": neox, "tied": lambda: neox(tied=True), "gptj": gptj}
@@ -30,12 +30,12 @@ def folders(request, tmp_path, tiny_tokenizer):
     reference.save_pretrained(tmp_path / "hf")
     prepared = prepare(str(tmp_path / "hf"), tmp_path / "prepared")
     made = {
-        stages.HUGGING_FACE: tmp_path / "hf",
-        stages.SHARDS: prepared,
-        stages.CHECKPOINT: write_checkpoint(tmp_path / "run", LayerShards.open(prepared)),
+        model_kinds.HUGGING_FACE: tmp_path / "hf",
+        model_kinds.SHARDS: prepared,
+        model_kinds.CHECKPOINT: write_checkpoint(tmp_path / "run", LayerShards.open(prepared)),
     }
     if request.param != "gptj":
-        made[stages.GPT_NEOX] = write_neox(tmp_path / "eleuther", reference)
+        made[model_kinds.GPT_NEOX] = write_neox(tmp_path / "eleuther", reference)
     return reference, made
 
 
@@ -44,15 +44,15 @@ def test_every_kind_of_folder_gives_the_same_network(folders):
     reference, made = folders
     expected = reference(IDS).logits
     for kind, path in made.items():
-        found = stages.find(path)
-        assert found == stages.ModelFolder(path, kind)
+        found = model_kinds.find(path)
+        assert found == model_kinds.ModelFolder(path, kind)
         stage = stages.load_stage(stages.open_shards(found), CPU)
         torch.testing.assert_close(stage.logits(stage(IDS)), expected, atol=1e-5, rtol=1e-5)
         assert not stage.training
         assert not any(parameter.requires_grad for parameter in stage.parameters())
         # As for a stage that is trained, a tied projection counts.
         tied = reference.config.tie_word_embeddings * stage.projection.weight.numel()
-        counted = reference.num_parameters() if kind == stages.HUGGING_FACE else reference.num_parameters() + tied
+        counted = reference.num_parameters() if kind == model_kinds.HUGGING_FACE else reference.num_parameters() + tied
         assert stages.count_parameters(found) == counted
         half = stages.load_stage(stages.open_shards(found), CPU, torch.bfloat16)
         assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -60,30 +60,30 @@ def test_every_kind_of_folder_gives_the_same_network(folders):
 
 def test_the_folder_above_means_the_latest_checkpoint(folders):
     _, made = folders
-    path = made[stages.CHECKPOINT]
-    assert stages.find(path.parent) == stages.find(path)
+    path = made[model_kinds.CHECKPOINT]
+    assert model_kinds.find(path.parent) == model_kinds.find(path)
 
 
-@pytest.mark.parametrize("kind", [stages.SHARDS, stages.CHECKPOINT])
+@pytest.mark.parametrize("kind", [model_kinds.SHARDS, model_kinds.CHECKPOINT])
 def test_altered_bytes_are_found_if_asked_for(folders, kind):
     _, made = folders
     file = made[kind] / "layer_00001.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    stages.open_shards(stages.find(made[kind]), verify=False)
+    stages.open_shards(model_kinds.find(made[kind]), verify=False)
     with pytest.raises(UserError, match=r"layer_00001\.safetensors"):
-        stages.open_shards(stages.find(made[kind]))
+        stages.open_shards(model_kinds.find(made[kind]))
 
 
 def test_folders_without_a_model(tmp_path):
     for path in (tmp_path, tmp_path / "gone"):
         with pytest.raises(UserError, match="holds no model: neither GPT-NeoX's layer files"):
-            stages.find(path)
+            model_kinds.find(path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="model_type is 'llama'"):
-        stages.find(tmp_path)
+        model_kinds.find(tmp_path)
     with pytest.raises(UserError, match="holds no checkpoint: found no such folder"):
-        stages.find(tmp_path / "checkpoint_3")
+        model_kinds.find(tmp_path / "checkpoint_3")
 
 
 def test_a_hugging_face_model_with_a_tensor_too_many_or_too_few(tmp_path):
@@ -100,4 +100,4 @@ def test_a_hugging_face_model_with_a_tensor_too_many_or_too_few(tmp_path):
         changed = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
         reference.save_pretrained(tmp_path, state_dict=changed)
         with pytest.raises(UserError, match=message):
-            stages.load_stage(stages.open_shards(stages.find(tmp_path)), CPU)
+            stages.load_stage(stages.open_shards(model_kinds.find(tmp_path)), CPU)

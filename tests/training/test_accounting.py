@@ -102,7 +102,7 @@ def test_losses_by_source_are_those_of_a_plain_loss(tmp_path, mixed, change):
     assert_proven(path, 16)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_the_ledger_proves_a_run_that_was_killed_and_resumed_on_another_layout(tmp_path, flags, victim):
     interrupted(tmp_path, flags, signal.SIGKILL, [victim])
     step = int(checkpoint.latest(tmp_path / "ckpt").name.removeprefix("checkpoint_"))

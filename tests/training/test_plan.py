@@ -398,7 +398,8 @@ def count_buffers(pipeline):
         for each in table.values()
         for info in each
     ]
-    return sum(info.buffer.nbytes for info in infos if info.buffer is not None)
+    buffers = (getattr(info, "buffer", None) for info in infos)  # in torch 2.11 the root's arguments have none
+    return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
 
 def saved_bytes(function, *, besides):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,13 +47,16 @@ def interrupted(folder: Path, flags: dict, sign: int, victims: list[int], *, aft
     return ranks.finish(folder, processes)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_and_resumed_gives_the_same_bits(tmp_path, flags, unstopped, victim):
     ended = interrupted(tmp_path, flags, signal.SIGKILL, [victim])
     assert ended.statuses[victim] == -signal.SIGKILL
     assert ended.statuses[1 - victim] == 75, ended.errors
     [line] = [line for line in ended.errors[1 - victim].splitlines() if line.startswith("error: ")]
-    assert f"rank {victim} on {socket.gethostname()} (pipeline rank {victim} of 2) died in step " in line
+    # What was heard of it last: ranks that are fast take their first steps before their second sign of life.
+    assert re.search(
+        rf"rank {victim} on {re.escape(socket.gethostname())} \(pipeline rank {victim} of 2\) died in ", line
+    )
     assert "the same command resumes" in line
     # The save of step 14 may still have been under way.
     assert checkpoint.latest(tmp_path / "ckpt").name in [f"checkpoint_{step}" for step in (7, 14, 21, 28)]
@@ -84,7 +88,7 @@ def test_no_rank_waits_longer_for_a_frozen_one_than_the_timeout(tmp_path, flags)
 @pytest.mark.parametrize(
     ("sign", "victims"),
     [
-        (signal.SIGTERM, [1]),
+        pytest.param(signal.SIGTERM, [1], marks=pytest.mark.long),
         (signal.SIGINT, [0, 1]),
         pytest.param(signal.SIGTERM, [0], marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, [0, 1], marks=pytest.mark.long),

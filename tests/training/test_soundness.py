@@ -48,7 +48,7 @@ def test_a_nan_weight_is_named(tmp_path, flags, one_nan):
     assert checkpoint.latest(tmp_path / "ckpt") is None
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_diverged_weights_replace_no_good_checkpoint(tmp_path, flags, keep):
     change = {"checkpoint_steps": 1, "keep_checkpoints": keep}
     run(tmp_path, flags, total_steps=6, **change)

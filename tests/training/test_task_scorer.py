@@ -9,7 +9,7 @@ import torch
 
 from openchatkit.data.batch import IGNORE
 from openchatkit.errors import UserError
-from openchatkit.loading import stages
+from openchatkit.loading import model_kinds, stages
 from openchatkit.tools.evaluation.scoring import StageScorer
 from openchatkit.training import command, config, curve_names, sinks
 from openchatkit.training.row_scores import RowScores
@@ -22,7 +22,7 @@ OPTIONS = {"max_new_tokens": 6, "end_of_text": 399, "is_done": lambda new: len(n
 @pytest.mark.parametrize("model", ["neox", "tied", "gptj", "options"])
 def test_figures_are_those_of_the_whole_model(flags, prepared, tmp_path, model):
     given = {**flags, "model_name": prepared[model], "checkpoint_path": tmp_path, "use_cuda": "false"}
-    stage = stages.load_stage(stages.open_shards(stages.find(prepared[model])), torch.device("cpu"))
+    stage = stages.load_stage(stages.open_shards(model_kinds.find(prepared[model])), torch.device("cpu"))
     whole = StageScorer(stage, torch.device("cpu"), batch_size=4)
     whole.max_length = flags["seq_length"]
     greedy = whole.generate([context for context, _ in PAIRS], **OPTIONS)

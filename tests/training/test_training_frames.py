@@ -36,6 +36,6 @@ def test_few_calls_lead_from_the_command_to_the_loss(tmp_path, flags, change):
     assert ended.statuses == [0] * world_size, ended.errors
     calls = [line.removeprefix("call: ") for line in ended.errors[-1].splitlines() if line.startswith("call: ")]
     print("\n".join(calls))
-    assert "training/command.py main" in calls
+    assert "training/command.py run" in calls
     assert calls[-1].startswith("training/loss.py")
     assert len(calls) <= MOST_FRAMES

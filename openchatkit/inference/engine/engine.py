@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from loguru import logger
@@ -26,12 +26,14 @@ from openchatkit.inference.engine.runner import (
     ModelRunner,
     RecomputingRunner,
     Runner,
-    StageRunner,
     can_compile,
 )
 from openchatkit.inference.engine.sampling import Sampling, check_finite, choose, mark_seen
 from openchatkit.inference.engine.speculation import PromptLookup, Speculation
-from openchatkit.models.stage import Stage
+
+if TYPE_CHECKING:  # what a chat with a Hugging Face model does without
+    from openchatkit.inference.engine.stage_runner import StageRunner
+    from openchatkit.models.stage import Stage
 
 
 class OutOfMemory(UserError):
@@ -66,7 +68,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel | Stage,
+        model: "PreTrainedModel | Stage",
         *,
         eos_ids: Collection[int],
         device: torch.device,
@@ -86,8 +88,10 @@ class Engine:
         if compile and not compilable:
             logger.warning("this model cannot be compiled as a whole and runs uncompiled")
         runner: ModelRunner | StageRunner
-        if isinstance(model, Stage):
-            runner = StageRunner(model, device=device, limit=model.config.max_position_embeddings)
+        if not isinstance(model, PreTrainedModel):
+            from openchatkit.inference.engine import stage_runner
+
+            runner = stage_runner.StageRunner(model, device=device, limit=model.config.max_position_embeddings)
         elif limit is not None and compilable and (compile or device.type == "cuda"):
             runner = CompiledRunner(model, device=device, limit=limit, options=compile_options)
             slots = 1  # each static cache would be compiled for from scratch

@@ -18,8 +18,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from openchatkit.inference.engine.kv_cache import new_cache
 from openchatkit.libraries import hf_transformers
-from openchatkit.models.cache import KVCache
-from openchatkit.models.stage import Stage
 
 # A static cache for a longer context would take gigabytes that short chats never use.
 _MAX_STATIC_CONTEXT = 8192
@@ -141,36 +139,6 @@ class CompiledRunner(ModelRunner):
             self._compiled = None
             self.truncate(cache, held)
         return self._model(**inputs).logits[0, -keep:].float()
-
-
-class StageRunner:
-    """Runs a network of the kit's own, with room for `limit` tokens in each cache."""
-
-    draft_length: int | None = None
-    recurrent, croppable = False, True
-
-    def __init__(self, stage: Stage, *, device: torch.device, limit: int) -> None:
-        self._stage, self._device, self._limit = stage, device, limit
-
-    def new_cache(self) -> list[KVCache]:
-        return self._stage.new_cache(1, self._limit)
-
-    def truncate(self, cache: Any, length: int) -> None:
-        for layer in cache:
-            layer.length = length
-
-    @torch.inference_mode()
-    def forward(self, cache: Any, tokens: Sequence[int], keep: int, *, held: int) -> torch.Tensor:
-        return self._logits(tokens, keep, cache)
-
-    @torch.inference_mode()
-    def read(self, tokens: Sequence[int], keep: int) -> torch.Tensor:
-        """As `ModelRunner.read`."""
-        return self._logits(tokens, keep)
-
-    def _logits(self, tokens: Sequence[int], keep: int, cache: list[KVCache] | None = None) -> torch.Tensor:
-        hidden = self._stage(torch.tensor([tokens], device=self._device), cache=cache)  # [1, new, width]
-        return self._stage.logits(hidden[:, -keep:])[0].float()
 
 
 class RecomputingRunner:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from openchatkit.formats import hf_writer, tokenizer_files
 from openchatkit.loading import stages
-from openchatkit.loading.stages import ModelFolder, ShardReader
+from openchatkit.loading.model_kinds import ModelFolder
+from openchatkit.loading.stages import ShardReader
 from openchatkit.models.registry import family
 
 

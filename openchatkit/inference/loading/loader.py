@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,15 @@ from openchatkit.data.tokenizer import Tokenizer
 from openchatkit.errors import UserError
 from openchatkit.inference.engine import attention, linear, neox
 from openchatkit.inference.engine.engine import is_out_of_memory
-from openchatkit.inference.loading import kit_folders, placement
+from openchatkit.inference.loading import placement
 from openchatkit.libraries import hf_transformers
-from openchatkit.loading import hardware, pretrained, stages
-from openchatkit.loading.stages import HUGGING_FACE, ModelFolder, ShardReader
-from openchatkit.models.stage import Stage
+from openchatkit.loading import hardware, pretrained
 from openchatkit.texts import reason_of
+
+if TYPE_CHECKING:  # what a chat with a Hugging Face model does without
+    from openchatkit.loading.model_kinds import ModelFolder
+    from openchatkit.loading.stages import ShardReader
+    from openchatkit.models.stage import Stage
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -52,7 +55,7 @@ class LoadedModel:
     model's).
     """
 
-    model: PreTrainedModel | Stage
+    model: "PreTrainedModel | Stage"
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
@@ -82,10 +85,16 @@ def load(
     placement.check_combination(dtype, bits, gpu_gib, cpu_gib)
     device = placement.choose_device(gpu_id, gpu_gib)
     weights = _Weights(name, device, dtype, bits, gpu_gib, cpu_gib, tokenizer, announce)
-    found = _find_folder(name)
-    if found.kind == HUGGING_FACE:
+    folder = Path(name).expanduser()
+    if os.path.isfile(folder / CONFIG_NAME) and any(os.path.isfile(folder / file) for file in _WEIGHTS):
+        return weights.load(folder)
+    from openchatkit.inference.loading.model_folders import find_model
+    from openchatkit.loading import model_kinds
+
+    found = find_model(name)
+    if found.kind == model_kinds.HUGGING_FACE:
         return weights.load(found.path)
-    return stages.read_live(Path(name).expanduser(), weights.load_other)
+    return model_kinds.read_live(folder, weights.load_other)
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,11 @@ class _Weights:
     tokenizer: Path | None
     announce: Callable[[str], None]
 
-    def load_other(self, found: ModelFolder) -> LoadedModel:
+    def load_other(self, found: "ModelFolder") -> LoadedModel:
         """Load a model that is in no folder of Hugging Face's: by transformers if it has such a network, else ours."""
+        from openchatkit.inference.loading import kit_folders
+        from openchatkit.loading import stages
+
         reader = stages.open_shards(found)
         with tempfile.TemporaryDirectory() as described:
             folder = Path(described)
@@ -157,7 +169,7 @@ class _Weights:
         eos_ids = _eos_ids(model.generation_config.eos_token_id, tokenizer, where)
         return LoadedModel(model.eval(), tokenizer, device, precision, eos_ids, folder, cache_dtype)
 
-    def _load_stage(self, found: ModelFolder, reader: ShardReader, tokenizer: Tokenizer) -> LoadedModel:
+    def _load_stage(self, found: "ModelFolder", reader: "ShardReader", tokenizer: Tokenizer) -> LoadedModel:
         """Load a network that transformers does not have."""
         if self.dtype == "int8" or self.bits is not None or self.gpu_gib is not None or self.cpu_gib is not None:
             raise UserError(
@@ -165,6 +177,8 @@ class _Weights:
                 "quantised: leave out --dtype int8, --load-8bit, --load-4bit, -g and -r"
             )
         _check_vocabulary(self.name, tokenizer, reader.config.vocab_size)
+        from openchatkit.loading import stages
+
         parameters = stages.count_parameters(found)
         precision = placement.choose_dtype(self.dtype, self.device, parameters)
         self._announce(parameters, precision)
@@ -185,15 +199,6 @@ def silence_libraries() -> None:
     for name in ("accelerate", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-
-
-def _find_folder(name: str) -> ModelFolder:
-    folder = Path(name).expanduser()
-    if os.path.isfile(folder / CONFIG_NAME) and any(os.path.isfile(folder / weights) for weights in _WEIGHTS):
-        return ModelFolder(folder, HUGGING_FACE)
-    from openchatkit.inference.loading.model_folders import find_model
-
-    return find_model(name)
 
 
 def _check_vocabulary(name: str, tokenizer: Tokenizer, words: int) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from openchatkit.download.sources import fetch_model
 from openchatkit.errors import UserError
-from openchatkit.formats import checkpoint, hf_model, layer_shards, legacy, neox_checkpoint
-from openchatkit.loading.stages import HUGGING_FACE, ModelFolder, find
+from openchatkit.formats import checkpoint, hf_model, layer_shards, legacy, neox_layout
+from openchatkit.loading.model_kinds import HUGGING_FACE, ModelFolder, find
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"
@@ -45,7 +45,7 @@ def _identify(path: Path) -> ModelFolder:
         return ModelFolder(path, HUGGING_FACE)
     shards = (layer_shards.shard_file("embed"), legacy.shard_file("embed"), layer_shards.JOURNAL)
     is_step = checkpoint.is_checkpoint(path) or checkpoint.parse_step(path.name) is not None
-    if is_step or checkpoint.list_steps(path) or neox_checkpoint.find(path):
+    if is_step or checkpoint.list_steps(path) or neox_layout.find(path):
         return find(path)
     if any((path / name).is_file() for name in shards):
         return find(path)

@@ -23,7 +23,7 @@ import torch
 from openchatkit import cli
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, hf_model
-from openchatkit.loading import hardware, pretrained, stages
+from openchatkit.loading import hardware, model_kinds, pretrained, stages
 from openchatkit.storage import write_text
 from openchatkit.tools.evaluation import scoring
 from openchatkit.tools.evaluation.scoring import Scorer
@@ -66,7 +66,7 @@ def evaluate(
     # All that can be wrong with the flags comes before the weights are read.
     path = _fetch(model)
     place = hardware.choose_device(device)
-    parameters = stages.read_live(path, stages.count_parameters)
+    parameters = model_kinds.read_live(path, stages.count_parameters)
     precision = hardware.choose_dtype(dtype, place, parameters=parameters, flag="--dtype")
     if dtype != "auto" and (note := hardware.emulation_note(place, precision)):
         from loguru import logger
@@ -75,7 +75,7 @@ def evaluate(
     with _silence_libraries():
         chosen = _load_tasks(tasks, include_paths)
         try:
-            found, lm = stages.read_live(
+            found, lm = model_kinds.read_live(
                 path, lambda found: (found, _load_lm(found, tokenizer, precision, place, batch_size))
             )
             results = _put(chosen, lm, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
@@ -239,11 +239,11 @@ def _load_tasks(tasks: Sequence[str], include_paths: Sequence[Path]) -> _LoadedT
 
 
 def _load_lm(
-    found: stages.ModelFolder, tokenizer: Path | None, dtype: torch.dtype, device: torch.device, batch_size: int
+    found: model_kinds.ModelFolder, tokenizer: Path | None, dtype: torch.dtype, device: torch.device, batch_size: int
 ) -> "LM":
     """Load a model, and the tokenizer in a folder or else its own, as lm-eval's language model."""
     loaded = _load_tokenizer(found, tokenizer)
-    if found.kind == stages.HUGGING_FACE:
+    if found.kind == model_kinds.HUGGING_FACE:
         from lm_eval.models.huggingface import HFLM
 
         model = pretrained.load_model(found.path, dtype, device)
@@ -254,8 +254,8 @@ def _load_lm(
     return scoring.as_lm(scoring.StageScorer(stage, device, batch_size=batch_size), loaded)
 
 
-def _load_tokenizer(found: stages.ModelFolder, folder: Path | None) -> "PreTrainedTokenizerBase":
-    if folder is not None or found.kind != stages.GPT_NEOX:
+def _load_tokenizer(found: model_kinds.ModelFolder, folder: Path | None) -> "PreTrainedTokenizerBase":
+    if folder is not None or found.kind != model_kinds.GPT_NEOX:
         return pretrained.load_tokenizer(folder or found.path)
     with tempfile.TemporaryDirectory() as written:
         stages.write_tokenizer(found, Path(written))

@@ -51,7 +51,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("way", ["file", "command", "stdin"])
+@pytest.mark.parametrize("way", ["file", *(pytest.param(way, marks=pytest.mark.long) for way in ("command", "stdin"))])
 def test_workers_do_not_run_the_main_script(tiny_tokenizer: Path, tmp_path: Path, way: str) -> None:
     """Its module must not run again in the workers."""
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from openchatkit.errors import UserError
 from openchatkit.inference.engine.engine import Engine, OutOfMemory
 from openchatkit.inference.engine.sampling import Sampling, choose
-from openchatkit.loading import stages
+from openchatkit.loading import model_kinds, stages
 
 GREEDY = Sampling(max_tokens=40, sample=False)
 PROMPT = [40, 50, 60, 70]
@@ -50,7 +50,7 @@ def test_greedy_is_what_generate_makes_token_for_token(model, prompt, dtype):
 def test_a_network_of_the_kit_is_decoded_as_transformers_decodes_it(random_models, name):
     model = AutoModelForCausalLM.from_pretrained(random_models[name]).eval()
     device = torch.device("cpu")
-    stage = stages.load_stage(stages.open_shards(stages.find(random_models[name])), device)
+    stage = stages.load_stage(stages.open_shards(model_kinds.find(random_models[name])), device)
     for prompt in (PROMPT, list(range(100, 300))):
         expected = oracle(model, prompt)
         for options in ({}, {"chunk": 64}, {"recompute": True}):
