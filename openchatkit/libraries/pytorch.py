@@ -97,12 +97,22 @@ def pack_int8(steps: Tensor, scale: Tensor, *, digits: int) -> Callable[[Tensor]
 
 
 def _pack_steps(steps: Tensor, scale: Tensor) -> Any:
-    # Which library packs is a setting of the process, and what it has packed remembers it.
-    before, torch.backends.quantized.engine = torch.backends.quantized.engine, _FBGEMM
-    try:
+    with packing_int8():
         zeros = torch.zeros(len(scale), dtype=torch.int64)
         whole = torch._make_per_channel_quantized_tensor(steps.contiguous(), scale.double(), zeros, 0)
         return torch.ops.quantized.linear_prepack(whole, None)
+
+
+@contextlib.contextmanager
+def packing_int8() -> Iterator[None]:
+    """Let torch pack for FBGEMM: which library does is a setting of the process, and what it has packed remembers it.
+
+    Threads that call `pack_int8` need one of these around all of them: else one would put back the setting that
+    another still needs.
+    """
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, _FBGEMM
+    try:
+        yield
     finally:
         torch.backends.quantized.engine = before
 

@@ -177,6 +177,7 @@ def pack_int8(model: nn.Module, *, room: float) -> None:
         return
     with (
         bar(len(layers), "packing", unit="layer", leave=False, delay=1) as progress,
+        pytorch.packing_int8(),
         # The operator packs on one thread.
         ThreadPoolExecutor(torch.get_num_threads()) as threads,
     ):

@@ -1,5 +1,6 @@
 """Linear layers of 8 bits and packed ones, against float64 and nn.Linear."""
 
+import time
 import weakref
 
 import pytest
@@ -208,3 +209,25 @@ def test_a_model_gets_the_layers_that_are_fastest_here(monkeypatch):
     # They take no room, since they copy nothing.
     for dtype in (torch.bfloat16, torch.float16):
         assert prepared(dtype, room=0) == [linear.NarrowLinear, nn.LayerNorm]
+
+
+@pytest.mark.skipif(not pytorch.can_pack_int8(), reason="this torch has no FBGEMM")
+def test_threads_that_pack_leave_the_process_its_setting_and_pack_for_one_library(monkeypatch):
+    engine, engines = torch.backends.quantized.engine, []
+    pack = pytorch.pack_int8
+
+    def slow(*arguments, **options):
+        time.sleep(0.001 * (len(engines) % 3))
+        packed = pack(*arguments, **options)
+        engines.append(torch.backends.quantized.engine)
+        return packed
+
+    monkeypatch.setattr(pytorch, "pack_int8", slow)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    model = nn.Sequential(
+        *(linear.Int8Linear(layer(64, 96, torch.float32), device=CPU, dtype=torch.bfloat16) for _ in range(40))
+    )
+    linear.pack_int8(model, room=1e9)
+    assert set(engines) == {"fbgemm"}
+    assert torch.backends.quantized.engine == engine
+    assert all(each.weight is None for each in model)
