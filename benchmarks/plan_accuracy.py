@@ -7,14 +7,12 @@ is of use only on a machine that does nothing else, with a core for each rank.
 """
 
 import argparse
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from _text_model import write_model
+from _text_model import add_size_flags, one_thread, training_command, write_model
 
 from openchatkit.paths import ROOT
 
@@ -38,13 +36,10 @@ def run(folder: Path, flags: str, options: argparse.Namespace) -> tuple[float, f
     """Train; return tokens a second and GiB, each as measured and as predicted."""
     ranks = 2 if "group-size" in flags else 1
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "training/launch.py", "--world-size", str(ranks), "training/dist_clm_train.py"]
-        command += ["--model-name", str(folder), "--load-pretrained-model", "false", "--use-cuda", "false"]
-        command += ["--task-name", str(folder / "text.jsonl"), "--data-cache", str(folder / "cache")]
-        command += ["--checkpoint-path", f"{out}/ckpt", "--total-steps", "20", "--seq-length", str(options.seq_length)]
-        command += ["--batch-size", "8", "--micro-batch-size", str(options.micro_batch_size), *flags.split()]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        command = training_command(folder, Path(out) / "ckpt", options, ranks=ranks)
+        command += ["--total-steps", "20", "--batch-size", "8", "--micro-batch-size", str(options.micro_batch_size)]
+        command += flags.split()
+        ended = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, check=False)
     found = LINE.search(ended.stderr)
     assert found is not None, ended.stderr[-2000:]
     speed, predicted, held, counted = (float(number.replace(",", "")) for number in found.groups())
@@ -53,23 +48,14 @@ def run(folder: Path, flags: str, options: argparse.Namespace) -> tuple[float, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--seq-length", type=int, default=64)
+    add_size_flags(parser, layers=8, width=384, vocabulary=8192, seq_length=64)
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--only", choices=LAYOUTS, action="append", help="layouts; not given: all")
     options = parser.parse_args()
     print("| layout | tokens/s | predicted | | GiB | predicted | |\n|-|-|-|-|-|-|-|")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        write_model(
-            model,
-            layers=options.layers,
-            width=options.width,
-            vocabulary=options.vocabulary,
-            seq_length=options.seq_length,
-        )
+        write_model(model, options)
         for name in options.only or LAYOUTS:
             speed, predicted, held, counted = run(model, LAYOUTS[name], options)
             cells = [name, f"{speed:,.0f}", f"{predicted:,.0f}", f"{predicted / speed - 1:+.0%}"]

@@ -17,13 +17,12 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from _text_model import write_model
+from _text_model import add_size_flags, one_thread, training_command, write_model
 
 from openchatkit.paths import ROOT
 
@@ -37,12 +36,9 @@ SAVED = re.compile(r"saved \S+ \(([^)]*)\)(?:: steps waited| in) ([\d.]+) s")
 
 def make_command(folder: Path, out: Path, options: argparse.Namespace, flags: str) -> list[str]:
     """Return the command of a run of two ranks, with its checkpoints in a new folder."""
-    command = [sys.executable, "training/launch.py", "--world-size", "2", "training/dist_clm_train.py"]
-    command += ["--model-name", str(folder), "--load-pretrained-model", "false", "--use-cuda", "false"]
-    command += ["--task-name", str(folder / "text.jsonl"), "--data-cache", str(folder / "cache")]
-    command += ["--checkpoint-path", str(out), "--seq-length", str(options.seq_length), "--data-group-size", "2"]
+    command = training_command(folder, out, options, ranks=2)
     command += ["--batch-size", str(options.batch_size), "--micro-batch-size", str(options.batch_size)]
-    return [*command, "--dp-mode", "sharded", *flags.split()]
+    return [*command, "--data-group-size", "2", "--dp-mode", "sharded", *flags.split()]
 
 
 def read_steps(out: Path) -> list[float]:
@@ -105,16 +101,9 @@ def poll(process: subprocess.Popen, log: Path) -> Iterator[None]:
     raise AssertionError(log.read_text()[-2000:])
 
 
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--seq-length", type=int, default=256)
+    add_size_flags(parser, layers=6, width=512, vocabulary=16384, seq_length=256)
     parser.add_argument("--batch-size", type=int, default=2, help="rows of a replica")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--every", type=int, default=5, help="steps between saves")
@@ -124,13 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        write_model(
-            folder,
-            layers=options.layers,
-            width=options.width,
-            vocabulary=options.vocabulary,
-            seq_length=options.seq_length,
-        )
+        write_model(folder, options)
         found: dict[str, list[tuple[str, list[float], float]]] = {way: [] for way in WAYS}
         for _ in range(options.rounds):
             for way in WAYS:
