@@ -1,8 +1,11 @@
 """Locks with one holder at a time, folders that are whole or as they were, room, and what a disk refuses."""
 
 import errno
+import os
 import re
 import shutil
+import stat
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +14,16 @@ import pytest
 from loguru import logger
 
 from openchatkit.errors import UserError
-from openchatkit.storage import check_room, hold_lock, lock_path, own_folder, storage_errors, try_lock, whole_folder
+from openchatkit.storage import (
+    check_room,
+    hold_lock,
+    lock_path,
+    own_folder,
+    storage_errors,
+    try_lock,
+    whole_folder,
+    write_text,
+)
 
 
 def test_one_holder_at_a_time(tmp_path: Path) -> None:
@@ -50,6 +62,21 @@ def test_a_failure_frees_it(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError):
             fail_holding(tmp_path / "deep" / ".lock")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_files_have_the_mode_of_the_umask_which_never_changes(tmp_path: Path) -> None:
+    """Not for a moment: it is one for all threads, and others write files at the same time."""
+    called: list[object] = []
+    umask = os.umask(0o027)
+    sys.setprofile(lambda frame, event, arg: called.append(arg) if event == "c_call" else None)
+    try:
+        write_text(tmp_path / "file", "x")
+    finally:
+        sys.setprofile(None)
+        os.umask(umask)
+    assert os.replace in called
+    assert os.umask not in called
+    assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o640]
 
 
 def test_a_new_folder(tmp_path):
