@@ -161,7 +161,9 @@ class _FilledRows:
         self._padding = padding
         self._usable = _find_usable(source, seq_length, read=seq_length + 1, allow_chopped=allow_chopped)
         usable = source.documents if self._usable is None else int(np.count_nonzero(self._usable))
-        self._name = f"neox-filled-{seq_length}-{wanted}{'' if allow_chopped else '-whole'}"
+        # Which documents are usable is part of the order.
+        kind = f"{'' if allow_chopped else '-whole'}{'-masked' if source.masked else ''}"
+        self._name = f"neox-filled-{seq_length}-{wanted}{kind}"
         figures = source.arrays.make(f"{self._name}-figures", None, 2, np.dtype(np.int64), self._measure())
         self._placed, held = figures.tolist()
         self.passes = self._placed / usable

@@ -144,6 +144,19 @@ def test_rows_of_whole_documents(
     assert packed.waste == 1 - packed.tokens_per_sample / length
 
 
+def test_rows_kept_in_files_are_those_of_what_is_trained_on(make_source: Callable, tmp_path: Path) -> None:
+    documents = numbered(SIZES)
+    masks = [[number % 3 == 0] * len(document) for number, document in enumerate(documents)]
+
+    def rows(loss_on: str, in_memory: int) -> list[tuple[list[int], list[int]]]:
+        source = make_source([documents], [masks], loss_on=loss_on, cache_dir=tmp_path, in_memory=in_memory)
+        return read(take(source, packing="overflow", wanted=9), 8, 9)
+
+    assert [rows(loss_on, 0) for loss_on in ("all", "responses")] == [
+        rows(loss_on, 1 << 20) for loss_on in ("all", "responses")
+    ]
+
+
 @given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=60), room=st.integers(1, 12))
 @settings(max_examples=200, deadline=None)
 def test_rows_begin_where_one_by_one_they_would(sizes: list[int], room: int) -> None:
