@@ -28,6 +28,7 @@ HEADER_SIZE = _HEADER.size  # bytes of an index before its sizes
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 CONTEXT, TRAINED, EXCLUDED = 0, 1, 2  # bytes of a mask
 NOT_TRAINED = -100  # a label
+_PIECE = 1 << 20  # documents whose places are compared at a time, so that memory stays flat
 _UINT16_VOCABULARY = 65500  # vocabularies smaller than this are written as uint16, others as int32
 
 
@@ -148,6 +149,27 @@ class TokenStore:
         """Return the positions in `tokens` at which these documents begin, int64."""
         positions: np.ndarray = self.pointers[documents] // self.tokens.itemsize - self._first_token
         return positions
+
+    def find_index_damage(self) -> str | None:
+        """Return the first document that does not begin where the one before it ends, in one line, or None.
+
+        All that write stores have them so. Of a `part`, documents are counted from its first.
+        """
+        end = self._first_token
+        for low in range(0, self.documents, _PIECE):
+            sizes = self.sizes[low : low + _PIECE].astype(np.int64)
+            if len(wrong := np.flatnonzero(sizes < 0)):
+                return f"{idx_path(self.prefix)}: document {low + wrong[0]} has {sizes[wrong[0]]} tokens"
+            ends = end + np.cumsum(sizes)
+            expected = (ends - sizes) * self.tokens.itemsize
+            if len(wrong := np.flatnonzero(self.pointers[low : low + _PIECE] != expected)):
+                place = wrong[0]
+                return (
+                    f"{idx_path(self.prefix)}: document {low + place} begins at byte {self.pointers[low + place]}, "
+                    f"expected {expected[place]}"
+                )
+            end = int(ends[-1])
+        return None
 
     def locate(self, place: int) -> tuple[int, int]:
         """Return the document that holds a place in `tokens`, and the token's number in it."""

@@ -23,8 +23,6 @@ from openchatkit.formats.token_store import (
     TRAINED,
     LabelMask,
     TokenStore,
-    bin_path,
-    idx_path,
     mask_path,
 )
 
@@ -60,8 +58,8 @@ class MixtureSource:
     """The documents of some stores, numbered through. Source `number` of the mixture shuffles by a seed of its own.
 
     `loss_on` "responses" trains on what the masks mark, "all" on every token but those that they exclude. `rows` are
-    the records that were read, of which `quarantined` became no document. UserError: an index and tokens that do not
-    belong together; with "responses" a mask that is missing, or marks nothing, or everything, and more documents
+    the records that were read, of which `quarantined` became no document. UserError: an index that is
+    damaged; with "responses" a mask that is missing, or marks nothing, or everything, and more documents
     without a reply than the share `max_without_reply`.
     """
 
@@ -95,7 +93,8 @@ class MixtureSource:
         self.order = functools.lru_cache(maxsize=2)(self._order)
         for content in contents:
             if content.vocab_size is not None:
-                _check_index(content.store)
+                if damage := content.store.find_index_damage():
+                    raise UserError(f"{damage}: make the store again")
                 _check_kind(content.store, content.vocab_size)
         if self.masked:
             self._check_mask()
@@ -131,7 +130,7 @@ class MixtureSource:
         """Copy `sizes[i]` tokens of document `documents[i]`, from its token `begins[i]` on, one piece after another.
 
         `tokens` (int64) and `mask` (bool, set where a token is trained on) have room for exactly these. UserError: a
-        token outside the vocabulary, or a document outside its file, in a store made elsewhere.
+        token outside the vocabulary, in a store made elsewhere.
         """
         ends = np.cumsum(sizes)
         for content, places, numbers in self._by_store(documents):
@@ -261,21 +260,6 @@ def _find_kinds(contents: Sequence[Content]) -> tuple[bool, bool]:
     return some, others
 
 
-def _check_index(store: TokenStore) -> None:
-    """Raise UserError when the sizes in an index do not fit its tokens."""
-    total = 0
-    for low, high in order.chunks(store.documents):
-        sizes = store.sizes[low:high]
-        if sizes.min() < 0:
-            raise UserError(f"{idx_path(store.prefix)} has a document of negative size: it is damaged, make it again")
-        total += int(sizes.sum(dtype=np.int64))
-    if total != len(store.tokens):
-        raise UserError(
-            f"{idx_path(store.prefix)} has documents of {total} tokens together and {bin_path(store.prefix)} holds "
-            f"{len(store.tokens)}: they do not belong together, make the store again"
-        )
-
-
 def _check_kind(store: TokenStore, vocab_size: int) -> None:
     """Raise UserError for a store of bytes, as GPT-NeoX's CharLevelTokenizer makes it: its ids fit any vocabulary."""
     first = store.tokens[:_LOOKED_AT]
@@ -290,11 +274,9 @@ def _check_kind(store: TokenStore, vocab_size: int) -> None:
 def _check_tokens(
     store: TokenStore, vocab_size: int, documents: np.ndarray, sizes: np.ndarray, places: np.ndarray
 ) -> None:
-    """Raise UserError when a document lies outside the file, or holds an id that the tokenizer does not have."""
+    """Raise UserError when a document holds an id that the tokenizer does not have."""
     if not len(places):
         return
-    if places.min() < 0 or places.max() >= len(store.tokens):
-        raise UserError(f"{idx_path(store.prefix)} points outside its tokens: it is damaged, make the store again")
     tokens = store.tokens[places]
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         wrong = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from openchatkit import progress
-from openchatkit.formats.token_store import EXCLUDED, NOT_TRAINED, TRAINED, TokenStore, bin_path, idx_path, mask_path
+from openchatkit.formats.token_store import EXCLUDED, NOT_TRAINED, TRAINED, TokenStore, bin_path, mask_path
 
 _PIECE = 1 << 22  # documents or tokens read at a time, so that memory stays flat
 
@@ -38,26 +38,7 @@ def find_damage(store: TokenStore, *, vocab_size: int | None = None) -> str | No
     Its documents must follow one another in the file, as all that write stores have them; ids are below `vocab_size`,
     and in a store of labels may be NOT_TRAINED; a mask holds the bytes that it can.
     """
-    return find_index_damage(store) or _find_token_damage(store, vocab_size) or _find_mask_damage(store)
-
-
-def find_index_damage(store: TokenStore) -> str | None:
-    """Return the first document of an index that does not begin where the one before it ends, or None."""
-    end = 0
-    for low, high in _pieces(store.documents):
-        sizes = store.sizes[low:high].astype(np.int64)
-        if len(wrong := np.flatnonzero(sizes < 0)):
-            return f"{idx_path(store.prefix)}: document {low + wrong[0]} has {sizes[wrong[0]]} tokens"
-        ends = end + np.cumsum(sizes)
-        expected = (ends - sizes) * store.tokens.itemsize
-        if len(wrong := np.flatnonzero(store.pointers[low:high] != expected)):
-            place = wrong[0]
-            return (
-                f"{idx_path(store.prefix)}: document {low + place} begins at byte {store.pointers[low + place]}, "
-                f"expected {expected[place]}"
-            )
-        end = int(ends[-1])
-    return None
+    return store.find_index_damage() or _find_token_damage(store, vocab_size) or _find_mask_damage(store)
 
 
 def _find_token_damage(store: TokenStore, vocab_size: int | None) -> str | None:

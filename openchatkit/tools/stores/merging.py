@@ -12,7 +12,6 @@ from openchatkit.errors import UserError
 from openchatkit.formats import token_store
 from openchatkit.formats.store_writer import TokenStoreWriter, rename_store
 from openchatkit.formats.token_store import CONTEXT, TokenStore, bin_path, idx_path, mask_path
-from openchatkit.tools.stores.examination import find_index_damage
 
 _PIECE = 1 << 22  # tokens copied at a time, or one document
 
@@ -35,7 +34,7 @@ def merge(stores: Sequence[TokenStore], prefix: Path, *, overwrite: bool) -> Tok
                 f"{store.prefix} is {store.tokens.dtype.name} and {stores[0].prefix} {stores[0].tokens.dtype.name}: "
                 "stores of one tokenizer and one command have one type, make these again"
             )
-        if damage := find_index_damage(store):
+        if damage := store.find_index_damage():
             raise UserError(f"{damage}: make the store again")
     folder = prefix.with_name(f".{prefix.name}.merging")
     with storage.storage_errors(prefix, every=True), storage.own_folder(folder):

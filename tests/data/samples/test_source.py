@@ -106,22 +106,26 @@ def test_tokens_that_the_tokenizer_does_not_have(make_source: Callable) -> None:
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (0, 7, r"store0\.idx has documents of 25 tokens together and .*store0\.bin holds 21"),
-        (0, -1, r"store0\.idx has a document of negative size"),
+        (0, np.int32(7), r"store0\.idx: document 1 begins at byte {second}, expected 28: make the store again"),
+        (0, np.int32(-1), r"store0\.idx: document 0 has -1 tokens: make the store again"),
+        # In the file, so that the tokens of another document would be taken for this one's.
+        (4 * len(DOCUMENTS), np.int64(4), r"store0\.idx: document 0 begins at byte 4, expected 0"),
     ],
 )
-def test_an_index_of_other_tokens(make_source: Callable, at: int, value: int, message: str) -> None:
+def test_an_index_of_other_tokens(make_source: Callable, at: int, value: np.generic, message: str) -> None:
     source = make_source([DOCUMENTS], elsewhere=100)
-    alter(idx_path(source.stores[0].prefix), 34 + 4 * at, np.int32(value))
-    with pytest.raises(UserError, match=message):
+    alter(idx_path(source.stores[0].prefix), 34 + at, value)
+    with pytest.raises(UserError, match=message.format(second=4 * len(DOCUMENTS[0]))):
         reopen(source)
 
 
-def test_an_index_that_points_elsewhere(make_source: Callable) -> None:
-    source = make_source([DOCUMENTS], elsewhere=100)
-    alter(idx_path(source.stores[0].prefix), 34 + 4 * 7, np.int64(1 << 40))
-    with pytest.raises(UserError, match=r"store0\.idx points outside its tokens: it is damaged"):
-        reopen(source).copy(np.array([0]), np.array([0]), np.array([3]), np.empty(3, np.int64), np.empty(3, bool))
+def test_an_index_of_other_tokens_in_a_part(make_source: Callable) -> None:
+    store = make_source([DOCUMENTS]).stores[0]
+    assert store.part(2, 6).find_index_damage() is None
+    alter(idx_path(store.prefix), 34 + 4 * len(DOCUMENTS) + 8 * 4, np.int64(4))
+    damaged = type(store)(store.prefix)
+    assert damaged.part(2, 4).find_index_damage() is None
+    assert damaged.part(2, 6).find_index_damage().endswith("store0.idx: document 2 begins at byte 4, expected 36")
 
 
 def alter(path: Path, at: int, value: np.generic) -> None:
