@@ -59,7 +59,8 @@ def attend_with_dropout(
     """
     times = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(times, dim=1) if times > 1 else each for each in (key, value))
-    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + mask
+    # Before the product, which float16 could not hold.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + mask
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
     weights = scores.softmax(-1, dtype=wide).to(value.dtype)
     mixed = drop_weights(weights, keys, rate, first_head=first_head) @ value

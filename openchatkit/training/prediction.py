@@ -17,6 +17,7 @@ from torch import Tensor
 from openchatkit.distributed.layout import Layout
 from openchatkit.loading import hardware
 from openchatkit.models.cuts import Part
+from openchatkit.models.dropout import row_keys
 from openchatkit.models.stage import Stage
 from openchatkit.training.buckets import Flat
 from openchatkit.training.config import Settings
@@ -147,6 +148,7 @@ def measure_parts(settings: Settings, plan: PlannedRun, layout: Layout) -> PartS
     shape = (plan.micro_batch_size, plan.seq_length // hidden_parts, plan.config.hidden_size)
     labels = torch.zeros(plan.micro_batch_size, plan.seq_length, dtype=torch.int64)
     starts = torch.zeros_like(labels) if plan.documents else None
+    keys = row_keys(0, 0, len(labels)) if plan.config.options.drops_out else None
 
     def measure(*, head: bool) -> tuple[float, float]:
         stage = _make_stage(plan, layout, head=head)
@@ -170,7 +172,8 @@ def measure_parts(settings: Settings, plan: PlannedRun, layout: Layout) -> PartS
         hidden = torch.zeros(shape, dtype=dtype, device=device)
 
         def compute() -> None:
-            loss(stage(hidden.detach().requires_grad_(), starts)).backward()  # type: ignore[no-untyped-call]
+            result = stage(hidden.detach().requires_grad_(), starts, dropout_keys=keys)
+            loss(result).backward()  # type: ignore[no-untyped-call]
 
         def update() -> None:
             weights.squared_norms()

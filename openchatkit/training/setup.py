@@ -106,7 +106,7 @@ def _open_evaluation(
     settings: Settings, names: str | None, flag: str, data_options: DataOptions, evaluations: int
 ) -> Dataset | None:
     """Return the data of so many evaluations, if there are any; where they are one pass, it repeats."""
-    if names is None:
+    if not names:
         return None
     rows = settings.batch_size * settings.data_group_size
     samples = evaluations * settings.evaluation_num_batch * rows

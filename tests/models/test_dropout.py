@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from openchatkit.models.dropout import ATTENTION_OUTPUT, MLP_OUTPUT, drop_hidden, drop_weights, mix, row_keys, uniform
+from openchatkit.models.dropout import (
+    ATTENTION_OUTPUT,
+    MLP_OUTPUT,
+    attend_with_dropout,
+    drop_hidden,
+    drop_weights,
+    mix,
+    row_keys,
+    uniform,
+)
 
 
 def plain_mix(key: int, number: int) -> int:
@@ -90,3 +99,12 @@ def test_nothing_is_dropped_without_keys_or_at_rate_0():
     assert drop_hidden(hidden, None, MLP_OUTPUT, 0.5) is hidden
     assert drop_hidden(hidden, row_keys(0, 0, 2), MLP_OUTPUT, 0.0) is hidden
     assert drop_weights(hidden, None, 0.5) is hidden
+
+
+def test_scores_that_float16_holds_may_come_of_products_that_it_does_not():
+    """As in torch's own kernels: 64 products of 50 and 50 are 160,000, and an eighth of that as a score."""
+    states = torch.full((1, 1, 4, 64), 50.0, dtype=torch.float16)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
+    found = attend_with_dropout(states, states, states, mask, row_keys(0, 0, 1), rate=0.1)
+    weights = drop_weights(torch.full((1, 1, 4, 4), 0.25), row_keys(0, 0, 1), 0.1)
+    torch.testing.assert_close(found.float(), 50 * weights.sum(-1).view(1, 4, 1).expand(1, 4, 64), rtol=1e-3, atol=0)

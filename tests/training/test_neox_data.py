@@ -17,6 +17,7 @@ from openchatkit.formats import checkpoint, ledger, metrics
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.models.stage import Stage
 from openchatkit.tools.inspection.verification import verify
+from openchatkit.training import config, setup
 from openchatkit.training.sinks import format_evaluation
 from openchatkit.training.step import Evaluation
 
@@ -84,6 +85,12 @@ def test_each_evaluation_takes_the_rows_that_are_due(tmp_path: Path, run_flags: 
         assert list(row[f"{name}_sources"]) == [str(run_flags["task_name"])]
     assert found[0][2]["evaluation_loss"] != found[1][2]["evaluation_loss"]
     assert "step 3 | test loss " in ended.errors[0]
+
+
+def test_an_empty_name_is_no_data_to_evaluate_on(run_flags: dict) -> None:
+    empty = dict.fromkeys(("evaluation_data", "test_data"), "") | {"evaluation_steps": 0}
+    run = setup.prepare_run(config.parse(ranks.to_argv(run_flags | empty)))
+    assert (run.evaluation, run.test) == (None, None)
 
 
 def test_a_perplexity_that_is_no_number_has_no_value() -> None:

@@ -15,6 +15,7 @@ from openchatkit.distributed.layout import Layout
 from openchatkit.errors import UserError
 from openchatkit.formats import metrics
 from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.models.neox import NeoxLayer
 from openchatkit.models.registry import config_from_hf
 from openchatkit.models.shards import layer_name
 from openchatkit.models.stage import Stage
@@ -24,6 +25,7 @@ from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
 from openchatkit.training.plan.planner import plan_run
 from openchatkit.training.precision import LossScaler
+from openchatkit.training.prediction import measure_parts
 from openchatkit.training.step import Schedule, Trainer
 from openchatkit.training.weights import Weights
 
@@ -127,6 +129,20 @@ def test_stages_recomputation_and_a_resume_drop_the_same(tmp_path, flags, prepar
     two = run(tmp_path / "two", flags, pipeline_group_size=2, activation_checkpointing="full")
     assert_same_bits(one, two)
     assert metrics.read(two.parent)[-1]["loss"] == metrics.read(one.parent)[-1]["loss"]
+
+
+def test_a_layer_drops_out_where_its_time_is_measured(flags, prepared):
+    given = config.parse(ranks.to_argv({**flags, "model_name": prepared["dropout"]}))
+    keys = []
+
+    def note(module, inputs):
+        if isinstance(module, NeoxLayer):
+            keys.append(inputs[3].keys)
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(note):
+        measure_parts(given, plan_run(given, load(prepared["dropout"]).config), Layout(0, CPU))
+    assert keys
+    assert all(each is not None for each in keys)
 
 
 @pytest.mark.parametrize(
