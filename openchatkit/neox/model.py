@@ -48,7 +48,7 @@ def find_maker(config: NeoxConfig) -> dict[str, str]:
     UserError where stores were made by several.
     """
     found: dict[str, str] = {}
-    lists = [config.get(name) or [] for name in ("train_data_paths", "valid_data_paths")]
+    lists = [config.get(name) or [] for name in ("train_data_paths", "valid_data_paths", "test_data_paths")]
     for path in filter(None, [config.get("data_path"), *itertools.chain(*lists)]):
         prefix = token_store.find_prefix(Path(path))
         maker = {} if prefix is None else token_store.read_maker(prefix)

@@ -185,7 +185,7 @@ def _translate_learning_rate(config: NeoxConfig, notes: list[str]) -> dict[str, 
             "Pythia (docs/neox.md)"
         )
     decay_steps = _find_decay_steps(config, notes)
-    rising = config.get("warmup") * (decay_steps or config.get("train_iters") or 1)
+    rising = config.get("warmup") * (decay_steps or config.get("train_iters") or 0)  # 0: train_epochs; not known yet
     if rule == _RATE_RULES["today"] and 0 < rising < 1:
         notes.append(
             f"{config.where('warmup')}: it is less than a step, and as in GPT-NeoX of today the first step has the "

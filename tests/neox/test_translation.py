@@ -195,7 +195,8 @@ def test_a_warm_up_of_less_than_a_step_is_named(run):
     """GPT-NeoX's rate is the peak times one over the steps of the warm-up then."""
     line = "it is less than a step, and as in GPT-NeoX of today the first step has the rate 0.01, above"
     assert [note for note in run(train_iters=10).notes if line in note]  # warmup is 0.01 by default, lr 0.001
-    for settings in ({"train_iters": 100}, {"warmup": 0}, {"lr_rule": "2021"}, {"lr_decay_iters": 200}):
+    epochs = {"train_iters": None, "train_epochs": 1}  # whose steps are not known yet
+    for settings in ({"train_iters": 100}, {"warmup": 0}, {"lr_rule": "2021"}, {"lr_decay_iters": 200}, epochs):
         assert not [note for note in run(**settings).notes if "less than a step" in note]
 
 
@@ -447,5 +448,7 @@ def test_data_say_which_tokenizer_made_them(run, configure, store):
     write_maker(Path("b_store"), {"tokenizer_type": "HFTokenizer"})
     with pytest.raises(UserError, match="b_store was made by HFTokenizer, other stores by CharLevelTokenizer: make"):
         run(data_path=None, train_data_paths=[store, "b_store"])
+    with pytest.raises(UserError, match="b_store was made by HFTokenizer, other stores by CharLevelTokenizer: make"):
+        run(data_path=None, train_data_paths=[store], test_data_paths=["b_store"])
     other = run(tokenizer_type="HFTokenizer").notes
     assert [note for note in other if "tokenizer_type HFTokenizer: CharLevelTokenizer made the data: leave it" in note]
