@@ -227,11 +227,12 @@ def _interact(generator: Generator, end: str, stdin: TextIO, stdout: TextIO) -> 
 
 
 def _type_prompts(end: str, stdin: TextIO, stdout: TextIO) -> Iterator[str]:
-    """Yield the prompts of an input: lines up to one that holds `end`, after which the next prompt begins."""
+    """Yield the prompts of an input: lines up to one that holds `end`. What follows it there begins the next prompt."""
     text = ""
     while True:
         while end in text:
             prompt, text = text.split(end, 1)
+            text = text.removeprefix("\n")  # the line break that sends a prompt is no part of the next one
             if prompt.strip():
                 yield prompt
             elif stdin.isatty():

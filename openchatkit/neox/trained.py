@@ -4,7 +4,6 @@ It may be the kit's own, of a run that is still training too, or GPT-NeoX's.
 """
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from openchatkit.loading import model_kinds, stages
 from openchatkit.neox import model
 from openchatkit.neox.config import NeoxConfig
 
-_THEIRS = re.compile(r"global_step(\d+)")  # the folders of GPT-NeoX's checkpoints
 # What the configuration and the checkpoint must agree on, by GPT-NeoX's names and the kit's.
 _SHARED = {
     "num_layers": "num_layers",
@@ -48,8 +46,9 @@ def find_trained(config: NeoxConfig) -> Path:
 def _list_steps(load: Path) -> dict[int, Path]:
     """Return the checkpoints of a folder by step, of either kind, from the oldest to the newest."""
     ours = {step: path for step in checkpoint.list_steps(load) if (path := checkpoint.find(load, step))}
-    theirs = {int(match[1]): path for path in load.glob("*") if (match := _THEIRS.fullmatch(path.name))}
-    return dict(sorted({**{step: path for step, path in theirs.items() if neox_layout.find(path)}, **ours}.items()))
+    named = ((neox_layout.parse_step(path.name), path) for path in neox_layout.list_steps(load))
+    theirs = {step: path for step, path in named if step is not None}
+    return dict(sorted({**theirs, **ours}.items()))
 
 
 def _check_sizes(config: NeoxConfig, path: Path) -> None:

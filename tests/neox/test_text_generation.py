@@ -153,7 +153,7 @@ def test_a_prompt_of_several_lines_is_typed(run, command, random_models, monkeyp
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     status, printed, noted = command(text_gen_type="interactive", prompt_end="END")
     model = random_models["neox"]
-    expected = [text_of(model, oracle(model, text)) for text in (PROMPTS[1], f"\n{PROMPTS[0]}\n", PROMPTS[1])]
+    expected = [text_of(model, oracle(model, text)) for text in (PROMPTS[1], f"{PROMPTS[0]}\n", PROMPTS[1])]
     assert status == 0, noted
     # Neither control characters are shown nor a last character that is not whole.
     shown, whole = (re.sub(r"[^ -~\n]", "", text) for text in (printed, "".join(text + "\n" for text in expected)))
