@@ -125,10 +125,10 @@ def _multiply_digits(digits: Tensor, packed: Any) -> Tensor:
 @functools.cache
 def can_pack_int8() -> bool:
     """Whether FBGEMM multiplies digits by 8-bit weights on this processor, the largest of both without error."""
-    if _FBGEMM not in torch.backends.quantized.supported_engines:
-        return False
     steps, digits = torch.full((8, 64), 127, dtype=torch.int8), torch.tensor([[-63.0], [63.0]]).expand(2, 64)
     try:
+        if _FBGEMM not in torch.backends.quantized.supported_engines:
+            return False
         with warnings.catch_warnings():
             # Torch means to give up its quantised tensors, and says so once a process.
             warnings.simplefilter("ignore")

@@ -80,9 +80,12 @@ def test_packed_8_bits_keep_what_is_no_number(value):
     assert not got[1].isfinite().any()
 
 
-@pytest.mark.parametrize("way", ["an engine", "an operator", "a wrong product"])
+@pytest.mark.parametrize("way", ["the engines", "an engine", "an operator", "a wrong product"])
 def test_8_bits_are_not_packed_where_something_is_missing(monkeypatch, way):
-    if way == "an engine":
+    if way == "the engines":
+        lacking = Without(torch.backends.quantized, "supported_engines")
+        monkeypatch.setattr(pytorch.torch.backends, "quantized", lacking)
+    elif way == "an engine":
         monkeypatch.setattr(pytorch, "_FBGEMM", "another")
     elif way == "an operator":
         monkeypatch.setattr(pytorch.torch, "_make_per_channel_quantized_tensor", None)

@@ -129,13 +129,14 @@ class _LoadedTasks:
 
 def _put(chosen: _LoadedTasks, lm: "LM", **options: Any) -> dict[str, Any]:
     """Return lm-eval's results of tasks that a model was put; UserError where they do not fit it."""
+    import jinja2
     import lm_eval
 
     try:
         results: dict[str, Any] = lm_eval.simple_evaluate(
             model=lm, tasks=chosen.tasks, log_samples=False, task_manager=chosen.manager, **options
         )
-    except (ValueError, AssertionError, LookupError) as error:
+    except (ValueError, AssertionError, LookupError, jinja2.TemplateError) as error:
         # More shots than there are examples, more text to generate than the context holds, and the like.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"lm-eval cannot put these tasks to this model: {reason}") from error

@@ -17,6 +17,7 @@ from transformers import GPTNeoXForCausalLM as NeoX
 
 from openchatkit.convert.from_hf import prepare
 from openchatkit.convert.to_hf import convert
+from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards
 from openchatkit.tools.evaluation import harness
@@ -288,6 +289,15 @@ def test_mistakes_are_one_line(flags, expected, forms, tasks, tiny_tokenizer, ca
     assert said.out == ""
     assert len(said.err.splitlines()) == 1
     assert expected in said.err
+
+
+def test_a_text_that_a_task_cannot_make_ends_no_training(tasks, tiny_tokenizer, tmp_path):
+    later = "{{{{ question if gold == 0 else nothing.here }}}}"  # lm-eval tries the first record when it loads a task
+    task = CHOICE.replace("{{{{question}}}}", later).format(folder=tasks)
+    (tmp_path / "choice.yaml").write_text(task.replace("own_choice", "own_unmade"))
+    put = harness.load_evaluation(["own_unmade"], tiny_tokenizer, include_paths=[tmp_path])
+    with pytest.raises(UserError, match=r"lm-eval cannot put these tasks .*UndefinedError: 'nothing' is undefined"):
+        put(None)  # no model is asked before all texts are there
 
 
 @pytest.mark.parametrize("form", ["shards", "checkpoint", "converted"])
