@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,13 @@ from openchatkit.formats import checkpoint, hf_model
 from openchatkit.loading import hardware, model_kinds, pretrained, stages
 from openchatkit.storage import write_text
 from openchatkit.tools.evaluation import scoring
-from openchatkit.tools.evaluation.scoring import Scorer
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
+
+    from openchatkit.training.task_scorer import TaskEvaluation, TaskScorer
 
 _INSTALL = "pip install 'openchatkit[eval]'"
 
@@ -93,10 +94,8 @@ def evaluate(
     return json.loads(json.dumps({**about, "dtype": str(precision).removeprefix("torch."), **relevant}, default=str))
 
 
-def load_evaluation(
-    tasks: Sequence[str], tokenizer: Path, *, include_paths: Sequence[Path] = ()
-) -> Callable[[Scorer], dict[str, float]]:
-    """Return what puts tasks, without examples, to any scorer: metrics by `TASK_METRIC`.
+def load_evaluation(tasks: Sequence[str], tokenizer: Path, *, include_paths: Sequence[Path] = ()) -> "TaskEvaluation":
+    """Return what puts tasks, without examples, to a model in training: metrics by `TASK_METRIC`.
 
     Tasks, their data and the tokenizer in a folder are loaded now. UserError as `evaluate`, and later for whatever is
     wrong in a task: it must end no training.
@@ -105,7 +104,7 @@ def load_evaluation(
     with _silence_libraries():
         chosen, loaded = _load_tasks(tasks, include_paths), pretrained.load_tokenizer(tokenizer)
 
-    def put(scorer: Scorer) -> dict[str, float]:
+    def put(scorer: "TaskScorer") -> dict[str, float]:
         # The seeds of the process are the caller's.
         seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
         try:

@@ -1,12 +1,12 @@
 """Log-likelihoods and greedy text from a model of ours, as lm-eval asks for them.
 
-`StageScorer` computes and knows nothing of lm-eval; `as_lm` gives it, or any `Scorer`, lm-eval's interface. There is
-no sampling: convert a model first to sample from it.
+`StageScorer` computes and knows nothing of lm-eval; `as_lm` gives it, or the scorer of a training, lm-eval's interface.
+There is no sampling: convert a model first to sample from it.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,29 +20,12 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from transformers import PreTrainedTokenizerBase
 
+    from openchatkit.training.task_scorer import TaskScorer
+
 # lm-eval's own default for tasks that do not say how much to generate.
 _MAX_NEW_TOKENS = 256
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-
-class Scorer(Protocol):
-    """A model that gives figures of token ids, whole or in training; it reads `max_length` tokens at most."""
-
-    max_length: int
-
-    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """As `StageScorer.score`."""
-
-    def generate(
-        self,
-        contexts: Sequence[list[int]],
-        *,
-        max_new_tokens: int,
-        end_of_text: int,
-        is_done: Callable[[list[int]], bool],
-    ) -> list[list[int]]:
-        """As `StageScorer.generate`."""
 
 
 class StageScorer:
@@ -119,7 +102,7 @@ class StageScorer:
         return [results[number] for number in range(len(rows))]
 
 
-def as_lm(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase") -> "LM":
+def as_lm(scorer: "StageScorer | TaskScorer", tokenizer: "PreTrainedTokenizerBase") -> "LM":
     """Return lm-eval's language model around a scorer; text becomes tokens as it does for the converted model."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
