@@ -10,6 +10,7 @@ from torch import Tensor
 from openchatkit.distributed.layout import Layout, balanced_layers
 from openchatkit.loading import hardware
 from openchatkit.models.config import ModelConfig
+from openchatkit.models.dropout import row_keys
 from openchatkit.models.stage import Stage
 from openchatkit.training.loss import VocabularyLoss
 from openchatkit.training.precision import autocast
@@ -44,9 +45,10 @@ def measure_head(
     """Return the time of the head and its loss, forward and backward, in units of that of one layer."""
     hidden = torch.zeros(rows, length, config.hidden_size, dtype=dtype, device=device)
     labels = torch.zeros(rows, length, dtype=torch.int64)
+    keys = row_keys(0, 0, rows) if config.options.drops_out else None
 
     def run(stage: Stage, loss: Callable[[Tensor], Tensor]) -> None:
-        loss(stage(hidden.detach().requires_grad_())).backward()  # type: ignore[no-untyped-call]
+        loss(stage(hidden.detach().requires_grad_(), dropout_keys=keys)).backward()  # type: ignore[no-untyped-call]
 
     with autocast(device, dtype):
         layer = _make(config, device, last=1, recompute=recompute)

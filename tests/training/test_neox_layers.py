@@ -20,6 +20,7 @@ from openchatkit.models.registry import config_from_hf
 from openchatkit.models.shards import layer_name
 from openchatkit.models.stage import Stage
 from openchatkit.training import config
+from openchatkit.training.balance import measure_head
 from openchatkit.training.learning_rates import LearningRates
 from openchatkit.training.local_stages import LocalStages
 from openchatkit.training.optimizer import build_optimizer
@@ -139,9 +140,12 @@ def test_a_layer_drops_out_where_its_time_is_measured(flags, prepared):
         if isinstance(module, NeoxLayer):
             keys.append(inputs[3].keys)
 
+    model = load(prepared["dropout"]).config
     with torch.nn.modules.module.register_module_forward_pre_hook(note):
-        measure_parts(given, plan_run(given, load(prepared["dropout"]).config), Layout(0, CPU))
-    assert keys
+        measure_parts(given, plan_run(given, model), Layout(0, CPU))
+        measured = len(keys)
+        measure_head(model, CPU, rows=1, length=8, dtype=torch.float32, recompute=False)
+    assert 0 < measured < len(keys)
     assert all(each is not None for each in keys)
 
 

@@ -446,6 +446,12 @@ WITH_OPTIONS = {
     },
     "one norm": {"activation": "bilinear", "options": NeoxOptions(gpt_j_tied=True)},
     "query-key norm": {"options": NeoxOptions(norm="scalenorm", use_qk_layernorm=True)},
+    "window": {"options": NeoxOptions(sliding_window_width=2)},
+    "blocks": {
+        "options": NeoxOptions(attention_config=("local", "bigbird") * 4, sparsity_config=(("block", 2),)),
+    },
+    "alibi": {"rotary_dim": 0, "options": NeoxOptions(pos_emb="alibi")},
+    "alibi, documents": {"rotary_dim": 0, "options": NeoxOptions(pos_emb="alibi")},
 }
 
 
@@ -455,6 +461,7 @@ def test_a_stage_with_options_keeps_what_the_plan_says(network, precision, tenso
     """But for the first layer's input, where norms in float32 keep a copy, and for the widths of norms' statistics."""
     config = dataclasses.replace(TINY, family="neox", **WITH_OPTIONS[network])
     options = {"micro_batch_size": 2, "seq_length": 8, "precision": precision, "recompute": False, "on_gpu": False}
+    options["documents"] = network.endswith("documents")
     run = planned(config, 4, 1, tensor_size, "1f1b", m=4, **options)
     near = run.tokens * 4 if precision == "float32" else run.hidden_bytes + run.tokens * 32
     with fake_ranks(0, tensor_size):

@@ -224,7 +224,7 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
     first, last = run.layers[stage]
     layers, received = last - first, 1 if stage else 0
     inner = _saved_result_bytes(run) if run.recompute else layer_bytes(run)
-    kept = layers * inner + _confinement_bytes(run)
+    kept = layers * inner + _confinement_bytes(run, stage)
     if run.activation_offload and run.on_gpu:
         pass  # see `main_memory_bytes`
     elif run.recompute or not run.sequence_parallel:
@@ -244,11 +244,23 @@ def kept_bytes(run: PlannedRun, stage: int) -> int:
     return kept + 3 * wide + run.tokens * 8
 
 
-def _confinement_bytes(run: PlannedRun) -> int:
-    """Return the bytes of a micro-batch's mask of documents and of rotary tables by the tokens' places in them."""
-    if not run.documents or run.on_gpu:
+def _confinement_bytes(run: PlannedRun, stage: int) -> int:
+    """Return the bytes of a micro-batch's masks, and of rotary tables by the tokens' places in documents.
+
+    Layers of one kind share a mask; that of ALiBi's biases is one a head, and the only one that a GPU keeps. Sparse
+    layers count as if all heads had one layout.
+    """
+    options, (first, last) = run.config.options, run.layers[stage]
+    weighs = options.pos_emb == "alibi"
+    if run.on_gpu and not weighs:
         return 0
-    return run.tokens * (run.seq_length * run.width + run.config.rotary_dim * 4)
+    kinds = {*options.attention_config[first:last]} or {"global"}
+    if not (weighs or run.documents or options.sliding_window_width is not None):
+        kinds -= {"global"}  # a row's tokens, which see all before them
+    heads = run.config.num_heads // run.tensor_size if weighs else 1
+    rows = run.micro_batch_size if run.documents else 1
+    tables = run.tokens * run.config.rotary_dim * 4 if run.documents else 0
+    return len(kinds) * rows * heads * run.seq_length**2 * run.width + tables
 
 
 def pending_bytes(run: PlannedRun, stage: int) -> int:

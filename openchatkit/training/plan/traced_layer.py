@@ -51,7 +51,7 @@ def _trace(config: ModelConfig, layers: int, parts: int, rows: int, length: int,
             if parameter.dim() > 1:
                 parameter.data = parameter.data.to(dtype)
         x = torch.empty(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
-        keys = torch.zeros(rows, dtype=torch.int64) if options.hidden_dropout or options.attention_dropout else None
+        keys = torch.zeros(rows, dtype=torch.int64) if options.drops_out else None
         with autocast(_CPU, dtype), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = stage(x, dropout_keys=keys)
         parameters = {id(parameter.untyped_storage()) for parameter in stage.parameters()}
