@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openchatkit import cli
+from openchatkit.convert.flags import add_dtype_flags
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from openchatkit.formats.shard_writer import ShardWriter
 
 ShardPlan = dict[str, dict[str, str]]
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def prepare_command(script: str, model_name: str) -> Callable[..., None]:
@@ -36,9 +36,8 @@ def _build_command(prog: str, model_name: str, *, save_dir: Path, family: str | 
         parser = cli.Parser(prog=prog, description="Make layer shards of a Hugging Face model, for training.")
         parser.add_argument("--model-name", default=model_name, help="name on the Hugging Face hub, or a folder")
         parser.add_argument("--save-dir", type=Path, default=save_dir, help="where <org>_<model>/ is made")
-        parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (not given: as they are stored)")
         parser.add_argument("--offload-dir", help="taken for old command lines' sake: the model is never in memory")
-        parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
+        add_dtype_flags(parser)
         args = parser.parse_args(argv)
         from loguru import logger
 

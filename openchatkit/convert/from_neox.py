@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openchatkit import cli
-from openchatkit.convert.from_hf import DTYPES
+from openchatkit.convert.flags import add_dtype_flags
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="DIR", help="global_stepN, or the folder that holds it")
     parser.add_argument("--save-dir", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (not given: as they are stored)")
-    parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
+    add_dtype_flags(parser)
     args = parser.parse_args(argv)
     from loguru import logger
 

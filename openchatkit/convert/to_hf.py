@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openchatkit import cli
+from openchatkit.convert.flags import add_half_flags
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ def convert_command(
         parser.add_argument(
             "--n-layer-per-stage", type=cli.positive_int, help=f"layers a stage: {ours} {layers_per_stage}"
         )
-        dtype = parser.add_mutually_exclusive_group()
-        dtype.add_argument("--fp16", action="store_true", help="convert to float16 (not given: as stored)")
-        dtype.add_argument("--bf16", action="store_true", help="convert to bfloat16 (not given: as stored)")
-        parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
+        add_half_flags(parser)
         args = parser.parse_args(argv)
         from loguru import logger
 
@@ -58,7 +56,7 @@ def convert_command(
             config_name=args.config_name,
             stages=args.n_stages,
             layers_per_stage=args.n_layer_per_stage,
-            dtype="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
+            dtype=args.dtype,
             family=family,
             finite=not args.allow_non_finite,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openchatkit import cli
+from openchatkit.convert.flags import add_half_flags
 from openchatkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--names", choices=AGES, default="today", help="names of tensors: those since December 2024, or from before"
     )
-    dtype = parser.add_mutually_exclusive_group()
-    dtype.add_argument("--fp16", action="store_true", help="convert to float16 (not given: as stored)")
-    dtype.add_argument("--bf16", action="store_true", help="convert to bfloat16 (not given: as stored)")
-    parser.add_argument("--allow-non-finite", action="store_true", help="convert NaN and infinite weights, too")
+    add_half_flags(parser)
     args = parser.parse_args(argv)
     from loguru import logger
 
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks=args.tensor_ranks,
         pipeline=not args.no_pipeline,
         names=args.names,
-        dtype="float16" if args.fp16 else "bfloat16" if args.bf16 else None,
+        dtype=args.dtype,
         finite=not args.allow_non_finite,
     )
     logger.info(f"GPT-NeoX's checkpoint is in {folder}")

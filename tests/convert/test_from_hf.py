@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from tiny_models import NEOX, run
 
-from openchatkit.convert import from_hf
+from openchatkit.convert import flags, from_hf
 from openchatkit.convert.from_hf import prepare
 from openchatkit.errors import UserError
 from openchatkit.formats import shard_writer
@@ -52,7 +52,7 @@ def test_every_variant_and_form(tmp_path, variant, form):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-@pytest.mark.parametrize("name", from_hf.DTYPES)
+@pytest.mark.parametrize("name", flags.DTYPES)
 def test_dtypes(tmp_path, name, form):
     model = tiny_models.save(tmp_path / "model", "neox", form=form)
     folder = prepare(str(tmp_path / "model"), tmp_path / "out", dtype=name)
