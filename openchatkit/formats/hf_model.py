@@ -17,6 +17,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, PICKLED, PICKLED_INDEX)  # one of them is in every model's folder
 GENERATION_CONFIG = "generation_config.json"
 
 # What to fetch of a model on the hub; pickled weights only where there are no others.

@@ -15,7 +15,6 @@ from openchatkit.formats.layer_shards import CONFIG, JOURNAL, LayerShards
 HUGGING_FACE, SHARDS, CHECKPOINT = "Hugging Face model", "layer shards", "training checkpoint"
 GPT_NEOX = "GPT-NeoX checkpoint"
 _T = TypeVar("_T")
-_HF_WEIGHTS = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def find(path: Path) -> ModelFolder:
     """Find the model that a path means: the folder itself, or the latest checkpoint in it; UserError without one."""
     if folder := neox_layout.find(path):
         return ModelFolder(folder, GPT_NEOX)
-    if any((path / file).is_file() for file in _HF_WEIGHTS):
+    if any((path / file).is_file() for file in hf_model.WEIGHT_FILES):
         return ModelFolder(path, HUGGING_FACE)
     is_step = (path / checkpoint.STATE).exists() or checkpoint.parse_step(path.name) is not None
     if is_step or checkpoint.list_steps(path) or checkpoint.is_legacy(path):

@@ -40,8 +40,7 @@ def find_model(name: str) -> ModelFolder:
 
 def _identify(path: Path) -> ModelFolder:
     """Return which kind of model a folder holds; UserError names what it holds else."""
-    weights = (hf_model.WEIGHTS, hf_model.WEIGHTS_INDEX, hf_model.PICKLED, hf_model.PICKLED_INDEX)
-    if (path / layer_shards.CONFIG).is_file() and any((path / name).is_file() for name in weights):
+    if (path / layer_shards.CONFIG).is_file() and any((path / name).is_file() for name in hf_model.WEIGHT_FILES):
         return ModelFolder(path, HUGGING_FACE)
     shards = (layer_shards.shard_file("embed"), legacy.shard_file("embed"), layer_shards.JOURNAL)
     is_step = checkpoint.is_checkpoint(path) or checkpoint.parse_step(path.name) is not None
@@ -50,7 +49,7 @@ def _identify(path: Path) -> ModelFolder:
     if any((path / name).is_file() for name in shards):
         return find(path)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
-    lacking = weights[0] if (path / layer_shards.CONFIG).is_file() else layer_shards.CONFIG
+    lacking = hf_model.WEIGHTS if (path / layer_shards.CONFIG).is_file() else layer_shards.CONFIG
     raise UserError(
         f"--model {path} is not a Hugging Face model: {lacking} is missing, found {found}; pass a training checkpoint, "
         f"a folder that tools/convert_to_hf_gptneox.py wrote, or a hub name such as {EXAMPLE}"

@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, NamedTuple, cast
 
 from loguru import logger
@@ -22,7 +21,7 @@ from openchatkit.data.records.raw_row import RawRow
 from openchatkit.data.records.reader import Records
 from openchatkit.errors import UserError
 from openchatkit.libraries import tar_streams
-from openchatkit.tools.preprocess.texts import TEXT, is_text, read_text
+from openchatkit.tools.preprocess.texts import TEXT, InputFile, is_text, read_text
 
 _ZIP = ".zip"
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -44,19 +43,8 @@ class _Member(NamedTuple):
     is_only: bool = False
 
 
-class Archive:
-    """A context manager that holds the file open. `position` is in bytes, for a progress bar."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115 (closed by `__exit__`)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-    @property
-    def position(self) -> int:
-        return self._file.tell()
+class Archive(InputFile):
+    """An archive."""
 
     def rows(self) -> Iterator[tuple[str, RawRow]]:
         """Yield each row of each member, with `archive:member`. UserError: damaged or truncated data, or no rows."""
@@ -97,11 +85,3 @@ class Archive:
                     raise UserError(f"{self.path}: {info.filename} cannot be read ({error}): unpack it") from error
                 with contents:
                     yield _Member(info.filename, info.file_size, contents, is_only=len(members) == 1)
-
-    def __enter__(self) -> "Archive":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 from openchatkit.data.records.raw_row import Mark, RawRow
 from openchatkit.errors import UserError
 from openchatkit.storage import format_bytes
 
 TEXT = ".txt"
+_Opened = TypeVar("_Opened", bound="InputFile")
 _LIMIT = 10**9  # bytes; a text is held in memory with its tokens
 
 
@@ -30,10 +31,11 @@ def read_text(stream: IO[bytes]) -> RawRow:
     return RawRow(1, json.dumps({"text": text}, ensure_ascii=False).encode(), mark)
 
 
-class TextFile:
-    """A context manager that holds a file of text open; `position` is in bytes."""
+class InputFile:
+    """A context manager that holds a file open; `position` is in bytes, for a progress bar."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self._file = open(path, "rb")  # noqa: SIM115 (closed by `__exit__`)
         except OSError as error:
@@ -43,14 +45,18 @@ class TextFile:
     def position(self) -> int:
         return self._file.tell()
 
-    def rows(self) -> list[RawRow]:
-        """Return the one row."""
-        return [read_text(self._file)]
-
-    def __enter__(self) -> "TextFile":
+    def __enter__(self: _Opened) -> _Opened:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+class TextFile(InputFile):
+    """A file of text."""
+
+    def rows(self) -> list[RawRow]:
+        """Return the one row."""
+        return [read_text(self._file)]
