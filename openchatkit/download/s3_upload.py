@@ -87,10 +87,7 @@ class S3Folder:
 
         The storage may have dropped what was begun.
         """
-        note, target = (
-            path.with_name(f".{path.name}.upload.json"),
-            {"object": f"{self.storage} {name}", _SHA256: sha256},
-        )
+        note, target = _note_path(path), {"object": f"{self.storage} {name}", _SHA256: sha256}
         begun = _read_note(note)
         if begun is not None and {**target, "upload": begun.get("upload")} == begun:
             there = self._list_parts(name, begun["upload"])

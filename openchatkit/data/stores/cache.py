@@ -94,9 +94,10 @@ def _folder(cache_dir: Path, source: Path, key: str) -> Path:
 def store_identity(prefix: Path, cache_dir: Path) -> str:
     """Return a digest of a store that was made elsewhere: of its whole index, and of samples of its other files.
 
-    Arrays that are kept under this name follow from the index alone. Of tokens and mask it takes the sizes, the first
-    and last MiB and a thousand pieces between, so that a store of a terabyte opens in a second. A small edit between
-    these is not noticed; its only effect is that the warning of data changed since a checkpoint is missing.
+    Arrays that are kept under this name follow from the index, and in GPT-NeoX's order from which documents the mask
+    trains on. Of tokens and mask it takes the sizes, the first and last MiB and a thousand pieces between, so that a
+    store of a terabyte opens in a second. A small edit between these is not noticed: the warning of data changed since
+    a checkpoint is missing then, and a document that the edit begins or ends to train on stays where it was.
     """
     digest = hashlib.sha256(content_hash(idx_path(prefix), cache_dir).encode())
     for path in (bin_path(prefix), mask_path(prefix)):
