@@ -1,5 +1,6 @@
 """The family `neox` (models/neox.py): each of its options against formulas in float64, cut in all ways, and cached."""
 
+import dataclasses
 import json
 import math
 import re
@@ -359,6 +360,7 @@ def test_the_example_of_the_training_guide_is_a_model():
     assert (config.family, config.num_key_heads, config.rotary_dim) == ("neox", 4, 64)
     table = section.split("| key of `neox` |")[1].split("\n\n")[0]
     named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:])))
+    assert {field.name for field in dataclasses.fields(NeoxOptions)} <= named
     # What the table does not name says itself what it is.
     assert raw.keys() - named == {
         "model_type",
