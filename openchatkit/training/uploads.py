@@ -126,7 +126,7 @@ class Uploader:
         """
         steps = {step: checkpoint.find(self._root, step) for step in checkpoint.list_steps(self._root)}
         named = checkpoint.read_latest(self._root)
-        last = max(steps) if named is None else checkpoint.parse_step(named.name)
+        last = max(steps, default=None) if named is None else checkpoint.parse_step(named.name)
         there = [
             step for step, path in steps.items() if path is not None and checkpoint.is_uploaded(path, self.storage)
         ]

@@ -151,6 +151,14 @@ def test_latest_names_the_newest_of_those_that_a_run_would_go_on_from(storage, r
     assert read_latest() == b"15\n"
 
 
+def test_a_run_that_has_saved_nothing_yet_has_no_latest_in_the_storage(storage, tmp_path, start):
+    """Neither while it waits for its first checkpoint, nor where a mistake ends it before."""
+    uploader = start(tmp_path)
+    finish_uploads(uploader, Layout(0, "cpu"), [])
+    uploader.settle_latest()
+    assert keys(storage) == []
+
+
 def test_what_is_in_one_storage_is_not_taken_for_being_in_another(storage, root, start, monkeypatch):
     uploader = start(root)
     assert uploader.wait(60)
