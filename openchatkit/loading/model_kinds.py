@@ -26,7 +26,12 @@ class ModelFolder:
 
 
 def find(path: Path) -> ModelFolder:
-    """Find the model that a path means: the folder itself, or the latest checkpoint in it; UserError without one."""
+    """Find the model that a path means: the folder itself, or the latest checkpoint in it; UserError without one.
+
+    A Hugging Face model with its configuration comes first, whatever else its folder holds.
+    """
+    if holds_hugging_face(path):
+        return ModelFolder(path, HUGGING_FACE)
     if folder := neox_layout.find(path):
         return ModelFolder(folder, GPT_NEOX)
     if any((path / file).is_file() for file in hf_model.WEIGHT_FILES):
@@ -46,6 +51,11 @@ def find(path: Path) -> ModelFolder:
             "Hugging Face model, a training checkpoint, or layer shards, which pretrained/GPT-NeoX-20B/prepare.py makes"
         )
     return ModelFolder(LayerShards.open(path).path, SHARDS)
+
+
+def holds_hugging_face(path: Path) -> bool:
+    """Return whether a folder holds a Hugging Face model: its configuration and weights."""
+    return (path / CONFIG).is_file() and any((path / file).is_file() for file in hf_model.WEIGHT_FILES)
 
 
 def read_live(path: Path, read: Callable[[ModelFolder], _T]) -> _T:

@@ -10,6 +10,7 @@ from openchatkit.convert.from_hf import prepare
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint
 from openchatkit.formats.layer_shards import LayerShards
+from openchatkit.inference.loading import model_folders
 from openchatkit.loading import model_kinds, stages
 
 CPU = torch.device("cpu")
@@ -62,6 +63,15 @@ def test_the_folder_above_means_the_latest_checkpoint(folders):
     _, made = folders
     path = made[model_kinds.CHECKPOINT]
     assert model_kinds.find(path.parent) == model_kinds.find(path)
+
+
+def test_a_chat_and_an_evaluation_read_the_same_model_of_a_folder_that_holds_two(tmp_path):
+    step = write_neox(tmp_path, neox())
+    neox().save_pretrained(tmp_path)
+    for folder, kind in ((tmp_path, model_kinds.HUGGING_FACE), (step, model_kinds.GPT_NEOX)):
+        assert model_kinds.find(tmp_path) == model_folders.find_model(str(tmp_path))
+        assert model_kinds.find(tmp_path) == model_kinds.ModelFolder(folder, kind)
+        (tmp_path / "config.json").unlink(missing_ok=True)  # DeepSpeed's own tool leaves weights alone there
 
 
 @pytest.mark.parametrize("kind", [model_kinds.SHARDS, model_kinds.CHECKPOINT])

@@ -5,7 +5,7 @@ from pathlib import Path
 from openchatkit.download.sources import fetch_model
 from openchatkit.errors import UserError
 from openchatkit.formats import checkpoint, hf_model, layer_shards, legacy, neox_layout
-from openchatkit.loading.model_kinds import HUGGING_FACE, ModelFolder, find
+from openchatkit.loading.model_kinds import HUGGING_FACE, ModelFolder, find, holds_hugging_face
 from openchatkit.paths import HUGGINGFACE_MODELS
 
 EXAMPLE = "togethercomputer/Pythia-Chat-Base-7B"
@@ -40,7 +40,7 @@ def find_model(name: str) -> ModelFolder:
 
 def _identify(path: Path) -> ModelFolder:
     """Return which kind of model a folder holds; UserError names what it holds else."""
-    if (path / layer_shards.CONFIG).is_file() and any((path / name).is_file() for name in hf_model.WEIGHT_FILES):
+    if holds_hugging_face(path):
         return ModelFolder(path, HUGGING_FACE)
     shards = (layer_shards.shard_file("embed"), legacy.shard_file("embed"), layer_shards.JOURNAL)
     is_step = checkpoint.is_checkpoint(path) or checkpoint.parse_step(path.name) is not None
