@@ -134,7 +134,7 @@ def _match(pattern: str) -> DataFiles | None:
     matches = list(map(Path, sorted(glob.glob(_escape_folders(pattern), recursive=True))))
     saved = [path for path in matches if tables.is_saved_dataset(path)]
     matches = [path for path in matches if path.is_file() and not set(saved).intersection(path.parents)]
-    parts = {path: prefix for path in matches if (prefix := _store_of(path))}
+    parts = {path: prefix for path in matches if (prefix := token_store.find_prefix(path))}
     stores = tuple(dict.fromkeys(parts.values()))
     rest = [path for path in matches if path not in parts]
     files = tuple(sorted([*saved, *(path for path in rest if reader.is_readable(path.name))]))
@@ -159,13 +159,6 @@ def _escape_folders(pattern: str) -> str:
         place = place / part
         parts.append(glob.escape(part) if place.is_dir() else part)
     return os.path.join(*parts)
-
-
-def _store_of(path: Path) -> Path | None:
-    """Return the prefix of the token store that a file belongs to, its mask included."""
-    if path.name.endswith(".mask.bin"):
-        return token_store.find_prefix(path.with_name(path.name.removesuffix(".mask.bin")))
-    return token_store.find_prefix(path)
 
 
 def _find_prepared(name: str) -> DataFiles | None:

@@ -53,10 +53,11 @@ def maker_path(prefix: Path) -> Path:
 
 
 def find_prefix(path: Path) -> Path | None:
-    """Return the prefix of the store that a path names, with or without the suffix of a file; None if there is none."""
-    for prefix in (path, path.with_suffix("") if path.suffix in (".idx", ".bin") else path):
-        if path.name and idx_path(prefix).is_file():
-            return prefix
+    """Return the prefix of the store that a path names, by itself or with the end of a file; None if there is none."""
+    for end in ("", ".idx", ".bin", ".mask.bin", ".tokenizer"):
+        name = path.name.removesuffix(end)
+        if name and idx_path(path.with_name(name)).is_file():
+            return path.with_name(name)
     return None
 
 

@@ -104,6 +104,8 @@ def test_the_tokenizer_is_merged_as_far_as_it_is_known(tmp_path: Path, capsys: p
         token_store.write_maker(store, maker)
     assert run("merge", *stores[:2], "--output-prefix", tmp_path / "new") == 0
     assert token_store.read_maker(tmp_path / "new") == token_store.read_maker(stores[0])
+    assert token_store.find_prefix(tmp_path / "new.tokenizer") == tmp_path / "new"
+    assert token_store.find_prefix(tmp_path / "new.mask.bin") == tmp_path / "new"
     assert run("merge", *stores, "--output-prefix", tmp_path / "new", "--overwrite") == 0
     assert token_store.read_maker(tmp_path / "new") == {}
     (tmp_path / "v2").write_text("other words")
